@@ -1,0 +1,46 @@
+# make demo: audit a real model.  make test: the tests.  Both set themselves up in .venv with Python 3.11 or newer.
+VENV  := .venv
+BIN   := $(VENV)/bin
+# The first interpreter that runs and is new enough; PYTHON=... chooses another.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test test-all lint docs clean
+
+demo: $(VENV)/.runtime
+	$(BIN)/kvgeom audit demo --out audit-demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.dev
+	$(PIP) --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV)
+
+# A stamp is written only when its installation has ended well, so that an interrupted one is done again.
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "kvgeom needs Python 3.11 or newer, and none was found; install one, or give make PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing kvgeom and what it needs (torch is the largest part)..."
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing kvgeom, what it needs, and the tools that test it..."
+	$(PIP) --editable '.[dev]'
+	@touch $(VENV)/.runtime $@

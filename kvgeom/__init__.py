@@ -1,0 +1,73 @@
+"""When an LLM's KV cache is quantized: does its safety survive, why not, and what fixes it?
+
+Public names are imported when they are first used, so that ``import kvgeom`` is instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from kvgeom.errors import InputError, KvgeomError
+
+if TYPE_CHECKING:
+    from kvgeom.diagnosis.diagnose import diagnose
+    from kvgeom.diagnosis.evaluate import baseline, evaluate
+    from kvgeom.geometry.subspace import subspace
+    from kvgeom.models.load import load
+    from kvgeom.prompts.sets import PromptSet, calibration, load_prompts
+    from kvgeom.quant.placement import Placement
+    from kvgeom.quant.recipe import Recipe
+    from kvgeom.quant.scheme import Scheme
+    from kvgeom.refusal.judge import KeywordJudge
+    from kvgeom.report.audit import audit
+
+_HOMES = {
+    "KeywordJudge": "kvgeom.refusal.judge",
+    "Placement": "kvgeom.quant.placement",
+    "PromptSet": "kvgeom.prompts.sets",
+    "Recipe": "kvgeom.quant.recipe",
+    "Scheme": "kvgeom.quant.scheme",
+    "audit": "kvgeom.report.audit",
+    "baseline": "kvgeom.diagnosis.evaluate",
+    "calibration": "kvgeom.prompts.sets",
+    "diagnose": "kvgeom.diagnosis.diagnose",
+    "evaluate": "kvgeom.diagnosis.evaluate",
+    "load": "kvgeom.models.load",
+    "load_prompts": "kvgeom.prompts.sets",
+    "subspace": "kvgeom.geometry.subspace",
+}
+
+__all__ = [
+    "InputError",
+    "KeywordJudge",
+    "KvgeomError",
+    "Placement",
+    "PromptSet",
+    "Recipe",
+    "Scheme",
+    "audit",
+    "baseline",
+    "calibration",
+    "diagnose",
+    "evaluate",
+    "load",
+    "load_prompts",
+    "subspace",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("kvgeom")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'kvgeom' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(home), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES, "__version__"])

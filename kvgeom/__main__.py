@@ -1,0 +1,5 @@
+"""``python -m kvgeom``."""
+
+from kvgeom.cli import main
+
+raise SystemExit(main())

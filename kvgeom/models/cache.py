@@ -1,0 +1,104 @@
+"""The seam between kvgeom and a model: a cache through which keys and values can be seen and changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, Self
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicLayer
+
+
+class Edit(Protocol):
+    """What is done to keys and values on their way into a cache.
+
+    ``where`` says whether it sees them as stored (``"cache"``, keys after RoPE) or as projected
+    (``"projection"``, keys before RoPE).
+    """
+
+    @property
+    def where(self) -> str: ...
+
+    @property
+    def prefill_reads_exact(self) -> bool: ...
+
+    def __call__(self, layer: int, site: Literal["k", "v"], x: Tensor) -> Tensor:
+        """Return what to keep of ``x``, ``[batch, kv_heads, new tokens, head_dim]``."""
+        ...
+
+    def rows(self, rows: Tensor) -> Edit: ...
+
+    @staticmethod
+    def stack(parts: Sequence[Any]) -> Edit: ...
+
+
+class EditedLayer(DynamicLayer):
+    """One layer of an :class:`EditedCache`."""
+
+    def __init__(self, index: int, edit: Edit | None) -> None:
+        super().__init__()
+        self.index = index
+        self.edit = edit
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new keys and values as edited, and return all that attention is to read."""
+        edit = self.edit
+        if edit is None or edit.where != "cache":
+            return super().update(key_states, value_states, *args, **kwargs)
+        first_call = self.get_seq_length() == 0
+        stored = super().update(
+            edit(self.index, "k", key_states), edit(self.index, "v", value_states), *args, **kwargs
+        )
+        return (key_states, value_states) if first_call and edit.prefill_reads_exact else stored
+
+
+class EditedCache(Cache):
+    """A transformers cache that passes all it stores through an edit.
+
+    Every layer keeps the whole sequence, sliding-window layers too: their mask hides what is out of the window.
+
+    Parameters
+    ----------
+    n_layers : int
+    edit : Edit, optional
+        None stores everything as it is.
+    """
+
+    def __init__(self, n_layers: int, edit: Edit | None = None) -> None:
+        super().__init__(layers=[EditedLayer(index, edit) for index in range(n_layers)])
+        self.edit = edit
+
+    @classmethod
+    def stack(cls, caches: Sequence[Self]) -> Self:
+        """One batch out of caches of single sequences, padded on the left to the longest."""
+        edits = [cache.edit for cache in caches if cache.edit is not None]
+        merged = cls(len(caches[0].layers), edits[0].stack(edits) if edits else None)
+        longest = max(cache.get_seq_length() for cache in caches)
+        for index, layer in enumerate(merged.layers):
+            parts = [cache.layers[index] for cache in caches]
+            layer.lazy_initialization(parts[0].keys, parts[0].values)
+            layer.keys = torch.cat([_padded(part.keys, longest) for part in parts])
+            layer.values = torch.cat([_padded(part.values, longest) for part in parts])
+        return merged
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all sequences of the batch but ``rows``."""
+        self.batch_select_indices(rows)
+        if self.edit is not None:
+            self.edit = self.edit.rows(rows)
+            for layer in self.layers:
+                layer.edit = self.edit
+
+    def copy(self, edit: Edit | None = None) -> EditedCache:
+        """A new cache with the same contents (shared, never written in place) and another edit."""
+        other = EditedCache(len(self.layers), edit)
+        for mine, new in zip(self.layers, other.layers, strict=True):
+            if mine.is_initialized:
+                new.lazy_initialization(mine.keys, mine.values)
+                new.keys, new.values = mine.keys, mine.values
+        return other
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 0, length - x.shape[-2], 0))

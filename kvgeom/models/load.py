@@ -1,0 +1,206 @@
+"""One door to a model: a hub id, a folder, a GGUF file, the demo, or an object that is already loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvgeom.errors import InputError, KvgeomError
+from kvgeom.models.demo import DEMOS, demo_model_dir
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvgeom.models.model import Model
+
+BACKENDS = ("hf",)
+
+
+def load(
+    model: Any,
+    *,
+    tokenizer: Any = None,
+    backend: str = "hf",
+    template: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> Model:
+    """Load a language model.
+
+    Parameters
+    ----------
+    model : str, Path, PreTrainedModel or Model
+        ``"demo"`` (or ``"demo-no-refusal"``), a folder with a transformers checkpoint, a ``.gguf`` file, a hub id
+        such as ``"Qwen/Qwen2.5-7B-Instruct"``, a transformers model that you hold (with ``tokenizer``), or
+        something that this function returned before, which is returned as it is.
+    tokenizer : PreTrainedTokenizerBase, optional
+        Needed, and only allowed, with a transformers model.
+    backend : {"hf"}
+        What runs the model.
+    template : str or Path, optional
+        Chat template, as Jinja text or a file of it; for models without one of their own.
+    dtype : torch.dtype or str, optional
+        float32 on a CPU, where comparisons are to be exact; the checkpoint's own on an accelerator.
+    device : str, optional
+        An accelerator if there is one, else the CPU.
+    revision : str, optional
+        Of a hub id.
+    trust_remote_code : bool
+        Run code that comes with the checkpoint. Off unless you ask for it.
+    progress : bool
+        Show bars while fetching and converting.
+    **options
+        Go to ``from_pretrained`` (for instance ``device_map``, ``quantization_config``, ``attn_implementation``).
+
+    Raises
+    ------
+    InputError
+        If there is no model there, or not a whole one.
+    ModelError
+        If it loads but lacks what is needed, such as a chat template.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"backend {backend!r} was asked, but there is only {', '.join(BACKENDS)}")
+    if not isinstance(model, str | Path):
+        return _wrap(model, tokenizer, template)
+    if tokenizer is not None:
+        raise InputError("a tokenizer was given with a model name; it goes with a loaded transformers model only")
+    source, name = _locate(str(model), progress)
+    chat_template = _read_template(template)
+    return _from_pretrained(
+        source,
+        name,
+        chat_template,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+        tokenizer_options={"revision": revision, "trust_remote_code": trust_remote_code},
+        model_options=options,
+    )
+
+
+def _wrap(model: Any, tokenizer: Any, template: str | Path | None) -> Model:
+    from transformers import PreTrainedModel
+
+    from kvgeom.models.hf import HFModel
+
+    if isinstance(model, HFModel):
+        return model
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(
+            f"a {type(model).__name__} was given; give a hub id, a folder, a .gguf file, 'demo', or a transformers model"
+        )
+    if tokenizer is None:
+        raise InputError(f"a {type(model).__name__} was given without its tokenizer; give load(model, tokenizer=...)")
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    return HFModel(model, tokenizer, name=name, template=_read_template(template))
+
+
+def _locate(asked: str, progress: bool) -> tuple[str, str]:
+    """What to hand to transformers, and what to call the model."""
+    if asked in DEMOS:
+        return str(demo_model_dir(DEMOS[asked], progress=progress)), f"{asked} ({DEMOS[asked].title})"
+    path = Path(asked).expanduser()
+    if path.is_dir():
+        _check_folder(path)
+        return str(path), path.resolve().name
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{asked} was asked, but a single file must be a .gguf; for a checkpoint give its folder")
+        from kvgeom.models.gguf import converted_gguf
+
+        return str(converted_gguf(path, progress)), path.name
+    if asked.startswith((".", "~", os.sep)) or asked.endswith(".gguf") or asked.count("/") != 1:
+        known = ", ".join(DEMOS)
+        raise InputError(
+            f"{asked} was asked, but there is no such file or folder; give one, a hub id (owner/name), or one of: {known}"
+        )
+    return asked, asked
+
+
+def _check_folder(path: Path) -> None:
+    files = {file.name for file in path.iterdir()}
+    if "config.json" not in files:
+        single = sorted(name for name in files if name.endswith(".gguf"))
+        hint = f"; did you mean {path / single[0]}?" if single else "; give a folder with a transformers checkpoint"
+        raise InputError(f"{path} was asked, but it holds no model (no config.json){hint}")
+    if not any(name.endswith(".safetensors") for name in files):
+        raise InputError(
+            f"{path} was asked, but it holds no .safetensors weights; convert them (pickled weights can run code: not read)"
+        )
+
+
+def _read_template(template: str | Path | None) -> str | None:
+    if template is None or "{" in str(template):
+        return None if template is None else str(template)
+    path = Path(template).expanduser()
+    if not path.is_file():
+        raise InputError(f"template {template} was asked, but there is no such file; give a file with a Jinja chat template")
+    return path.read_text(encoding="utf-8")
+
+
+def _from_pretrained(
+    source: str,
+    name: str,
+    template: str | None,
+    *,
+    device: str | None,
+    dtype: torch.dtype | str | None,
+    progress: bool,
+    tokenizer_options: dict[str, Any],
+    model_options: dict[str, Any],
+) -> Model:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from kvgeom.models.hf import HFModel
+
+    device = device or _best_device()
+    if dtype is None:
+        dtype = torch.float32 if device == "cpu" else "auto"
+    placed = "device_map" in model_options
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, **tokenizer_options, **model_options
+            )
+            loaded = loaded if placed else loaded.to(device)
+    except KvgeomError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(f"{name} was asked, but it cannot be loaded: {reason.strip()}") from error
+    loaded.requires_grad_(False)
+    return HFModel(loaded, tokenizer, name=name, template=template)
+
+
+def _best_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' warnings and bars while a block runs: kvgeom shows its own."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

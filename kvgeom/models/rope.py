@@ -1,0 +1,32 @@
+"""Taking rotary position embedding out of keys, so that tokens at different positions can be compared."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotate(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Keys as stored, from keys as projected: ``k * cos + rotate_half(k) * sin``.
+
+    Parameters
+    ----------
+    k : Tensor [..., tokens, head_dim]
+    cos, sin : Tensor [tokens, rotary_dim]
+        What the model's own rotary module returned; with a partial rotary embedding ``rotary_dim < head_dim``
+        and the other channels pass through.
+    """
+    size = cos.shape[-1]
+    turned = k[..., :size]
+    return torch.cat([turned * cos + _rotate_half(turned) * sin, k[..., size:]], dim=-1)
+
+
+def unrotate(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Inverse of :func:`rotate`, also where the model scales ``cos`` and ``sin`` (as YaRN does)."""
+    scale = (cos * cos + sin * sin).clamp_min(torch.finfo(cos.dtype).tiny)
+    return rotate(k, cos / scale, -sin / scale)
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)

@@ -1,0 +1,1 @@
+"""Figures: functions of result objects that return plotly figures, and never show them."""

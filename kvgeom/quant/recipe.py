@@ -1,0 +1,90 @@
+"""Which layers of a cache are rounded, and how: every sweep, ablation and mitigation is a Recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from kvgeom.errors import InputError
+from kvgeom.quant.scheme import Scheme
+
+Site = Literal["k", "v"]
+Schemes = tuple[Scheme | None, Scheme | None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """For each layer the scheme of its keys and of its values; ``None`` keeps full precision.
+
+    Attributes
+    ----------
+    layers : tuple of (Scheme or None, Scheme or None)
+        One pair (k, v) per layer, layer 0 first.
+
+    Examples
+    --------
+    >>> int4 = Scheme(4)
+    >>> recipe = Recipe.uniform(24, int4).keep([0, 1])
+    >>> recipe.touched[:3]
+    (2, 3, 4)
+    >>> recipe == Recipe.uniform(24, int4, layers=range(2, 24))
+    True
+    """
+
+    layers: tuple[Schemes, ...]
+
+    @classmethod
+    def exact(cls, n_layers: int) -> Recipe:
+        """Nothing is rounded."""
+        return cls(((None, None),) * n_layers)
+
+    @classmethod
+    def uniform(
+        cls,
+        n_layers: int,
+        scheme: Scheme | None,
+        *,
+        layers: Iterable[int] | None = None,
+        sites: Iterable[Site] = ("k", "v"),
+    ) -> Recipe:
+        """The same scheme for k and v (or only one of them) in all layers, or only in ``layers``."""
+        chosen = range(n_layers) if layers is None else _check(layers, n_layers)
+        sites = tuple(sites)
+        pair = (scheme if "k" in sites else None, scheme if "v" in sites else None)
+        return cls(tuple(pair if layer in chosen else (None, None) for layer in range(n_layers)))
+
+    def keep(self, layers: Iterable[int]) -> Recipe:
+        """The same recipe with ``layers`` kept in full precision."""
+        kept = _check(layers, len(self))
+        return Recipe(tuple((None, None) if layer in kept else pair for layer, pair in enumerate(self.layers)))
+
+    @property
+    def touched(self) -> tuple[int, ...]:
+        """Layers in which something is rounded."""
+        return tuple(layer for layer, pair in enumerate(self.layers) if pair != (None, None))
+
+    def scheme(self, layer: int, site: Site) -> Scheme | None:
+        """The scheme of one site of one layer."""
+        return self.layers[layer][0 if site == "k" else 1]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[Schemes]:
+        return iter(self.layers)
+
+    def __str__(self) -> str:
+        schemes = sorted({str(scheme) for pair in self.layers for scheme in pair if scheme is not None})
+        if not schemes:
+            return "exact"
+        where = "" if len(self.touched) == len(self) else f" in layers {','.join(map(str, self.touched))}"
+        return " + ".join(schemes) + where
+
+
+def _check(layers: Iterable[int], n_layers: int) -> frozenset[int]:
+    asked = frozenset(layers)
+    wrong = sorted(layer for layer in asked if not 0 <= layer < n_layers)
+    if wrong:
+        raise InputError(f"layers {wrong} were asked, but the model has layers 0 to {n_layers - 1}")
+    return asked

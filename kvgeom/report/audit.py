@@ -1,0 +1,298 @@
+"""The audit: a diagnosis of one model, written down as ``audit.json`` and ``report.html``."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kvgeom.diagnosis.curve import Curve
+from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
+from kvgeom.diagnosis.pcr import PCR
+from kvgeom.diagnosis.scan import Scan
+from kvgeom.diagnosis.taxonomy import Mode
+from kvgeom.errors import InputError
+from kvgeom.geometry.sensitivity import Sensitivity
+from kvgeom.models.load import load
+from kvgeom.models.model import Model
+from kvgeom.prompts.sets import PromptSet, calibration
+from kvgeom.quant.placement import Placement
+from kvgeom.quant.scheme import Scheme, check_bits
+from kvgeom.report.verdict import Verdict, conclude
+
+#: Version of the layout of audit.json; docs/schema.md describes it.
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Audit:
+    """All that an audit found; :meth:`to_dict` is the content of ``audit.json``.
+
+    Where the model refuses nothing, flip rates and margins are NaN and ``mode`` is undetermined.
+
+    Attributes
+    ----------
+    model, prompts, settings, baseline : dict
+        See docs/schema.md.
+    curve, scan, pcr, pcr_paper, mode, sensitivity
+        See :class:`~kvgeom.diagnosis.diagnose.Diagnosis`.
+    responses : tuple of dict
+        Some flipped prompts: ``bits``, ``request``, ``baseline``, ``response``, ``label``, ``reason``.
+    verdict : Verdict
+    """
+
+    model: dict[str, Any]
+    prompts: dict[str, Any]
+    settings: dict[str, Any]
+    baseline: dict[str, Any]
+    curve: Curve
+    scan: Scan
+    pcr: PCR
+    pcr_paper: PCR
+    mode: Mode
+    sensitivity: Sensitivity
+    responses: tuple[dict[str, Any], ...]
+    verdict: Verdict
+
+    @property
+    def shown_layer(self) -> int:
+        """The layer whose channels are shown: the critical one, else that of the largest ratio in the keys."""
+        if self.scan.critical_layer is not None:
+            return self.scan.critical_layer
+        keys = self.sensitivity.data.ratio.sel(site="k").fillna(-1.0)
+        return int(keys.layer[int(keys.argmax())])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, NaN as null; the layout is described in docs/schema.md."""
+        scheme = self.curve.meta["scheme"]
+        curve = [
+            {**_ci(row), "scheme": f"int{int(row['bits'])}-{scheme}" if row["bits"] < 16 else "exact"}
+            for row in self.curve.to_frame().to_dict("records")
+        ]
+        layers = [_ci(row) for row in self.scan.to_frame().to_dict("records")]
+        for row in layers:
+            row["margin_ci"] = [row.pop("margin_low"), row.pop("margin_high")]
+        names = [name for name, variable in self.sensitivity.data.items() if variable.dims == ("layer", "site")]
+        sensitivity = self.sensitivity.data[names].to_dataframe().reset_index().to_dict("records")
+        return _json(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "verdict": self.verdict.to_dict(),
+                "model": self.model,
+                "prompts": self.prompts,
+                "settings": self.settings,
+                "baseline": self.baseline,
+                "curve": curve,
+                "layers": layers,
+                "critical_layer": self.scan.critical_layer,
+                "pcr": self.pcr.to_dict(),
+                "pcr_paper": self.pcr_paper.to_dict(),
+                "mode": self.mode.to_dict(),
+                "sensitivity": sensitivity,
+                "channels": self._channels(),
+                "responses": list(self.responses),
+            }
+        )
+
+    def _channels(self) -> list[dict[str, Any]]:
+        """The channels of keys and values at the layer that the report shows."""
+        rows = []
+        for site in ("k", "v"):
+            table = self.sensitivity.channels(site).sel(layer=self.shown_layer, drop=True).to_dataframe().reset_index()
+            table["head"] = table["channel"] // self.sensitivity.meta["head_dim"]
+            rows += [{"layer": self.shown_layer, "site": site, **row} for row in table.to_dict("records")]
+        return rows
+
+    def save(self, out: str | Path) -> Path:
+        """Write ``audit.json`` and ``report.html`` into a folder, each whole or not at all; return the report's path."""
+        from kvgeom.report.page import render
+
+        folder = writable_folder(out)
+        _write_whole(folder / "audit.json", json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        return _write_whole(folder / "report.html", render(self))
+
+    def __repr__(self) -> str:
+        return f"<Audit {self.verdict.headline}>"
+
+
+def audit(
+    model: Any,
+    out: str | Path | None = None,
+    *,
+    prompts: PromptSet | None = None,
+    scheme: Scheme | None = None,
+    curve_bits: tuple[int, ...] | None = None,
+    bits: int = 3,
+    placement: Placement | None = None,
+    max_new_tokens: int = 24,
+    batch_size: int = 32,
+    progress: bool = True,
+    seed: int = 0,
+    **load_options: Any,
+) -> Audit:
+    """Audit a model end to end: does its refusal survive a rounded KV cache, where does it break, and how?
+
+    Parameters
+    ----------
+    model : anything that :func:`kvgeom.load` takes
+    out : str or Path, optional
+        Folder for ``audit.json`` and ``report.html``; without it nothing is written.
+    prompts, scheme, curve_bits, bits, placement, max_new_tokens, batch_size, progress, seed
+        See :func:`kvgeom.diagnose`.
+    **load_options
+        Go to :func:`kvgeom.load`.
+
+    Raises
+    ------
+    InputError
+        If the model, the prompts, the bits or the folder cannot be used; before any long work where that can be known.
+    """
+    started = time.monotonic()
+    for width in (*(curve_bits or ()), bits):
+        check_bits(width)
+    if out is not None:
+        writable_folder(out)
+    prompts = prompts or calibration()
+    if not prompts.harmful:
+        raise InputError(f"prompt set {prompts.name!r} was asked, but it has no harmful requests; an audit needs some")
+    loaded = load(model, progress=progress, **load_options)
+    options: dict[str, Any] = {"curve_bits": curve_bits} if curve_bits else {}
+    found = diagnose(
+        loaded,
+        prompts,
+        scheme=scheme,
+        bits=bits,
+        placement=placement,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+        seed=seed,
+        **options,
+    )
+    made = _audit(loaded, prompts, found, seed=seed, seconds=time.monotonic() - started)
+    if out is not None:
+        made.save(out)
+    return made
+
+
+def _audit(model: Model, prompts: PromptSet, found: Diagnosis, *, seed: int, seconds: float) -> Audit:
+    base, meta = found.baseline, found.curve.meta
+    return Audit(
+        model={
+            "name": model.name,
+            "backend": model.backend,
+            "fingerprint": model.fingerprint,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+            "attention_kernel": model.attention_kernel,
+            **model.geometry.__dict__,
+        },
+        prompts={
+            "name": prompts.name,
+            "source": prompts.source,
+            "fingerprint": prompts.fingerprint,
+            "harmful": len(prompts.harmful),
+            "harmless": len(prompts.harmless),
+        },
+        settings={
+            "scheme": meta["scheme"],
+            "scan_scheme": found.scan.meta["scheme"],
+            "placement": meta["placement"],
+            "max_new_tokens": meta["max_new_tokens"],
+            "judge": meta["judge"],
+            "seed": seed,
+            "seconds": round(seconds, 1),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": {name: version(name) for name in ("kvgeom", "torch", "transformers")},
+        },
+        baseline={
+            "prompts": len(base.prompts),
+            **found.outcomes.counts(),
+            "perplexity": meta["baseline_perplexity"],
+        },
+        curve=found.curve,
+        scan=found.scan,
+        pcr=found.pcr,
+        pcr_paper=found.pcr_paper,
+        mode=found.mode,
+        sensitivity=found.sensitivity,
+        responses=_examples(found),
+        verdict=conclude(found.curve, found.mode),
+    )
+
+
+def _examples(found: Diagnosis, per_width: int = 3) -> tuple[dict[str, Any], ...]:
+    """Some prompts refused unquantized that are not refused at each width."""
+    data = found.outcomes.data
+    exact = data.sel(recipe="exact")
+    examples: list[dict[str, Any]] = []
+    for bits in found.curve.data.bits.values[1:]:
+        now = data.sel(recipe=f"{bits}-bit")
+        lost = ((exact.label == "refused") & (now.label != "refused")).values
+        examples += [
+            {
+                "bits": int(bits),
+                "request": str(data.request.values[i]),
+                "baseline": str(exact.text.values[i]),
+                "response": str(now.text.values[i]),
+                "label": str(now.label.values[i]),
+                "reason": str(now.reason.values[i]),
+            }
+            for i in lost.nonzero()[0][:per_width]
+        ]
+    return tuple(examples)
+
+
+def writable_folder(out: str | Path) -> Path:
+    """Make a folder, or find it, and be sure that it can be written.
+
+    Raises
+    ------
+    InputError
+        If it cannot.
+    """
+    folder = Path(out).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"output folder {out} was asked, but it cannot be written: {error.strerror}; choose another") from error
+    return folder
+
+
+def _write_whole(path: Path, text: str) -> Path:
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+    return path
+
+
+def _ci(row: dict[str, Any]) -> dict[str, Any]:
+    return {**{k: v for k, v in row.items() if k not in ("ci_low", "ci_high")}, "ci": [row["ci_low"], row["ci_high"]]}
+
+
+def _json(value: Any) -> Any:
+    """JSON types only: numpy scalars unpacked, NaN and infinities null, whole floats of counts as they are."""
+    if isinstance(value, dict):
+        return {str(key): _json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,87 @@
+"""The shape that all results share: a labelled table, what made it, and ways to look at it."""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from kvgeom.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+    import xarray as xr
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """A frozen result: an :class:`xarray.Dataset` with named dimensions, and its provenance.
+
+    Attributes
+    ----------
+    data : xarray.Dataset
+        The numbers; each subclass documents its variables.
+    meta : dict
+        What made it: model, fingerprints, recipe, prompts, versions, seed. JSON types only.
+    """
+
+    data: xr.Dataset
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    kind: ClassVar[str] = "result"
+
+    def to_frame(self) -> pd.DataFrame:
+        """The numbers as a pandas frame, one row for each combination of coordinates."""
+        return self.data.to_dataframe().reset_index()
+
+    def plot(self) -> go.Figure:
+        """The figure that belongs to this result."""
+        raise NotImplementedError
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result to one NetCDF file (no pickle); read it back with :meth:`load`."""
+        path = Path(path)
+        stamped = self.data.assign_attrs(kvgeom_kind=self.kind, kvgeom_meta=json.dumps(self.meta))
+        try:
+            stamped.to_netcdf(path, engine="h5netcdf")
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error}; choose a folder that exists and is writable") from error
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a result that :meth:`save` wrote.
+
+        Raises
+        ------
+        InputError
+            If the file is missing, is not a kvgeom result, or is a result of another kind.
+        """
+        import xarray as xr
+
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"cannot load {path}: no such file; give a path that .save() wrote")
+        try:
+            with xr.open_dataset(path, engine="h5netcdf") as opened:
+                data = opened.load()
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot load {path}: not a kvgeom result; give a path that .save() wrote") from error
+        found = data.attrs.pop("kvgeom_kind", None)
+        meta = json.loads(data.attrs.pop("kvgeom_meta", "{}"))
+        if found != cls.kind:
+            raise InputError(f"cannot load {path} as {cls.kind}: it holds {found or 'no kvgeom result'}")
+        return cls(data=data, meta=meta)
+
+    def summary(self) -> str:
+        """One line that says what this is and what it shows."""
+        return f"{self.kind}: " + ", ".join(f"{dim} {size}" for dim, size in self.data.sizes.items())
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        return f"<p><b>{type(self).__name__}</b> {html.escape(self.summary())}</p>{self.to_frame().head(12).to_html()}"
