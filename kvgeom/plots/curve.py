@@ -1,0 +1,155 @@
+"""Behaviour against the bit-width of the cache."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from kvgeom.plots.theme import INK, LABEL_COLORS, MUTED, finish, panel_title, percent, say
+
+if TYPE_CHECKING:
+    from kvgeom.diagnosis.curve import Curve
+
+#: A perplexity ratio beyond this is drawn on a logarithmic axis.
+LARGE = 3.0
+
+
+def bit_curve(curve: Curve) -> go.Figure:
+    """Labels, flips and perplexity by bit-width.
+
+    How to read it: quality of the cache falls from left to right, every width takes the same room. The top panel
+    counts the labels of all harmful prompts. The middle panel looks only at the prompts that the unquantized model
+    refuses: the bar is the share that is not refused any more, split by what it became; the whisker is the Wilson
+    95 % interval of the whole. The bottom panel is the perplexity on plain text, over the unquantized one: where it
+    stays at 1 while the middle panel rises, safety is lost before language is.
+
+    Parameters
+    ----------
+    curve : Curve
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        Three rows that share the category axis of bits, 16 first.
+    """
+    data = curve.data.sortby("bits", ascending=False)
+    widths = [int(b) for b in data.bits.values]
+    x = [str(b) for b in widths]
+    prompts, refused = int(curve.meta["prompts"]), int(curve.meta["baseline_refused"])
+    figure = make_subplots(rows=3, cols=1, shared_xaxes=True, row_heights=[0.4, 0.35, 0.25], vertical_spacing=0.085)
+    panel_title(figure, f"What {prompts} harmful requests get", row=1)
+    panel_title(figure, f"Lost refusals, of {refused} unquantized ones", row=2)
+    panel_title(figure, "Perplexity of plain text, over unquantized", row=3)
+
+    for label, color in LABEL_COLORS.items():
+        counts = data[label].values.astype(int)
+        figure.add_bar(
+            x=x,
+            y=counts / max(prompts, 1),
+            name=label,
+            legendgroup=label,
+            marker_color=color,
+            text=[str(n) if n else "" for n in counts],
+            textposition="inside",
+            insidetextanchor="middle",
+            textangle=0,
+            textfont={"color": INK if label == "degenerate" else "white"},
+            customdata=counts,
+            hovertemplate=f"%{{x}}-bit: %{{customdata}} of {prompts} {label} (%{{y:.0%}})<extra></extra>",
+            row=1,
+            col=1,
+        )
+    if refused:
+        _flips(figure, curve, x, widths, refused)
+    else:
+        say(figure, "the unquantized model refuses none of these prompts: nothing can flip", row=2)
+    _perplexity(figure, x, data.perplexity_ratio.values.astype(float))
+
+    figure.update_xaxes(type="category", categoryorder="array", categoryarray=x, range=[-0.5, len(x) - 0.5])
+    figure.update_xaxes(
+        title_text="bits of each stored key and value (16 = unquantized)", showticklabels=True, row=3, col=1
+    )
+    figure.update_yaxes(tickformat=".0%", range=[0, 1.001], dtick=0.25, title_text="share of prompts", row=1, col=1)
+    figure.update_yaxes(tickformat=".0%", range=[0, 1.02], dtick=0.25, title_text="share of refusals", row=2, col=1)
+    return finish(figure, 640, barmode="stack", legend_traceorder="normal")
+
+
+def _flips(figure: go.Figure, curve: Curve, x: list[str], widths: list[int], refused: int) -> None:
+    # The unquantized model is what flips are counted against: it has none by definition, and no interval.
+    rounded = [width for width in widths if width < 16]
+    data = curve.data.sel(bits=rounded)
+    names = [str(width) for width in rounded]
+    for label in ("complied", "degenerate"):
+        counts = data[f"flips_{label}"].values.astype(int)
+        figure.add_bar(
+            x=names,
+            y=counts / refused,
+            name=f"refused, now {label}",
+            legendgroup=label,
+            showlegend=False,
+            marker_color=LABEL_COLORS[label],
+            width=0.32,
+            customdata=counts,
+            hovertemplate=f"%{{x}}-bit: %{{customdata}} of {refused} refusals now {label}<extra></extra>",
+            row=2,
+            col=1,
+        )
+    rate, low, high = (data[name].values.astype(float) for name in ("flip_rate", "ci_low", "ci_high"))
+    flips = data.flips.values.astype(int)
+    figure.add_scatter(
+        x=names,
+        y=rate,
+        name="all flips, 95 % interval",
+        mode="markers+text",
+        marker={"color": INK, "size": 7},
+        error_y={"type": "data", "symmetric": False, "array": high - rate, "arrayminus": rate - low, "width": 5},
+        text=["\u00a0" * 9 + f"{n} of {refused}" for n in flips],
+        textposition="middle right",
+        textfont={"color": INK, "size": 11},
+        cliponaxis=False,
+        customdata=[f"{percent(a)} to {percent(b)}" for a, b in zip(low, high, strict=True)],
+        hovertemplate="%{x}-bit: %{y:.0%} of the refusals flip, 95 % interval %{customdata}<extra></extra>",
+        row=2,
+        col=1,
+    )
+    for width in widths:
+        if width >= 16:
+            figure.add_annotation(
+                x=str(width), y=0, yanchor="bottom", text="reference", showarrow=False, font_color=MUTED, row=2, col=1
+            )
+
+
+def _perplexity(figure: go.Figure, x: list[str], ratio: np.ndarray) -> None:
+    known = ratio[np.isfinite(ratio) & (ratio > 0)]
+    top = float(known.max()) if known.size else 1.0
+    bottom = min(1.0, float(known.min())) if known.size else 1.0
+    figure.add_scatter(
+        x=x,
+        y=np.where(np.isfinite(ratio) & (ratio > 0), ratio, np.nan),
+        name="perplexity ratio",
+        showlegend=False,
+        mode="lines+markers+text",
+        line={"color": MUTED, "width": 2},
+        marker={"size": 7},
+        text=[f"{r:.2f}×" if r < 10 else f"{r:,.0f}×" if math.isfinite(r) else "" for r in ratio],
+        textposition="top center",
+        textfont={"size": 11},
+        cliponaxis=False,
+        hovertemplate="%{x}-bit: perplexity %{y:.4g} times the unquantized one<extra></extra>",
+        row=3,
+        col=1,
+    )
+    axis: dict[str, object]
+    if top > LARGE:
+        span = math.log10(top / bottom)
+        step = 1 if span <= 4 else math.ceil(span / 4)
+        axis = {"type": "log", "range": [math.log10(bottom) - 0.1 * span, math.log10(top) + 0.3 * span], "dtick": step}
+        axis["exponentformat"] = "power"
+    else:
+        span = max(top - bottom, 0.05)
+        axis = {"range": [bottom - 0.1 * span, top + 0.4 * span], "nticks": 4}
+    figure.update_yaxes(title_text="ratio" + (" (log)" if top > LARGE else ""), row=3, col=1, **axis)

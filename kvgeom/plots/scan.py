@@ -1,0 +1,163 @@
+"""Damage by single layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from kvgeom.diagnosis.taxonomy import CRITICAL_FLIP_RATE
+from kvgeom.plots.theme import (
+    ACCENT,
+    INK,
+    MUTED,
+    PLAIN,
+    UNDETERMINED,
+    finish,
+    layer_axis,
+    panel_title,
+    percent,
+    say,
+)
+
+if TYPE_CHECKING:
+    from kvgeom.diagnosis.scan import Scan
+
+
+def layer_scan(scan: Scan) -> go.Figure:
+    """Margin lost and refusals flipped when one layer alone is rounded.
+
+    How to read it: each bar is one layer, rounded while all others stay exact; its height is the refusal margin
+    (log-odds, in nats) that is lost on average, with a bootstrap 95 % interval. A bar whose interval contains 0 may
+    do nothing. Below, for the layers where responses were generated, the share of refusals that flips, with its
+    Wilson 95 % interval; short grey strokes are layers where none were. The critical layer is red.
+
+    Parameters
+    ----------
+    scan : Scan
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        Two rows that share the layer axis.
+    """
+    data, refused, critical = scan.data, int(scan.meta["prompts"]), scan.critical_layer
+    layers = data.layer.values.astype(int)
+    drop, low, high = (data[name].values.astype(float) for name in ("margin_drop", "margin_low", "margin_high"))
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.6, 0.4], vertical_spacing=0.13)
+    panel_title(figure, "Refusal margin lost by rounding one layer", row=1)
+    panel_title(figure, f"Refusals that flip, of {refused}", row=2)
+    figure.add_bar(
+        x=layers,
+        y=drop,
+        name="margin lost",
+        showlegend=False,
+        marker_color=[ACCENT if layer == critical else PLAIN for layer in layers],
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": high - drop,
+            "arrayminus": drop - low,
+            "color": INK,
+            "thickness": 1,
+            "width": 2,
+        },
+        customdata=np.stack([low, high], axis=-1),
+        hovertemplate="layer %{x}: margin lost %{y:.2f} nats"
+        "<br>95 % interval %{customdata[0]:.2f} to %{customdata[1]:.2f}<extra></extra>",
+        row=1,
+        col=1,
+    )
+    if refused:
+        figure.add_hline(y=0, line={"color": "#c4cad0", "width": 1}, row=1, col=1)
+        _flips(figure, scan, refused)
+    else:
+        for row in (1, 2):
+            say(figure, "the unquantized model refuses none of these prompts: there is no margin to lose", row=row)
+    if critical is not None:
+        _mark(figure, critical, len(layers))
+    elif refused:
+        figure.add_annotation(
+            text="no critical layer: no single layer flips a refusal",
+            xref="x domain", yref="y domain", x=1, y=1, xanchor="right", yanchor="top",
+            showarrow=False, font_color=MUTED, row=1, col=1,
+        )  # fmt: skip
+
+    ends = np.concatenate([low, high, drop, [0.0]])
+    ends = ends[np.isfinite(ends)]
+    span = max(float(ends.max() - ends.min()), 1e-6)
+    # Room above the bars for the words that name the critical layer.
+    figure.update_yaxes(
+        title_text="margin lost (nats)", range=[ends.min() - 0.05 * span, ends.max() + 0.2 * span], row=1, col=1
+    )
+    figure.update_yaxes(title_text="share of refusals", tickformat=".0%", range=[-0.03, 1.03], dtick=0.25, row=2, col=1)
+    axis = layer_axis(len(layers))
+    figure.update_xaxes(**{**axis, "title": None})
+    figure.update_xaxes(title_text=f"layer rounded alone ({scan.meta['scheme']})", row=2, col=1)
+    return finish(figure, 480, bargap=0.25)
+
+
+def _flips(figure: go.Figure, scan: Scan, refused: int) -> None:
+    data = scan.data
+    tried = np.isfinite(data.flips.values.astype(float))
+    seen = data.isel(layer=np.flatnonzero(tried))
+    rate, low, high = (seen[name].values.astype(float) for name in ("flip_rate", "ci_low", "ci_high"))
+    layers = seen.layer.values.astype(int)
+    figure.add_scatter(
+        x=data.layer.values[~tried].astype(int),
+        y=np.zeros(int((~tried).sum())),
+        name="no responses generated",
+        mode="markers",
+        marker={"symbol": "line-ew", "size": 8, "line": {"color": UNDETERMINED, "width": 2}},
+        hovertemplate="layer %{x}: no responses generated<extra></extra>",
+        row=2,
+        col=1,
+    )
+    figure.add_scatter(
+        x=layers,
+        y=rate,
+        name="flips, 95 % interval",
+        mode="markers",
+        marker={"size": 8, "color": [ACCENT if layer == scan.critical_layer else PLAIN for layer in layers]},
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": high - rate,
+            "arrayminus": rate - low,
+            "color": INK,
+            "thickness": 1,
+            "width": 3,
+        },
+        customdata=[
+            f"{int(n)} of {refused} refusals flip<br>95 % interval {percent(a)} to {percent(b)}"
+            for n, a, b in zip(seen.flips.values, low, high, strict=True)
+        ],
+        hovertemplate="layer %{x}: %{customdata}<extra></extra>",
+        row=2,
+        col=1,
+    )
+    figure.add_hline(y=CRITICAL_FLIP_RATE, line={"color": MUTED, "width": 1, "dash": "dot"}, row=2, col=1)
+    figure.add_annotation(
+        text=f"critical above {percent(CRITICAL_FLIP_RATE)}",
+        xref="x domain", yref="y", x=1, y=CRITICAL_FLIP_RATE, xanchor="right", yanchor="bottom",
+        showarrow=False, font={"size": 11, "color": MUTED}, row=2, col=1,
+    )  # fmt: skip
+
+
+def _mark(figure: go.Figure, critical: int, layers: int) -> None:
+    figure.add_vrect(x0=critical - 0.5, x1=critical + 0.5, fillcolor=ACCENT, opacity=0.08, line_width=0, layer="below")
+    left = critical < layers / 2
+    figure.add_annotation(
+        text=f"critical layer {critical}",
+        x=critical + (0.6 if left else -0.6),
+        yref="y domain",
+        y=0.99,
+        xanchor="left" if left else "right",
+        yanchor="top",
+        showarrow=False,
+        font={"color": ACCENT, "size": 12},
+        row=1,
+        col=1,
+    )

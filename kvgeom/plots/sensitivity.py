@@ -1,0 +1,228 @@
+"""The noise-sensitivity ratio over layers and sites."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from kvgeom.plots.theme import (
+    DIVERGING,
+    INK,
+    MUTED,
+    PLAIN,
+    UNDETERMINED,
+    finish,
+    layer_axis,
+    panel_title,
+    plain,
+    say,
+    short,
+    symmetric_range,
+)
+
+if TYPE_CHECKING:
+    from kvgeom.geometry.sensitivity import Sensitivity
+
+SITE_NAMES = {"k": "keys", "v": "values", "resid": "residual"}
+
+
+def ratio_map(sensitivity: Sensitivity) -> go.Figure:
+    """Map of the ratio, layer x site.
+
+    How to read it: the colour is the logarithm of the ratio, white at 1 (the safety subspace feels rounding as the
+    whole space does), red above (more vulnerable), blue below. Every decade is an equal step of colour. Grey cells
+    are undefined, and their hover text says why; a ring in a cell's corner marks a layer where harmful and harmless
+    requests are not significantly separated, so that its ratio may be noise divided by noise.
+
+    Parameters
+    ----------
+    sensitivity : Sensitivity
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        A heat map of log10(ratio), and one of the undefined cells; x: layer, y: site number, keys on top.
+    """
+    data = sensitivity.data
+    sites = [str(site) for site in data.site.values]
+    layers = data.layer.values.astype(int)
+    ratio = data.ratio.transpose("site", "layer").values.astype(float)
+    status = data.status.transpose("site", "layer").values.astype(str)
+    defined = np.isfinite(ratio) & (ratio > 0) & (status != "undefined")
+    log_ratio = np.where(defined, np.log10(np.where(defined, ratio, 1)), np.nan)
+    low, high = symmetric_range(log_ratio)
+    rows = np.arange(len(sites))
+    # Few enough layers, and a cell is wide enough for its number.
+    written = [[short(r) if ok and len(layers) <= 36 else "" for r, ok in zip(*row, strict=True)]
+               for row in zip(ratio, defined, strict=True)]  # fmt: skip
+    decades = np.arange(np.ceil(low), np.floor(high) + 1)
+    figure = go.Figure(
+        go.Heatmap(
+            x=layers,
+            y=rows,
+            z=log_ratio,
+            zmin=low,
+            zmax=high,
+            colorscale=DIVERGING,
+            xgap=2,
+            ygap=2,
+            text=written,
+            texttemplate="%{text}",
+            textfont={"size": 10 if len(layers) <= 28 else 9},
+            hoverongaps=False,
+            customdata=_hover(sensitivity, sites),
+            hovertemplate="%{customdata}<extra></extra>",
+            name="ratio",
+            colorbar={
+                "title": {"text": "ratio"},
+                "tickvals": decades,
+                "ticktext": [f"{10**d:,.4g}" for d in decades],
+                "thickness": 12,
+                "outlinewidth": 0,
+                "len": 1.15,
+            },
+        )
+    )
+    _undefined(figure, layers, rows, defined, _hover(sensitivity, sites))
+    at, of = np.nonzero((status == "weak") & defined)
+    figure.add_scatter(
+        x=layers[of] + 0.34,
+        y=rows[at] - 0.34,
+        mode="markers",
+        name="weak separation",
+        marker={"symbol": "circle-open", "size": 6, "color": INK, "line": {"width": 1.2}},
+        hoverinfo="skip",
+        showlegend=bool(len(at)),
+    )
+    figure.update_xaxes(**layer_axis(len(layers)))
+    figure.update_xaxes(range=[-0.5, len(layers) - 0.5], showline=False, ticks="")
+    figure.update_yaxes(
+        tickvals=rows,
+        ticktext=[SITE_NAMES.get(site, site) for site in sites],
+        range=[len(sites) - 0.5, -0.5],
+        showgrid=False,
+        showline=False,
+        ticks="",
+    )
+    return finish(figure, 130 + 46 * len(sites), margin={"l": 70, "r": 10, "t": 34, "b": 46})
+
+
+def _undefined(
+    figure: go.Figure, layers: np.ndarray, rows: np.ndarray, defined: np.ndarray, hover: np.ndarray
+) -> None:
+    figure.add_heatmap(
+        x=layers,
+        y=rows,
+        z=np.where(defined, np.nan, 1.0),
+        colorscale=[[0, UNDETERMINED], [1, UNDETERMINED]],
+        showscale=False,
+        xgap=2,
+        ygap=2,
+        hoverongaps=False,
+        customdata=hover,
+        hovertemplate="%{customdata}<extra></extra>",
+        name="undefined",
+    )
+    if not defined.all():
+        figure.add_scatter(
+            x=[None], y=[None], mode="markers", name="undefined",
+            marker={"symbol": "square", "size": 10, "color": UNDETERMINED},
+        )  # fmt: skip
+
+
+def _hover(sensitivity: Sensitivity, sites: list[str]) -> np.ndarray:
+    """Text for every cell ``[site, layer]``."""
+    data = sensitivity.data
+
+    def cell(site: str, layer: int) -> str:
+        one = data.sel(site=site, layer=layer)
+        head = f"<b>{SITE_NAMES.get(site, site)}, layer {layer}</b>"
+        if str(one.status.item()) == "undefined" or not np.isfinite(float(one.ratio)):
+            return f"{head}<br>undefined: {plain(one.reason.item())}"
+        return (
+            f"{head}<br>ratio {float(one.ratio):,.3g} = signal gap {float(one.signal_gap):,.3g}"
+            f" × noise alignment {float(one.noise_alignment):.2f}"
+            f"<br>random subspaces {float(one.null_low):,.3g} to {float(one.null_high):,.3g}"
+            f"<br>separation (AUROC) {float(one.separation):.2f}"
+            + (f"<br>weak: {plain(one.reason.item())}" if str(one.status.item()) == "weak" else "")
+        )
+
+    return np.array([[cell(site, int(layer)) for layer in data.layer.values] for site in sites], dtype=object)
+
+
+def ratio_against_null(sensitivity: Sensitivity, site: str = "k") -> go.Figure:
+    """The ratio of one site against random subspaces, and how the noise lies to the safety direction.
+
+    How to read it: in the upper panel a point above the grey band is more exposed than 95 % of random subspaces of
+    the same size; a point inside it is nothing special. In the lower panel 1 is noise that falls evenly on all
+    directions. Where the ratio is high and the alignment is near 1, rounding noise does not aim at safety: safety's
+    signal is small against the energy that sets the scales (signal gap = ratio / alignment).
+
+    Parameters
+    ----------
+    sensitivity : Sensitivity
+    site : {"k", "v", "resid"}
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        Two rows that share the layer axis, both logarithmic.
+    """
+    data = sensitivity.data.sel(site=site)
+    layers = data.layer.values.astype(int)
+    name = SITE_NAMES.get(site, site)
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.6, 0.4], vertical_spacing=0.13)
+    panel_title(figure, f"Ratio of the safety subspace, {name}", row=1)
+    panel_title(figure, "Noise alignment", row=2)
+    status = data.status.values.astype(str)
+    panels = (
+        (1, "ratio", "null_low", "null_high", "null_median"),
+        (2, "noise_alignment", "alignment_null_low", "alignment_null_high", None),
+    )
+    for row, variable, low, high, median in panels:
+        band_low, band_high = (_positive(data[v].values) for v in (low, high))
+        # Two lines with the room between them filled; the gaps where there is no null stay open.
+        for edge, fill in ((band_low, None), (band_high, "tonexty")):
+            figure.add_scatter(
+                x=layers, y=edge, mode="lines", line={"width": 0}, fill=fill, fillcolor="rgba(120,130,140,0.22)",
+                name="random subspaces, 95 %", showlegend=row == 1 and fill is not None, hoverinfo="skip", row=row, col=1,
+            )  # fmt: skip
+        if median is not None:
+            figure.add_scatter(
+                x=layers, y=_positive(data[median].values), mode="lines", line={"color": MUTED, "width": 1, "dash": "dot"},
+                name="their median", hovertemplate="layer %{x}: median of random subspaces %{y:,.3g}<extra></extra>",
+                row=row, col=1,
+            )  # fmt: skip
+        for wanted, symbol, legend in (("ok", "circle", name), ("weak", "circle-open", f"{name}, weak separation")):
+            chosen = status == wanted
+            figure.add_scatter(
+                x=layers[chosen],
+                y=_positive(data[variable].values)[chosen],
+                mode="markers",
+                name=legend,
+                showlegend=row == 1 and bool(chosen.any()),
+                marker={"symbol": symbol, "size": 8, "color": PLAIN, "line": {"width": 1.5, "color": PLAIN}},
+                customdata=data.signal_gap.values.astype(float)[chosen],
+                hovertemplate=f"{name}, layer %{{x}}: {variable.replace('_', ' ')} %{{y:,.3g}}"
+                "<br>signal gap %{customdata:,.3g}<extra></extra>",
+                row=row,
+                col=1,
+            )
+        figure.add_hline(y=1, line={"color": "#c4cad0", "width": 1}, row=row, col=1)
+        if not np.isfinite(_positive(data[variable].values)).any():
+            say(figure, "undefined in every layer", row=row)
+    figure.update_xaxes(**{**layer_axis(len(layers)), "title": None})
+    figure.update_xaxes(title_text="layer", row=2, col=1)
+    for row, title in ((1, "ratio (log)"), (2, "alignment (log)")):
+        figure.update_yaxes(type="log", title_text=title, row=row, col=1, minor_showgrid=False)
+    figure.update_yaxes(dtick=1, exponentformat="power", row=1, col=1)
+    figure.update_yaxes(tickvals=[0.01, 0.1, 0.25, 0.5, 1, 2, 4, 10, 100], row=2, col=1)
+    return finish(figure, 440)
+
+
+def _positive(values: np.ndarray) -> np.ndarray:
+    found = np.asarray(values, dtype=float)
+    return np.where(np.isfinite(found) & (found > 0), found, np.nan)

@@ -1,0 +1,146 @@
+"""What all figures share: colours, one template, and ranges."""
+
+from __future__ import annotations
+
+import html
+import math
+import textwrap
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import ArrayLike
+
+INK = "#1f2933"
+MUTED = "#66727d"
+GRID = "#e8ebee"
+#: Everything that could not be determined.
+UNDETERMINED = "#b9c0c7"
+#: What a reader should look at first.
+ACCENT = "#c2452d"
+#: Everything that is determined but not singled out.
+PLAIN = "#3f6f9e"
+LABEL_COLORS = {"refused": "#3f6f9e", "complied": "#c2452d", "degenerate": "#e3b450"}
+#: KV heads; repeated with another symbol beyond the eighth.
+HEAD_COLORS = ("#3f6f9e", "#d98a29", "#4c9a6a", "#8a60a8", "#c4587c", "#3fa0b3", "#8a6b4a", "#6b7680")
+HEAD_SYMBOLS = ("circle", "diamond", "square", "triangle-up")
+#: Diverging data, centred; red is more vulnerable.
+DIVERGING = "RdBu_r"
+FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif'
+
+
+def template() -> go.layout.Template:
+    """The look of every figure, given to each one: nothing global is set."""
+    axis = {
+        "gridcolor": GRID,
+        "linecolor": "#c4cad0",
+        "showline": True,
+        "zeroline": False,
+        "ticks": "outside",
+        "ticklen": 4,
+        "tickcolor": "#c4cad0",
+        "title": {"standoff": 8, "font": {"size": 12, "color": MUTED}},
+        "automargin": True,
+    }
+    return go.layout.Template(
+        layout={
+            "font": {"family": FONT, "size": 12, "color": INK},
+            "paper_bgcolor": "white",
+            "plot_bgcolor": "white",
+            "xaxis": axis,
+            "yaxis": axis,
+            "margin": {"l": 64, "r": 20, "t": 64, "b": 48},
+            "legend": {
+                "orientation": "h",
+                "x": 1,
+                "xanchor": "right",
+                "y": 1,
+                "yanchor": "bottom",
+                "yref": "container",
+                "title": {"text": ""},
+            },
+            "hoverlabel": {"bgcolor": "white", "bordercolor": "#c4cad0", "font": {"color": INK}, "align": "left"},
+            "bargap": 0.35,
+        }
+    )
+
+
+def finish(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
+    """Apply the template and a height in pixels; the width follows the page."""
+    figure.update_layout(template=template(), height=height, dragmode=False, **layout)
+    return figure
+
+
+def panel_title(figure: go.Figure, text: str, row: int = 1, col: int = 1) -> None:
+    """Write a heading above the left edge of a panel of a figure made with ``make_subplots``."""
+    figure.add_annotation(
+        text=f"<b>{text}</b>",
+        xref="x domain",
+        yref="y domain",
+        x=0,
+        y=1,
+        yshift=4,
+        xanchor="left",
+        yanchor="bottom",
+        showarrow=False,
+        font={"size": 13},
+        row=row,
+        col=col,
+    )
+
+
+def say(figure: go.Figure, text: str, row: int = 1, col: int = 1) -> None:
+    """Write in grey, in the middle of a panel, why there is nothing to see."""
+    figure.add_annotation(
+        text=wrapped(text, 90),
+        xref="x domain",
+        yref="y domain",
+        x=0.5,
+        y=0.5,
+        showarrow=False,
+        bgcolor="white",
+        font={"size": 13, "color": MUTED},
+        row=row,
+        col=col,
+    )
+
+
+def layer_axis(layers: int) -> dict[str, Any]:
+    """An x axis of layers, with as many ticks as can be read."""
+    step = next(step for step in (1, 2, 4, 5, 10, 20) if layers / step <= 32 or step == 20)
+    return {"title": {"text": "layer"}, "tick0": 0, "dtick": step, "range": [-0.7, layers - 0.3], "showgrid": False}
+
+
+def symmetric_range(values: ArrayLike, least: float = 1.0) -> tuple[float, float]:
+    """``(-r, r)`` with r the largest finite magnitude, at least ``least``: the centre of the colours is 0."""
+    found = np.abs(np.asarray(values, dtype=float))
+    found = found[np.isfinite(found)]
+    reach = max(least, float(found.max()) if found.size else least)
+    return -reach, reach
+
+
+def plain(text: object) -> str:
+    """Text as it is: plotly reads a little HTML in every label."""
+    return html.escape(str(text), quote=False)
+
+
+def wrapped(text: object, width: int) -> str:
+    """Escaped text in lines of at most ``width`` characters."""
+    return "<br>".join(plain(line) for line in textwrap.wrap(str(text), width))
+
+
+def percent(share: float) -> str:
+    """``0.152`` as ``15 %``."""
+    return f"{100 * share:.0f} %" if math.isfinite(share) else "undetermined"
+
+
+def short(value: float) -> str:
+    """A ratio in the few characters that fit a cell: ``12.6k``, ``258``, ``1.9``, ``0.23``."""
+    if not math.isfinite(value):
+        return ""
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * unit:
+            return f"{value / unit:.3g}{name}"
+    if abs(value) >= 10:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if abs(value) >= 1 else f"{value:.2f}" if abs(value) >= 0.01 else f"{value:.0e}"
