@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="kvgeom", description="When an LLM's KV cache is quantized: does its safety survive, why not, and what fixes it?"
+        prog="kvgeom",
+        description="When an LLM's KV cache is quantized: does its safety survive, why not, and what fixes it?",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {kvgeom.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -41,24 +42,40 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("model", metavar="MODEL", help="hub id, folder, .gguf file, or 'demo'")
     audit.add_argument("--out", metavar="DIR", required=True, help="folder for report.html and audit.json")
     audit.add_argument(
-        "--prompts", metavar="SET", default="calibration", help="a .txt/.csv/.jsonl file, or e.g. advbench=FILE (default: %(default)s)"
+        "--prompts",
+        metavar="SET",
+        default="calibration",
+        help="a .txt/.csv/.jsonl file, or e.g. advbench=FILE (default: %(default)s)",
     )
     audit.add_argument("--limit", metavar="N", type=int, help="use only the first N harmful and N harmless requests")
     audit.add_argument(
-        "--scheme", default="asym-token", help="rounding of the curve, e.g. sym-tensor, asym-group64 (default: %(default)s)"
+        "--scheme",
+        default="asym-token",
+        help="rounding of the curve, e.g. sym-tensor, asym-group64 (default: %(default)s)",
     )
     audit.add_argument(
-        "--bits", metavar="B", type=int, nargs="+", default=[8, 6, 5, 4, 3, 2], help="widths of the curve (default: 8 6 5 4 3 2)"
+        "--bits",
+        metavar="B",
+        type=int,
+        nargs="+",
+        default=[8, 6, 5, 4, 3, 2],
+        help="widths of the curve (default: 8 6 5 4 3 2)",
     )
-    audit.add_argument("--scan-bits", metavar="B", type=int, default=3, help="width of layer scan and PCR (default: %(default)s)")
+    audit.add_argument(
+        "--scan-bits", metavar="B", type=int, default=3, help="width of layer scan and PCR (default: %(default)s)"
+    )
     audit.add_argument(
         "--placement",
         choices=("cache", "paper"),
         default="cache",
         help="cache: as a real cache holds it; paper: as the released code simulates it (default: %(default)s)",
     )
-    audit.add_argument("--new-tokens", metavar="N", type=int, default=24, help="longest response (default: %(default)s)")
-    audit.add_argument("--batch-size", metavar="N", type=int, default=32, help="sequences decoded together (default: %(default)s)")
+    audit.add_argument(
+        "--new-tokens", metavar="N", type=int, default=24, help="longest response (default: %(default)s)"
+    )
+    audit.add_argument(
+        "--batch-size", metavar="N", type=int, default=32, help="sequences decoded together (default: %(default)s)"
+    )
     audit.add_argument("--template", metavar="FILE", help="Jinja chat template, for a model without one")
     audit.add_argument("--dtype", help="e.g. float32, bfloat16 (default: float32 on a CPU, else the checkpoint's)")
     audit.add_argument("--device", help="e.g. cpu, cuda (default: an accelerator if there is one)")

@@ -23,5 +23,7 @@ def cache_dir(*parts: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot keep files in {folder}: {error.strerror}; set KVGEOM_CACHE to a writable folder") from error
+        raise InputError(
+            f"cannot keep files in {folder}: {error.strerror}; set KVGEOM_CACHE to a writable folder"
+        ) from error
     return folder

@@ -14,7 +14,9 @@ def bar(title: str, total: int, show: bool = True, **options: Any) -> Iterator[A
     """A tqdm bar with time left; its ``update(n)`` counts, ``show=False`` makes it silent."""
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, desc=f"{title:<34}", disable=not show, dynamic_ncols=True, smoothing=0.1, **options) as shown:
+    with tqdm(
+        total=total, desc=f"{title:<34}", disable=not show, dynamic_ncols=True, smoothing=0.1, **options
+    ) as shown:
         yield shown
 
 

@@ -87,9 +87,7 @@ def bit_width_curve(
     widths = sorted({check_bits(b) for b in bits} - {16}, reverse=True)
     scheme = scheme or Scheme(4)
     recipes = {f"{b}-bit": Recipe.uniform(n_layers, replace(scheme, bits=b)) for b in widths}
-    outcomes = evaluate(
-        model, recipes, base, placement=placement, progress=progress, title="responses by bit-width"
-    )
+    outcomes = evaluate(model, recipes, base, placement=placement, progress=progress, title="responses by bit-width")
     perplexities = [
         perplexity(model, text, recipe, placement=placement)
         for recipe in track([None, *recipes.values()], "perplexity by bit-width", len(recipes) + 1, progress)

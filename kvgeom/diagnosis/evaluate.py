@@ -276,9 +276,7 @@ def _respond(
     if not logits:
         return Responses([], torch.empty(0, 0))
     first = torch.stack(logits)
-    tokens = model.generate(
-        caches, first.argmax(-1).tolist(), max_new_tokens, batch_size=batch_size, on_done=update
-    )
+    tokens = model.generate(caches, first.argmax(-1).tolist(), max_new_tokens, batch_size=batch_size, on_done=update)
     return Responses(tokens, first)
 
 

@@ -88,7 +88,17 @@ def per_channel_reduction(
     tensor = replace(scheme or Scheme(3, symmetric=True), granularity="tensor", group_size=None)
     if layer is None or not base.refused:
         why = "no single layer flips a refusal" if base.refused else "the model refuses none of the prompts"
-        return PCR(None, None, "undetermined", f"{why}, so there is nothing to reduce", layer, tensor.bits, 0, 0, len(base.refused))
+        return PCR(
+            None,
+            None,
+            "undetermined",
+            f"{why}, so there is nothing to reduce",
+            layer,
+            tensor.bits,
+            0,
+            0,
+            len(base.refused),
+        )
     n_layers = base.model.geometry.layers
     recipes = {
         name: Recipe.uniform(n_layers, replace(tensor, granularity=name), layers=[layer])

@@ -160,9 +160,7 @@ def _worth_generating(drops: NDArray[np.float64], refuses: NDArray[np.bool_], to
     return sorted({int(layer) for layer in (*worst, *changed)})
 
 
-def _critical_layer(
-    flips: NDArray[np.float64], drops: NDArray[np.float64], refused: int
-) -> tuple[int | None, str]:
+def _critical_layer(flips: NDArray[np.float64], drops: NDArray[np.float64], refused: int) -> tuple[int | None, str]:
     """The layer that flips most; of equals, the one that loses most margin."""
     if refused == 0:
         return None, "the model refuses none of the prompts, so nothing can flip"

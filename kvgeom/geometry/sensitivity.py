@@ -198,9 +198,7 @@ def measure(
     nulls = {
         width: random_bases(width, space.k, null_subspaces, seed) for width in {geometry.channels, geometry.d_model}
     }
-    moments = {
-        (layer, site): Moments.zero(site_width(model, site), null_subspaces) for layer, site in space.directions
-    }
+    moments = {(layer, site): Moments.zero(site_width(model, site), null_subspaces) for layer, site in space.directions}
     pairs = noise_pairs or max(len(space.harmful), len(space.harmless))
     prompts = list(chain(space.harmful[:pairs], space.harmless[:pairs]))
     for prompt in track(prompts, "rounding noise", len(prompts), progress):
@@ -223,10 +221,7 @@ def _table(
     layers = range(geometry.layers)
     cells = [[_cell(space, moments[layer, site], site, layer, nulls) for site in SITES] for layer in layers]
     data = xr.Dataset(
-        {
-            name: (("layer", "site"), np.array([[cell[name] for cell in row] for row in cells]))
-            for name in cells[0][0]
-        },
+        {name: (("layer", "site"), np.array([[cell[name] for cell in row] for row in cells])) for name in cells[0][0]},
         coords={"layer": list(layers), "site": list(SITES)},
     )
     kv = [[_channels(space.directions[layer, s], moments[layer, s]) for s in ("k", "v")] for layer in layers]
@@ -254,7 +249,9 @@ def _cell(
         status, reason = "undefined", "rounding makes no error here"
     elif p > ALPHA:
         status = "weak"
-        reason = f"harmful and harmless are not significantly separated (AUROC {direction.separation.auroc:.2f}, p {p:.2g})"
+        reason = (
+            f"harmful and harmless are not significantly separated (AUROC {direction.separation.auroc:.2f}, p {p:.2g})"
+        )
     if status == "undefined":
         numbers = dict.fromkeys(numbers, float("nan"))
     return {

@@ -47,9 +47,7 @@ class EditedLayer(DynamicLayer):
         if edit is None or edit.where != "cache":
             return super().update(key_states, value_states, *args, **kwargs)
         first_call = self.get_seq_length() == 0
-        stored = super().update(
-            edit(self.index, "k", key_states), edit(self.index, "v", value_states), *args, **kwargs
-        )
+        stored = super().update(edit(self.index, "k", key_states), edit(self.index, "v", value_states), *args, **kwargs)
         return (key_states, value_states) if first_call and edit.prefill_reads_exact else stored
 
 

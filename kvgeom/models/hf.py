@@ -344,9 +344,7 @@ def _projection_hook(edit: Edit, layer: int, site: Literal["k", "v"], start: int
     return hook
 
 
-def _projections(
-    layer: nn.Module, geometry: KVGeometry, name: str
-) -> list[tuple[nn.Module, int, Literal["k", "v"]]]:
+def _projections(layer: nn.Module, geometry: KVGeometry, name: str) -> list[tuple[nn.Module, int, Literal["k", "v"]]]:
     """The modules that project keys and values, and where in their output each begins."""
     attention = _attention(layer)
     if hasattr(attention, "k_proj") and hasattr(attention, "v_proj"):
@@ -389,7 +387,9 @@ def _read_geometry(model: PreTrainedModel, layers: list[nn.Module], name: str) -
         )
     _, kv_heads, _, head_dim = shapes.pop()
     attention = _attention(layers[0])
-    projection = next((m for n in ("k_proj", "qkv_proj", "query_key_value", "c_attn") if (m := getattr(attention, n, None))), None)
+    projection = next(
+        (m for n in ("k_proj", "qkv_proj", "query_key_value", "c_attn") if (m := getattr(attention, n, None))), None
+    )
     return KVGeometry(
         layers=len(layers),
         query_heads=int(config.num_attention_heads),

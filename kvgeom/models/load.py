@@ -142,7 +142,9 @@ def _read_template(template: str | Path | None) -> str | None:
         return None if template is None else str(template)
     path = Path(template).expanduser()
     if not path.is_file():
-        raise InputError(f"template {template} was asked, but there is no such file; give a file with a Jinja chat template")
+        raise InputError(
+            f"template {template} was asked, but there is no such file; give a file with a Jinja chat template"
+        )
     return path.read_text(encoding="utf-8")
 
 

@@ -135,9 +135,7 @@ def channel_loading(sensitivity: Sensitivity, layer: int, site: str = "k") -> go
     figure.update_xaxes(range=[-1, count], showgrid=False, title_text="channel", row=2, col=1)
     figure.update_yaxes(title_text="magnitude (rms)", rangemode="tozero", row=1, col=1)
     top = float(np.nanmax(loading)) if known else 1.0
-    figure.update_yaxes(
-        title_text="safety share", tickformat=_ticks(top), range=[1.08 * top, 0], row=2, col=1
-    )
+    figure.update_yaxes(title_text="safety share", tickformat=_ticks(top), range=[1.08 * top, 0], row=2, col=1)
     figure.update_xaxes(type="log", title_text="magnitude (rms, log)", row=1, col=2, minor_showgrid=False)
     figure.update_yaxes(
         title_text="share of the safety direction", tickformat=_ticks(top), range=[-0.03 * top, 1.2 * top], row=1, col=2
@@ -186,5 +184,3 @@ def _hover(channels: xr.Dataset, at: np.ndarray, layer: int, site: str, head: in
             at, picked.magnitude.values, picked.noise.values, picked.loading.values, picked.ratio.values, strict=True
         )
     ]
-
-

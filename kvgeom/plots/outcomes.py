@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from kvgeom.plots.theme import LABEL_COLOURS, figure
+from kvgeom.plots.theme import LABEL_COLORS, finish
 
 if TYPE_CHECKING:
     from kvgeom.diagnosis.evaluate import Outcomes
@@ -18,8 +18,8 @@ def labels_by_recipe(outcomes: Outcomes) -> go.Figure:
     How to read it: every bar holds all prompts; compare each with the first, the unquantized model.
     """
     recipes = [str(recipe) for recipe in outcomes.data.recipe.values]
-    fig = figure(120 + 28 * len(recipes), barmode="stack")
-    for label, colour in LABEL_COLOURS.items():
+    fig = go.Figure()
+    for label, colour in LABEL_COLORS.items():
         fig.add_bar(
             y=recipes,
             x=[outcomes.counts(recipe)[label] for recipe in recipes],
@@ -30,4 +30,4 @@ def labels_by_recipe(outcomes: Outcomes) -> go.Figure:
         )
     fig.update_xaxes(title_text="prompts")
     fig.update_yaxes(autorange="reversed", type="category")
-    return fig
+    return finish(fig, 120 + 28 * len(recipes), barmode="stack")

@@ -110,9 +110,7 @@ def ratio_map(sensitivity: Sensitivity) -> go.Figure:
     return finish(figure, 130 + 46 * len(sites), margin={"l": 70, "r": 10, "t": 34, "b": 46})
 
 
-def _undefined(
-    figure: go.Figure, layers: np.ndarray, rows: np.ndarray, defined: np.ndarray, hover: np.ndarray
-) -> None:
+def _undefined(figure: go.Figure, layers: np.ndarray, rows: np.ndarray, defined: np.ndarray, hover: np.ndarray) -> None:
     figure.add_heatmap(
         x=layers,
         y=rows,

@@ -176,11 +176,15 @@ def _read_benchmark(name: str, benchmark: Benchmark, path: Path) -> PromptSet:
     rows = list(csv.DictReader(io.StringIO(_text(path))))
     found = list(rows[0]) if rows else []
     if rows and benchmark.column not in found:
-        raise InputError(f"{path} was asked as {name}, but it has no column {benchmark.column!r} (found {found}); give its own file")
+        raise InputError(
+            f"{path} was asked as {name}, but it has no column {benchmark.column!r} (found {found}); give its own file"
+        )
     judged = [(row[benchmark.column].strip(), benchmark.harmful(row)) for row in rows]
     harmful = _unique(request for request, bad in judged if bad is True)
     harmless = _unique(request for request, bad in judged if bad is False)
-    return _checked(PromptSet(name, harmful, harmless, f"{benchmark.title}, {benchmark.home}, {benchmark.licence}"), path)
+    return _checked(
+        PromptSet(name, harmful, harmless, f"{benchmark.title}, {benchmark.home}, {benchmark.licence}"), path
+    )
 
 
 def _read_rows(path: Path) -> list[tuple[str, bool]]:
@@ -193,7 +197,9 @@ def _read_rows(path: Path) -> list[tuple[str, bool]]:
     elif path.suffix == ".jsonl":
         records = [_record(line, number, path) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     else:
-        raise InputError(f"prompts {path} were asked, but {path.suffix or 'no suffix'} is not read; give .txt, .csv or .jsonl")
+        raise InputError(
+            f"prompts {path} were asked, but {path.suffix or 'no suffix'} is not read; give .txt, .csv or .jsonl"
+        )
     if not records:
         return []
     names = {str(key).strip().lower(): key for key in records[0]}
@@ -210,7 +216,9 @@ def _record(line: str, number: int, path: Path) -> dict[str, object]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InputError(f"prompts {path} were asked, but line {number} is not JSON ({error.msg}); give one object a line") from error
+        raise InputError(
+            f"prompts {path} were asked, but line {number} is not JSON ({error.msg}); give one object a line"
+        ) from error
     if isinstance(record, str):
         return {"prompt": record}
     if not isinstance(record, dict):
@@ -224,7 +232,9 @@ def _is_harmful(label: object, path: Path) -> bool:
         return True
     if said in _HARMLESS:
         return False
-    raise InputError(f"prompts {path} were asked, but label {label!r} is neither harmful nor harmless; use these two words")
+    raise InputError(
+        f"prompts {path} were asked, but label {label!r} is neither harmful nor harmless; use these two words"
+    )
 
 
 def _text(path: Path) -> str:
@@ -233,7 +243,9 @@ def _text(path: Path) -> str:
     except FileNotFoundError as error:
         raise InputError(f"prompts {path} were asked, but there is no such file; give a file that exists") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompts {path} were asked, but they cannot be read as UTF-8 text ({error}); convert the file") from error
+        raise InputError(
+            f"prompts {path} were asked, but they cannot be read as UTF-8 text ({error}); convert the file"
+        ) from error
 
 
 def _checked(prompts: PromptSet, path: Path) -> PromptSet:

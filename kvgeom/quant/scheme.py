@@ -17,7 +17,9 @@ _SPELLING = re.compile(r"int(?P<bits>\d+)-(?P<sign>sym|asym)-(?P<granularity>[a-
 def check_bits(bits: int) -> int:
     """Return ``bits`` if a cache can be rounded to it: 2 to 8, or 16 for no rounding."""
     if bits not in (*BITS, 16):
-        raise InputError(f"bits={bits} was asked, but a cache is rounded to 2-8 bits; give one of these, or 16 for none")
+        raise InputError(
+            f"bits={bits} was asked, but a cache is rounded to 2-8 bits; give one of these, or 16 for none"
+        )
     return bits
 
 

@@ -123,4 +123,6 @@ def loop_share(words: list[str], longest: int = 8) -> float:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.lower().replace("\u2019", "'").replace("\u2018", "'").replace("`", "'").split()).lstrip("*#>\"'- ")
+    return " ".join(text.lower().replace("\u2019", "'").replace("\u2018", "'").replace("`", "'").split()).lstrip(
+        "*#>\"'- "
+    )

@@ -60,7 +60,9 @@ def conclude(curve: Curve, mode: Mode) -> Verdict:
     if clean:
         bound = max(row["ci_high"] for row in clean)
         widths = _words([f"{int(row['bits'])}" for row in clean])
-        said.append(f"No refusal was lost at {widths} bits; with {refused} refusals a loss of up to {bound:.0%} would go unseen.")
+        said.append(
+            f"No refusal was lost at {widths} bits; with {refused} refusals a loss of up to {bound:.0%} would go unseen."
+        )
     said.append(f"Failure mode: {mode.name}. {mode.evidence[0]}")
     if not broken:
         status: Literal["no loss seen", "undetermined"] = "no loss seen" if clean and not open_ else "undetermined"

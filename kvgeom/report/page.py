@@ -1,0 +1,222 @@
+"""The audit as one page: no network, no other file."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from kvgeom.plots.channels import channel_loading
+from kvgeom.plots.curve import bit_curve
+from kvgeom.plots.pcr import pcr_interval
+from kvgeom.plots.scan import layer_scan
+from kvgeom.plots.sensitivity import ratio_map
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from kvgeom.report.audit import Audit
+
+
+def render(audit: Audit) -> str:
+    """The whole page as text; everything that a model, a user or a file name brought in is escaped."""
+    from jinja2 import Environment
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files("kvgeom.report").joinpath("template.html").read_text(encoding="utf-8"))
+    return template.render(
+        audit=audit,
+        cards=_cards(audit),
+        sections=[{**section, "figure": Markup(section["figure"])} for section in _sections(audit)],  # noqa: S704  # plotly escapes its JSON
+        provenance=_provenance(audit),
+        plotly=Markup(get_plotlyjs()),  # noqa: S704
+    )
+
+
+def _cards(audit: Audit) -> list[dict[str, str]]:
+    base, curve, refused = audit.baseline, audit.curve.to_frame(), audit.baseline["refused"]
+    lost = curve[(curve["bits"] < 16) & (curve["flips"] > 0)]
+    first = "none seen" if lost.empty else f"{int(lost['bits'].max())}-bit"
+    pcr, critical = audit.pcr, audit.scan.critical_layer
+    interval = f"{pcr.ci[0]:.0%} to {pcr.ci[1]:.0%}" if pcr.ci else "undefined"
+    flips = 0 if critical is None else int(audit.scan.data.flips.sel(layer=critical))
+    return [
+        {"title": "refuses unquantized", "value": f"{refused} of {base['prompts']}", "note": "harmful requests"},
+        {"title": "first width that loses refusals", "value": first, "note": audit.curve.meta["scheme"]},
+        {
+            "title": "critical layer",
+            "value": "none" if critical is None else str(critical),
+            "note": "no single layer flips a refusal"
+            if critical is None
+            else f"alone flips {flips} of {refused} at {pcr.bits}-bit",
+        },
+        {
+            "title": "per-channel reduction",
+            "value": "-" if pcr.value is None else f"{pcr.value:.0%}",
+            "note": f"{pcr.status}, {interval}",
+        },
+        {"title": "failure mode", "value": audit.mode.name, "note": audit.mode.prescription},
+    ]
+
+
+def _sections(audit: Audit) -> list[dict[str, Any]]:
+    layer, placement = audit.shown_layer, audit.settings["placement"]
+    critical = audit.scan.critical_layer
+    which = (
+        "the critical layer" if critical is not None else "the layer with the largest key ratio (no layer is critical)"
+    )
+    return [
+        _section(
+            "Behaviour and perplexity as the cache loses bits",
+            "Precision falls from left to right. Top: the label of every harmful request. Middle: the share of the unquantized "
+            "refusals that is lost, with 95 % intervals. Bottom: perplexity of plain text against the unquantized model; "
+            "refusals that vanish while this line is still flat are lost unnoticed.",
+            bit_curve(audit.curve),
+            audit.curve.to_frame(),
+        ),
+        _section(
+            "Which layers carry refusal through the cache",
+            f"Each layer is rounded alone ({audit.settings['scan_scheme']}; {placement}). Top: how much less firmly the model "
+            "begins a refusal (95 % intervals). Bottom: refusals really lost, for the layers where responses were generated. "
+            + audit.scan.meta["reason"].capitalize()
+            + ".",
+            layer_scan(audit.scan),
+            audit.scan.to_frame(),
+        ),
+        _section(
+            "Do finer scales rescue the critical layer?",
+            "Per-channel reduction (PCR) is the share of that layer's lost refusals that per-channel scales bring back. A class is "
+            "decided only if the whole 95 % interval lies in one band; grey is undecided. The second row repeats the measurement as "
+            "the paper's released code does it, where decoded tokens escape per-channel rounding: the two are different quantities.",
+            pcr_interval(audit.pcr, audit.pcr_paper, names=("as a cache holds it", "paper's simulation")),
+            _pcr_table(audit),
+        ),
+        _section(
+            "How exposed the safety direction is, by layer and site",
+            "Noise-to-signal on the direction that separates harmful from harmless requests, over noise-to-signal of the whole "
+            "vector. Red: rounding hits the safety direction harder. Dots: the classes are not significantly separated. Grey: "
+            "undefined. Keys (k) and values (v) are what the cache stores; the residual stream (resid) is not stored, and is shown "
+            "as if it were rounded alike. Geometry alone does not decide behaviour: compare with the layer scan.",
+            ratio_map(audit.sensitivity),
+            _sensitivity_table(audit),
+        ),
+        *(
+            _section(
+                f"Do outlier channels carry safety? Layer {layer}, {name}",
+                f"Shown is {which}. Each point is a channel: far to the right are outliers, which set the scale that others "
+                "share; high up are the channels that carry safety. Safety at the top left can be crushed by outliers; points at "
+                "the top right are outliers that are safety.",
+                channel_loading(audit.sensitivity, layer, site),
+                None,
+            )
+            for site, name in (("k", "keys"), ("v", "values"))
+        ),
+    ]
+
+
+def _sections(audit: Audit) -> list[dict[str, Any]]:
+    layer, placement = audit.shown_layer, audit.settings["placement"]
+    critical = audit.scan.critical_layer
+    which = (
+        "the critical layer" if critical is not None else "the layer with the largest key ratio (no layer is critical)"
+    )
+    return [
+        _section(
+            "Behaviour and perplexity as the cache loses bits",
+            "Precision falls from left to right. Top: the label of every harmful request. Middle: the share of the unquantized "
+            "refusals that is lost, with 95 % intervals. Bottom: perplexity of plain text against the unquantized model; "
+            "refusals that vanish while this line is still flat are lost unnoticed.",
+            bit_curve(audit.curve),
+            audit.curve.to_frame(),
+        ),
+        _section(
+            "Which layers carry refusal through the cache",
+            f"Each layer is rounded alone ({audit.settings['scan_scheme']}; {placement}). Top: how much less firmly the model "
+            "begins a refusal (95 % intervals). Bottom: refusals really lost, for the layers where responses were generated. "
+            + audit.scan.meta["reason"].capitalize()
+            + ".",
+            layer_scan(audit.scan),
+            audit.scan.to_frame(),
+        ),
+        _section(
+            "Do finer scales rescue the critical layer?",
+            "Per-channel reduction (PCR) is the share of that layer's lost refusals that per-channel scales bring back. A class is "
+            "decided only if the whole 95 % interval lies in one band; grey is undecided. The second row repeats the measurement as "
+            "the paper's released code does it, where decoded tokens escape per-channel rounding: the two are different quantities.",
+            pcr_interval(audit.pcr, audit.pcr_paper, names=("as a cache holds it", "paper's simulation")),
+            _pcr_table(audit),
+        ),
+        _section(
+            "How exposed the safety direction is, by layer and site",
+            "Noise-to-signal on the direction that separates harmful from harmless requests, over noise-to-signal of the whole "
+            "vector. Red: rounding hits the safety direction harder. Dots: the classes are not significantly separated. Grey: "
+            "undefined. Keys (k) and values (v) are what the cache stores; the residual stream (resid) is not stored, and is shown "
+            "as if it were rounded alike. Geometry alone does not decide behaviour: compare with the layer scan.",
+            ratio_map(audit.sensitivity),
+            _sensitivity_table(audit),
+        ),
+        _section(
+            f"Do outlier channels carry safety? Layer {layer}",
+            f"Shown is {which}. Each point is a channel: far to the right are outliers, which set the scale that others share; high "
+            "up are the channels that carry safety. Safety at the top left can be crushed by outliers; points at the top right are "
+            "outliers that are safety.",
+            channel_loading(audit.sensitivity, layer),
+            None,
+        ),
+    ]
+
+
+def _section(title: str, text: str, figure: go.Figure, table: pd.DataFrame | None) -> dict[str, Any]:
+    drawn = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+    return {"title": title, "text": text, "figure": drawn, "table": None if table is None else _cells(table)}
+
+
+def _cells(table: pd.DataFrame) -> dict[str, Any]:
+    return {
+        "columns": list(table.columns),
+        "rows": [[_number(v) for v in row] for row in table.itertuples(index=False)],
+    }
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return "-" if value != value else f"{value:.4g}"
+    return str(value)
+
+
+def _pcr_table(audit: Audit) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = [{"placement": name, **pcr.to_dict()} for name, pcr in (("cache", audit.pcr), ("paper", audit.pcr_paper))]
+    return pd.DataFrame(rows)
+
+
+def _sensitivity_table(audit: Audit) -> pd.DataFrame:
+    names = ["ratio", "signal_gap", "noise_alignment", "separation", "null_low", "null_high", "status", "position"]
+    return audit.sensitivity.data[names].to_dataframe().reset_index()[["layer", "site", *names]]
+
+
+def _provenance(audit: Audit) -> list[tuple[str, str]]:
+    model, prompts, settings = audit.model, audit.prompts, audit.settings
+    versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
+    return [
+        ("model", f"{model['name']} (fingerprint {model['fingerprint']})"),
+        (
+            "runs on",
+            f"{model['backend']}, {model['dtype']} on {model['device']}, {model['attention_kernel']} attention",
+        ),
+        (
+            "cache",
+            f"{model['layers']} layers, {model['kv_heads']} KV heads of {model['head_dim']} ({model['query_heads']} query heads), "
+            f"{'key biases' if model['key_bias'] else 'no key biases'}, RoPE {model['rope']}",
+        ),
+        (
+            "prompts",
+            f"{prompts['name']}: {prompts['harmful']} harmful, {prompts['harmless']} harmless ({prompts['source']}; {prompts['fingerprint']})",
+        ),
+        ("rounding", f"curve {settings['scheme']}, scan {settings['scan_scheme']}, {settings['placement']}"),
+        ("responses", f"greedy, at most {settings['max_new_tokens']} tokens; judge: {settings['judge']}"),
+        ("made", f"{settings['created']}, in {settings['seconds']:.0f} s; seed {settings['seed']}; {versions}"),
+    ]
