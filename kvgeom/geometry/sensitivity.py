@@ -226,7 +226,7 @@ def _table(
     )
     kv = [[_channels(space.directions[layer, s], moments[layer, s]) for s in ("k", "v")] for layer in layers]
     resid = [_channels(space.directions[layer, "resid"], moments[layer, "resid"]) for layer in layers]
-    channels = {}
+    channels: dict[str, Any] = {}
     for name in resid[0]:
         channels[f"channel_{name}"] = (("layer", "kv", "channel"), np.array([[c[name] for c in row] for row in kv]))
         channels[f"resid_channel_{name}"] = (("layer", "resid_channel"), np.array([c[name] for c in resid]))

@@ -33,11 +33,14 @@ class Edit(Protocol):
     def stack(parts: Sequence[Any]) -> Edit: ...
 
 
-class EditedLayer(DynamicLayer):
+class EditedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """One layer of an :class:`EditedCache`."""
 
+    keys: Tensor  # None before the first token, which nothing here reads
+    values: Tensor
+
     def __init__(self, index: int, edit: Edit | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.index = index
         self.edit = edit
 
@@ -62,6 +65,8 @@ class EditedCache(Cache):
     edit : Edit, optional
         None stores everything as it is.
     """
+
+    layers: list[EditedLayer]  # type: ignore[assignment]
 
     def __init__(self, n_layers: int, edit: Edit | None = None) -> None:
         super().__init__(layers=[EditedLayer(index, edit) for index in range(n_layers)])

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from kvgeom.errors import InputError
 from kvgeom.paths import cache_dir
@@ -86,7 +87,7 @@ def convert(path: Path, folder: Path, progress: bool = True) -> None:
             try:
                 tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
                 shown.update(1)
-                model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+                model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             except Exception as error:  # whatever fails inside: this file cannot be used
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise InputError(f"{path} was asked, but transformers cannot read it: {reason}") from error
@@ -104,10 +105,10 @@ def convert(path: Path, folder: Path, progress: bool = True) -> None:
         Path(scratch).mkdir()  # TemporaryDirectory wants something to remove
 
 
-def _check_weights(model: object, path: Path) -> None:
+def _check_weights(model: Any, path: Path) -> None:
     import torch
 
-    for name, weight in model.named_parameters():  # type: ignore[attr-defined]
+    for name, weight in model.named_parameters():
         largest = weight.abs().max()
         # No trained weight is near the range of half precision; a damaged block scale quickly is.
         if not torch.isfinite(largest) or largest > 1e4:

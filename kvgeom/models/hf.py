@@ -47,7 +47,8 @@ class HFModel:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, template: str | None = None
     ) -> None:
-        self.hf_model = model.eval()
+        self.hf_model: Any = model
+        self.hf_model.train(False)
         self.tokenizer = tokenizer
         self.name = name
         self.template = template or tokenizer.chat_template
@@ -67,11 +68,13 @@ class HFModel:
 
     @property
     def device(self) -> torch.device:
-        return self.hf_model.device
+        device: torch.device = self.hf_model.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.hf_model.dtype
+        dtype: torch.dtype = self.hf_model.dtype
+        return dtype
 
     @property
     def attention_kernel(self) -> str:
@@ -112,7 +115,7 @@ class HFModel:
 
     def _render(self, request: str) -> str:
         try:
-            rendered = self.tokenizer.apply_chat_template(
+            rendered: Any = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": request}],
                 chat_template=self.template,
                 tokenize=False,
@@ -258,7 +261,8 @@ class HFModel:
                 use_cache=True,
                 logits_to_keep=logits_to_keep,
             )
-        return output.logits.float()
+        logits: Tensor = output.logits.float()
+        return logits
 
     # --- hooks, each removed when its block ends ---
 

@@ -171,7 +171,7 @@ def _from_pretrained(
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
-            loaded = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, **tokenizer_options, **model_options
             )
             loaded = loaded if placed else loaded.to(device)
@@ -195,7 +195,9 @@ def _best_device() -> str:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' warnings and bars while a block runs: kvgeom shows its own."""
-    from transformers.utils import logging
+    import transformers
+
+    logging: Any = transformers.utils.logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -96,7 +96,7 @@ class Scheme:
     @property
     def levels(self) -> int:
         """Number of steps between the smallest and the largest code."""
-        return 2 * (2 ** (self.bits - 1) - 1) if self.symmetric else 2**self.bits - 1
+        return (1 << self.bits) - 2 if self.symmetric else (1 << self.bits) - 1
 
     def __str__(self) -> str:
         sign = "sym" if self.symmetric else "asym"

@@ -8,6 +8,7 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -81,7 +82,7 @@ class Audit:
             row["margin_ci"] = [row.pop("margin_low"), row.pop("margin_high")]
         names = [name for name, variable in self.sensitivity.data.items() if variable.dims == ("layer", "site")]
         sensitivity = self.sensitivity.data[names].to_dataframe().reset_index().to_dict("records")
-        return _json(
+        plain: dict[str, Any] = _json(
             {
                 "schema_version": SCHEMA_VERSION,
                 "verdict": self.verdict.to_dict(),
@@ -100,14 +101,18 @@ class Audit:
                 "responses": list(self.responses),
             }
         )
+        return plain
 
     def _channels(self) -> list[dict[str, Any]]:
         """The channels of keys and values at the layer that the report shows."""
-        rows = []
+        rows: list[dict[str, Any]] = []
         for site in ("k", "v"):
             table = self.sensitivity.channels(site).sel(layer=self.shown_layer, drop=True).to_dataframe().reset_index()
             table["head"] = table["channel"] // self.sensitivity.meta["head_dim"]
-            rows += [{"layer": self.shown_layer, "site": site, **row} for row in table.to_dict("records")]
+            rows += [
+                {"layer": self.shown_layer, "site": site, **{str(name): value for name, value in row.items()}}
+                for row in table.to_dict("records")
+            ]
         return rows
 
     def save(self, out: str | Path) -> Path:
@@ -283,7 +288,7 @@ def _write_whole(path: Path, text: str) -> Path:
     return path
 
 
-def _ci(row: dict[str, Any]) -> dict[str, Any]:
+def _ci(row: Mapping[Any, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in row.items() if k not in ("ci_low", "ci_high")}, "ci": [row["ci_low"], row["ci_high"]]}
 
 

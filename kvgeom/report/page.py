@@ -116,58 +116,6 @@ def _sections(audit: Audit) -> list[dict[str, Any]]:
     ]
 
 
-def _sections(audit: Audit) -> list[dict[str, Any]]:
-    layer, placement = audit.shown_layer, audit.settings["placement"]
-    critical = audit.scan.critical_layer
-    which = (
-        "the critical layer" if critical is not None else "the layer with the largest key ratio (no layer is critical)"
-    )
-    return [
-        _section(
-            "Behaviour and perplexity as the cache loses bits",
-            "Precision falls from left to right. Top: the label of every harmful request. Middle: the share of the unquantized "
-            "refusals that is lost, with 95 % intervals. Bottom: perplexity of plain text against the unquantized model; "
-            "refusals that vanish while this line is still flat are lost unnoticed.",
-            bit_curve(audit.curve),
-            audit.curve.to_frame(),
-        ),
-        _section(
-            "Which layers carry refusal through the cache",
-            f"Each layer is rounded alone ({audit.settings['scan_scheme']}; {placement}). Top: how much less firmly the model "
-            "begins a refusal (95 % intervals). Bottom: refusals really lost, for the layers where responses were generated. "
-            + audit.scan.meta["reason"].capitalize()
-            + ".",
-            layer_scan(audit.scan),
-            audit.scan.to_frame(),
-        ),
-        _section(
-            "Do finer scales rescue the critical layer?",
-            "Per-channel reduction (PCR) is the share of that layer's lost refusals that per-channel scales bring back. A class is "
-            "decided only if the whole 95 % interval lies in one band; grey is undecided. The second row repeats the measurement as "
-            "the paper's released code does it, where decoded tokens escape per-channel rounding: the two are different quantities.",
-            pcr_interval(audit.pcr, audit.pcr_paper, names=("as a cache holds it", "paper's simulation")),
-            _pcr_table(audit),
-        ),
-        _section(
-            "How exposed the safety direction is, by layer and site",
-            "Noise-to-signal on the direction that separates harmful from harmless requests, over noise-to-signal of the whole "
-            "vector. Red: rounding hits the safety direction harder. Dots: the classes are not significantly separated. Grey: "
-            "undefined. Keys (k) and values (v) are what the cache stores; the residual stream (resid) is not stored, and is shown "
-            "as if it were rounded alike. Geometry alone does not decide behaviour: compare with the layer scan.",
-            ratio_map(audit.sensitivity),
-            _sensitivity_table(audit),
-        ),
-        _section(
-            f"Do outlier channels carry safety? Layer {layer}",
-            f"Shown is {which}. Each point is a channel: far to the right are outliers, which set the scale that others share; high "
-            "up are the channels that carry safety. Safety at the top left can be crushed by outliers; points at the top right are "
-            "outliers that are safety.",
-            channel_loading(audit.sensitivity, layer),
-            None,
-        ),
-    ]
-
-
 def _section(title: str, text: str, figure: go.Figure, table: pd.DataFrame | None) -> dict[str, Any]:
     drawn = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
     return {"title": title, "text": text, "figure": drawn, "table": None if table is None else _cells(table)}

@@ -1,0 +1,152 @@
+"""Rounding against plain numpy, and its properties."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from kvgeom.errors import InputError
+from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.rounding import apply, fit, round_kv
+from kvgeom.quant.scheme import Scheme
+
+SHAPES = st.tuples(*(st.integers(1, n) for n in (2, 3, 5, 6)))
+
+
+@st.composite
+def schemes(draw: st.DrawFn) -> Scheme:
+    granularity = draw(st.sampled_from(["tensor", "token", "channel", "group", "head"]))
+    size = draw(st.integers(1, 9)) if granularity == "group" else None
+    return Scheme(draw(st.integers(2, 8)), draw(st.booleans()), granularity, size)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> torch.Tensor:
+    finite = st.floats(-1e4, 1e4, width=32).filter(lambda v: v == 0 or abs(v) > 1e-4)
+    return torch.from_numpy(draw(hnp.arrays(np.float32, draw(SHAPES), elements=finite)))
+
+
+def reference(x: np.ndarray, scheme: Scheme) -> np.ndarray:
+    """Block by block in float64, written from the definition."""
+    batch, heads, tokens, dim = x.shape
+    out = np.empty(x.shape)
+    channels = heads * dim
+
+    def blocks() -> list[list[tuple[int, int, int]]]:
+        every = [(h, t, d) for h in range(heads) for t in range(tokens) for d in range(dim)]
+        key = {
+            "tensor": lambda h, t, d: 0,
+            "token": lambda h, t, d: t,
+            "channel": lambda h, t, d: (h, d),
+            "head": lambda h, t, d: h,
+            "group": lambda h, t, d: (t, (h * dim + d) // (scheme.group_size or channels)),
+        }[scheme.granularity]
+        grouped: dict[object, list[tuple[int, int, int]]] = {}
+        for index in every:
+            grouped.setdefault(key(*index), []).append(index)
+        return list(grouped.values())
+
+    for row in range(batch):
+        for block in blocks():
+            values = np.array([x[row][index] for index in block], dtype=np.float64)
+            if scheme.symmetric:
+                top = 2 ** (scheme.bits - 1) - 1
+                step = np.abs(values).max() / top
+                codes = np.zeros_like(values) if step == 0 else np.clip(np.round(values / step), -top, top)
+                rounded = codes * step
+            else:
+                low, levels = values.min(), 2**scheme.bits - 1
+                step = (values.max() - low) / levels
+                rounded = low + (np.zeros_like(values) if step == 0 else np.round((values - low) / step) * step)
+            for index, value in zip(block, rounded, strict=True):
+                out[row][index] = value
+    return out
+
+
+@given(tensors(), schemes())
+def test_agrees_with_numpy(x: torch.Tensor, scheme: Scheme) -> None:
+    ours, theirs = round_kv(x.double(), scheme).numpy(), reference(x.numpy(), scheme)
+    # A value exactly between two levels may go to either; nothing else may differ.
+    step = np.broadcast_to(_steps(x, scheme), x.shape)
+    different = np.abs(ours - theirs) > 1e-6 * (1 + np.abs(theirs))
+    tie = np.abs(np.abs(x.numpy() - ours) - step / 2) < 1e-6 * (1 + step)
+    assert not (different & ~tie).any()
+
+
+def _steps(x: torch.Tensor, scheme: Scheme) -> np.ndarray:
+    step = fit(x.double(), scheme).step
+    if scheme.granularity != "group":
+        return step.numpy()
+    size = scheme.group_size or 1
+    flat = step.expand(*step.shape[:-1], size).flatten(-2)[..., : x.shape[1] * x.shape[3]]
+    return flat.unflatten(-1, (x.shape[1], x.shape[3])).transpose(1, 2).numpy()
+
+
+@given(tensors(), schemes())
+def test_error_is_at_most_half_a_step(x: torch.Tensor, scheme: Scheme) -> None:
+    error = (round_kv(x, scheme) - x).abs().numpy()
+    assert (error <= _steps(x, scheme) / 2 + 1e-5 * (1 + np.abs(x.numpy()))).all()
+
+
+@given(tensors(), schemes())
+def test_idempotent(x: torch.Tensor, scheme: Scheme) -> None:
+    once = round_kv(x, scheme)
+    torch.testing.assert_close(apply(once, scheme, fit(x, scheme)), once, rtol=1e-5, atol=1e-4)
+
+
+@given(tensors(), schemes(), st.sampled_from([0.25, 2.0, 64.0]))
+def test_scale_equivariant(x: torch.Tensor, scheme: Scheme, factor: float) -> None:
+    torch.testing.assert_close(round_kv(x * factor, scheme), round_kv(x, scheme) * factor, rtol=1e-5, atol=1e-4)
+
+
+@given(tensors(), schemes())
+def test_sequences_never_share_a_scale(x: torch.Tensor, scheme: Scheme) -> None:
+    together = round_kv(x, scheme)
+    for row in range(len(x)):
+        assert torch.equal(together[row : row + 1], round_kv(x[row : row + 1], scheme))
+
+
+@given(schemes(), st.floats(-100, 100, width=16))
+def test_constants_survive(scheme: Scheme, value: float) -> None:
+    x = torch.full((1, 2, 3, 4), value)
+    torch.testing.assert_close(round_kv(x, scheme), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_keeps_dtype(dtype: torch.dtype) -> None:
+    assert round_kv(torch.randn(1, 2, 3, 4, dtype=dtype), Scheme(4)).dtype == dtype
+
+
+@given(schemes())
+def test_spelling_round_trip(scheme: Scheme) -> None:
+    assert Scheme.parse(str(scheme)) == scheme
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Scheme(1),
+        lambda: Scheme(9),
+        lambda: Scheme(16),
+        lambda: Scheme(4, granularity="row"),  # type: ignore[arg-type]
+        lambda: Scheme(4, granularity="group"),
+        lambda: Scheme(4, group_size=8),
+        lambda: Scheme.parse("q4_0"),
+        lambda: Recipe.uniform(4, Scheme(4), layers=[4]),
+    ],
+)
+def test_bad_schemes_are_refused(make: object) -> None:
+    with pytest.raises(InputError):
+        make()  # type: ignore[operator]
+
+
+def test_recipes() -> None:
+    scheme = Scheme(4)
+    assert Recipe.exact(3).touched == ()
+    assert Recipe.uniform(3, scheme).keep([1]).touched == (0, 2)
+    assert Recipe.uniform(3, scheme, sites=["k"]).layers[0] == (scheme, None)
+    assert str(Recipe.uniform(3, scheme, layers=[2])) == "int4-asym-token in layers 2"

@@ -1,0 +1,64 @@
+"""Tiny random models of real architectures, and a small byte-level tokenizer with a chat template."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from kvgeom.models.hf import HFModel
+
+KINDS = ("llama", "qwen2", "qwen3", "gemma3_text", "mistral", "phi3", "gpt_neox")
+SPECIAL = ["<|pad|>", "<|start|>", "<|end|>"]
+TEMPLATE = (
+    "<|start|>system\nBe brief.<|end|>\n{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[2], additional_special_tokens=SPECIAL[1:2]
+    )
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def tiny_config(kind: str, layers: int = 3) -> dict[str, object]:
+    config: dict[str, object] = {
+        "vocab_size": 259,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+    }
+    if kind in ("qwen3", "gemma3_text"):
+        config["head_dim"] = 8
+    if kind in ("gemma3_text", "mistral"):
+        config["sliding_window"] = 12
+    if kind == "gpt_neox":
+        config["num_key_value_heads"] = 4
+    return config
+
+
+def tiny_hf_model(kind: str = "llama", seed: int = 0, layers: int = 3) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **tiny_config(kind, layers)))
+    with torch.no_grad():
+        for parameter in model.parameters():  # random weights of the default size leave attention almost uniform
+            parameter.mul_(4.0) if parameter.ndim > 1 else None
+    return model.float().eval()
+
+
+def tiny_model(kind: str = "llama", seed: int = 0, layers: int = 3) -> HFModel:
+    return HFModel(tiny_hf_model(kind, seed, layers), tiny_tokenizer(), name=f"tiny-{kind}")
