@@ -178,11 +178,10 @@ def _direction(features: NDArray[np.float32], harmful: NDArray[np.bool_], names:
     x = features.astype(np.float64)
     gaps = difference_of_means(x, harmful)
     defined = (gaps**2).sum(-1) > COINCIDENT * (x**2).sum(-1).mean(0)
-    found = {
-        index: separation(x[:, index], harmful) if defined[index] else Separation(0.5, 1.0, 0.0)
-        for index in range(len(gaps))
+    found = {index: separation(x[:, index], harmful) for index in np.flatnonzero(defined)} or {
+        0: Separation(0.5, 1.0, 0.0)
     }
-    best = max(found, key=lambda index: (found[index].auroc, found[index].effect))
+    best = int(max(found, key=lambda index: (found[index].auroc, found[index].effect)))
     gap = gaps[best]
     if k == 1 or not defined.any():
         norm = np.linalg.norm(gap)

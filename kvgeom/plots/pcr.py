@@ -68,7 +68,7 @@ def pcr_interval(pcr: PCR, *others: PCR, names: Sequence[str] | None = None) -> 
         showgrid=False,
         ticks="",
     )
-    return finish(figure, 110 + 84 * len(rows), showlegend=False, margin={"l": 130, "r": 20, "t": 28, "b": 50})
+    return finish(figure, 140 + 84 * len(rows), showlegend=False, margin={"l": 130, "r": 20, "t": 58, "b": 50})
 
 
 def _row(figure: go.Figure, row: int, found: PCR, name: str) -> None:

@@ -29,11 +29,15 @@ if TYPE_CHECKING:
 SITE_NAMES = {"k": "keys", "v": "values", "resid": "residual"}
 
 
+#: Colours end here: a huge ratio, mostly one of a vanishing signal, must not pale all others. Its number is written.
+DECADES = 3.0
+
+
 def ratio_map(sensitivity: Sensitivity) -> go.Figure:
     """Map of the ratio, layer x site.
 
     How to read it: the colour is the logarithm of the ratio, white at 1 (the safety subspace feels rounding as the
-    whole space does), red above (more vulnerable), blue below. Every decade is an equal step of colour. Grey cells
+    whole space does), red above (more vulnerable), blue below. Every decade is an equal step of colour, up to 1000. Grey cells
     are undefined, and their hover text says why; a ring in a cell's corner marks a layer where harmful and harmless
     requests are not significantly separated, so that its ratio may be noise divided by noise.
 
@@ -53,7 +57,8 @@ def ratio_map(sensitivity: Sensitivity) -> go.Figure:
     status = data.status.transpose("site", "layer").values.astype(str)
     defined = np.isfinite(ratio) & (ratio > 0) & (status != "undefined")
     log_ratio = np.where(defined, np.log10(np.where(defined, ratio, 1)), np.nan)
-    low, high = symmetric_range(log_ratio)
+    reach = min(symmetric_range(log_ratio)[1], DECADES)
+    low, high = -reach, reach
     rows = np.arange(len(sites))
     # Few enough layers, and a cell is wide enough for its number.
     written = [[short(r) if ok and len(layers) <= 36 else "" for r, ok in zip(*row, strict=True)]
@@ -79,7 +84,7 @@ def ratio_map(sensitivity: Sensitivity) -> go.Figure:
             colorbar={
                 "title": {"text": "ratio"},
                 "tickvals": decades,
-                "ticktext": [f"{10**d:,.4g}" for d in decades],
+                "ticktext": _decades(decades, np.nanmax(np.abs(log_ratio), initial=0) > reach),
                 "thickness": 12,
                 "outlinewidth": 0,
                 "len": 1.15,
@@ -129,6 +134,12 @@ def _undefined(figure: go.Figure, layers: np.ndarray, rows: np.ndarray, defined:
             x=[None], y=[None], mode="markers", name="undefined",
             marker={"symbol": "square", "size": 10, "color": UNDETERMINED},
         )  # fmt: skip
+
+
+def _decades(exponents: np.ndarray, beyond: bool) -> list[str]:
+    """Tick texts; the outermost say that more lies beyond."""
+    texts = [f"{10**d:,.4g}" for d in exponents]
+    return [f"≤ {texts[0]}", *texts[1:-1], f"≥ {texts[-1]}"] if beyond else texts
 
 
 def _hover(sensitivity: Sensitivity, sites: list[str]) -> np.ndarray:

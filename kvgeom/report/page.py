@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from kvgeom.report.audit import Audit
 
 
+#: Panning and selecting are of no use in these figures; a picture of one is.
+_CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    "modeBarButtonsToRemove": ["pan2d", "select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
+}
+
+
 def render(audit: Audit) -> str:
     """The whole page as text; everything that a model, a user or a file name brought in is escaped."""
     from jinja2 import Environment
@@ -96,7 +104,7 @@ def _sections(audit: Audit) -> list[dict[str, Any]]:
         _section(
             "How exposed the safety direction is, by layer and site",
             "Noise-to-signal on the direction that separates harmful from harmless requests, over noise-to-signal of the whole "
-            "vector. Red: rounding hits the safety direction harder. Dots: the classes are not significantly separated. Grey: "
+            "vector. Red: rounding hits the safety direction harder. Rings: the classes are not significantly separated. Grey: "
             "undefined. Keys (k) and values (v) are what the cache stores; the residual stream (resid) is not stored, and is shown "
             "as if it were rounded alike. Geometry alone does not decide behaviour: compare with the layer scan.",
             ratio_map(audit.sensitivity),
@@ -117,7 +125,7 @@ def _sections(audit: Audit) -> list[dict[str, Any]]:
 
 
 def _section(title: str, text: str, figure: go.Figure, table: pd.DataFrame | None) -> dict[str, Any]:
-    drawn = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+    drawn = figure.to_html(full_html=False, include_plotlyjs=False, config=_CONFIG)
     return {"title": title, "text": text, "figure": drawn, "table": None if table is None else _cells(table)}
 
 

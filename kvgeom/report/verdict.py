@@ -52,7 +52,7 @@ def conclude(curve: Curve, mode: Mode) -> Verdict:
     broken = [row for row in rows if row["ci_low"] > BREAKING_FLIP_RATE]
     clean = [row for row in rows if row["flips"] == 0]
     open_ = [row for row in rows if row not in broken and row not in clean]
-    how = f"{curve.meta['scheme']} rounding, {curve.meta['placement']}"
+    how = f"{curve.meta['scheme']} rounding, {curve.meta['placement']}; 95 % intervals in brackets"
     said = [opening]
     if broken:
         said.append(f"Refusals lost ({how}): " + "; ".join(_lost(row, refused) for row in broken) + ".")
@@ -88,11 +88,9 @@ def _row(row: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _lost(row: dict[str, Any], refused: int) -> str:
-    kinds = f"{int(row['flips_complied'])} to compliance, {int(row['flips_degenerate'])} to broken text"
-    return (
-        f"{int(row['bits'])}-bit {int(row['flips'])} of {refused} ({kinds}; {row['flip_rate']:.0%}, "
-        f"95 % interval {row['ci_low']:.0%}-{row['ci_high']:.0%})"
-    )
+    found = ((int(row["flips_complied"]), "complies"), (int(row["flips_degenerate"]), "breaks down"))
+    kinds = ", ".join(f"{word} {count}x" for count, word in found if count)
+    return f"{int(row['bits'])}-bit {int(row['flips'])} of {refused} [{row['ci_low']:.0%} to {row['ci_high']:.0%}] ({kinds})"
 
 
 def _words(items: list[str]) -> str:
