@@ -178,7 +178,7 @@ def _direction(features: NDArray[np.float32], harmful: NDArray[np.bool_], names:
     x = features.astype(np.float64)
     gaps = difference_of_means(x, harmful)
     defined = (gaps**2).sum(-1) > COINCIDENT * (x**2).sum(-1).mean(0)
-    found = {index: separation(x[:, index], harmful) for index in np.flatnonzero(defined)} or {
+    found = {index: separation(x[:, index], harmful) for index in map(int, np.flatnonzero(defined))} or {
         0: Separation(0.5, 1.0, 0.0)
     }
     best = int(max(found, key=lambda index: (found[index].auroc, found[index].effect)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import shutil
 import tempfile
@@ -83,7 +84,9 @@ def convert(path: Path, folder: Path, progress: bool = True) -> None:
     from kvgeom.models.load import quiet_transformers
 
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as scratch:
-        with quiet_transformers(), bar("converting GGUF", 3, progress) as shown:
+        # transformers draws a bar of its own here, which no setting of it turns off.
+        silence = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
+        with quiet_transformers(), silence, bar("converting GGUF", 3, progress) as shown:
             try:
                 tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
                 shown.update(1)
@@ -109,7 +112,7 @@ def _check_weights(model: Any, path: Path) -> None:
     import torch
 
     for name, weight in model.named_parameters():
-        largest = weight.abs().max()
+        largest = weight.detach().abs().max()
         # No trained weight is near the range of half precision; a damaged block scale quickly is.
         if not torch.isfinite(largest) or largest > 1e4:
             raise InputError(

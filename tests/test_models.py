@@ -1,0 +1,237 @@
+"""What is read from a model, how requests become tokens, and what is refused with which words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import kvgeom
+from kvgeom.errors import InputError, KvgeomError, ModelError
+from kvgeom.models.hf import HFModel
+from kvgeom.models.model import KVGeometry
+from tests.tiny import KINDS, tiny_hf_model, tiny_model, tiny_tokenizer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_geometry_is_read_from_the_model(kind: str) -> None:
+    geometry = tiny_model(kind).geometry
+    assert geometry == KVGeometry(
+        layers=3,
+        query_heads=4,
+        kv_heads=4 if kind == "gpt_neox" else 2,
+        head_dim=8,
+        d_model=32,
+        key_bias=kind in ("qwen2", "gpt_neox"),
+        rope="default",
+        sliding_window=12 if kind in ("gemma3_text", "mistral") else None,
+    )
+    assert geometry.channels == geometry.kv_heads * 8
+
+
+def test_encoding_marks_the_instruction() -> None:
+    model = tiny_model()
+    for prompt in model.encode(["Say hi", "  Ünïcode 漢字, please.  ", "<|end|> in the middle"]):
+        template = model.decode(prompt.ids)
+        assert model.tokenizer.decode(list(prompt.ids[prompt.instruction])) == prompt.text
+        assert template.startswith("system")
+        assert prompt.ids[-1] == model.tokens("\n")[0]
+    with pytest.raises(InputError, match="empty"):
+        model.encode(["  \n"])
+    with pytest.raises(InputError, match="context of 512"):
+        model.encode(["x" * 600])
+
+
+def test_fingerprints_tell_models_apart() -> None:
+    assert tiny_model(seed=0).fingerprint == tiny_model(seed=0).fingerprint
+    assert tiny_model(seed=0).fingerprint != tiny_model(seed=1).fingerprint
+    other = HFModel(tiny_hf_model(), tiny_tokenizer(), name="x", template="{{ messages[0].content }}")
+    assert other.fingerprint != tiny_model().fingerprint
+
+
+def test_a_loaded_model_is_taken_as_it_is() -> None:
+    hf, tokenizer = tiny_hf_model(), tiny_tokenizer()
+    model = kvgeom.load(hf, tokenizer=tokenizer)
+    assert model.hf_model is hf
+    assert kvgeom.load(model) is model
+    with pytest.raises(InputError, match="tokenizer="):
+        kvgeom.load(hf)
+    with pytest.raises(InputError, match="a dict was given"):
+        kvgeom.load({})
+    with pytest.raises(InputError, match="backend 'jax'"):
+        kvgeom.load(hf, tokenizer=tokenizer, backend="jax")
+
+
+def test_templates() -> None:
+    hf, tokenizer = tiny_hf_model(), tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ModelError, match="--template"):
+        kvgeom.load(hf, tokenizer=tokenizer)
+    assert kvgeom.load(hf, tokenizer=tokenizer, template="Q: {{ messages[0].content }} A:").encode(["hi"])
+    with pytest.raises(ModelError, match="0 times"):
+        kvgeom.load(hf, tokenizer=tokenizer, template="{{ 'nothing' }}")
+    with pytest.raises(ModelError, match="fails on a plain request"):
+        kvgeom.load(hf, tokenizer=tokenizer, template="{{ raise_exception('no users here') }}")
+    with pytest.raises(InputError, match="no such file"):
+        kvgeom.load(hf, tokenizer=tokenizer, template="missing.jinja")
+
+
+def test_projection_rounding_needs_known_projections() -> None:
+    from kvgeom.quant.placement import Placement
+    from kvgeom.quant.recipe import Recipe
+    from kvgeom.quant.rounder import Rounder
+    from kvgeom.quant.scheme import Scheme
+
+    model = tiny_model("gpt_neox")
+    with pytest.raises(ModelError, match="use the cache placement"):
+        model.forward([5, 6], model.new_cache(Rounder(Recipe.uniform(3, Scheme(4)), Placement.paper())))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_hf_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_folder(checkpoint: Path) -> None:
+    model = kvgeom.load(checkpoint)
+    assert model.name == checkpoint.name
+    torch.testing.assert_close(model.forward([5, 6, 7]), tiny_model().forward([5, 6, 7]), atol=1e-5, rtol=1e-5)
+    assert kvgeom.load(str(checkpoint), dtype="bfloat16").dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole tiny llama in GGUF, written with the gguf package."""
+    import gguf
+
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    hf, tokenizer = tiny_hf_model(), tiny_tokenizer()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(3)
+    writer.add_context_length(512)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(hf.config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(259)
+    writer.add_tokenizer_model("gpt2")
+    # transformers insists on a merge, and a merge on its product: the last byte token makes room.
+    writer.add_token_list([*tokenizer.convert_ids_to_tokens(list(range(258))), "ab"])
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * 256)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(str(tokenizer.chat_template))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
+    for name, weight in hf.named_parameters():
+        ours = weight.detach().numpy().astype(np.float32)
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # GGUF keeps the halves of a rotation interleaved
+            heads = ours.shape[0] // 8
+            ours = ours.reshape(heads, 2, 4, -1).swapaxes(1, 2).reshape(ours.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), ours)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KVGEOM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_gguf_file_is_converted_once(gguf_file: Path, own_cache: Path) -> None:
+    model = kvgeom.load(gguf_file, progress=False)
+    torch.testing.assert_close(model.forward([5, 6, 7]), tiny_model().forward([5, 6, 7]), atol=1e-5, rtol=1e-5)
+    weights = next(own_cache.rglob("*.safetensors"))
+    written = weights.stat().st_mtime_ns
+    kvgeom.load(gguf_file, progress=False)
+    assert weights.stat().st_mtime_ns == written
+    assert not list(own_cache.rglob("converting-*"))
+
+
+def truncated(data: bytes) -> bytes:
+    return data[: len(data) * 2 // 3]
+
+
+def header_only(data: bytes) -> bytes:
+    return data[:60]
+
+
+def not_gguf(data: bytes) -> bytes:
+    return b"PK\x03\x04" + data[4:]
+
+
+def altered_header(data: bytes) -> bytes:
+    return data[:24] + bytes(255 - b for b in data[24:400]) + data[400:]
+
+
+def altered_weights(data: bytes) -> bytes:
+    huge = np.full(16, 1e30, dtype=np.float32).tobytes()
+    return data[: -len(huge)] + huge
+
+
+@pytest.mark.parametrize("damage", [truncated, header_only, not_gguf, altered_header, altered_weights])
+def test_damaged_gguf_files(
+    damage: Callable[[bytes], bytes], gguf_file: Path, tmp_path: Path, own_cache: Path
+) -> None:
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(damage(gguf_file.read_bytes()))
+    with pytest.raises(InputError, match=r"bad\.gguf was asked.*"):
+        kvgeom.load(bad, progress=False)
+    assert not [path for path in own_cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+def empty(folder: Path) -> str:
+    return str(folder)
+
+
+def with_gguf(folder: Path) -> str:
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    return str(folder)
+
+
+def without_weights(folder: Path) -> str:
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return str(folder)
+
+
+def unknown_architecture(folder: Path) -> str:
+    (folder / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
+    (folder / "model.safetensors").write_bytes(b"")
+    return str(folder)
+
+
+def another_file(folder: Path) -> str:
+    (folder / "weights.bin").write_bytes(b"")
+    return str(folder / "weights.bin")
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (empty, "holds no model"),
+        (with_gguf, "did you mean"),
+        (without_weights, "no .safetensors weights"),
+        (unknown_architecture, "cannot be loaded"),
+        (another_file, "must be a .gguf"),
+        (lambda folder: str(folder / "missing"), "no such file or folder"),
+        (lambda folder: "./missing.gguf", "no such file or folder"),
+        (lambda folder: "demo2", "no such file or folder"),
+    ],
+)
+def test_no_model_there(make: Callable[[Path], str], says: str, tmp_path: Path) -> None:
+    with pytest.raises(KvgeomError, match=says):
+        kvgeom.load(make(tmp_path), progress=False)
