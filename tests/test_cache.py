@@ -70,8 +70,9 @@ def test_streaming_is_one_teacher_forced_pass(model: HFModel, granularity: str) 
 def test_the_cache_holds_rounded_values_and_prefill_reads_them(model: HFModel) -> None:
     scheme, last = Scheme(2, True, "tensor"), model.geometry.layers - 1
     recipe = Recipe.uniform(model.geometry.layers, scheme, layers=[last])
-    exact, rounded, unread = model.new_cache(), *(
-        model.new_cache(Rounder(recipe, placement)) for placement in (Placement(), Placement(prefill_reads="exact"))
+    exact, rounded, unread = (
+        model.new_cache(),
+        *(model.new_cache(Rounder(recipe, placement)) for placement in (Placement(), Placement(prefill_reads="exact"))),
     )
     logits = [model.forward(IDS, cache) for cache in (exact, rounded, unread)]
     for cache in (rounded, unread):

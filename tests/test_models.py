@@ -184,9 +184,7 @@ def altered_weights(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [truncated, header_only, not_gguf, altered_header, altered_weights])
-def test_damaged_gguf_files(
-    damage: Callable[[bytes], bytes], gguf_file: Path, tmp_path: Path, own_cache: Path
-) -> None:
+def test_damaged_gguf_files(damage: Callable[[bytes], bytes], gguf_file: Path, tmp_path: Path, own_cache: Path) -> None:
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(damage(gguf_file.read_bytes()))
     with pytest.raises(InputError, match=r"bad\.gguf was asked.*"):

@@ -55,7 +55,7 @@ def tiny_hf_model(kind: str = "llama", seed: int = 0, layers: int = 3) -> PreTra
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **tiny_config(kind, layers)))
     with torch.no_grad():
         for parameter in model.parameters():  # random weights of the default size leave attention almost uniform
-            parameter.mul_(4.0) if parameter.ndim > 1 else None
+            parameter.mul_(10.0) if parameter.ndim > 1 else None
     return model.float().eval()
 
 

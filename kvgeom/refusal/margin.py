@@ -13,7 +13,8 @@ def refusal_tokens(first_tokens: Sequence[int], refused: Sequence[bool]) -> froz
     """The tokens R with which a model's own unquantized refusals begin.
 
     A token belongs to R if at least half of the responses that begin with it are refusals, so that
-    an opening which refusals share with compliance is not counted as refusal.
+    an opening which refusals share with compliance is not counted as refusal. Where no token is that clear,
+    the ones with the largest share of refusals are taken: the set is empty only if nothing is refused.
 
     Parameters
     ----------
@@ -24,7 +25,9 @@ def refusal_tokens(first_tokens: Sequence[int], refused: Sequence[bool]) -> froz
     """
     begun = Counter(first_tokens)
     refusals = Counter(token for token, is_refusal in zip(first_tokens, refused, strict=True) if is_refusal)
-    return frozenset(token for token, count in refusals.items() if 2 * count >= begun[token])
+    share = {token: count / begun[token] for token, count in refusals.items()}
+    enough = min(0.5, max(share.values(), default=0.0))
+    return frozenset(token for token, found in share.items() if found >= enough)
 
 
 def margin(logits: Tensor, tokens: Iterable[int]) -> Tensor:
