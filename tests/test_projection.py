@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-
 from kvgeom.diagnosis.evaluate import Baseline, baseline, evaluate
 from kvgeom.models.hf import HFModel
 from kvgeom.prompts.sets import calibration
@@ -16,6 +15,7 @@ from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.rounder import Rounder
 from kvgeom.quant.scheme import Scheme
 from kvgeom.refusal.judge import KeywordJudge
+
 from tests.straight_line import StraightLineQwen2
 
 TOKENS = 12
@@ -45,7 +45,7 @@ def test_agrees_with_straight_line(
     demo: HFModel, base: Baseline, straight: StraightLineQwen2, layers: Sequence[int], granularity: str
 ) -> None:
     recipe = Recipe.uniform(24, Scheme(3, True, granularity), layers=layers)  # type: ignore[arg-type]
-    rounding = {layer: (3, granularity == "channel") for layer in layers}
+    rounding = dict.fromkeys(layers, (3, granularity == "channel"))
     outcomes = evaluate(demo, {"r": recipe}, base, placement=Placement.paper(), progress=False).data.sel(recipe="r")
     for index, prompt in enumerate(base.prompts):
         response, first, errors = straight.generate(list(prompt.ids), rounding, TOKENS, demo._stop_tokens)

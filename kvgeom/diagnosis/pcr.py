@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kvgeom.diagnosis.evaluate import Baseline, evaluate
-from kvgeom.diagnosis.stats import reduction_bootstrap
+from kvgeom.diagnosis.stats import reduction_posterior
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
@@ -33,7 +33,7 @@ class PCR:
     value : float or None
         None where it is undefined (per-tensor rounding flips nothing).
     ci : (float, float) or None
-        95 % interval, paired bootstrap over prompts.
+        95 % interval, paired by prompt (:func:`~kvgeom.diagnosis.stats.reduction_posterior`).
     status : {"determined", "undetermined"}
         Determined when the interval lies within one of the published classes (< 30 %, 30-70 %, > 70 %).
     reason : str
@@ -132,12 +132,11 @@ def reduction(tensor: ArrayLike, channel: ArrayLike, *, layer: int, bits: int, s
         reason = f"per-tensor rounding of layer {layer} flips none of {n} refusals, so there is nothing to reduce"
         return PCR(None, None, "undetermined", reason, layer, bits, flips_old, flips_new, n)
     value = 1 - flips_new / flips_old
-    samples, undefined = reduction_bootstrap(old, new, seed=seed)
-    low, high = (float(q) for q in np.quantile(samples, [0.025, 0.975]))
+    low, high = (float(q) for q in np.quantile(reduction_posterior(old, new, seed=seed), [0.025, 0.975]))
+    low, high = min(low, value), max(high, value)
     counts = f"{flips_old} flips per-tensor, {flips_new} per-channel, of {n} refusals"
     interval = f"95 % interval {low:.0%} to {high:.0%}"
-    # Resamples without a per-tensor flip have no PCR: an interval that leaves many of them out says too little.
-    if undefined < 0.05 and _class(low) == _class(high):
+    if _class(low) == _class(high):
         return PCR(value, (low, high), "determined", f"{counts}: {interval}", layer, bits, flips_old, flips_new, n)
     more = _more_prompts(value, low, high, n)
     if more is None:
@@ -162,6 +161,5 @@ def _more_prompts(value: float, low: float, high: float, n: int) -> int | None:
     room += [(above[0] - value, high - value)] if above else []
     if any(space == 0 for space, _ in room):
         return None
-    # Few flips give intervals without width although they say little: at least double the prompts then.
-    shrink = max([reach / space for space, reach in room] + [math.sqrt(2)])
+    shrink = max(reach / space for space, reach in room)
     return math.ceil(n * (shrink**2 - 1))
