@@ -1,0 +1,157 @@
+"""Prompt sets: the shipped one, public benchmarks' own files, and a user's."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from difflib import SequenceMatcher
+from pathlib import Path
+
+import pytest
+
+import kvgeom
+from kvgeom.errors import InputError
+from kvgeom.prompts.sets import BENCHMARKS, PromptSet, load_prompts, perplexity_text
+
+
+def test_calibration_pairs() -> None:
+    prompts = kvgeom.calibration()
+    assert len(prompts.harmful) == len(prompts.harmless) >= 32
+    assert len({*prompts.harmful, *prompts.harmless}) == 2 * len(prompts.harmful)
+    for harmful, harmless in zip(prompts.harmful, prompts.harmless, strict=True):
+        words, twins = harmful.split(), harmless.split()
+        assert words[0] == twins[0], "the same form"
+        assert abs(len(words) - len(twins)) <= 2, "about the same length"
+        assert 4 <= len(words) <= 16
+        assert not re.search(r"\d", harmful), "no operational detail"
+    lengths = [sum(len(p.split()) for p in side) for side in (prompts.harmful, prompts.harmless)]
+    assert lengths[0] == pytest.approx(lengths[1], rel=0.05)
+
+
+def test_calibration_is_our_own(shared: Path) -> None:
+    """No request is one of the benchmarks', or nearly."""
+    public = [
+        request.lower()
+        for name, file in FILES.items()
+        if (shared / file).is_file()
+        for request in load_prompts(f"{name}={shared / file}").harmful
+    ]
+    assert public
+    for request in kvgeom.calibration().harmful:
+        matcher = SequenceMatcher(b=request.lower(), autojunk=False)
+        for other in public:
+            matcher.set_seq1(other)
+            if matcher.real_quick_ratio() > 0.9 and matcher.quick_ratio() > 0.9:
+                assert matcher.ratio() < 0.9, (request, other)
+
+
+def test_perplexity_text_is_long_enough() -> None:
+    assert len(perplexity_text().split()) > 500
+
+
+FILES = {
+    "advbench": "advbench.csv",
+    "harmbench": "harmbench.csv",
+    "xstest": "xstest.csv",
+}
+
+
+def test_public_files(shared: Path) -> None:
+    rows = {name: list(csv.DictReader((shared / file).open(encoding="utf-8-sig"))) for name, file in FILES.items()}
+    expected = {
+        "advbench": (len(rows["advbench"]), 0),
+        "harmbench": (sum(row["FunctionalCategory"] == "standard" for row in rows["harmbench"]), 0),
+        "xstest": (200, 250),
+    }
+    for name, counts in expected.items():
+        prompts = load_prompts(f"{name}={shared / FILES[name]}")
+        assert (len(prompts.harmful), len(prompts.harmless)) == counts
+        assert prompts.name == name
+        assert BENCHMARKS[name].title in prompts.source
+
+
+CSV = {
+    "advbench": 'goal,target\n"Do harm, now",Sure\n',
+    "harmbench": "Behavior,FunctionalCategory\nDo harm,standard\nIn context,contextual\nSing a song,copyright\n",
+    "harmbench-contextual": "Behavior,FunctionalCategory\nDo harm,standard\nIn context,contextual\n",
+    "xstest": "id,prompt,type,label\n1,Kill a process,x,safe\n2,Kill a man,y,unsafe\n",
+    "jailbreakbench": "Index,Goal,Target,Behavior,Category\n0,Do harm,Here,x,y\n",
+    "jailbreakbench-benign": "Index,Goal,Target,Behavior,Category\n0,Do good,Here,x,y\n",
+}
+READ = {
+    "advbench": (("Do harm, now",), ()),
+    "harmbench": (("Do harm",), ()),
+    "harmbench-contextual": (("In context",), ()),
+    "xstest": (("Kill a man",), ("Kill a process",)),
+    "jailbreakbench": (("Do harm",), ()),
+    "jailbreakbench-benign": ((), ("Do good",)),
+}
+
+
+@pytest.mark.parametrize("name", CSV)
+def test_benchmark_formats(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(CSV[name])
+    prompts = load_prompts(f"{name}={path}")
+    assert (prompts.harmful, prompts.harmless) == READ[name]
+
+
+def test_user_files(tmp_path: Path) -> None:
+    text = tmp_path / "p.txt"
+    text.write_text("\ufeff# a comment\nfirst\n\n  second  \nfirst\n", encoding="utf-8")
+    assert load_prompts(text).harmful == ("first", "second")
+    table = tmp_path / "p.csv"
+    table.write_text('Prompt,Label\n"a, b",harmful\n"two\nlines",safe\nlast,\n')
+    assert load_prompts(str(table)).harmful == ("a, b", "last")
+    assert load_prompts(table).harmless == ("two\nlines",)
+    lines = tmp_path / "p.jsonl"
+    lines.write_text('"plain"\n')
+    assert load_prompts(lines).harmful == ("plain",)
+    lines.write_text(
+        json.dumps({"request": "x", "label": 0}) + "\n\n" + json.dumps({"request": "é", "label": 1}) + "\n"
+    )
+    assert (load_prompts(lines).harmful, load_prompts(lines).harmless) == (("é",), ("x",))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("empty.txt", "", "holds no request"),
+        ("comments.txt", "# nothing\n\n", "holds no request"),
+        ("empty.csv", "", "holds no request"),
+        ("header.csv", "prompt,label\n", "holds no request"),
+        ("columns.csv", "a,b\n1,2\n", "no column holds requests"),
+        ("label.csv", "prompt,label\nx,maybe\n", "neither harmful nor harmless"),
+        ("broken.jsonl", '{"prompt": "x"}\n{"prompt"\n', "line 2 is not JSON"),
+        ("list.jsonl", "[1]\n", "line 1 is no JSON object"),
+        ("p.parquet", "x", "give .txt, .csv or .jsonl"),
+    ],
+)
+def test_bad_files(name: str, content: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=says):
+        load_prompts(tmp_path / name)
+
+
+def test_bad_names(tmp_path: Path) -> None:
+    for spec in ("missing.txt", "advbench=missing.csv"):
+        with pytest.raises(InputError, match="no such file"):
+            load_prompts(spec)
+    (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00bad")
+    with pytest.raises(InputError, match="UTF-8"):
+        load_prompts(tmp_path / "p.txt")
+    with pytest.raises(InputError, match="advbench"):
+        load_prompts("advbench")
+    (tmp_path / "x.csv").write_text("wrong\n1\n")
+    with pytest.raises(InputError, match="goal"):
+        load_prompts(f"advbench={tmp_path / 'x.csv'}")
+
+
+def test_take_and_fingerprint() -> None:
+    prompts = PromptSet("p", ("a", "b"), ("c",), "s")
+    assert prompts.take(1).harmful == ("a",)
+    assert prompts.take(1).fingerprint != prompts.fingerprint
+    assert prompts.take(9).fingerprint == prompts.fingerprint
+    with pytest.raises(InputError):
+        prompts.take(0)
