@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
 from kvgeom.models.model import Model
 
 # A property that takes long once, because torch warms up, has not failed.

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import DynamicCache
+
 from kvgeom.models.cache import EditedCache
 from kvgeom.models.hf import HFModel
 from kvgeom.models.rope import rotate, unrotate
@@ -14,8 +16,6 @@ from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.rounder import Rounder
 from kvgeom.quant.rounding import round_kv
 from kvgeom.quant.scheme import Scheme
-from transformers import DynamicCache
-
 from tests.tiny import KINDS, tiny_model
 
 IDS = [1, *range(40, 70), 12, 9, 200]  # longer than the sliding windows of the tiny models

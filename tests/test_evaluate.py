@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kvgeom.diagnosis.curve import bit_width_curve
 from kvgeom.diagnosis.evaluate import EXACT, Baseline, Outcomes, baseline, evaluate
 from kvgeom.diagnosis.perplexity import perplexity
@@ -22,7 +23,6 @@ from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.rounder import Rounder
 from kvgeom.quant.scheme import Scheme
 from kvgeom.refusal.judge import Label, Verdict
-
 from tests.tiny import tiny_model
 
 REQUESTS = [

@@ -6,14 +6,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import kvgeom
 import numpy as np
 import pytest
 import torch
+
+import kvgeom
 from kvgeom.errors import InputError, KvgeomError, ModelError
 from kvgeom.models.hf import HFModel
 from kvgeom.models.model import KVGeometry
-
 from tests.tiny import KINDS, tiny_hf_model, tiny_model, tiny_tokenizer
 
 

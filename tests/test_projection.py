@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+
 from kvgeom.diagnosis.evaluate import Baseline, baseline, evaluate
 from kvgeom.models.hf import HFModel
 from kvgeom.prompts.sets import calibration
@@ -15,7 +16,6 @@ from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.rounder import Rounder
 from kvgeom.quant.scheme import Scheme
 from kvgeom.refusal.judge import KeywordJudge
-
 from tests.straight_line import StraightLineQwen2
 
 TOKENS = 12

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
 from kvgeom.refusal.direction import difference_of_means, separation
 from kvgeom.refusal.margin import margin, refusal_tokens
-from sklearn.metrics import roc_auc_score
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=20))

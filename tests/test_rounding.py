@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from kvgeom.errors import InputError
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.rounding import apply, fit, round_kv

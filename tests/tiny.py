@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from kvgeom.models.hf import HFModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from kvgeom.models.hf import HFModel
 
 KINDS = ("llama", "qwen2", "qwen3", "gemma3_text", "mistral", "phi3", "gpt_neox")
 SPECIAL = ["<|pad|>", "<|start|>", "<|end|>"]

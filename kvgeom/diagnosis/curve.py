@@ -95,8 +95,10 @@ def bit_width_curve(
     names = [EXACT, *recipes]
     counts = [outcomes.counts(name) for name in names]
     flips = [outcomes.flips(name) for name in names]
-    intervals = [wilson(flip["all"], len(base.refused)) for flip in flips]
     refused = len(base.refused)
+    # The unquantized model is what flips are counted against: its own rate is no estimate.
+    itself = (0.0, 0.0) if refused else (float("nan"), float("nan"))
+    intervals = [itself, *(wilson(flip["all"], refused) for flip in flips[1:])]
     columns = {
         **{label: [count[label] for count in counts] for label in ("refused", "complied", "degenerate")},
         "flips": [flip["all"] for flip in flips],

@@ -167,6 +167,9 @@ def _from_pretrained(
     device = device or _best_device()
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else "auto"
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
+        raise InputError(f"dtype {dtype} was asked, but it is no floating point type; give e.g. float32 or bfloat16")
     placed = "device_map" in model_options
     try:
         with quiet_transformers():

@@ -26,10 +26,11 @@ from kvgeom.models.model import Model
 from kvgeom.prompts.sets import PromptSet, calibration
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.scheme import Scheme, check_bits
+from kvgeom.refusal.judge import Judge
 from kvgeom.report.verdict import Verdict, conclude
 
 #: Version of the layout of audit.json; docs/schema.md describes it.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # also in audit.schema.json
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Audit:
         if self.scan.critical_layer is not None:
             return self.scan.critical_layer
         keys = self.sensitivity.data.ratio.sel(site="k").fillna(-1.0)
-        return int(keys.layer[int(keys.argmax())])
+        return int(keys.layer[int(keys.values.argmax())])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, NaN as null; the layout is described in docs/schema.md."""
@@ -80,6 +81,7 @@ class Audit:
         layers = [_ci(row) for row in self.scan.to_frame().to_dict("records")]
         for row in layers:
             row["margin_ci"] = [row.pop("margin_low"), row.pop("margin_high")]
+            row["flips"] = None if math.isnan(row["flips"]) else int(row["flips"])
         names = [name for name, variable in self.sensitivity.data.items() if variable.dims == ("layer", "site")]
         sensitivity = self.sensitivity.data[names].to_dataframe().reset_index().to_dict("records")
         plain: dict[str, Any] = _json(
@@ -136,6 +138,7 @@ def audit(
     curve_bits: tuple[int, ...] | None = None,
     bits: int = 3,
     placement: Placement | None = None,
+    judge: Judge | None = None,
     max_new_tokens: int = 24,
     batch_size: int = 32,
     progress: bool = True,
@@ -149,7 +152,7 @@ def audit(
     model : anything that :func:`kvgeom.load` takes
     out : str or Path, optional
         Folder for ``audit.json`` and ``report.html``; without it nothing is written.
-    prompts, scheme, curve_bits, bits, placement, max_new_tokens, batch_size, progress, seed
+    prompts, scheme, curve_bits, bits, placement, judge, max_new_tokens, batch_size, progress, seed
         See :func:`kvgeom.diagnose`.
     **load_options
         Go to :func:`kvgeom.load`.
@@ -175,6 +178,7 @@ def audit(
         scheme=scheme,
         bits=bits,
         placement=placement,
+        judge=judge,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         progress=progress,

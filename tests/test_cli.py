@@ -1,0 +1,142 @@
+"""The command line: one line and status 2 for what cannot be used, a verdict and two paths for what can."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvgeom.cli import main
+from tests.tiny import tiny_hf_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_hf_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def without_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tiny_hf_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def file_in(folder: Path, name: str, content: str) -> str:
+    (folder / name).write_text(content)
+    return str(folder / name)
+
+
+BAD: list[tuple[Callable[[Path, Path], list[str]], str]] = [
+    (lambda model, tmp: [str(tmp / "missing"), "--out", str(tmp / "o")], "no such file or folder"),
+    (lambda model, tmp: [str(tmp), "--out", str(tmp / "o")], "holds no model"),
+    (lambda model, tmp: [file_in(tmp, "x.gguf", "GGUF"), "--out", str(tmp / "o")], "truncated or altered"),
+    (
+        lambda model, tmp: [file_in(tmp, "x.gguf", "something else"), "--out", str(tmp / "o")],
+        "does not begin as a GGUF",
+    ),
+    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--prompts", file_in(tmp, "p.txt", "")], "no request"),
+    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--prompts", "nothing"], "nothing"),
+    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--bits", "8", "1"], "bits=1 was asked"),
+    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--bits", "12"], "bits=12 was asked"),
+    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--scan-bits", "16"], "16"),
+    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--scheme", "q4_0"], "q4_0"),
+    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--limit", "0"], "at least one"),
+    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--new-tokens", "0"], "positive"),
+    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--device", "toaster"], "toaster"),
+    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--dtype", "float3"], "float3"),
+    (lambda model, tmp: [str(model), "--out", file_in(tmp, "taken", "") + "/sub"], "cannot be written"),
+    (
+        lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--prompts", file_in(tmp, "p.txt", "x " * 400)],
+        "context of 512",
+    ),
+    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--template", str(tmp / "no.jinja")], "no such file"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD, ids=[says for _, says in BAD])
+def test_bad_input_is_one_line_and_status_2(
+    arguments: Callable[[Path, Path], list[str]],
+    says: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = arguments(checkpoint, tmp_path)
+    assert main(["audit", "--quiet", *asked]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("kvgeom: ")
+    assert captured.err.count("\n") == 1
+    assert says in captured.err
+    assert not captured.out
+    assert not list(tmp_path.rglob("audit.json"))
+
+
+def test_a_model_without_template(without_template: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [
+        "audit",
+        str(without_template),
+        "--out",
+        str(tmp_path / "o"),
+        "--quiet",
+        "--limit",
+        "2",
+        "--new-tokens",
+        "2",
+    ]
+    assert main(asked) == 2
+    assert "--template FILE" in capsys.readouterr().err
+    template = file_in(tmp_path, "t.jinja", "User: {{ messages[0].content }}\nAssistant:")
+    assert main([*asked, "--bits", "2", "--template", template]) == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
+def test_a_folder_that_is_read_only(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path.chmod(0o500)
+    assert main(["audit", str(checkpoint), "--out", str(tmp_path / "o"), "--quiet"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_it_prints_the_verdict_and_where_the_report_lies(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "report"
+    asked = ["--out", str(out), "--limit", "3", "--bits", "16", "8", "2", "--new-tokens", "3", "--quiet"]
+    assert main(["audit", str(checkpoint), *asked, "--scheme", "sym-channel", "--placement", "paper"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    numbers = json.loads((out / "audit.json").read_text())
+    assert numbers["verdict"]["headline"] in captured.out
+    assert str(out / "report.html") in captured.out
+    assert [row["bits"] for row in numbers["curve"]] == [16, 8, 2]
+    assert numbers["curve"][1]["scheme"] == "int8-sym-channel"
+    assert numbers["settings"]["placement"].startswith("projection")
+    assert numbers["prompts"]["harmful"] == 3
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["audit", "--help"], ["--version"]])
+def test_help_needs_no_torch(arguments: list[str]) -> None:
+    listing = run("-X", "importtime", "-m", "kvgeom", *arguments)
+    assert listing.returncode == 0
+    assert not [line for line in listing.stderr.splitlines() if line.endswith((" torch", " transformers", " xarray"))]
+    assert "kvgeom" in listing.stdout
+
+
+def test_wrong_usage_ends_with_status_2() -> None:
+    assert run("-m", "kvgeom", "audit").returncode == 2
+    assert run("-m", "kvgeom").returncode == 2
