@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 
 from kvgeom.models.model import Model
+from tests.tiny import write_tiny_gguf
 
 # A property that takes long once, because torch warms up, has not failed.
 settings.register_profile("kvgeom", deadline=None, print_blob=True)
@@ -28,3 +29,17 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no benchmark files beside this checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_tiny_gguf(path)
+    return path
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder for one test."""
+    monkeypatch.setenv("KVGEOM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import gguf
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -62,3 +66,38 @@ def tiny_hf_model(kind: str = "llama", seed: int = 0, layers: int = 3) -> PreTra
 
 def tiny_model(kind: str = "llama", seed: int = 0, layers: int = 3) -> HFModel:
     return HFModel(tiny_hf_model(kind, seed, layers), tiny_tokenizer(), name=f"tiny-{kind}")
+
+
+def write_tiny_gguf(path: Path) -> None:
+    """A whole tiny llama, with tokenizer and template, as a GGUF file."""
+    hf, tokenizer = tiny_hf_model(), tiny_tokenizer()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(3)
+    writer.add_context_length(512)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(hf.config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(259)
+    writer.add_tokenizer_model("gpt2")
+    # transformers insists on a merge, and a merge on its product: the last byte token makes room.
+    writer.add_token_list([*tokenizer.convert_ids_to_tokens(list(range(258))), "ab"])
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * 256)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(str(tokenizer.chat_template))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
+    for name, weight in hf.named_parameters():
+        ours = weight.detach().numpy().astype(np.float32)
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # GGUF keeps the halves of a rotation interleaved
+            heads = ours.shape[0] // 8
+            ours = ours.reshape(heads, 2, 4, -1).swapaxes(1, 2).reshape(ours.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), ours)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
