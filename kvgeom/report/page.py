@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from kvgeom.plots.channels import channel_loading
+from kvgeom.plots.channels import channel_loading, outlier_share
 from kvgeom.plots.curve import bit_curve
 from kvgeom.plots.pcr import pcr_interval
 from kvgeom.plots.scan import layer_scan
@@ -115,7 +115,7 @@ def _sections(audit: Audit) -> list[dict[str, Any]]:
                 f"Do outlier channels carry safety? Layer {layer}, {name}",
                 f"Shown is {which}. Each point is a channel: far to the right are outliers, which set the scale that others "
                 "share; high up are the channels that carry safety. Safety at the top left can be crushed by outliers; points at "
-                "the top right are outliers that are safety.",
+                f"the top right are outliers that are safety. {outlier_share(audit.sensitivity, layer, site)}.",
                 channel_loading(audit.sensitivity, layer, site),
                 None,
             )
