@@ -98,10 +98,18 @@ def ratio_map(sensitivity: Sensitivity) -> go.Figure:
         y=rows[at] - 0.34,
         mode="markers",
         name="weak separation",
-        marker={"symbol": "circle-open", "size": 6, "color": INK, "line": {"width": 1.2}},
+        marker={
+            "symbol": "circle-open",
+            "size": 6,
+            # On the darkest cells ink would not be seen.
+            "color": np.where(np.abs(log_ratio[at, of]) > 0.7 * reach, "white", INK),
+            "line": {"width": 1.2},
+        },
         hoverinfo="skip",
-        showlegend=bool(len(at)),
+        showlegend=False,
     )
+    if len(at):
+        _legend(figure, "weak separation", {"symbol": "circle-open", "size": 8, "color": INK})
     figure.update_xaxes(**layer_axis(len(layers)))
     figure.update_xaxes(range=[-0.5, len(layers) - 0.5], showline=False, ticks="")
     figure.update_yaxes(
@@ -130,10 +138,12 @@ def _undefined(figure: go.Figure, layers: np.ndarray, rows: np.ndarray, defined:
         name="undefined",
     )
     if not defined.all():
-        figure.add_scatter(
-            x=[None], y=[None], mode="markers", name="undefined",
-            marker={"symbol": "square", "size": 10, "color": UNDETERMINED},
-        )  # fmt: skip
+        _legend(figure, "undefined", {"symbol": "square", "size": 10, "color": UNDETERMINED})
+
+
+def _legend(figure: go.Figure, name: str, marker: dict[str, object]) -> None:
+    """An entry of the legend that stands for cells of the map."""
+    figure.add_scatter(x=[None], y=[None], mode="markers", name=name, marker=marker)
 
 
 def _decades(exponents: np.ndarray, beyond: bool) -> list[str]:

@@ -52,10 +52,11 @@ def template() -> go.layout.Template:
             "margin": {"l": 64, "r": 20, "t": 64, "b": 48},
             "legend": {
                 "orientation": "h",
-                "x": 1,
-                "xanchor": "right",
+                # In the left corner: the right one belongs to plotly's buttons.
+                "x": 0,
+                "xanchor": "left",
                 "y": 1,
-                "yanchor": "bottom",
+                "yanchor": "top",
                 "yref": "container",
                 "title": {"text": ""},
             },

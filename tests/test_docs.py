@@ -1,0 +1,58 @@
+"""What the documentation shows works, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import kvgeom
+from kvgeom.prompts.sets import PromptSet
+from tests.tiny import tiny_model
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_links(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8").replace("\n", " ")):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        other = page.parent / name if name else page
+        assert other.is_file(), target
+        assert not anchor or anchor in anchors(other), target
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+
+
+def test_the_example_judge() -> None:
+    """The judge of docs/extending.md, on a tiny model instead of the demo."""
+    block = next(block for block in python_blocks(ROOT / "docs" / "extending.md") if "class Apologies" in block)
+    names: dict[str, object] = {}
+    exec(block.replace('kvgeom.audit("demo", "out", judge=Apologies())', ""), names)
+    judge = names["Apologies"]()  # type: ignore[operator]
+    assert judge.label("r", "So sorry!", lambda: 0.0).label == "refused"
+    assert judge.label("r", "xx", lambda: -9.0).label == "degenerate"
+    prompts = PromptSet("p", ("a b", "c d"), ("e f", "g h"), "")
+    found = kvgeom.audit(tiny_model(), prompts=prompts, judge=judge, curve_bits=(2,), max_new_tokens=2, progress=False)
+    assert found.settings["judge"] == "apologies"
+
+
+@pytest.mark.slow
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands there, on the demo model."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in python_blocks(ROOT / "README.md"):
+        exec(block, names)
+    assert (tmp_path / "audit" / "report.html").is_file()
