@@ -181,6 +181,7 @@ def another_file(folder: Path) -> str:
         (another_file, "must be a .gguf"),
         (lambda folder: str(folder / "missing"), "no such file or folder"),
         (lambda folder: "./missing.gguf", "no such file or folder"),
+        (lambda folder: "nobody-at-all/no-such-model-as-this", "no such folder here, and"),
         (lambda folder: "demo2", "no such file or folder"),
     ],
 )

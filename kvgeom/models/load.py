@@ -72,7 +72,7 @@ def load(
         return _wrap(model, tokenizer, template)
     if tokenizer is not None:
         raise InputError("a tokenizer was given with a model name; it goes with a loaded transformers model only")
-    source, name = _locate(str(model), progress)
+    source, name = _locate(str(model), revision, progress)
     chat_template = _read_template(template)
     return _from_pretrained(
         source,
@@ -103,7 +103,7 @@ def _wrap(model: Any, tokenizer: Any, template: str | Path | None) -> Model:
     return HFModel(model, tokenizer, name=name, template=_read_template(template))
 
 
-def _locate(asked: str, progress: bool) -> tuple[str, str]:
+def _locate(asked: str, revision: str | None, progress: bool) -> tuple[str, str]:
     """What to hand to transformers, and what to call the model."""
     if asked in DEMOS:
         return str(demo_model_dir(DEMOS[asked], progress=progress)), f"{asked} ({DEMOS[asked].title})"
@@ -122,7 +122,32 @@ def _locate(asked: str, progress: bool) -> tuple[str, str]:
         raise InputError(
             f"{asked} was asked, but there is no such file or folder; give one, a hub id (owner/name), or one of: {known}"
         )
+    _check_hub(asked, revision)
     return asked, asked
+
+
+def _check_hub(name: str, revision: str | None) -> None:
+    """Ask the hub once whether a model is there; transformers would go on trying for a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        return
+    asked = f"{name} was asked, but there is no such folder here, and"
+    try:
+        HfApi().model_info(name, revision=revision, timeout=10)
+    except RevisionNotFoundError as error:
+        raise InputError(
+            f"{asked} that model has no revision {revision} on the hub; give another --revision"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{asked} no such model on the hub; check the name or, if it is private, run: hf auth login"
+        ) from error
+    except Exception as error:  # of whichever HTTP library the installed hub client uses
+        raise InputError(
+            f"{asked} the hub cannot be reached ({error or type(error).__name__}); check the path or the network"
+        ) from error
 
 
 def _check_folder(path: Path) -> None:
@@ -199,15 +224,20 @@ def _best_device() -> str:
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' warnings and bars while a block runs: kvgeom shows its own."""
     import transformers
+    from huggingface_hub.utils import logging as hub
 
     logging: Any = transformers.utils.logging
+    hub_logging: Any = hub
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_verbosity = hub_logging.get_verbosity()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
         if bars:
             logging.enable_progress_bar()
