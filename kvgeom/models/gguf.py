@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvgeom.errors import InputError
+from kvgeom.models.quiet import quiet_transformers
 from kvgeom.paths import cache_dir
 from kvgeom.progress import bar
 
@@ -80,8 +81,6 @@ def convert(path: Path, folder: Path, progress: bool = True) -> None:
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from kvgeom.models.load import quiet_transformers
 
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as scratch:
         # transformers draws a bar of its own here, which no setting of it turns off.

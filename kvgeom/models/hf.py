@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvgeom.errors import InputError, ModelError
@@ -184,10 +185,10 @@ class HFModel:
         with ExitStack() as stack:
             if start is not None:
                 stack.enter_context(self._skip_below(*start))
-            if on_resid is not None:
-                stack.enter_context(self._resid_hooks(on_resid))
-            if on_rotation is not None:
-                stack.enter_context(self._rotation_hooks(on_rotation))
+            for handle in self._resid_hooks(on_resid) if on_resid else ():
+                stack.callback(handle.remove)
+            for handle in self._rotation_hooks(on_rotation) if on_rotation else ():
+                stack.callback(handle.remove)
             return self._run(tokens, cache, positions, None, 0 if all_logits else 1)[0]
 
     @torch.inference_mode()
@@ -252,7 +253,9 @@ class HFModel:
     def _run(
         self, tokens: Tensor, cache: EditedCache, positions: Tensor, mask: Tensor | None, logits_to_keep: int
     ) -> Tensor:
-        with self._projection_hooks(cache.edit):
+        with ExitStack() as stack:
+            for handle in self._projection_hooks(cache.edit):
+                stack.callback(handle.remove)
             output = self.hf_model(
                 input_ids=tokens,
                 attention_mask=mask,
@@ -264,22 +267,16 @@ class HFModel:
         logits: Tensor = output.logits.float()
         return logits
 
-    # --- hooks, each removed when its block ends ---
+    # --- hooks: each generator sets them, and whoever asks takes the handles away again ---
 
-    @contextmanager
-    def _resid_hooks(self, on_resid: ResidHook) -> Iterator[None]:
+    def _resid_hooks(self, on_resid: ResidHook) -> Iterator[RemovableHandle]:
         def hook(layer: int) -> Callable[..., None]:
             return lambda _module, _args, output: on_resid(layer, _hidden(output)[0])
 
-        handles = [module.register_forward_hook(hook(layer)) for layer, module in enumerate(self._layers)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        for layer, module in enumerate(self._layers):
+            yield module.register_forward_hook(hook(layer))
 
-    @contextmanager
-    def _rotation_hooks(self, on_rotation: RotationHook) -> Iterator[None]:
+    def _rotation_hooks(self, on_rotation: RotationHook) -> Iterator[RemovableHandle]:
         def hook(layer: int) -> Callable[..., None]:
             def before(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
                 rotation = kwargs.get("position_embeddings")
@@ -288,15 +285,15 @@ class HFModel:
 
             return before
 
-        handles = [
-            _attention(module).register_forward_pre_hook(hook(layer), with_kwargs=True)
-            for layer, module in enumerate(self._layers)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        for layer, module in enumerate(self._layers):
+            yield _attention(module).register_forward_pre_hook(hook(layer), with_kwargs=True)
+
+    def _projection_hooks(self, edit: Edit | None) -> Iterator[RemovableHandle]:
+        if edit is None or edit.where != "projection":
+            return
+        for layer, module in enumerate(self._layers):
+            for projection, start, site in _projections(module, self.geometry, self.name):
+                yield projection.register_forward_hook(_projection_hook(edit, layer, site, start, self.geometry))
 
     @contextmanager
     def _skip_below(self, layer: int, resid: Tensor) -> Iterator[None]:
@@ -319,22 +316,6 @@ class HFModel:
                     del module.__dict__["forward"]
                 else:  # e.g. accelerate's wrapper of a model spread over devices
                     module.forward = forward
-
-    @contextmanager
-    def _projection_hooks(self, edit: Edit | None) -> Iterator[None]:
-        if edit is None or edit.where != "projection":
-            yield
-            return
-        handles = []
-        try:
-            for layer, module in enumerate(self._layers):
-                for projection, start, site in _projections(module, self.geometry, self.name):
-                    hook = _projection_hook(edit, layer, site, start, self.geometry)
-                    handles.append(projection.register_forward_hook(hook))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _projection_hook(edit: Edit, layer: int, site: Literal["k", "v"], start: int, geometry: KVGeometry) -> Any:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvgeom.errors import InputError, KvgeomError
 from kvgeom.models.demo import DEMOS, demo_model_dir
+from kvgeom.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -218,26 +217,3 @@ def _best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' warnings and bars while a block runs: kvgeom shows its own."""
-    import transformers
-    from huggingface_hub.utils import logging as hub
-
-    logging: Any = transformers.utils.logging
-    hub_logging: Any = hub
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    hub_verbosity = hub_logging.get_verbosity()
-    logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        hub_logging.set_verbosity(hub_verbosity)
-        if bars:
-            logging.enable_progress_bar()
