@@ -89,7 +89,9 @@ def _steps(x: torch.Tensor, scheme: Scheme) -> np.ndarray:
 @given(tensors(), schemes())
 def test_error_is_at_most_half_a_step(x: torch.Tensor, scheme: Scheme) -> None:
     error = (round_kv(x, scheme) - x).abs().numpy()
-    assert (error <= _steps(x, scheme) / 2 + 1e-5 * (1 + np.abs(x.numpy()))).all()
+    # float32 arithmetic is as precise as the largest value of the block allows, not as the value itself does.
+    arithmetic = 8 * np.finfo(np.float32).eps * np.abs(x.numpy()).max()
+    assert (error <= _steps(x, scheme) / 2 + arithmetic).all()
 
 
 @given(tensors(), schemes())

@@ -78,7 +78,8 @@ def round_kv(x: Tensor, scheme: Scheme) -> Tensor:
     Returns
     -------
     Tensor
-        Same shape and dtype; ``|x - round_kv(x)| <= step / 2`` for every entry.
+        Same shape and dtype; ``|x - round_kv(x)| <= step / 2`` for every entry, up to float32 arithmetic on
+        the largest value of its block.
     """
     return apply(x, scheme, fit(x, scheme))
 
