@@ -148,7 +148,7 @@ def by_hand(model: HFModel, layer: int, site: str, position: str, scheme: Scheme
                 on_rotation=lambda n, c, s, a=angles: a.__setitem__(n, (c, s)),
                 on_resid=resid.__setitem__,
             )
-            stored = {"k": cache.layers[layer].keys, "v": cache.layers[layer].values, "resid": resid[layer][None, None]}
+            stored = {"k": cache.layers[layer].keys, "v": cache.layers[layer].values, "resid": resid[layer][None]}
             x = stored[site]
             e = round_kv(x, scheme) - x
             if site == "k" and layer in angles:  # turn back by the opposite angle

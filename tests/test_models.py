@@ -86,7 +86,10 @@ def test_projection_rounding_needs_known_projections() -> None:
     from kvgeom.quant.rounder import Rounder
     from kvgeom.quant.scheme import Scheme
 
-    model = tiny_model("gpt_neox")
+    model = tiny_model()
+    for layer in model.hf_model.model.layers:
+        layer.self_attn.to_keys = layer.self_attn.k_proj
+        del layer.self_attn.k_proj
     with pytest.raises(ModelError, match="use the cache placement"):
         model.forward([5, 6], model.new_cache(Rounder(Recipe.uniform(3, Scheme(4)), Placement.paper())))
 

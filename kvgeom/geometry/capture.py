@@ -19,16 +19,16 @@ Seen = Callable[[int, Site, Tensor, Callable[[Tensor], Tensor]], None]
 
 
 class _Tap:
-    """An edit that changes nothing and hands on what passes."""
+    """An edit that changes nothing and remembers what passes the projections."""
 
+    where = "projection"
     prefill_reads_exact = False
 
-    def __init__(self, where: str, see: Callable[[int, Site, Tensor], None]) -> None:
-        self.where = where
-        self._see = see
+    def __init__(self, seen: dict[tuple[int, Site], Tensor]) -> None:
+        self._seen = seen
 
     def __call__(self, layer: int, site: Literal["k", "v"], x: Tensor) -> Tensor:
-        self._see(layer, site, x)
+        self._seen[layer, site] = x
         return x
 
     def rows(self, rows: Tensor) -> _Tap:
@@ -56,20 +56,23 @@ def watch(model: Model, prompt: EncodedPrompt, placement: Placement, see: Seen) 
         position turns a key without changing its content, and would blur the class means.
     """
     rotations: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def see_kv(layer: int, site: Site, x: Tensor) -> None:
-        turned = rotations.get(layer) if site == "k" and placement.where == "cache" else None
-        see(layer, site, x, lambda y: _vectors(unrotate(y, *turned) if turned is not None else y))
-
-    def remember(layer: int, cos: Tensor, sin: Tensor) -> None:
-        rotations[layer] = (cos, sin)
-
+    resid: dict[int, Tensor] = {}
+    projected: dict[tuple[int, Site], Tensor] = {}
+    at_projection = placement.where == "projection"
+    cache = model.new_cache(_Tap(projected) if at_projection else None)
     model.forward(
         prompt.ids,
-        model.new_cache(_Tap(placement.where, see_kv)),
-        on_resid=lambda layer, x: see(layer, "resid", x[None, None], _vectors),
-        on_rotation=remember,
+        cache,
+        on_resid=resid.__setitem__,
+        on_rotation=lambda layer, cos, sin: rotations.__setitem__(layer, (cos, sin)),
     )
+    for layer, stored in enumerate(cache.layers):
+        turned = rotations.get(layer) if not at_projection else None
+        k = projected[layer, "k"] if at_projection else stored.keys
+        v = projected[layer, "v"] if at_projection else stored.values
+        see(layer, "k", k, lambda y, by=turned: _vectors(y if by is None else unrotate(y, *by)))  # type: ignore[misc]
+        see(layer, "v", v, _vectors)
+        see(layer, "resid", resid[layer][None], _vectors)
 
 
 def _vectors(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self
 
 import torch
@@ -31,6 +32,66 @@ class Edit(Protocol):
 
     @staticmethod
     def stack(parts: Sequence[Any]) -> Edit: ...
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several edits side by side: each on its own row of a batch."""
+
+    parts: tuple[Edit, ...]
+
+    @property
+    def where(self) -> str:
+        """That of the parts, which must agree."""
+        return self.parts[0].where
+
+    @property
+    def prefill_reads_exact(self) -> bool:
+        """That of the parts, which must agree."""
+        return self.parts[0].prefill_reads_exact
+
+    def __call__(self, layer: int, site: Literal["k", "v"], x: Tensor) -> Tensor:
+        """Every row through its own edit."""
+        return torch.cat([part(layer, site, row[None]) for part, row in zip(self.parts, x, strict=True)])
+
+    def rows(self, rows: Tensor) -> Together:
+        """The edits of some rows."""
+        return Together(tuple(self.parts[int(row)] for row in rows))
+
+    @staticmethod
+    def stack(parts: Sequence[Together]) -> Together:
+        """The edits of several batches as one."""
+        return Together(tuple(edit for part in parts for edit in part.parts))
+
+
+@dataclass
+class Leaves:
+    """An edit that adds a zero to all keys and values, to which derivatives can be taken.
+
+    Attributes
+    ----------
+    where : {"cache", "projection"}
+    leaves, seen : dict of (layer, site) to Tensor [batch, kv_heads, tokens, head_dim]
+        The zeros, and the keys and values that they were added to.
+    """
+
+    where: str
+    leaves: dict[tuple[int, Literal["k", "v"]], Tensor] = field(default_factory=dict)
+    seen: dict[tuple[int, Literal["k", "v"]], Tensor] = field(default_factory=dict)
+    prefill_reads_exact: bool = False
+
+    def __call__(self, layer: int, site: Literal["k", "v"], x: Tensor) -> Tensor:
+        """``x`` itself, as a function of a new leaf."""
+        leaf = torch.zeros_like(x, requires_grad=True)
+        self.leaves[layer, site], self.seen[layer, site] = leaf, x.detach()
+        return x + leaf
+
+    def rows(self, rows: Tensor) -> Leaves:
+        raise NotImplementedError("derivatives are taken of single sequences")
+
+    @staticmethod
+    def stack(parts: Sequence[Any]) -> Leaves:
+        raise NotImplementedError("derivatives are taken of single sequences")
 
 
 class EditedLayer(DynamicLayer):  # type: ignore[no-untyped-call]

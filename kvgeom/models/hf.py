@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvgeom.errors import InputError, ModelError
-from kvgeom.models.cache import Edit, EditedCache
-from kvgeom.models.model import EncodedPrompt, KVGeometry
+from kvgeom.models.cache import Edit, EditedCache, Leaves, Together
+from kvgeom.models.model import AttentionRule, EncodedPrompt, Gradients
+from kvgeom.models.modules import (
+    Projection,
+    attention_of,
+    attention_rule,
+    attention_write,
+    decoder_layers,
+    projections,
+    read_geometry,
+    stop_tokens,
+    weights_fingerprint,
+)
 
-ResidHook = Callable[[int, Tensor], None]
-RotationHook = Callable[[int, Tensor, Tensor], None]
+if TYPE_CHECKING:
+    from kvgeom.models.model import QueryHook, ResidEdit, ResidHook, RotationHook
 
 _REQUEST_MARK = "\u2063kvgeom-request\u2063"
 
@@ -59,12 +68,12 @@ class HFModel:
             )
         if not tokenizer.is_fast:
             raise ModelError(f"{name} was asked, but its tokenizer is a slow one; kvgeom needs a fast (tokenizers) one")
-        self._layers = _decoder_layers(model, name)
-        self.geometry = _read_geometry(model, self._layers, name)
-        self.fingerprint = _fingerprint(model, self.template)
-        config = model.config.get_text_config()
-        self.max_context = int(getattr(config, "max_position_embeddings", None) or 2**31)
-        self._stop_tokens = _stop_tokens(model, tokenizer)
+        self._config: Any = model.config.get_text_config()
+        self._layers = decoder_layers(model, int(self._config.num_hidden_layers), name)
+        self.geometry = read_geometry(model, self._config, self._layers, name)
+        self.fingerprint = weights_fingerprint(model, self.template)
+        self.max_context = int(getattr(self._config, "max_position_embeddings", None) or 2**31)
+        self._stop_tokens = stop_tokens(model, tokenizer)
         self._prefix, self._suffix = self._render(_REQUEST_MARK).split(_REQUEST_MARK)
 
     @property
@@ -84,7 +93,7 @@ class HFModel:
 
     def __repr__(self) -> str:
         g = self.geometry
-        return f"<HFModel {self.name}: {g.layers} layers, {g.kv_heads} KV heads x {g.head_dim}, {self.dtype}>"
+        return f"<{type(self).__name__} {self.name}: {g.layers} layers, {g.kv_heads} KV heads x {g.head_dim}, {self.dtype}>"
 
     # --- text and tokens ---
 
@@ -144,6 +153,10 @@ class HFModel:
         """An empty cache; ``edit`` sees, and may change, all keys and values on their way into it."""
         return EditedCache(self.geometry.layers, edit)
 
+    def attention(self, layer: int) -> AttentionRule:
+        """Scale, window and soft cap of a layer's attention scores."""
+        return attention_rule(self._layers[layer], self._config, self.geometry)
+
     @torch.inference_mode()
     def forward(
         self,
@@ -153,6 +166,8 @@ class HFModel:
         all_logits: bool = False,
         on_resid: ResidHook | None = None,
         on_rotation: RotationHook | None = None,
+        on_query: QueryHook | None = None,
+        edit_resid: ResidEdit | None = None,
         start: tuple[int, Tensor] | None = None,
     ) -> Tensor:
         """Run one sequence, without padding, appending to ``cache``.
@@ -165,12 +180,18 @@ class HFModel:
             What came before, and the edit that applies; an empty, unedited one by default.
         all_logits : bool
             Logits of every new token instead of the last alone.
-        on_resid : callable (layer, Tensor[new tokens, d_model]) -> None, optional
+        on_resid : callable (layer, Tensor[1, new tokens, d_model]) -> None, optional
             Called with the residual stream after each layer (``resid_post``).
         on_rotation : callable (layer, cos, sin) -> None, optional
             Called before each layer's attention with its rotary embedding, ``[new tokens, rotary_dim]`` each;
             not called in models without one.
-        start : (layer, Tensor[new tokens, d_model]), optional
+        on_query : callable (layer, Tensor[1, query_heads, new tokens, head_dim]) -> None, optional
+            Called with each layer's queries before their rotary embedding (after their norm, where there is one).
+        edit_resid : callable (layer, point, Tensor[1, new tokens, d_model]) -> Tensor, optional
+            Returns what to have instead of the residual stream that enters layer 0 (``point`` ``"pre"``), of what
+            each layer's attention writes into it (``"attn"``), and of the residual stream after each layer
+            (``"post"``).
+        start : (layer, Tensor[1, new tokens, d_model]), optional
             Suffix reuse: begin at ``layer`` with this residual stream. The layers below do not run, and
             their part of ``cache`` stays as it is.
 
@@ -182,14 +203,77 @@ class HFModel:
         past = cache.layers[start[0] if start else 0].get_seq_length()
         tokens = torch.tensor([list(ids)], device=self.device)
         positions = torch.arange(past, past + tokens.shape[1], device=self.device)[None]
-        with ExitStack() as stack:
-            if start is not None:
-                stack.enter_context(self._skip_below(*start))
-            for handle in self._resid_hooks(on_resid) if on_resid else ():
-                stack.callback(handle.remove)
-            for handle in self._rotation_hooks(on_rotation) if on_rotation else ():
-                stack.callback(handle.remove)
-            return self._run(tokens, cache, positions, None, 0 if all_logits else 1)[0]
+        with self._observed(on_query, edit_resid, start):
+            return self._run(
+                tokens, cache, positions, None, 0 if all_logits else 1, on_resid=on_resid, on_rotation=on_rotation
+            )[0]
+
+    @torch.inference_mode()
+    def forward_variants(
+        self,
+        ids: Sequence[int],
+        variants: int,
+        *,
+        edits: Sequence[Edit] | None = None,
+        edit_resid: ResidEdit | None = None,
+        on_resid: ResidHook | None = None,
+        start: tuple[int, Tensor] | None = None,
+    ) -> Tensor:
+        """Run one prompt several times at once, as a batch: under several cache edits, or residual edits by row.
+
+        Parameters
+        ----------
+        ids : sequence of int
+        variants : int
+            Rows of the batch.
+        edits : sequence of Edit, optional
+            One for each row, all with the same ``where``.
+        edit_resid, on_resid
+            As in :meth:`forward`, with tensors of ``variants`` rows.
+        start : (layer, Tensor[1, tokens, d_model]), optional
+            As in :meth:`forward`; the same for all rows.
+
+        Returns
+        -------
+        Tensor [variants, vocabulary], float32
+            Logits of the last token.
+        """
+        tokens = torch.tensor([list(ids)], device=self.device).expand(variants, -1)
+        positions = torch.arange(tokens.shape[1], device=self.device).expand(variants, -1)
+        cache = self.new_cache(None if edits is None else Together(tuple(edits)))
+        if start is not None:
+            start = (start[0], start[1].expand(variants, -1, -1))
+        with self._observed(None, edit_resid, start):
+            return self._run(tokens, cache, positions, None, 1, on_resid=on_resid)[:, -1]
+
+    def gradients(
+        self, ids: Sequence[int], score: Callable[[Tensor], Tensor], *, where: Literal["cache", "projection"] = "cache"
+    ) -> Gradients:
+        """Derivative of a score of the next token with respect to every layer's keys and values.
+
+        Costs one forward and one backward pass; weights get no gradient.
+
+        Parameters
+        ----------
+        ids : sequence of int
+        score : callable (Tensor[vocabulary]) -> Tensor[]
+            Differentiable, of the last token's logits.
+        where : {"cache", "projection"}
+            Keys and values as stored (after the rotary embedding) or as projected.
+        """
+        leaves = Leaves(where)
+        tokens = torch.tensor([list(ids)], device=self.device)
+        with torch.enable_grad():
+            logits = self._run(
+                tokens, self.new_cache(leaves), torch.arange(tokens.shape[1], device=self.device)[None], None, 1
+            )
+            value = score(logits[0, -1])
+            found = torch.autograd.grad(value, list(leaves.leaves.values()))
+        return Gradients(
+            score=float(value.detach()),
+            x=leaves.seen,
+            grad=dict(zip(leaves.leaves, (g.detach() for g in found), strict=True)),
+        )
 
     @torch.inference_mode()
     def generate(
@@ -199,6 +283,7 @@ class HFModel:
         max_new_tokens: int,
         *,
         batch_size: int = 32,
+        edit_resid: ResidEdit | None = None,
         on_done: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
         """Greedy decoding of prefilled prompts, in batches; finished sequences leave their batch.
@@ -212,6 +297,8 @@ class HFModel:
         max_new_tokens : int
             Longest response, the first token included.
         batch_size : int
+        edit_resid : callable, optional
+            As in :meth:`forward`, on all rows alike.
         on_done : callable (number of finished prompts) -> None, optional
 
         Returns
@@ -219,13 +306,14 @@ class HFModel:
         list of list of int
             Response tokens, without the token that ended them.
         """
-        responses: list[list[int]] = []
-        for begin in range(0, len(caches), batch_size):
-            chunk = slice(begin, begin + batch_size)
-            responses += self._generate_batch(list(caches[chunk]), list(first_tokens[chunk]), max_new_tokens)
-            if on_done is not None:
-                on_done(len(caches[chunk]))
-        return responses
+        with self._observed(None, edit_resid, None):
+            responses: list[list[int]] = []
+            for begin in range(0, len(caches), batch_size):
+                chunk = slice(begin, begin + batch_size)
+                responses += self._generate_batch(list(caches[chunk]), list(first_tokens[chunk]), max_new_tokens)
+                if on_done is not None:
+                    on_done(len(caches[chunk]))
+            return responses
 
     def _generate_batch(self, caches: list[EditedCache], first: list[int], max_new_tokens: int) -> list[list[int]]:
         lengths = torch.tensor([cache.get_seq_length() for cache in caches], device=self.device)
@@ -251,63 +339,117 @@ class HFModel:
         return responses
 
     def _run(
-        self, tokens: Tensor, cache: EditedCache, positions: Tensor, mask: Tensor | None, logits_to_keep: int
+        self,
+        tokens: Tensor,
+        cache: EditedCache,
+        positions: Tensor,
+        mask: Tensor | None,
+        logits_to_keep: int,
+        *,
+        on_resid: ResidHook | None = None,
+        on_rotation: RotationHook | None = None,
     ) -> Tensor:
+        """Call the model once. Backends differ here, and in nothing else."""
         with ExitStack() as stack:
-            for handle in self._projection_hooks(cache.edit):
+            for handle in (
+                *self._resid_hooks(on_resid),
+                *self._rotation_hooks(on_rotation),
+                *self._projection_hooks(cache.edit),
+            ):
                 stack.callback(handle.remove)
-            output = self.hf_model(
-                input_ids=tokens,
+            logits = self._call(
+                tokens,
                 attention_mask=mask,
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=logits_to_keep,
             )
-        logits: Tensor = output.logits.float()
+        return logits.float()
+
+    def _call(self, tokens: Tensor, **inputs: Any) -> Tensor:
+        logits: Tensor = self.hf_model(input_ids=tokens, **inputs).logits
         return logits
 
     # --- hooks: each generator sets them, and whoever asks takes the handles away again ---
 
-    def _resid_hooks(self, on_resid: ResidHook) -> Iterator[RemovableHandle]:
-        def hook(layer: int) -> Callable[..., None]:
-            return lambda _module, _args, output: on_resid(layer, _hidden(output)[0])
+    @contextmanager
+    def _observed(
+        self, on_query: QueryHook | None, edit_resid: ResidEdit | None, start: tuple[int, Tensor] | None
+    ) -> Iterator[None]:
+        with ExitStack() as stack:
+            if start is not None:
+                stack.enter_context(self._skip_below(*start))
+            for handle in (*self._query_hooks(on_query), *self._edit_hooks(edit_resid)):
+                stack.callback(handle.remove)
+            yield
 
-        for layer, module in enumerate(self._layers):
-            yield module.register_forward_hook(hook(layer))
+    def _resid_hooks(self, on_resid: ResidHook | None) -> Iterator[RemovableHandle]:
+        def hook(layer: int, see: ResidHook) -> Callable[..., None]:
+            return lambda _module, _args, output: see(layer, _hidden(output))
 
-    def _rotation_hooks(self, on_rotation: RotationHook) -> Iterator[RemovableHandle]:
-        def hook(layer: int) -> Callable[..., None]:
+        for layer, module in enumerate(self._layers if on_resid else ()):
+            yield module.register_forward_hook(hook(layer, on_resid))  # type: ignore[arg-type]
+
+    def _rotation_hooks(self, on_rotation: RotationHook | None) -> Iterator[RemovableHandle]:
+        def hook(layer: int, see: RotationHook) -> Callable[..., None]:
             def before(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
                 rotation = kwargs.get("position_embeddings")
                 if rotation is not None:
-                    on_rotation(layer, rotation[0][0], rotation[1][0])
+                    see(layer, rotation[0][0], rotation[1][0])
 
             return before
 
+        for layer, module in enumerate(self._layers if on_rotation else ()):
+            yield attention_of(module).register_forward_pre_hook(hook(layer, on_rotation), with_kwargs=True)  # type: ignore[arg-type]
+
+    def _query_hooks(self, on_query: QueryHook | None) -> Iterator[RemovableHandle]:
+        for layer, module in enumerate(self._layers if on_query else ()):
+            projection = projections(module, self.geometry, self.name)["q"]
+            norm = getattr(attention_of(module), "q_norm", None)
+            yield (norm or projection.module).register_forward_hook(_query_hook(on_query, layer, projection, norm))
+
+    def _edit_hooks(self, edit: ResidEdit | None) -> Iterator[RemovableHandle]:
+        if edit is None:
+            return
+
+        def entering(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return (edit(-1, "pre", args[0]), *args[1:]), kwargs
+
+        def leaving(layer: int, point: Literal["attn", "post"]) -> Callable[..., Any]:
+            def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+                if isinstance(output, tuple):
+                    return (edit(layer, point, output[0]), *output[1:])
+                return edit(layer, point, output)
+
+            return after
+
+        yield self._layers[0].register_forward_pre_hook(entering, with_kwargs=True)
         for layer, module in enumerate(self._layers):
-            yield _attention(module).register_forward_pre_hook(hook(layer), with_kwargs=True)
+            yield attention_write(module).register_forward_hook(leaving(layer, "attn"))
+            yield module.register_forward_hook(leaving(layer, "post"))
 
     def _projection_hooks(self, edit: Edit | None) -> Iterator[RemovableHandle]:
         if edit is None or edit.where != "projection":
             return
         for layer, module in enumerate(self._layers):
-            for projection, start, site in _projections(module, self.geometry, self.name):
-                yield projection.register_forward_hook(_projection_hook(edit, layer, site, start, self.geometry))
+            found = projections(module, self.geometry, self.name)
+            for site in ("k", "v"):
+                yield found[site].module.register_forward_hook(_projection_hook(edit, layer, site, found[site]))
 
     @contextmanager
     def _skip_below(self, layer: int, resid: Tensor) -> Iterator[None]:
         """Replace what enters ``layer`` by ``resid``, and let the layers below pass their input on."""
 
         def replace(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return (resid[None], *args[1:]), kwargs
+            return (resid, *args[1:]), kwargs
 
         below = self._layers[:layer]
         saved = [module.__dict__.get("forward") for module in below]
         handle = self._layers[layer].register_forward_pre_hook(replace, with_kwargs=True)
         try:
-            for module in below:
-                module.forward = lambda hidden_states, *args, **kwargs: hidden_states
+            for module in below:  # into the instance itself: TransformerLens passes attributes on to what it wraps
+                module.__dict__["forward"] = lambda hidden_states, *args, **kwargs: hidden_states
             yield
         finally:
             handle.remove()
@@ -315,106 +457,25 @@ class HFModel:
                 if forward is None:
                     del module.__dict__["forward"]
                 else:  # e.g. accelerate's wrapper of a model spread over devices
-                    module.forward = forward
+                    module.__dict__["forward"] = forward
 
 
-def _projection_hook(edit: Edit, layer: int, site: Literal["k", "v"], start: int, geometry: KVGeometry) -> Any:
+def _projection_hook(edit: Edit, layer: int, site: Literal["k", "v"], projection: Projection) -> Callable[..., Tensor]:
     def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        part = slice(start, start + geometry.channels)
-        heads = rearrange(output[..., part], "b t (h d) -> b h t d", h=geometry.kv_heads)
-        edited = output.clone()
-        edited[..., part] = rearrange(edit(layer, site, heads), "b h t d -> b t (h d)")
-        return edited
+        return projection.write(output, edit(layer, site, projection.read(output)))
 
     return hook
 
 
-def _projections(layer: nn.Module, geometry: KVGeometry, name: str) -> list[tuple[nn.Module, int, Literal["k", "v"]]]:
-    """The modules that project keys and values, and where in their output each begins."""
-    attention = _attention(layer)
-    if hasattr(attention, "k_proj") and hasattr(attention, "v_proj"):
-        return [(attention.k_proj, 0, "k"), (attention.v_proj, 0, "v")]
-    if hasattr(attention, "qkv_proj"):
-        keys = geometry.query_heads * geometry.head_dim
-        return [(attention.qkv_proj, keys, "k"), (attention.qkv_proj, keys + geometry.channels, "v")]
-    raise ModelError(
-        f"rounding at the projection was asked, but {type(attention).__name__} of {name} has no k_proj/v_proj or "
-        "qkv_proj; use the cache placement"
-    )
+def _query_hook(see: Any, layer: int, projection: Projection, norm: nn.Module | None) -> Callable[..., None]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if norm is None or output.ndim == 3:
+            see(layer, projection.read(output))
+        else:  # [b, t, h, d] or [b, h, t, d]: heads lie next to each other in memory, tokens do not
+            by_token = args[0].stride(1) >= args[0].stride(2)
+            see(layer, output.transpose(1, 2) if by_token else output)
 
-
-def _decoder_layers(model: PreTrainedModel, name: str) -> list[nn.Module]:
-    wanted = int(model.config.get_text_config().num_hidden_layers)
-    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
-    found = [m for m in found if all(_attention(layer) is not None for layer in m)]
-    if not found:
-        raise ModelError(f"{name} was asked, but kvgeom finds no list of {wanted} decoder layers with attention in it")
-    return list(found[-1])
-
-
-def _attention(layer: nn.Module) -> Any:
-    return next((child for child in layer.children() if "attention" in type(child).__name__.lower()), None)
-
-
-@torch.inference_mode()
-def _read_geometry(model: PreTrainedModel, layers: list[nn.Module], name: str) -> KVGeometry:
-    """Run one token and look at what the cache then holds: the shapes are the model's own."""
-    config = model.config.get_text_config()
-    cache = EditedCache(len(layers))
-    try:
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"{name} was asked, but it does not run with a transformers cache: {error}") from error
-    shapes = {tuple(t.shape) for layer in cache.layers for t in (layer.keys, layer.values) if t is not None}
-    if len(shapes) != 1 or not all(layer.is_initialized for layer in cache.layers):
-        raise ModelError(
-            f"{name} was asked, but its layers do not each store keys and values of one shape (found {sorted(shapes)})"
-        )
-    _, kv_heads, _, head_dim = shapes.pop()
-    attention = _attention(layers[0])
-    projection = next(
-        (m for n in ("k_proj", "qkv_proj", "query_key_value", "c_attn") if (m := getattr(attention, n, None))), None
-    )
-    return KVGeometry(
-        layers=len(layers),
-        query_heads=int(config.num_attention_heads),
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        d_model=int(config.hidden_size),
-        key_bias=getattr(projection, "bias", None) is not None,
-        rope=_rope_kind(config, model),
-        sliding_window=getattr(config, "sliding_window", None) if _slides(config) else None,
-    )
-
-
-def _slides(config: Any) -> bool:
-    types = getattr(config, "layer_types", None)
-    return "sliding_attention" in types if types else getattr(config, "sliding_window", None) is not None
-
-
-def _rope_kind(config: Any, model: PreTrainedModel) -> str:
-    if not any("rotary" in type(m).__name__.lower() for m in model.modules()):
-        return "none"
-    parameters = getattr(config, "rope_parameters", None) or {}
-    # Models whose layer types have their own rotary embeddings nest the parameters by layer type.
-    kinds = {p.get("rope_type", "default") for p in parameters.values() if isinstance(p, dict)}
-    return "+".join(sorted(kinds)) if kinds else str(parameters.get("rope_type", "default"))
-
-
-def _fingerprint(model: PreTrainedModel, template: str) -> str:
-    """Hash of configuration, template and a sample of every weight: tells models apart in seconds, not minutes."""
-    digest = hashlib.sha256(template.encode())
-    for parameter_name, weight in model.named_parameters():
-        flat = weight.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy()
-        digest.update(f"{parameter_name}{tuple(weight.shape)}{weight.dtype}".encode() + sample.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    return frozenset(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None)
+    return hook
 
 
 def _hidden(output: Any) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvgeom.errors import InputError, KvgeomError
 from kvgeom.models.demo import DEMOS, demo_model_dir
@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
     from kvgeom.models.model import Model
 
-BACKENDS = ("hf",)
+#: transformers itself, TransformerLens, nnsight.
+BACKENDS = ("hf", "lens", "nnsight")
 
 
 def load(
     model: Any,
     *,
     tokenizer: Any = None,
-    backend: str = "hf",
+    backend: str | None = None,
+    remote: bool | Literal["local"] = False,
     template: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | None = None,
@@ -37,12 +39,16 @@ def load(
     ----------
     model : str, Path, PreTrainedModel or Model
         ``"demo"`` (or ``"demo-no-refusal"``), a folder with a transformers checkpoint, a ``.gguf`` file, a hub id
-        such as ``"Qwen/Qwen2.5-7B-Instruct"``, a transformers model that you hold (with ``tokenizer``), or
-        something that this function returned before, which is returned as it is.
+        such as ``"Qwen/Qwen2.5-7B-Instruct"``; a model that you hold: of transformers (with ``tokenizer``), a
+        ``TransformerBridge`` of TransformerLens, or an nnsight model; or something that this function returned
+        before, which is returned as it is.
     tokenizer : PreTrainedTokenizerBase, optional
-        Needed, and only allowed, with a transformers model.
-    backend : {"hf"}
-        What runs the model.
+        Needed with a transformers model; a bridge and an nnsight model have their own.
+    backend : {"hf", "lens", "nnsight"}, optional
+        What runs the model: plain transformers, TransformerLens or nnsight. By default what was given, and plain
+        transformers for a name or file. Note that TransformerLens replaces modules of the model that it wraps.
+    remote : {False, True, "local"}
+        For nnsight: where it runs; see :class:`~kvgeom.models.nnsight.NNsightModel`.
     template : str or Path, optional
         Chat template, as Jinja text or a file of it; for models without one of their own.
     dtype : torch.dtype or str, optional
@@ -65,41 +71,88 @@ def load(
     ModelError
         If it loads but lacks what is needed, such as a chat template.
     """
-    if backend not in BACKENDS:
+    if backend is not None and backend not in BACKENDS:
         raise InputError(f"backend {backend!r} was asked, but there is only {', '.join(BACKENDS)}")
+    chat_template = _read_template(template)
     if not isinstance(model, str | Path):
-        return _wrap(model, tokenizer, template)
+        return _wrap(model, tokenizer, chat_template, backend, remote)
     if tokenizer is not None:
         raise InputError("a tokenizer was given with a model name; it goes with a loaded transformers model only")
     source, name = _locate(str(model), revision, progress)
-    chat_template = _read_template(template)
-    return _from_pretrained(
+    hf_model, own_tokenizer = _from_pretrained(
         source,
         name,
-        chat_template,
         device=device,
         dtype=dtype,
-        progress=progress,
         tokenizer_options={"revision": revision, "trust_remote_code": trust_remote_code},
         model_options=options,
     )
+    return _backed(hf_model, own_tokenizer, name, chat_template, backend or "hf", remote)
 
 
-def _wrap(model: Any, tokenizer: Any, template: str | Path | None) -> Model:
+def _backed(
+    hf_model: Any, tokenizer: Any, name: str, template: str | None, backend: str, remote: bool | Literal["local"]
+) -> Model:
+    if remote and backend != "nnsight":
+        raise InputError(f"remote={remote!r} was asked with backend {backend!r}; only backend='nnsight' runs elsewhere")
+    if backend == "lens":
+        from kvgeom.models.lens import LensModel
+
+        return LensModel.around(hf_model, tokenizer, name=name, template=template)
+    if backend == "nnsight":
+        from kvgeom.models.nnsight import NNsightModel
+
+        return NNsightModel.around(hf_model, tokenizer, name=name, template=template, remote=remote)
+    from kvgeom.models.hf import HFModel
+
+    return HFModel(hf_model, tokenizer, name=name, template=template)
+
+
+def _wrap(
+    model: Any, tokenizer: Any, template: str | None, backend: str | None, remote: bool | Literal["local"]
+) -> Model:
     from transformers import PreTrainedModel
 
     from kvgeom.models.hf import HFModel
 
+    home = type(model).__module__.partition(".")[0]
+    given = {"transformer_lens": "lens", "nnsight": "nnsight"}.get(home, "hf")
+    if isinstance(model, HFModel):
+        given = model.backend
+    if not isinstance(model, PreTrainedModel | HFModel) and given == "hf":
+        raise InputError(
+            f"a {type(model).__name__} was given; give a hub id, a folder, a .gguf file, 'demo', or a model of "
+            "transformers, TransformerLens (TransformerBridge) or nnsight"
+        )
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise InputError(
+                f"a {type(model).__name__} was given without its tokenizer; give load(model, tokenizer=...)"
+            )
+        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        return _backed(model, tokenizer, name, template, backend or "hf", remote)
+    if backend not in (None, given):
+        raise InputError(
+            f"backend {backend!r} was asked, but the model that was given runs on {given!r}; load it anew by its name"
+        )
     if isinstance(model, HFModel):
         return model
-    if not isinstance(model, PreTrainedModel):
+    if given == "lens":
+        from kvgeom.models.lens import LensModel
+
+        if not hasattr(model, "original_model"):
+            raise InputError(
+                f"a {type(model).__name__} was given; of TransformerLens, kvgeom takes a TransformerBridge"
+            )
+        return LensModel(model, tokenizer=tokenizer, template=template)
+    from kvgeom.models.nnsight import NNsightModel
+
+    if not isinstance(getattr(model, "_module", None), PreTrainedModel):
         raise InputError(
-            f"a {type(model).__name__} was given; give a hub id, a folder, a .gguf file, 'demo', or a transformers model"
+            f"a {type(model).__name__} was given; of nnsight, kvgeom takes a loaded language model "
+            "(TransformersModel or LanguageModel, with dispatch=True if it was named by its hub id)"
         )
-    if tokenizer is None:
-        raise InputError(f"a {type(model).__name__} was given without its tokenizer; give load(model, tokenizer=...)")
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return HFModel(model, tokenizer, name=name, template=_read_template(template))
+    return NNsightModel(model, tokenizer=tokenizer, template=template, remote=remote)
 
 
 def _locate(asked: str, revision: str | None, progress: bool) -> tuple[str, str]:
@@ -175,18 +228,14 @@ def _read_template(template: str | Path | None) -> str | None:
 def _from_pretrained(
     source: str,
     name: str,
-    template: str | None,
     *,
     device: str | None,
     dtype: torch.dtype | str | None,
-    progress: bool,
     tokenizer_options: dict[str, Any],
     model_options: dict[str, Any],
-) -> Model:
+) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from kvgeom.models.hf import HFModel
 
     device = device or _best_device()
     if dtype is None:
@@ -201,14 +250,15 @@ def _from_pretrained(
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, **tokenizer_options, **model_options
             )
-            loaded = loaded if placed else loaded.to(device)
+            quantized = getattr(loaded, "is_quantized", False)  # bitsandbytes: placed while loading, and there to stay
+            loaded = loaded if placed or quantized else loaded.to(device)
     except KvgeomError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"{name} was asked, but it cannot be loaded: {reason.strip()}") from error
     loaded.requires_grad_(False)
-    return HFModel(loaded, tokenizer, name=name, template=template)
+    return loaded, tokenizer
 
 
 def _best_device() -> str:

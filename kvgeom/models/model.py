@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from kvgeom.models.cache import Edit, EditedCache
+
+    ResidHook = Callable[[int, Tensor], None]
+    RotationHook = Callable[[int, Tensor, Tensor], None]
+    QueryHook = Callable[[int, Tensor], None]
+    ResidEdit = Callable[[int, Literal["pre", "attn", "post"], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,41 @@ class EncodedPrompt:
         return len(self.ids)
 
 
+@dataclass(frozen=True)
+class AttentionRule:
+    """How a layer turns queries and keys into attention scores.
+
+    Attributes
+    ----------
+    scale : float
+        Factor of the inner products.
+    window : int or None
+        A token attends to itself and the ``window - 1`` before it; None: to all before it.
+    softcap : float or None
+        Scores become ``softcap * tanh(score / softcap)`` before softmax.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """A score of the next token, and its derivative with respect to keys and values.
+
+    Attributes
+    ----------
+    score : float
+    x, grad : dict of (layer, site) to Tensor [1, kv_heads, tokens, head_dim]
+        The keys (``"k"``) and values (``"v"``) of every layer, and the derivative.
+    """
+
+    score: float
+    x: dict[tuple[int, Literal["k", "v"]], Tensor]
+    grad: dict[tuple[int, Literal["k", "v"]], Tensor]
+
+
 class Model(Protocol):
     """What every backend offers; everything above ``models/`` uses only this.
 
@@ -110,17 +150,42 @@ class Model(Protocol):
         """An empty cache that passes all it stores through ``edit``."""
         ...
 
+    def attention(self, layer: int) -> AttentionRule:
+        """How a layer turns queries and keys into attention scores."""
+        ...
+
     def forward(
         self,
         ids: Sequence[int],
         cache: EditedCache | None = None,
         *,
         all_logits: bool = False,
-        on_resid: Callable[[int, Tensor], None] | None = None,
-        on_rotation: Callable[[int, Tensor, Tensor], None] | None = None,
+        on_resid: ResidHook | None = None,
+        on_rotation: RotationHook | None = None,
+        on_query: QueryHook | None = None,
+        edit_resid: ResidEdit | None = None,
         start: tuple[int, Tensor] | None = None,
     ) -> Tensor:
         """Run one unpadded sequence; see :meth:`kvgeom.models.hf.HFModel.forward`."""
+        ...
+
+    def forward_variants(
+        self,
+        ids: Sequence[int],
+        variants: int,
+        *,
+        edits: Sequence[Edit] | None = None,
+        edit_resid: ResidEdit | None = None,
+        on_resid: ResidHook | None = None,
+        start: tuple[int, Tensor] | None = None,
+    ) -> Tensor:
+        """Run one prompt under several edits at once; see :meth:`kvgeom.models.hf.HFModel.forward_variants`."""
+        ...
+
+    def gradients(
+        self, ids: Sequence[int], score: Callable[[Tensor], Tensor], *, where: Literal["cache", "projection"] = "cache"
+    ) -> Gradients:
+        """Derivative of a score with respect to keys and values; see :meth:`kvgeom.models.hf.HFModel.gradients`."""
         ...
 
     def generate(
@@ -130,6 +195,7 @@ class Model(Protocol):
         max_new_tokens: int,
         *,
         batch_size: int = 32,
+        edit_resid: ResidEdit | None = None,
         on_done: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
         """Greedy continuation of prefilled prompts; see :meth:`kvgeom.models.hf.HFModel.generate`."""

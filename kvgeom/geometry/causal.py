@@ -1,0 +1,311 @@
+"""What rounding one layer's keys and values does to refusal: exactly, by patching, and to first order, by gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from kvgeom.errors import InputError
+from kvgeom.models.model import EncodedPrompt, Model
+from kvgeom.progress import bar, track
+from kvgeom.quant.placement import Placement
+from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.rounder import Rounder
+from kvgeom.quant.scheme import Scheme
+from kvgeom.refusal.margin import margin
+from kvgeom.results import Result
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True, repr=False)
+class Patching(Result):
+    """Single-layer rounding: its exact effect on the next token, prompt by prompt. Made by :func:`patch_layers`.
+
+    ``data`` has the dimensions ``prompt`` (number in the list), ``layer`` and ``scheme``, and the variables
+
+    - ``margin`` (nats), and ``clean_margin`` over prompts alone: the refusal margin; NaN without refusal tokens;
+    - ``kl`` (nats): Kullback-Leibler divergence of the rounded from the clean next-token distribution;
+    - ``token``: the most likely next token;
+    - ``resid_alignment``: how much of the perturbation of the last residual stream (last token) lies on the refusal
+      direction, relative to an even spread: ``d_model * (r'd)^2 / |d|^2``; NaN where no direction was given.
+
+    References
+    ----------
+    Activation patching of one layer's rounded cache into an otherwise clean run; SPEC of the quantities in
+    docs/definitions.md.
+    """
+
+    kind: ClassVar[str] = "patching"
+
+    @property
+    def margin_drop(self) -> xr.DataArray:
+        """Margin lost (nats), by prompt, layer and scheme."""
+        return self.data.clean_margin - self.data.margin
+
+    def summary(self) -> str:
+        sizes = self.data.sizes
+        return f"{sizes['layer']} layers x {list(self.data.scheme.values)}, {sizes['prompt']} prompts"
+
+
+def patch_layers(
+    model: Model,
+    prompts: Sequence[EncodedPrompt],
+    schemes: Mapping[str, Scheme] | Sequence[Scheme],
+    refusal_tokens: Iterable[int],
+    *,
+    placement: Placement | None = None,
+    direction: NDArray[np.floating] | None = None,
+    layers: Sequence[int] | None = None,
+    progress: bool = True,
+    title: str = "rounding single layers",
+) -> Patching:
+    """Round each layer alone and look at the next token.
+
+    The layers below the rounded one are as they were, so each pass begins at its layer from the stored residual
+    stream, with all schemes of the layer in one batch: per prompt 1 pass, and half a pass per layer and scheme.
+
+    Parameters
+    ----------
+    model : Model
+    prompts : sequence of EncodedPrompt
+    schemes : sequence of Scheme, or mapping of name to Scheme
+    refusal_tokens : iterable of int
+        The set R of :func:`kvgeom.refusal.margin.refusal_tokens`; without any the margins are NaN.
+    placement : Placement, optional
+    direction : array [d_model], optional
+        Refusal direction in the residual stream after the last layer, for ``resid_alignment``.
+    layers : sequence of int, optional
+        All by default.
+
+    Raises
+    ------
+    InputError
+        Without schemes, or for layers that the model does not have.
+    """
+    named = dict(schemes) if isinstance(schemes, Mapping) else {str(scheme): scheme for scheme in schemes}
+    if not named:
+        raise InputError("no scheme was given; name at least one to round the layers with")
+    n_layers = model.geometry.layers
+    chosen = list(range(n_layers)) if layers is None else list(layers)
+    recipes = {layer: [Recipe.uniform(n_layers, s, layers=[layer]) for s in named.values()] for layer in chosen}
+    tokens = frozenset(refusal_tokens)
+    unit = None if direction is None else _unit(direction, model)
+    dims = ("prompt", "layer", "scheme")
+    shape = (len(prompts), len(chosen), len(named))
+    found = {name: np.full(shape, np.nan) for name in ("margin", "kl", "resid_alignment")}
+    most_likely = np.zeros(shape, dtype=np.int64)
+    clean_margin = np.full(len(prompts), np.nan)
+    with bar(title, len(prompts) * len(chosen), progress) as shown:
+        for row, prompt in enumerate(prompts):
+            resid: dict[int, torch.Tensor] = {}
+            clean = model.forward(prompt.ids, on_resid=resid.__setitem__)[-1]
+            log_p = clean.log_softmax(-1)
+            clean_margin[row] = float(margin(clean, tokens)) if tokens else np.nan
+            last = resid[n_layers - 1][0, -1]
+            for column, layer in enumerate(chosen):
+                rounded: dict[int, torch.Tensor] = {}
+                logits = model.forward_variants(
+                    prompt.ids,
+                    len(named),
+                    edits=[Rounder(recipe, placement) for recipe in recipes[layer]],
+                    on_resid=rounded.__setitem__ if unit is not None else None,
+                    start=(layer, resid[layer - 1]) if layer else None,
+                )
+                if tokens:
+                    found["margin"][row, column] = margin(logits, tokens).double().cpu().numpy()
+                log_q = logits.log_softmax(-1)
+                found["kl"][row, column] = (log_p.exp() * (log_p - log_q)).sum(-1).double().cpu().numpy()
+                most_likely[row, column] = logits.argmax(-1).cpu().numpy()
+                if unit is not None:
+                    change = (rounded[n_layers - 1][:, -1] - last).double().cpu().numpy()
+                    found["resid_alignment"][row, column] = _alignment(change, unit)
+                shown.update(1)
+    data = xr.Dataset(
+        {
+            **{name: (dims, values) for name, values in found.items()},
+            "token": (dims, most_likely),
+            "clean_margin": ("prompt", clean_margin),
+        },
+        coords={"prompt": np.arange(len(prompts)), "layer": chosen, "scheme": list(named)},
+    )
+    return Patching(data, {**_provenance(model, placement), "schemes": {k: str(v) for k, v in named.items()}})
+
+
+def _unit(direction: NDArray[np.floating], model: Model) -> NDArray[np.float64]:
+    r = np.asarray(direction, dtype=np.float64).ravel()
+    if r.shape != (model.geometry.d_model,) or not np.linalg.norm(r) > 0:
+        raise InputError(
+            f"a direction of shape {np.shape(direction)} was given; give one of [{model.geometry.d_model}] that is not 0"
+        )
+    return r / np.linalg.norm(r)
+
+
+def _alignment(change: NDArray[np.float64], unit: NDArray[np.float64]) -> NDArray[np.float64]:
+    size = (change**2).sum(-1)
+    along = (change @ unit) ** 2
+    return np.divide(len(unit) * along, size, out=np.full(len(size), np.nan), where=size > 0)
+
+
+@dataclass(frozen=True, repr=False)
+class FirstOrder(Result):
+    """First-order estimate of the margin lost to rounding. Made by :func:`first_order`.
+
+    ``data`` has the dimensions ``prompt``, ``layer``, ``site`` (``"k"``, ``"v"``) and ``channel``, and the variables
+
+    - ``margin_drop`` (nats) over (prompt, layer, site): the derivative of the margin times the rounding error, minus;
+    - ``channel_drop`` (nats) over (layer, site, channel): the same by channel of the cache, mean of the prompts.
+      Channels add up to the mean of ``margin_drop``;
+    - ``clean_margin`` (nats) over (prompt).
+    """
+
+    kind: ClassVar[str] = "first-order"
+
+    @property
+    def by_layer(self) -> xr.DataArray:
+        """Margin lost (nats) when both keys and values of a layer are rounded, by prompt and layer."""
+        return self.data.margin_drop.sum("site")
+
+    def summary(self) -> str:
+        return f"{self.data.sizes['layer']} layers under {self.meta['scheme']}, {self.data.sizes['prompt']} prompts"
+
+
+def first_order(
+    model: Model,
+    prompts: Sequence[EncodedPrompt],
+    scheme: Scheme,
+    refusal_tokens: Iterable[int],
+    *,
+    placement: Placement | None = None,
+    progress: bool = True,
+) -> FirstOrder:
+    """Estimate what rounding costs in every layer, site and channel from one forward and one backward pass a prompt.
+
+    Parameters
+    ----------
+    model : Model
+    prompts : sequence of EncodedPrompt
+    scheme : Scheme
+    refusal_tokens : iterable of int
+        Must not be empty: the margin is what is differentiated.
+    placement : Placement, optional
+
+    Raises
+    ------
+    InputError
+        Without refusal tokens or prompts.
+
+    Notes
+    -----
+    Attribution patching: exact for rounding errors so small that the margin is linear in them, which 3-bit errors are
+    not. Compare with :func:`patch_layers` before it is believed (:func:`rank_correlation`).
+    """
+    tokens = frozenset(refusal_tokens)
+    if not tokens or not prompts:
+        raise InputError(
+            f"a first-order estimate was asked with {len(tokens)} refusal tokens and {len(prompts)} prompts; it needs "
+            "some of both: prompts that the model refuses"
+        )
+    placement = placement or Placement()
+    geometry = model.geometry
+    sites = ("k", "v")
+    drops = np.zeros((len(prompts), geometry.layers, len(sites)))
+    channels = np.zeros((geometry.layers, len(sites), geometry.channels))
+    clean = np.zeros(len(prompts))
+    recipe = Recipe.uniform(geometry.layers, scheme)
+    for row, prompt in enumerate(track(prompts, "first-order estimate", len(prompts), progress)):
+        found = model.gradients(prompt.ids, lambda logits: margin(logits, tokens), where=placement.where)
+        clean[row] = found.score
+        rounder = Rounder(recipe, placement)
+        for (layer, site), x in found.x.items():
+            error = rounder(layer, site, x) - x
+            lost = -(found.grad[layer, site] * error)[0].double().sum(1).flatten().cpu().numpy()
+            drops[row, layer, sites.index(site)] = lost.sum()
+            channels[layer, sites.index(site)] += lost / len(prompts)
+    data = xr.Dataset(
+        {
+            "margin_drop": (("prompt", "layer", "site"), drops),
+            "channel_drop": (("layer", "site", "channel"), channels),
+            "clean_margin": ("prompt", clean),
+        },
+        coords={
+            "prompt": np.arange(len(prompts)),
+            "layer": np.arange(geometry.layers),
+            "site": list(sites),
+            "channel": np.arange(geometry.channels),
+        },
+    )
+    return FirstOrder(data, {**_provenance(model, placement), "scheme": str(scheme)})
+
+
+def _provenance(model: Model, placement: Placement | None) -> dict[str, str]:
+    return {"model": model.name, "fingerprint": model.fingerprint, "placement": str(placement or Placement())}
+
+
+@dataclass(frozen=True)
+class RankCorrelation:
+    """Spearman's rank correlation over layers, with its bootstrap 95 % interval over prompts.
+
+    Attributes
+    ----------
+    value, low, high : float
+        NaN where one side does not vary.
+    layers, prompts : int
+    """
+
+    value: float
+    low: float
+    high: float
+    layers: int
+    prompts: int
+
+    def __str__(self) -> str:
+        if not np.isfinite(self.value):
+            return "rank correlation undetermined (one side does not vary)"
+        return (
+            f"rank correlation {self.value:.2f} [{self.low:.2f}, {self.high:.2f}] "
+            f"over {self.layers} layers ({self.prompts} prompts)"
+        )
+
+
+def rank_correlation(a: xr.DataArray, b: xr.DataArray, *, samples: int = 1000, seed: int = 0) -> RankCorrelation:
+    """Do two measures rank the layers alike? Means over prompts are compared, prompts are resampled together.
+
+    Parameters
+    ----------
+    a, b : DataArray (prompt, layer), or (layer) for a measure that has no prompts
+        For instance ``first_order(...).by_layer`` and ``patch_layers(...).margin_drop.sel(scheme=...)``.
+
+    Raises
+    ------
+    InputError
+        If they are not about the same layers or prompts, or neither has prompts.
+    """
+    if list(a.layer.values) != list(b.layer.values):
+        raise InputError(f"layers {list(a.layer.values)} and {list(b.layer.values)} cannot be compared; measure the same")
+    sizes = {x.sizes["prompt"] for x in (a, b) if "prompt" in x.dims}
+    if len(sizes) != 1:
+        raise InputError(f"measures over {sorted(sizes) or 'no'} prompts cannot be compared; use the same prompts for both")
+    n = sizes.pop()
+    one, two = (np.asarray(x.transpose(..., "layer").values, dtype=float) for x in (a, b))
+    rng = np.random.default_rng(seed)
+    draws = [_spearman(one, two, rng.integers(0, n, n)) for _ in range(samples)]
+    finite = [d for d in draws if np.isfinite(d)]
+    value = _spearman(one, two, np.arange(n))
+    low, high = np.quantile(finite, [0.025, 0.975]) if finite and np.isfinite(value) else (np.nan, np.nan)
+    return RankCorrelation(value, float(low), float(high), one.shape[-1], n)
+
+
+def _spearman(a: NDArray[np.float64], b: NDArray[np.float64], rows: NDArray[np.int64]) -> float:
+    one, two = (x[rows].mean(0) if x.ndim == 2 else x for x in (a, b))
+    if np.ptp(one) == 0 or np.ptp(two) == 0:
+        return float("nan")
+    return float(spearmanr(one, two).statistic)

@@ -1,0 +1,71 @@
+"""The TransformerLens backend."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor
+
+from kvgeom.errors import ModelError
+from kvgeom.models.hf import HFModel
+from kvgeom.models.modules import weights_fingerprint
+
+
+class LensModel(HFModel):
+    """A ``TransformerBridge`` of TransformerLens, seen as a :class:`~kvgeom.models.model.Model`.
+
+    Every pass goes through the bridge, so hooks that you have added to it stay in effect; kvgeom adds its own only
+    while a pass runs.
+
+    Parameters
+    ----------
+    bridge : TransformerBridge
+    name, template
+        As in :class:`~kvgeom.models.hf.HFModel`; the bridge's own name by default.
+    tokenizer : PreTrainedTokenizerBase, optional
+        The bridge's own by default.
+    """
+
+    backend = "lens"
+
+    def __init__(
+        self, bridge: Any, *, name: str | None = None, tokenizer: Any = None, template: str | None = None
+    ) -> None:
+        self.bridge = bridge
+        super().__init__(
+            bridge.original_model,
+            tokenizer or bridge.tokenizer,
+            name=name or str(bridge.cfg.model_name),
+            template=template,
+        )
+
+    @classmethod
+    def around(cls, hf_model: Any, tokenizer: Any, *, name: str, template: str | None = None) -> LensModel:
+        """Put a bridge around a transformers model, which it changes: modules are replaced, attention becomes eager."""
+        try:
+            from transformer_lens.model_bridge import TransformerBridge
+        except ImportError as error:
+            raise ModelError(
+                f"backend 'lens' was asked, but TransformerLens cannot be imported ({error}); pip install 'kvgeom[lens]'"
+            ) from error
+        if not getattr(hf_model.config, "architectures", None):  # models that were not loaded from a checkpoint
+            hf_model.config.architectures = [type(hf_model).__name__]
+        # Before the bridge splits fused projections, so that a model has one fingerprint on all backends.
+        fingerprint = weights_fingerprint(hf_model, template or tokenizer.chat_template or "")
+        # The bridge makes a tokenizer with a BOS token out of the one it gets, which must know its own name for that.
+        theirs = copy.deepcopy(tokenizer)
+        theirs.init_kwargs.setdefault("name_or_path", tokenizer.name_or_path or name)
+        try:
+            bridge = TransformerBridge.boot_transformers(name, hf_model=hf_model, tokenizer=theirs)
+        except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
+            raise ModelError(
+                f"backend 'lens' was asked, but TransformerLens cannot wrap {name} ({error}); use backend='hf'"
+            ) from error
+        model = cls(bridge, name=name, tokenizer=tokenizer, template=template)
+        model.fingerprint = fingerprint
+        return model
+
+    def _call(self, tokens: Tensor, **inputs: Any) -> Tensor:
+        logits: Tensor = self.bridge(tokens, **inputs)
+        return logits

@@ -1,0 +1,185 @@
+"""Finding, in a loaded transformers model, the modules and facts that kvgeom needs."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvgeom.errors import ModelError
+from kvgeom.models.cache import EditedCache
+from kvgeom.models.model import AttentionRule, KVGeometry
+
+#: Names of the modules that project queries, keys, values, or all of them at once (the last two).
+_SEPARATE = (("q_proj", "k_proj", "v_proj"), ("q", "k", "v"))
+_BLOCKS, _INTERLEAVED = "qkv_proj", "query_key_value"
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Where the heads of queries, keys or values lie in the output of a linear module.
+
+    Attributes
+    ----------
+    module : nn.Module
+    heads : int
+    channels : Tensor [heads * head_dim], int64
+        Indices into the last dimension of the module's output.
+    """
+
+    module: nn.Module
+    heads: int
+    channels: Tensor
+
+    def read(self, output: Tensor) -> Tensor:
+        """``[batch, tokens, all channels]`` to ``[batch, heads, tokens, head_dim]``."""
+        return rearrange(output[..., self.channels.to(output.device)], "b t (h d) -> b h t d", h=self.heads)
+
+    def write(self, output: Tensor, heads: Tensor) -> Tensor:
+        """The output with ``heads`` in its place; ``output`` itself is left as it is."""
+        edited = output.clone()
+        edited[..., self.channels.to(output.device)] = rearrange(heads, "b h t d -> b t (h d)")
+        return edited
+
+
+def projections(layer: nn.Module, geometry: KVGeometry, name: str) -> dict[str, Projection]:
+    """The modules that project queries, keys and values, by ``"q"``, ``"k"``, ``"v"``.
+
+    Raises
+    ------
+    ModelError
+        If the attention has none of the names that are known.
+    """
+    attention = attention_of(layer)
+    heads = {"q": geometry.query_heads, "k": geometry.kv_heads, "v": geometry.kv_heads}
+    size = geometry.head_dim
+    for names in _SEPARATE:
+        if all(hasattr(attention, found) for found in names):
+            return {
+                site: Projection(getattr(attention, found), heads[site], torch.arange(heads[site] * size))
+                for site, found in zip(("q", "k", "v"), names, strict=True)
+            }
+    if hasattr(attention, _BLOCKS):
+        counts = [heads[site] * size for site in ("q", "k", "v")]
+        parts = torch.split(torch.arange(sum(counts)), counts)
+    elif hasattr(attention, _INTERLEAVED):  # each head's query, key and value lie side by side
+        parts = rearrange(torch.arange(3 * heads["q"] * size), "(h s d) -> s (h d)", s=3, d=size).unbind()
+    else:
+        raise ModelError(
+            f"the projections of queries, keys and values were asked (for rounding at the projection, or for attention "
+            f"scores), but {type(attention).__name__} of {name} has no k_proj/v_proj, {_BLOCKS} or {_INTERLEAVED}; "
+            "use the cache placement"
+        )
+    module = getattr(attention, _BLOCKS, None) or getattr(attention, _INTERLEAVED)
+    return {site: Projection(module, heads[site], part) for site, part in zip(("q", "k", "v"), parts, strict=True)}
+
+
+def decoder_layers(model: nn.Module, count: int, name: str) -> list[nn.Module]:
+    """The decoder layers, first to last.
+
+    Raises
+    ------
+    ModelError
+        If there is no list of ``count`` modules that each hold an attention.
+    """
+    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    found = [m for m in found if all(attention_of(layer) is not None for layer in m)]
+    if not found:
+        raise ModelError(f"{name} was asked, but kvgeom finds no list of {count} decoder layers with attention in it")
+    return list(found[-1])
+
+
+def attention_of(layer: nn.Module) -> Any:
+    """The attention module of a decoder layer."""
+    return next((child for child in layer.children() if "attention" in type(child).__name__.lower()), None)
+
+
+def attention_write(layer: nn.Module) -> nn.Module:
+    """The module whose output attention adds to the residual stream."""
+    # Gemma normalizes once more what attention has made, before it is added.
+    if hasattr(layer, "pre_feedforward_layernorm"):
+        return layer.get_submodule("post_attention_layernorm")
+    attention: nn.Module = attention_of(layer)
+    return attention
+
+
+def attention_rule(layer: nn.Module, config: Any, geometry: KVGeometry) -> AttentionRule:
+    """How a layer turns queries and keys into attention."""
+    attention = attention_of(layer)
+    windowed = getattr(attention, "sliding_window", None)
+    if windowed is None and not getattr(config, "layer_types", None):
+        windowed = geometry.sliding_window
+    return AttentionRule(
+        scale=float(getattr(attention, "scaling", None) or geometry.head_dim**-0.5),
+        window=int(windowed) if windowed else None,
+        softcap=getattr(config, "attn_logit_softcapping", None),
+    )
+
+
+@torch.inference_mode()
+def read_geometry(model: Any, config: Any, layers: list[nn.Module], name: str) -> KVGeometry:
+    """Run one token and look at what the cache then holds: the shapes are the model's own."""
+    cache = EditedCache(len(layers))
+    try:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ModelError(f"{name} was asked, but it does not run with a transformers cache: {error}") from error
+    shapes = {tuple(t.shape) for layer in cache.layers for t in (layer.keys, layer.values) if t is not None}
+    if len(shapes) != 1 or not all(layer.is_initialized for layer in cache.layers):
+        raise ModelError(
+            f"{name} was asked, but its layers do not each store keys and values of one shape (found {sorted(shapes)})"
+        )
+    _, kv_heads, _, head_dim = shapes.pop()
+    return KVGeometry(
+        layers=len(layers),
+        query_heads=int(config.num_attention_heads),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        d_model=int(config.hidden_size),
+        key_bias=_key_bias(attention_of(layers[0])),
+        rope=_rope_kind(config, model),
+        sliding_window=getattr(config, "sliding_window", None) if _slides(config) else None,
+    )
+
+
+def _key_bias(attention: nn.Module) -> bool:
+    """Whether a module that projects keys, wrapped or not, has a bias."""
+    parts = {part for name, _ in attention.named_parameters() if name.endswith("bias") for part in name.split(".")}
+    return bool(parts & {"k_proj", "k", _BLOCKS, _INTERLEAVED, "c_attn"})
+
+
+def _slides(config: Any) -> bool:
+    types = getattr(config, "layer_types", None)
+    return "sliding_attention" in types if types else getattr(config, "sliding_window", None) is not None
+
+
+def _rope_kind(config: Any, model: nn.Module) -> str:
+    if not any("rotary" in type(m).__name__.lower() for m in model.modules()):
+        return "none"
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # Models whose layer types have their own rotary embeddings nest the parameters by layer type.
+    kinds = {p.get("rope_type", "default") for p in parameters.values() if isinstance(p, dict)}
+    return "+".join(sorted(kinds)) if kinds else str(parameters.get("rope_type", "default"))
+
+
+def weights_fingerprint(model: nn.Module, template: str) -> str:
+    """Hash of template and a sample of every weight: tells models apart in seconds, not minutes."""
+    digest = hashlib.sha256(template.encode())
+    for parameter_name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy()
+        plain = parameter_name.replace("_original_component.", "")  # as TransformerLens wraps modules
+        digest.update(f"{plain}{tuple(weight.shape)}{weight.dtype}".encode() + sample.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end a response."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None)

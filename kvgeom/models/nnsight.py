@@ -1,0 +1,167 @@
+"""The nnsight backend, on this machine or on NDIF."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from kvgeom.errors import ModelError
+from kvgeom.models.cache import EditedCache
+from kvgeom.models.hf import HFModel
+from kvgeom.models.modules import attention_of
+
+if TYPE_CHECKING:
+    from kvgeom.models.model import QueryHook, ResidEdit, ResidHook, RotationHook
+
+Remote = bool | Literal["local"]
+
+
+class NNsightModel(HFModel):
+    """An nnsight language model, seen as a :class:`~kvgeom.models.model.Model`.
+
+    Every pass is one trace. The residual stream and rotary angles are saved by the trace, and the cache is one of its
+    inputs and comes back with it.
+
+    Parameters
+    ----------
+    model : nnsight.modeling.transformers.TransformersModel or nnsight.LanguageModel
+    remote : {False, True, "local"}
+        Where traces run. ``True`` sends them to NDIF, which needs an API key (``nnsight.CONFIG.set_default_api_key``)
+        and a model that it serves; kvgeom registers itself, so that its cache exists there. Of the protocol,
+        :meth:`forward` with cache edits, residual stream and rotary angles is remote; what needs hooks inside modules
+        (rounding at the projection, queries, residual edits, suffix reuse) and derivatives is refused.
+        ``"local"`` is nnsight's rehearsal of a remote run.
+    name, tokenizer, template
+        As in :class:`~kvgeom.models.lens.LensModel`.
+    """
+
+    backend = "nnsight"
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        remote: Remote = False,
+        name: str | None = None,
+        tokenizer: Any = None,
+        template: str | None = None,
+    ) -> None:
+        self.nnsight_model = model
+        self.remote: Remote = remote
+        if remote:
+            import nnsight
+
+            nnsight.register(sys.modules["kvgeom"])
+        module = model._module
+        super().__init__(
+            module,
+            tokenizer or model.tokenizer,
+            name=name or getattr(module.config, "_name_or_path", "") or type(module).__name__,
+            template=template,
+        )
+        paths = {id(module): path for path, module in module.named_modules()}
+        self._envoys = [_envoy(model, paths[id(layer)]) for layer in self._layers]
+        attentions = {id(child): name for layer in self._layers for name, child in layer.named_children()}
+        self._attentions = [
+            getattr(envoy, attentions[id(attention_of(layer))])
+            for envoy, layer in zip(self._envoys, self._layers, strict=True)
+        ]
+
+    @classmethod
+    def around(
+        cls, hf_model: Any, tokenizer: Any, *, name: str, template: str | None = None, remote: Remote = False
+    ) -> NNsightModel:
+        """Wrap a transformers model."""
+        try:
+            from nnsight.modeling.transformers import TransformersModel
+        except ImportError as error:
+            raise ModelError(
+                f"backend 'nnsight' was asked, but nnsight cannot be imported ({error}); pip install 'kvgeom[nnsight]'"
+            ) from error
+        wrapped = TransformersModel(hf_model, tokenizer=tokenizer, task="text-generation")
+        return cls(wrapped, remote=remote, name=name, tokenizer=tokenizer, template=template)
+
+    def gradients(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`kvgeom.models.hf.HFModel.gradients`; not with ``remote=True``."""
+        self._refuse_remote("derivatives")
+        return super().gradients(*args, **kwargs)
+
+    def _run(
+        self,
+        tokens: Tensor,
+        cache: EditedCache,
+        positions: Tensor,
+        mask: Tensor | None,
+        logits_to_keep: int,
+        *,
+        on_resid: ResidHook | None = None,
+        on_rotation: RotationHook | None = None,
+    ) -> Tensor:
+        if cache.edit is not None and cache.edit.where == "projection":
+            self._refuse_remote("rounding at the projection")
+        inputs = {"attention_mask": mask} if mask is not None else {}
+        with ExitStack() as stack:
+            for handle in self._projection_hooks(cache.edit):
+                stack.callback(handle.remove)
+            rotations, resids = [], []
+            with self.nnsight_model.trace(
+                {"input_ids": tokens, **inputs},
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=logits_to_keep,
+                remote=self.remote,
+            ):
+                for envoy, attention in zip(self._envoys, self._attentions, strict=True):
+                    if on_rotation is not None:
+                        rotations.append(attention.inputs[1].get("position_embeddings").save())
+                    if on_resid is not None:
+                        resids.append(envoy.output.save())
+                filled = self.nnsight_model.output.past_key_values.save()
+                logits = self.nnsight_model.output.logits.save()
+        _take_over(cache, filled)
+        for layer, rotation in enumerate(rotations):
+            if rotation is not None and on_rotation is not None:
+                on_rotation(layer, rotation[0][0], rotation[1][0])
+        for layer, resid in enumerate(resids):
+            if on_resid is not None:
+                on_resid(layer, resid[0] if isinstance(resid, tuple) else resid)
+        return logits.float()  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _observed(
+        self, on_query: QueryHook | None, edit_resid: ResidEdit | None, start: tuple[int, Tensor] | None
+    ) -> Iterator[None]:
+        for asked, what in ((on_query, "queries"), (edit_resid, "residual edits"), (start, "suffix reuse")):
+            if asked is not None:
+                self._refuse_remote(what)
+        with super()._observed(on_query, edit_resid, start):
+            yield
+
+    def _refuse_remote(self, what: str) -> None:
+        if self.remote is True:
+            raise ModelError(
+                f"{what} of {self.name} was asked with remote=True, but it needs hooks inside the model's modules; "
+                "load the model on this machine (remote=False)"
+            )
+
+
+def _envoy(model: Any, path: str) -> Any:
+    """Nnsight's stand-in for the module at a dotted path."""
+    for part in path.split("."):
+        model = model[int(part)] if part.isdigit() else getattr(model, part)
+    return model
+
+
+def _take_over(cache: EditedCache, filled: Any) -> None:
+    """What a trace has put into its copy of the cache, if it was given one, belongs into ours."""
+    if filled is cache:
+        return
+    for mine, theirs in zip(cache.layers, filled.layers, strict=True):
+        mine.lazy_initialization(theirs.keys, theirs.values)
+        mine.keys, mine.values, mine.edit = theirs.keys, theirs.values, theirs.edit
+    cache.edit = filled.edit
