@@ -118,3 +118,26 @@ def test_rank_correlation() -> None:
         rank_correlation(clear, noisy.isel(layer=slice(5)))
     with pytest.raises(InputError, match="no prompts"):
         rank_correlation(over_layers(signal), over_layers(signal))
+
+
+def test_figures() -> None:
+    model = tiny_model()
+    prompts = model.encode(REQUESTS)
+    scheme = Scheme(3)
+    exact = patch_layers(model, prompts, [scheme, Scheme(4)], R, progress=False)
+    estimate = first_order(model, prompts, scheme, R, progress=False)
+    cells = exact.plot().data[0]
+    np.testing.assert_allclose(cells.z, exact.margin_drop.mean("prompt").transpose("scheme", "layer"))
+    assert list(cells.y) == ["int3-asym-token", "int4-asym-token"]
+    assert cells.zmin == -cells.zmax
+    scatter = estimate.plot(exact)
+    np.testing.assert_allclose(scatter.data[1].x, estimate.by_layer.mean("prompt"))
+    np.testing.assert_allclose(scatter.data[1].y, exact.margin_drop.sel(scheme=str(scheme)).mean("prompt"))
+    assert str(rank_correlation(estimate.by_layer, exact.margin_drop.sel(scheme=str(scheme), drop=True))) in str(
+        scatter.layout.annotations[0].text
+    )
+    keys, values = estimate.plot().data
+    np.testing.assert_allclose(keys.z, estimate.data.channel_drop.sel(site="k"))
+    np.testing.assert_allclose(values.z, estimate.data.channel_drop.sel(site="v"))
+    with pytest.raises(InputError, match="exact drops are of"):
+        first_order(model, prompts, Scheme(8), R, progress=False).plot(exact)

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
 import xarray as xr
 from numpy.typing import NDArray
 
 from kvgeom.diagnosis.evaluate import Baseline, Outcomes, evaluate
 from kvgeom.diagnosis.stats import bootstrap_means, wilson
-from kvgeom.progress import bar
+from kvgeom.geometry.causal import patch_layers
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
-from kvgeom.quant.rounder import Rounder
 from kvgeom.quant.scheme import Scheme
 from kvgeom.results import Result
 
@@ -90,9 +88,17 @@ def single_layer_scan(
     model, n_layers = base.model, base.model.geometry.layers
     scheme = scheme or Scheme(3, symmetric=True, granularity="tensor")
     recipes = {layer: Recipe.uniform(n_layers, scheme, layers=[layer]) for layer in range(n_layers)}
-    margins, openings = _margins(base, recipes, placement, progress)
-    clean = base.margins(base.responses.first_logits[list(base.refused)])
-    drops = clean[:, None] - margins
+    patched = patch_layers(
+        model,
+        [base.prompts[index] for index in base.refused],
+        {"scan": scheme},
+        base.refusal_tokens,
+        placement=placement,
+        progress=progress,
+        title="margin, single layers",
+    )
+    drops = patched.margin_drop.sel(scheme="scan").values
+    openings = np.isin(patched.data.token.sel(scheme="scan").values, list(base.refusal_tokens))
     layers = _worth_generating(drops, openings, generate_top) if base.refused else []
     outcomes = evaluate(
         model,
@@ -130,28 +136,6 @@ def single_layer_scan(
         {name: ("layer", values) for name, values in columns.items()}, coords={"layer": np.arange(n_layers)}
     )
     return Scan(data, meta), outcomes
-
-
-def _margins(
-    base: Baseline, recipes: dict[int, Recipe], placement: Placement | None, progress: bool
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Margin ``[refused prompts, layers]`` with each layer rounded, and whether the first token still opens a refusal."""
-    model = base.model
-    margins = np.full((len(base.refused), len(recipes)), np.nan)
-    refuses = np.ones(margins.shape, dtype=bool)
-    with bar("margin, single layers", margins.size, progress) as shown:
-        for row, index in enumerate(base.refused):
-            prompt = base.prompts[index]
-            resid: dict[int, torch.Tensor] = {}
-            model.forward(prompt.ids, on_resid=resid.__setitem__)
-            logits = torch.empty(len(recipes), base.responses.first_logits.shape[1])
-            for layer, recipe in recipes.items():
-                start = (layer, resid[layer - 1]) if layer else None
-                logits[layer] = model.forward(prompt.ids, model.new_cache(Rounder(recipe, placement)), start=start)[-1]
-                shown.update(1)
-            margins[row] = base.margins(logits)
-            refuses[row] = [token in base.refusal_tokens for token in logits.argmax(-1).tolist()]
-    return margins, refuses
 
 
 def _worth_generating(drops: NDArray[np.float64], refuses: NDArray[np.bool_], top: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,8 +40,7 @@ class Patching(Result):
 
     References
     ----------
-    Activation patching of one layer's rounded cache into an otherwise clean run; SPEC of the quantities in
-    docs/definitions.md.
+    Activation patching: one layer's rounded keys and values in an otherwise clean run (docs/definitions.md).
     """
 
     kind: ClassVar[str] = "patching"
@@ -49,7 +48,14 @@ class Patching(Result):
     @property
     def margin_drop(self) -> xr.DataArray:
         """Margin lost (nats), by prompt, layer and scheme."""
-        return self.data.clean_margin - self.data.margin
+        drop: xr.DataArray = self.data.clean_margin - self.data.margin
+        return drop
+
+    def plot(self) -> go.Figure:
+        """Margin lost by layer and scheme."""
+        from kvgeom.plots.causal import margin_map
+
+        return margin_map(self)
 
     def summary(self) -> str:
         sizes = self.data.sizes
@@ -152,7 +158,8 @@ def _unit(direction: NDArray[np.floating], model: Model) -> NDArray[np.float64]:
 def _alignment(change: NDArray[np.float64], unit: NDArray[np.float64]) -> NDArray[np.float64]:
     size = (change**2).sum(-1)
     along = (change @ unit) ** 2
-    return np.divide(len(unit) * along, size, out=np.full(len(size), np.nan), where=size > 0)
+    alignment: NDArray[np.float64] = np.divide(len(unit) * along, size, out=np.full(len(size), np.nan), where=size > 0)
+    return alignment
 
 
 @dataclass(frozen=True, repr=False)
@@ -172,7 +179,14 @@ class FirstOrder(Result):
     @property
     def by_layer(self) -> xr.DataArray:
         """Margin lost (nats) when both keys and values of a layer are rounded, by prompt and layer."""
-        return self.data.margin_drop.sum("site")
+        drop: xr.DataArray = self.data.margin_drop.sum("site")
+        return drop
+
+    def plot(self, exact: Patching | None = None) -> go.Figure:
+        """The estimate by layer and, with ``exact``, against what rounding really costs."""
+        from kvgeom.plots.causal import first_order_against_exact, first_order_channels
+
+        return first_order_channels(self) if exact is None else first_order_against_exact(self, exact)
 
     def summary(self) -> str:
         return f"{self.data.sizes['layer']} layers under {self.meta['scheme']}, {self.data.sizes['prompt']} prompts"
@@ -243,10 +257,10 @@ def first_order(
             "channel": np.arange(geometry.channels),
         },
     )
-    return FirstOrder(data, {**_provenance(model, placement), "scheme": str(scheme)})
+    return FirstOrder(data, {**_provenance(model, placement), "scheme": str(scheme), "head_dim": geometry.head_dim})
 
 
-def _provenance(model: Model, placement: Placement | None) -> dict[str, str]:
+def _provenance(model: Model, placement: Placement | None) -> dict[str, Any]:
     return {"model": model.name, "fingerprint": model.fingerprint, "placement": str(placement or Placement())}
 
 
@@ -290,10 +304,14 @@ def rank_correlation(a: xr.DataArray, b: xr.DataArray, *, samples: int = 1000, s
         If they are not about the same layers or prompts, or neither has prompts.
     """
     if list(a.layer.values) != list(b.layer.values):
-        raise InputError(f"layers {list(a.layer.values)} and {list(b.layer.values)} cannot be compared; measure the same")
+        raise InputError(
+            f"layers {list(a.layer.values)} and {list(b.layer.values)} cannot be compared; measure the same"
+        )
     sizes = {x.sizes["prompt"] for x in (a, b) if "prompt" in x.dims}
     if len(sizes) != 1:
-        raise InputError(f"measures over {sorted(sizes) or 'no'} prompts cannot be compared; use the same prompts for both")
+        raise InputError(
+            f"measures over {sorted(sizes) or 'no'} prompts cannot be compared; use the same prompts for both"
+        )
     n = sizes.pop()
     one, two = (np.asarray(x.transpose(..., "layer").values, dtype=float) for x in (a, b))
     rng = np.random.default_rng(seed)

@@ -1,0 +1,68 @@
+"""Cost of the geometry in forward-pass equivalents over the same prompts, measured as ratios in one run.
+
+Run:  python benchmarks/geometry.py [MODEL]      (the demo model by default; some minutes on two cores)
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import kvgeom
+from kvgeom.geometry.causal import first_order, patch_layers, rank_correlation
+from kvgeom.quant.scheme import Scheme
+
+PAIRS = 10  # 20 prompts
+TENSOR, CHANNEL = Scheme(3, True, "tensor"), Scheme(3, True, "channel")
+
+
+def seconds(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    model = kvgeom.load(sys.argv[1] if len(sys.argv) > 1 else "demo")
+    prompts = kvgeom.calibration().take(PAIRS)
+    encoded = model.encode([*prompts.harmful, *prompts.harmless])
+    opening = {int(model.forward(prompt.ids)[-1].argmax()) for prompt in encoded[:PAIRS]}
+    layers = model.geometry.layers
+    results: dict[str, object] = {}
+
+    def plain() -> None:
+        for prompt in encoded:
+            model.forward(prompt.ids)
+
+    def exact() -> None:
+        results["exact"] = patch_layers(model, encoded, [TENSOR, CHANNEL], opening, progress=False)
+
+    def estimate() -> None:
+        results["first"] = first_order(model, encoded, TENSOR, opening, progress=False)
+
+    work: dict[str, tuple[Callable[[], object], float]] = {
+        "capture + ratio, all layers, sites, channels": (
+            lambda: kvgeom.subspace(model, prompts, progress=False).sensitivity(TENSOR, progress=False),
+            1.5,
+        ),
+        "first order, all layers and channels": (estimate, 6.0),
+        "exact single-layer margins, two recipes": (exact, 1.1 * layers),
+    }
+    seconds(plain)  # warm up
+    print(f"{model!r}, {len(encoded)} prompts; plain passes are timed before and after each line")
+    for name, (run, budget) in work.items():
+        before = seconds(plain)
+        took = seconds(run)
+        passes = took / statistics.mean((before, seconds(plain)))
+        print(f"{name:<46} {passes:6.2f} forward-pass equivalents (budget {budget:.1f})")
+    found = rank_correlation(
+        results["first"].by_layer,  # type: ignore[attr-defined]
+        results["exact"].margin_drop.sel(scheme=str(TENSOR), drop=True),  # type: ignore[attr-defined]
+    )
+    print(f"first order against exact: {found}")
+
+
+if __name__ == "__main__":
+    main()
