@@ -44,7 +44,7 @@ def main() -> None:
 
     work: dict[str, tuple[Callable[[], object], float]] = {
         "capture + ratio, all layers, sites, channels": (
-            lambda: kvgeom.subspace(model, prompts, progress=False).sensitivity(TENSOR, progress=False),
+            lambda: kvgeom.subspace(model, prompts, progress=False).sensitivity(TENSOR, contrasts=(), progress=False),
             1.5,
         ),
         "first order, all layers and channels": (estimate, 6.0),

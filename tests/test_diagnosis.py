@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvgeom.diagnosis.pcr import PCR, THRESHOLDS, per_channel_reduction, reduction
-from kvgeom.diagnosis.stats import bootstrap_means, reduction_posterior, wilson
+from kvgeom.stats import bootstrap_means, reduction_posterior, wilson
 from kvgeom.diagnosis.taxonomy import PRESCRIPTIONS, Evidence, classify, critical_layers
 
 

@@ -10,12 +10,12 @@ import xarray as xr
 
 from kvgeom.diagnosis.evaluate import EXACT, Baseline, Outcomes, evaluate
 from kvgeom.diagnosis.perplexity import perplexity
-from kvgeom.diagnosis.stats import wilson
 from kvgeom.progress import track
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme, check_bits
 from kvgeom.results import Result
+from kvgeom.stats import wilson
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -21,20 +21,13 @@ from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.rounder import Rounder
 from kvgeom.refusal.judge import LABELS, Judge, KeywordJudge
 from kvgeom.refusal.margin import margin, refusal_tokens
+from kvgeom.refusal.respond import Responses, respond
 from kvgeom.results import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 EXACT = "exact"
-
-
-@dataclass(frozen=True)
-class Responses:
-    """Responses to some prompts under one recipe: tokens, and logits of the first position ``[prompts, vocabulary]``."""
-
-    tokens: list[list[int]]
-    first_logits: torch.Tensor
 
 
 @dataclass(frozen=True, repr=False)
@@ -163,7 +156,7 @@ def baseline(
         )
     caches = [model.new_cache() for _ in prompts]
     with bar("unquantized responses", 2 * len(prompts), progress) as shown:
-        responses = _respond(model, prompts, caches, max_new_tokens, batch_size, shown)
+        responses = respond(model, prompts, max_new_tokens, caches=caches, batch_size=batch_size, on_done=shown.update)
     draft = Baseline(
         model=model,
         prompts=prompts,
@@ -227,7 +220,14 @@ def evaluate(
     with bar(title, 2 * len(recipes) * len(chosen), progress) as shown:
         for recipe in recipes.values():
             caches = [model.new_cache(Rounder(recipe, placement)) for _ in chosen]
-            responses = _respond(model, encoded, caches, base.max_new_tokens, base.batch_size, shown)
+            responses = respond(
+                model,
+                encoded,
+                base.max_new_tokens,
+                caches=caches,
+                batch_size=base.batch_size,
+                on_done=shown.update,
+            )
             verdicts = [base.judged(i, tokens) for i, tokens in zip(chosen, responses.tokens, strict=True)]
             rows.append([v[0] for v in verdicts])
             labels.append([v[1] for v in verdicts])
@@ -257,27 +257,6 @@ def evaluate(
         "max_new_tokens": base.max_new_tokens,
     }
     return Outcomes(data, meta)
-
-
-def _respond(
-    model: Model,
-    prompts: Sequence[EncodedPrompt],
-    caches: Sequence[EditedCache],
-    max_new_tokens: int,
-    batch_size: int,
-    shown: Any,
-) -> Responses:
-    """Prefill every prompt into its cache, then decode; ``shown`` counts each prompt twice."""
-    update = shown.update
-    logits = []
-    for prompt, cache in zip(prompts, caches, strict=True):
-        logits.append(model.forward(prompt.ids, cache)[-1])
-        update(1)
-    if not logits:
-        return Responses([], torch.empty(0, 0))
-    first = torch.stack(logits)
-    tokens = model.generate(caches, first.argmax(-1).tolist(), max_new_tokens, batch_size=batch_size, on_done=update)
-    return Responses(tokens, first)
 
 
 def _check_recipes(model: Model, recipes: Mapping[str, Recipe]) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kvgeom.diagnosis.evaluate import Baseline, evaluate
-from kvgeom.diagnosis.stats import reduction_posterior
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
+from kvgeom.stats import reduction_posterior
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -33,7 +33,7 @@ class PCR:
     value : float or None
         None where it is undefined (per-tensor rounding flips nothing).
     ci : (float, float) or None
-        95 % interval, paired by prompt (:func:`~kvgeom.diagnosis.stats.reduction_posterior`).
+        95 % interval, paired by prompt (:func:`~kvgeom.stats.reduction_posterior`).
     status : {"determined", "undetermined"}
         Determined when the interval lies within one of the published classes (< 30 %, 30-70 %, > 70 %).
     reason : str

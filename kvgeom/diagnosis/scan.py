@@ -10,12 +10,12 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from kvgeom.diagnosis.evaluate import Baseline, Outcomes, evaluate
-from kvgeom.diagnosis.stats import bootstrap_means, wilson
 from kvgeom.geometry.causal import patch_layers
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.results import Result
+from kvgeom.stats import bootstrap_means, wilson
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

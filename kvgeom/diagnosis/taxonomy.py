@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from kvgeom.diagnosis.pcr import PCR, THRESHOLDS
-from kvgeom.diagnosis.stats import wilson
+from kvgeom.stats import wilson
 
 ModeName = Literal[
     "outlier-crushes-safety",

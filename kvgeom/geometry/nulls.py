@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
+
+from kvgeom.geometry.capture import Tape
+from kvgeom.geometry.subspace import Subspace, fit
+from kvgeom.prompts.sets import PromptSet
 
 
 def random_bases(channels: int, k: int, count: int, seed: int = 0) -> NDArray[np.float64]:
@@ -20,3 +26,28 @@ def random_bases(channels: int, k: int, count: int, seed: int = 0) -> NDArray[np
     """
     rng = np.random.default_rng(seed)
     return np.linalg.qr(rng.standard_normal((count, channels, k)))[0]
+
+
+def contrast_spaces(space: Subspace, contrasts: Sequence[PromptSet], progress: bool = True) -> dict[str, Subspace]:
+    """Subspaces of contrasts between harmless requests (null b), found as the safety subspace was.
+
+    Their prompts are run once, whatever number of contrasts they are part of, and once for all schemes.
+
+    Parameters
+    ----------
+    space : Subspace
+    contrasts : sequence of PromptSet
+        The two classes stand in the places of harmful and harmless. No more of each are used than the safety subspace
+        has: a direction from fewer prompts has more noise in it, and more noise looks like more signal.
+    """
+    size = min(len(space.prompts.harmful), len(space.prompts.harmless))
+    small = [contrast.take(size) for contrast in contrasts]
+    requests = tuple(dict.fromkeys(text for contrast in small for text in (*contrast.harmful, *contrast.harmless)))
+    if not requests:
+        return {}
+    key = PromptSet("", requests, (), "").fingerprint
+    tape = space.contrast_tapes.get(key)
+    if tape is None:
+        tape = space.contrast_tapes[key] = Tape(space.model, requests, space.placement)
+        tape.features("k", progress)
+    return {contrast.name: fit(tape, contrast, space) for contrast in small}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -11,9 +11,11 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 
-from kvgeom.geometry.capture import SITES, site_width, tokens_at, watch
-from kvgeom.geometry.nulls import random_bases
+from kvgeom.errors import InputError
+from kvgeom.geometry.capture import SITES, site_width, tokens_at
+from kvgeom.geometry.nulls import contrast_spaces, random_bases
 from kvgeom.progress import track
+from kvgeom.prompts.sets import PromptSet, concept_contrasts
 from kvgeom.quant.rounding import round_kv
 from kvgeom.quant.scheme import Scheme
 from kvgeom.results import Result
@@ -40,8 +42,14 @@ class Sensitivity(Result):
     - ``null_low``, ``null_median``, ``null_high``: 2.5, 50, 97.5 % of the ratio of random subspaces (null a), and
       ``null_closed``, the ratio of their mean noise to their mean signal, in closed form;
     - ``alignment_null_low``, ``alignment_null_high``: 2.5 and 97.5 % of the noise alignment of random subspaces;
+    - ``contrast_ratio`` over (contrast, layer, site): the ratio of subspaces between harmless requests (null b), and
+      ``specific``: ``"yes"`` where the safety ratio is above all of them, ``"no"`` where it is not,
+      ``"undetermined"`` where the ratio is weak or undefined, or there is no contrast to hold it against;
     - ``status``: ``"ok"``, ``"weak"`` (separation not significant) or ``"undefined"``; ``reason`` says why;
     - ``position``: which tokens were used (``"instruction"`` or ``"template-1"``, the last template token, ...).
+
+    Per KV head, over ``(layer, kv, head)`` for keys and values, within the channels of the head: ``head_ratio``,
+    ``head_signal_gap``, ``head_noise_alignment``.
 
     Per channel (U = the channel's unit vector) there are, over ``(layer, kv, channel)`` for keys and values
     and with the prefix ``resid_`` over ``(layer, resid_channel)`` for the residual stream: ``channel_ratio``,
@@ -85,39 +93,76 @@ class Moments:
         Sum of the squared projections of the error on the safety subspace.
     null_e2 : array [subspaces]
         The same for random subspaces.
+    head_e2 : array [heads]
+        The same within each head, on the part of the safety subspace that lies there.
     """
 
     x: NDArray[np.float64]
     x2: NDArray[np.float64]
     e2: NDArray[np.float64]
     null_e2: NDArray[np.float64]
+    head_e2: NDArray[np.float64]
     tokens: int = 0
     safety_e2: float = field(default=0.0)
 
     @classmethod
-    def zero(cls, channels: int, subspaces: int) -> Moments:
+    def zero(cls, channels: int, subspaces: int = 0, heads: int = 0) -> Moments:
         """Before the first token."""
-        return cls(np.zeros(channels), np.zeros(channels), np.zeros(channels), np.zeros(subspaces))
+        return cls(np.zeros(channels), np.zeros(channels), np.zeros(channels), np.zeros(subspaces), np.zeros(heads))
 
     def add(
         self,
         x: NDArray[np.float64],
         e: NDArray[np.float64],
         basis: NDArray[np.float64],
-        null: NDArray[np.float64],
+        null: NDArray[np.float64] | None = None,
+        heads: NDArray[np.float64] | None = None,
     ) -> None:
-        """Add tokens: ``x`` and ``e`` are [tokens, channels], ``basis`` [channels, k], ``null`` [subspaces, channels, k]."""
+        """Add tokens.
+
+        Parameters
+        ----------
+        x, e : array [tokens, channels]
+        basis : array [channels, k]
+        null : array [subspaces, channels, k], optional
+        heads : array [heads, head_dim, k], optional
+            See :func:`head_bases`.
+        """
         self.tokens += len(x)
         self.x += x.sum(0)
         self.x2 += (x**2).sum(0)
         self.e2 += (e**2).sum(0)
         self.safety_e2 += float(((e @ basis) ** 2).sum())
-        projected = e @ null.transpose(1, 0, 2).reshape(len(basis), -1)
-        self.null_e2 += (projected**2).reshape(len(e), len(null), -1).sum((0, 2))
+        if null is not None and len(null):
+            projected = e @ null.transpose(1, 0, 2).reshape(len(basis), -1)
+            self.null_e2 += (projected**2).reshape(len(e), len(null), -1).sum((0, 2))
+        if heads is not None and len(heads):
+            within = e.reshape(len(e), len(heads), -1).transpose(1, 0, 2) @ heads
+            self.head_e2 += (within**2).sum((1, 2))
+
+
+def head_bases(basis: NDArray[np.float64], heads: int) -> NDArray[np.float64]:
+    """The part of a subspace that lies in each head's channels, made orthonormal again.
+
+    Parameters
+    ----------
+    basis : array [channels, k]
+    heads : int
+
+    Returns
+    -------
+    array [heads, head_dim, k]
+        Zero for a head that the subspace does not touch.
+    """
+    parts = basis.reshape(heads, -1, basis.shape[1])
+    u, s, _ = np.linalg.svd(parts, full_matrices=False)
+    found = np.zeros_like(parts)
+    found[..., : u.shape[2]] = u * (s > 1e-9)[:, None, :]
+    return found
 
 
 def quantities(
-    moments: Moments, gap: NDArray[np.float64], basis: NDArray[np.float64], null: NDArray[np.float64]
+    moments: Moments, gap: NDArray[np.float64], basis: NDArray[np.float64], null: NDArray[np.float64] | None = None
 ) -> dict[str, float]:
     """Ratio and decomposition from sums; infinite or NaN only where the subspace has no signal.
 
@@ -128,7 +173,7 @@ def quantities(
         Mean harmful minus mean harmless vector.
     basis : array [channels, k]
         Orthonormal basis of the safety subspace.
-    null : array [subspaces, channels, k]
+    null : array [subspaces, channels, k], optional
         Orthonormal bases of random subspaces, those that ``moments`` was summed with.
 
     Notes
@@ -145,17 +190,22 @@ def quantities(
         nsr_full = e2 / x2
         nsr_safety = moments.safety_e2 / n / signal
         centered = x2 - (moments.x**2).sum() / n
-        null_signal = (np.einsum("c,sck->sk", gap, null) ** 2).sum(-1) / 4
-        null_ratio = moments.null_e2 / n / null_signal / nsr_full
-        null_alignment = moments.null_e2 / k / (e2 / channels)
-        low, median, high = np.quantile(null_ratio, [0.025, 0.5, 0.975])
-        return {
+        found = {
             "ratio": nsr_safety / nsr_full,
             "ratio_centered": nsr_safety / (e2 / centered),
             "nsr_safety": nsr_safety,
             "nsr_full": nsr_full,
             "signal_gap": (x2 / n / channels) / (signal / k),
             "noise_alignment": (moments.safety_e2 / k) / (e2 / channels),
+        }
+        if null is None:
+            return found
+        null_signal = (np.einsum("c,sck->sk", gap, null) ** 2).sum(-1) / 4
+        null_ratio = moments.null_e2 / n / null_signal / nsr_full
+        null_alignment = moments.null_e2 / k / (e2 / channels)
+        low, median, high = np.quantile(null_ratio, [0.025, 0.5, 0.975])
+        return {
+            **found,
             "null_low": low,
             "null_median": median,
             "null_high": high,
@@ -166,20 +216,50 @@ def quantities(
         }
 
 
+def head_quantities(
+    moments: Moments, gap: NDArray[np.float64], heads: NDArray[np.float64]
+) -> dict[str, NDArray[np.float64]]:
+    """Ratio and decomposition within each KV head, NaN where a head has no signal or no error.
+
+    Parameters
+    ----------
+    moments : Moments
+    gap : array [channels]
+    heads : array [heads, head_dim, k]
+        See :func:`head_bases`.
+
+    Returns
+    -------
+    dict of str to array [heads]
+        ``ratio``, ``signal_gap`` and ``noise_alignment``, defined as in :func:`quantities` with the head's channels
+        for the full space.
+    """
+    count, size, k = heads.shape
+    x2, e2 = (sums.reshape(count, size).sum(1) for sums in (moments.x2, moments.e2))
+    signal = (np.einsum("hd,hdk->hk", gap.reshape(count, size), heads) ** 2).sum(-1) / 4
+    with np.errstate(divide="ignore", invalid="ignore"):
+        signal_gap = (x2 / moments.tokens / size) / (signal / k)
+        alignment = (moments.head_e2 / k) / (e2 / size)
+        defined = (signal > 1e-12 * x2 / moments.tokens) & (e2 > 0)
+        found = {"ratio": signal_gap * alignment, "signal_gap": signal_gap, "noise_alignment": alignment}
+    return {name: np.where(defined, values, np.nan) for name, values in found.items()}
+
+
 def measure(
     space: Subspace,
     scheme: Scheme | None = None,
     *,
     noise_pairs: int | None = None,
+    contrasts: Sequence[PromptSet] | None = None,
     null_subspaces: int = 100,
     progress: bool = True,
     seed: int = 0,
 ) -> Sensitivity:
     """Rounding noise on the safety subspace against noise on everything, at every layer and site.
 
-    Each prompt is run unquantized once; its keys and values are rounded with scales over exactly the tokens that
-    a cache would share them over, and only sums are kept. The residual stream is not stored in a cache: for it the
-    same rounding is a comparison, as if it were.
+    Keys and values are rounded with scales over exactly the tokens that a cache would share them over, and only sums
+    are kept. The residual stream is not stored in a cache: for it the same rounding is a comparison, as if it were.
+    Costs no forward pass over the prompts of the subspace, and one over those of the contrasts, the first time.
 
     Parameters
     ----------
@@ -188,30 +268,98 @@ def measure(
         3-bit symmetric per-tensor by default, as in the paper's layer scan.
     noise_pairs : int, optional
         Use only so many harmful and harmless prompts for the noise; all by default.
+    contrasts : sequence of PromptSet, optional
+        What has nothing to do with safety (null b), two classes of harmless requests each;
+        :func:`kvgeom.prompts.sets.concept_contrasts` by default, ``()`` for none.
     null_subspaces : int
         Random subspaces of null (a).
     seed : int
         Of these.
+
+    Raises
+    ------
+    InputError
+        For fewer than one noise pair or fewer than two random subspaces.
     """
     scheme = scheme or Scheme(3, symmetric=True, granularity="tensor")
-    model, geometry = space.model, space.model.geometry
+    if null_subspaces < 2 or (noise_pairs is not None and noise_pairs < 1):
+        raise InputError(
+            f"{null_subspaces} random subspaces and {noise_pairs} noise pairs were asked; at least 2 and 1 are needed"
+        )
+    geometry = space.model.geometry
     nulls = {
         width: random_bases(width, space.k, null_subspaces, seed) for width in {geometry.channels, geometry.d_model}
     }
-    moments = {(layer, site): Moments.zero(site_width(model, site), null_subspaces) for layer, site in space.directions}
-    pairs = noise_pairs or max(len(space.harmful), len(space.harmless))
-    prompts = list(chain(space.harmful[:pairs], space.harmless[:pairs]))
-    for prompt in track(prompts, "rounding noise", len(prompts), progress):
+    moments = _moments(space, scheme, noise_pairs, nulls, "rounding noise", progress)
+    others = contrast_spaces(space, concept_contrasts() if contrasts is None else contrasts, progress)
+    beside = {
+        name: (other, _moments(other, scheme, noise_pairs, None, f"null: {name}", progress))
+        for name, other in others.items()
+    }
+    pairs = noise_pairs or len(space.tape.prompts)
+    meta = {
+        **space.meta(),
+        "scheme": str(scheme),
+        "noise_prompts": len(space.prompts.harmful[:pairs]) + len(space.prompts.harmless[:pairs]),
+        "seed": seed,
+        "contrasts": list(others),
+    }
+    return Sensitivity(_with_contrasts(_table(space, moments, nulls), beside), meta)
+
+
+def _moments(
+    space: Subspace,
+    scheme: Scheme,
+    pairs: int | None,
+    nulls: dict[int, NDArray[np.float64]] | None,
+    title: str,
+    progress: bool,
+) -> dict[tuple[int, str], Moments]:
+    """Sums over the prompts, or over the first ``pairs`` of each class; with heads and ``nulls`` if these are given."""
+    heads: dict[tuple[int, str], NDArray[np.float64]] = {}
+    if nulls is not None:
+        count = space.model.geometry.kv_heads
+        heads = {key: head_bases(d.basis, count) for key, d in space.directions.items() if key[1] != "resid"}
+    moments = {
+        (layer, site): Moments.zero(
+            site_width(space.model, site),
+            len(next(iter(nulls.values()))) if nulls else 0,
+            len(heads.get((layer, site), ())),
+        )
+        for layer, site in space.directions
+    }
+    chosen = [*space.prompts.harmful[:pairs], *space.prompts.harmless[:pairs]]
+    for row in track(map(int, space.tape.rows(chosen)), title, len(chosen), progress):
+        prompt = space.tape.prompts[row]
 
         def see(layer: int, site: str, x: torch.Tensor, flat: Any, prompt: Any = prompt) -> None:
             direction = space.directions[layer, site]
             at = tokens_at(prompt, direction.position)
             stored, error = (flat(t)[at].double().cpu().numpy() for t in (x, round_kv(x, scheme) - x))
-            moments[layer, site].add(stored, error, direction.basis, nulls[stored.shape[1]])
+            null = None if nulls is None else nulls[stored.shape[1]]
+            moments[layer, site].add(stored, error, direction.basis, null, heads.get((layer, site)))
 
-        watch(model, prompt, space.placement, see)
-    meta = {**space.meta(), "scheme": str(scheme), "noise_prompts": len(prompts), "seed": seed}
-    return Sensitivity(_table(space, moments, nulls), meta)
+        space.tape.play(row, see)
+    return moments
+
+
+def _with_contrasts(data: xr.Dataset, beside: dict[str, tuple[Subspace, dict[tuple[int, str], Moments]]]) -> xr.Dataset:
+    """Null (b), and whether the ratio is above it."""
+    layers, sites = data.layer.values, data.site.values
+    ratios = np.full((len(beside), len(layers), len(sites)), np.nan)
+    for index, (other, moments) in enumerate(beside.values()):
+        for row, layer in enumerate(layers):
+            for column, site in enumerate(sites):
+                direction = other.directions[layer, site]
+                if direction.defined and moments[layer, site].e2.sum() > 0:
+                    found = quantities(moments[layer, site], direction.gap, direction.basis)
+                    ratios[index, row, column] = found["ratio"]
+    highest = np.where(np.isfinite(ratios), ratios, -np.inf).max(0, initial=-np.inf)
+    decided = (data.status.values == "ok") & np.isfinite(highest)
+    specific = np.where(decided, np.where(data.ratio.values > highest, "yes", "no"), "undetermined")
+    return data.assign(
+        contrast_ratio=(("contrast", "layer", "site"), ratios), specific=(("layer", "site"), specific.astype(object))
+    ).assign_coords(contrast=np.array(list(beside), dtype=object))
 
 
 def _table(
@@ -226,12 +374,19 @@ def _table(
     )
     kv = [[_channels(space.directions[layer, s], moments[layer, s]) for s in ("k", "v")] for layer in layers]
     resid = [_channels(space.directions[layer, "resid"], moments[layer, "resid"]) for layer in layers]
-    channels: dict[str, Any] = {}
+    heads = [[_heads(space, moments[layer, s], layer, s) for s in ("k", "v")] for layer in layers]
+    channels: dict[str, Any] = {
+        f"head_{name}": (("layer", "kv", "head"), np.array([[h[name] for h in row] for row in heads]))
+        for name in heads[0][0]
+    }
     for name in resid[0]:
         channels[f"channel_{name}"] = (("layer", "kv", "channel"), np.array([[c[name] for c in row] for row in kv]))
         channels[f"resid_channel_{name}"] = (("layer", "resid_channel"), np.array([c[name] for c in resid]))
     return data.assign(channels).assign_coords(
-        kv=["k", "v"], channel=np.arange(geometry.channels), resid_channel=np.arange(geometry.d_model)
+        kv=["k", "v"],
+        head=np.arange(geometry.kv_heads),
+        channel=np.arange(geometry.channels),
+        resid_channel=np.arange(geometry.d_model),
     )
 
 
@@ -242,9 +397,12 @@ def _cell(
     numbers = quantities(moments, direction.gap, direction.basis, nulls[len(direction.gap)])
     status, reason = "ok", ""
     # The position was chosen as the best of several, so each had that many chances to look significant.
-    p = min(1.0, direction.separation.p * len(space.positions))
+    p = min(1.0, direction.separation.p * len(space.tried))
     if not direction.defined:
-        status, reason = "undefined", "harmful and harmless means coincide at every position"
+        status, reason = (
+            "undefined",
+            f"harmful and harmless means coincide at {'every position' if len(space.tried) > 1 else space.tried[0]}",
+        )
     elif moments.e2.sum() == 0:
         status, reason = "undefined", "rounding makes no error here"
     elif p > ALPHA:
@@ -262,6 +420,11 @@ def _cell(
         "reason": reason,
         "position": direction.position,
     }
+
+
+def _heads(space: Subspace, moments: Moments, layer: int, site: str) -> dict[str, NDArray[np.float64]]:
+    direction = space.directions[layer, site]
+    return head_quantities(moments, direction.gap, head_bases(direction.basis, space.model.geometry.kv_heads))
 
 
 def _channels(direction: Direction, moments: Moments) -> dict[str, NDArray[np.float64]]:

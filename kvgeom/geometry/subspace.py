@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kvgeom.errors import InputError
-from kvgeom.geometry.capture import SITES, positions, site_width, stack_positions, watch
+from kvgeom.geometry.capture import SITES, Tape
 from kvgeom.models.load import load
 from kvgeom.models.model import EncodedPrompt, Model
-from kvgeom.progress import track
 from kvgeom.prompts.sets import PromptSet, calibration
 from kvgeom.quant.placement import Placement
-from kvgeom.refusal.direction import Separation, difference_of_means, separation
+from kvgeom.refusal.direction import (
+    METHODS,
+    Separation,
+    difference_of_means,
+    difference_of_winsorized_means,
+    estimate,
+    separation,
+)
 
 if TYPE_CHECKING:
+    from kvgeom.geometry.directions import Directions
     from kvgeom.geometry.sensitivity import Sensitivity
     from kvgeom.quant.scheme import Scheme
+    from kvgeom.refusal.selection import Selection
 
 #: A class difference smaller than this share of the mean square is rounding error of the arithmetic, not signal.
 COINCIDENT = 1e-10
@@ -34,15 +41,15 @@ class Direction:
     Attributes
     ----------
     position : str
-        Tokens at which the classes are best separated.
+        Tokens at which it was found.
     gap : array [channels]
-        Mean harmful minus mean harmless vector there.
+        Mean harmful minus mean harmless vector there (of winsorized means where that is the method).
     basis : array [channels, k]
         Orthonormal.
     separation : Separation
-        Cross-validated, along ``gap``.
+        Cross-validated, along the difference of means.
     defined : bool
-        False where the classes coincide at every position.
+        False where the classes coincide at every position that was looked at.
     """
 
     position: str
@@ -58,37 +65,102 @@ class Subspace:
 
     Attributes
     ----------
-    model : Model
-    harmful, harmless : tuple of EncodedPrompt
-    placement : Placement
+    tape : Tape
+        What the model holds of the prompts: everything below is computed from it, without running the model again.
+    prompts : PromptSet
     k : int
         Dimensions of each subspace.
-    directions : dict of (layer, site) to Direction
-    positions : tuple of str
+    method : str
+        How directions were estimated.
+    tried : tuple of str
         Positions that were looked at.
-    prompts : PromptSet
+    directions : dict of (layer, site) to Direction
     """
 
-    model: Model
-    harmful: tuple[EncodedPrompt, ...]
-    harmless: tuple[EncodedPrompt, ...]
-    placement: Placement
-    k: int
-    directions: dict[tuple[int, str], Direction] = field(repr=False)
-    positions: tuple[str, ...]
+    tape: Tape = field(repr=False)
     prompts: PromptSet
+    k: int
+    method: str
+    tried: tuple[str, ...]
+    directions: dict[tuple[int, str], Direction] = field(repr=False)
+    contrast_tapes: dict[str, Tape] = field(default_factory=dict, repr=False)
+
+    @property
+    def model(self) -> Model:
+        """The model that it is a subspace of."""
+        return self.tape.model
+
+    @property
+    def placement(self) -> Placement:
+        """Which keys and values are meant."""
+        return self.tape.placement
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        """Positions that the prompts share."""
+        return self.tape.positions
+
+    @property
+    def harmful(self) -> tuple[EncodedPrompt, ...]:
+        """The harmful prompts as tokens."""
+        return tuple(self.tape.prompts[row] for row in self.tape.rows(self.prompts.harmful))
+
+    @property
+    def harmless(self) -> tuple[EncodedPrompt, ...]:
+        """The harmless prompts as tokens."""
+        return tuple(self.tape.prompts[row] for row in self.tape.rows(self.prompts.harmless))
+
+    def features(self, layer: int, site: str) -> NDArray[np.float64]:
+        """Mean vector of every prompt at every position, ``[prompts, positions, channels]``, harmful prompts first."""
+        return _features(self.tape, self.prompts, layer, site)
+
+    @property
+    def is_harmful(self) -> NDArray[np.bool_]:
+        """Which rows of :meth:`features` are harmful."""
+        return _labels(self.prompts)
+
+    def refit(self, *, k: int = 1, method: str = "mean", position: str | None = None) -> Subspace:
+        """The same prompts, another subspace; the model is not run again. Parameters as in :func:`subspace`."""
+        found = _fit(self.tape, self.prompts, k, method, position)
+        return replace(found, contrast_tapes=self.contrast_tapes)
 
     def sensitivity(
-        self, scheme: Scheme | None = None, *, noise_pairs: int | None = None, progress: bool = True, seed: int = 0
+        self,
+        scheme: Scheme | None = None,
+        *,
+        noise_pairs: int | None = None,
+        contrasts: Sequence[PromptSet] | None = None,
+        progress: bool = True,
+        seed: int = 0,
     ) -> Sensitivity:
         """How exposed the subspace is to the rounding error of ``scheme``.
 
-        Costs one forward pass over the prompts, or over ``noise_pairs`` harmful and as many harmless ones.
+        Runs no prompt of the subspace again; the harmless contrasts that it is held against are run once.
         See :func:`kvgeom.geometry.sensitivity.measure`.
         """
         from kvgeom.geometry.sensitivity import measure
 
-        return measure(self, scheme, noise_pairs=noise_pairs, progress=progress, seed=seed)
+        return measure(self, scheme, noise_pairs=noise_pairs, contrasts=contrasts, progress=progress, seed=seed)
+
+    def compare(
+        self,
+        methods: Sequence[str] | None = None,
+        positions: Sequence[str] | None = None,
+        *,
+        samples: int = 50,
+        progress: bool = True,
+        seed: int = 0,
+    ) -> Directions:
+        """Directions by every method, with their stability; see :func:`kvgeom.geometry.directions.compare`."""
+        from kvgeom.geometry.directions import compare
+
+        return compare(self, methods, positions, samples=samples, progress=progress, seed=seed)
+
+    def select(self, **options: Any) -> Selection:
+        """Choose the refusal direction of the residual stream by what it does; see :func:`kvgeom.geometry.directions.select`."""
+        from kvgeom.geometry.directions import select_direction
+
+        return select_direction(self, **options)
 
     def meta(self) -> dict[str, Any]:
         """What made it, in JSON types."""
@@ -98,6 +170,7 @@ class Subspace:
             "placement": str(self.placement),
             "prompts": self.prompts.fingerprint,
             "k": self.k,
+            "method": self.method,
             "kv_heads": self.model.geometry.kv_heads,
             "head_dim": self.model.geometry.head_dim,
         }
@@ -108,15 +181,17 @@ def subspace(
     prompts: PromptSet | None = None,
     *,
     k: int = 1,
+    method: str = "mean",
+    position: str | None = None,
     placement: Placement | None = None,
     progress: bool = True,
     **load_options: Any,
 ) -> Subspace:
     """Find where harmful and harmless requests differ in keys, values and residual stream.
 
-    At each layer and site the difference of class means is taken at the instruction's tokens (their mean) and at
-    every template token after it. ``k=1`` keeps the best separated position; ``k > 1`` the leading right singular
-    vectors of all these differences. Costs one forward pass over the prompts.
+    At each layer and site the class difference is taken at the instruction's tokens (their mean) and at every
+    template token after it, and the best separated position is kept. Costs one forward pass over the prompts, which
+    are kept on disk for whatever is measured afterwards (see :class:`kvgeom.geometry.capture.Tape`).
 
     Parameters
     ----------
@@ -124,13 +199,20 @@ def subspace(
     prompts : PromptSet, optional
         Needs harmful and harmless requests; the calibration set by default.
     k : int
+        Dimensions. With ``method="mean"`` and k > 1 the leading right singular vectors of the differences at all
+        positions; with ``"pca"`` those of the paired differences at one position.
+    method : {"mean", "winsorized", "pca", "logistic"}
+        See :func:`kvgeom.refusal.direction.estimate`.
+    position : str, optional
+        One of the shared positions (``"instruction"``, ``"template-1"``, ...) instead of the best separated.
     placement : Placement, optional
         Which keys and values are meant; as stored in the cache by default (rotary embedding taken out again).
 
     Raises
     ------
     InputError
-        If a class has fewer than two prompts, or ``k`` exceeds the number of positions.
+        If a class has fewer than two prompts, ``k`` exceeds what the method gives, or there is no such method or
+        position.
 
     Examples
     --------
@@ -138,54 +220,85 @@ def subspace(
     """
     loaded = load(model, **load_options)
     prompts = prompts or calibration()
+    _check_classes(prompts)
+    tape = Tape(loaded, tuple(dict.fromkeys([*prompts.harmful, *prompts.harmless])), placement or Placement())
+    return _fit(tape, prompts, k, method, position, progress)
+
+
+def fit(tape: Tape, prompts: PromptSet, like: Subspace) -> Subspace:
+    """The subspace of some prompts of a tape, found as ``like`` was."""
+    position = like.tried[0] if len(like.tried) == 1 else None
+    return _fit(tape, prompts, like.k, like.method, position)
+
+
+def _check_classes(prompts: PromptSet) -> None:
     if min(len(prompts.harmful), len(prompts.harmless)) < 2:
         raise InputError(
             f"prompt set {prompts.name!r} has {len(prompts.harmful)} harmful and {len(prompts.harmless)} harmless requests; "
             "a subspace needs at least two of each"
         )
-    harmful, harmless = tuple(loaded.encode(prompts.harmful)), tuple(loaded.encode(prompts.harmless))
-    encoded = [*harmful, *harmless]
-    names = positions(encoded)
-    if not 1 <= k <= len(names):
-        raise InputError(f"k={k} was asked, but {len(names)} positions give at most as many dimensions")
-    placement = placement or Placement()
-    features = _features(loaded, encoded, names, placement, progress)
-    is_harmful = np.arange(len(encoded)) < len(harmful)
-    directions = {key: _direction(x.numpy(), is_harmful, names, k) for key, x in features.items()}
-    return Subspace(loaded, harmful, harmless, placement, k, directions, tuple(names), prompts)
 
 
-def _features(
-    model: Model, prompts: list[EncodedPrompt], names: list[str], placement: Placement, progress: bool
-) -> dict[tuple[int, str], torch.Tensor]:
-    """Mean vector of every prompt at every position, ``[prompts, positions, channels]`` for each layer and site."""
-    shape = (len(prompts), len(names))
-    features = {
-        (layer, site): torch.empty(*shape, site_width(model, site))
-        for layer in range(model.geometry.layers)
+def _fit(tape: Tape, prompts: PromptSet, k: int, method: str, position: str | None, progress: bool = True) -> Subspace:
+    names = tape.positions
+    if position is not None and position not in names:
+        raise InputError(f"position {position!r} was asked, but the prompts share {', '.join(names)}; choose one")
+    tried = names if position is None else (position,)
+    if method not in METHODS:
+        raise InputError(f"direction method {method!r} was asked; choose one of {', '.join(METHODS)}")
+    pairs = min(len(prompts.harmful), len(prompts.harmless))
+    most = {"mean": len(tried), "pca": pairs}.get(method, 1)
+    if not 1 <= k <= most:
+        raise InputError(
+            f"k={k} was asked, but {len(tried)} positions and {pairs} pairs of requests give method {method!r} at most "
+            f"as many dimensions as {most}; method='pca' gives one for each pair"
+        )
+    tape.features("k", progress)
+    harmful = _labels(prompts)
+    directions = {
+        (layer, site): _direction(_features(tape, prompts, layer, site), harmful, names, tried, k, method)
+        for layer in range(tape.model.geometry.layers)
         for site in SITES
     }
-    for row, prompt in enumerate(track(prompts, "safety subspace", len(prompts), progress)):
-
-        def see(layer: int, site: str, x: torch.Tensor, flat: Any, row: int = row, prompt: Any = prompt) -> None:
-            features[layer, site][row] = stack_positions(flat(x), prompt, names).cpu()
-
-        watch(model, prompt, placement, see)
-    return features
+    return Subspace(tape, prompts, k, method, tuple(tried), directions)
 
 
-def _direction(features: NDArray[np.float32], harmful: NDArray[np.bool_], names: Iterable[str], k: int) -> Direction:
-    x = features.astype(np.float64)
+def _labels(prompts: PromptSet) -> NDArray[np.bool_]:
+    harmful: NDArray[np.bool_] = np.arange(len(prompts.harmful) + len(prompts.harmless)) < len(prompts.harmful)
+    return harmful
+
+
+def _features(tape: Tape, prompts: PromptSet, layer: int, site: str) -> NDArray[np.float64]:
+    rows = tape.rows([*prompts.harmful, *prompts.harmless])
+    found: NDArray[np.float64] = tape.features(site)[layer][rows].astype(np.float64)
+    return found
+
+
+def defined_at(features: NDArray[np.float64], harmful: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """At which positions the classes differ at all: ``[prompts, positions, channels]`` to ``[positions]``."""
+    gaps = difference_of_means(features, harmful)
+    found: NDArray[np.bool_] = (gaps**2).sum(-1) > COINCIDENT * (features**2).sum(-1).mean(0)
+    return found
+
+
+def _direction(
+    x: NDArray[np.float64],
+    harmful: NDArray[np.bool_],
+    names: Sequence[str],
+    tried: Sequence[str],
+    k: int,
+    method: str,
+) -> Direction:
     gaps = difference_of_means(x, harmful)
-    defined = (gaps**2).sum(-1) > COINCIDENT * (x**2).sum(-1).mean(0)
-    found = {index: separation(x[:, index], harmful) for index in map(int, np.flatnonzero(defined))} or {
-        0: Separation(0.5, 1.0, 0.0)
-    }
-    best = int(max(found, key=lambda index: (found[index].auroc, found[index].effect)))
-    gap = gaps[best]
-    if k == 1 or not defined.any():
-        norm = np.linalg.norm(gap)
-        basis = (gap / norm if norm > 0 else gap)[:, None]
-    else:
+    defined = defined_at(x, harmful) & np.isin(names, tried)
+    found = {index: separation(x[:, index], harmful) for index in map(int, np.flatnonzero(defined))}
+    if not found:
+        index = list(names).index(tried[0])
+        return Direction(tried[0], gaps[index], np.zeros((len(gaps[index]), k)), Separation(0.5, 1.0, 0.0), False)
+    best = max(found, key=lambda index: (found[index].auroc, found[index].effect))
+    if method == "mean" and k > 1:
         basis = np.linalg.svd(gaps[defined], full_matrices=False)[2][:k].T
-    return Direction(list(names)[best], gap, basis, found[best], bool(defined[best]))
+    else:
+        basis = estimate(x[:, best], harmful, method, k)
+    gap = difference_of_winsorized_means(x[:, best], harmful) if method == "winsorized" else gaps[best]
+    return Direction(list(names)[best], gap.astype(np.float64), basis.astype(np.float64), found[best], True)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import combinations
 from pathlib import Path
 
 from kvgeom.errors import InputError
@@ -64,6 +65,26 @@ def calibration() -> PromptSet:
         tuple(line["harmful"] for line in lines),
         tuple(line["harmless"] for line in lines),
         "written for kvgeom (Apache-2.0)",
+    )
+
+
+def concept_contrasts() -> tuple[PromptSet, ...]:
+    """Contrasts that have nothing to do with safety: what a ratio must exceed to be called safety-specific.
+
+    Harmless requests about three topics, half of them questions and half imperatives, written for this project: each
+    pair of topics is a contrast (32 against 32), and so is form (48 against 48). The two classes stand in the places
+    of harmful and harmless.
+    """
+    topics: dict[str, list[str]] = {}
+    forms: dict[str, list[str]] = {"question": [], "imperative": []}
+    for line in _shipped("topics.jsonl").splitlines():
+        entry = json.loads(line)
+        topics.setdefault(entry["topic"], []).append(entry["request"])
+        forms[entry["form"]].append(entry["request"])
+    classes = [*combinations(topics.items(), 2), tuple(forms.items())]
+    return tuple(
+        PromptSet(f"{one} or {other}", tuple(first), tuple(second), "written for kvgeom (Apache-2.0)")
+        for (one, first), (other, second) in classes
     )
 
 

@@ -1,0 +1,282 @@
+"""Safety directions side by side: methods, layers, sites and positions, and the one that does most to refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from kvgeom.errors import InputError
+from kvgeom.geometry.capture import SITES, site_width
+from kvgeom.geometry.subspace import Subspace, defined_at
+from kvgeom.models.model import EncodedPrompt
+from kvgeom.progress import bar
+from kvgeom.refusal.direction import METHODS, bootstrap_cosines, difference_of_means, estimate, separation
+from kvgeom.refusal.judge import Judge, KeywordJudge
+from kvgeom.refusal.margin import refusal_tokens
+from kvgeom.refusal.respond import respond
+from kvgeom.refusal.selection import Selection, judged, select
+from kvgeom.results import Result
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True, repr=False)
+class Directions(Result):
+    """Directions of one subspace's prompts, by every method and at several positions. Made by :func:`compare`.
+
+    ``data`` has the dimensions ``method``, ``position``, ``layer``, ``site`` and the variables
+
+    - ``stability``, ``stability_low``, ``stability_high``: median and 95 % interval of the cosine with the directions
+      of bootstrap samples; NaN where the direction is undefined;
+    - ``separation``: cross-validated AUROC along the difference of means (the same for all methods);
+    - ``direction_kv`` over (method, position, layer, kv, channel) and ``direction_resid`` over (method, position,
+      layer, resid_channel): unit vectors, zero where undefined;
+    - ``score`` over (method, position, layer, site, prompt): projection of every prompt, in units of the vectors;
+      ``harmful`` over (prompt).
+    """
+
+    kind: ClassVar[str] = "directions"
+
+    def vectors(self, site: str, method: str = "mean", position: str | None = None) -> NDArray[np.float64]:
+        """Unit directions of all layers, ``[layers, channels]``; the first position by default."""
+        at = {"method": method, "position": self._position(position)}
+        picked = self.data.direction_resid if site == "resid" else self.data.direction_kv.sel(kv=site)
+        found: NDArray[np.float64] = picked.sel(at).values.astype(np.float64)
+        return found
+
+    def cosines_of_methods(self, site: str, layer: int, position: str | None = None) -> xr.DataArray:
+        """Cosine between methods at one layer and site."""
+        names = list(self.data.method.values)
+        rows = np.stack([self.vectors(site, name, position)[layer] for name in names])
+        return _square(rows @ rows.T, "method", names)
+
+    def cosines_of_layers(self, method: str = "mean", position: str | None = None) -> xr.DataArray:
+        """Cosine between the directions of the residual stream after each layer.
+
+        Only the residual stream has the same channels in all layers: for keys and values see
+        :meth:`agreement_of_layers`.
+        """
+        rows = self.vectors("resid", method, position)
+        return _square(_nan_rows(rows @ rows.T, rows), "layer", self.data.layer.values)
+
+    def agreement_of_layers(self, site: str, method: str = "mean", position: str | None = None) -> xr.DataArray:
+        """Cosine between the prompts' scores along the directions of each layer, class means taken out.
+
+        Scores can be compared where vectors cannot, in other channels. With the class means in, all good directions
+        would agree merely because they all separate the classes.
+        """
+        at = {"method": method, "position": self._position(position), "site": site}
+        rows = self._within(self.data.score.sel(at).values.astype(np.float64))
+        return _square(_nan_rows(rows @ rows.T, rows), "layer", self.data.layer.values)
+
+    def agreement_of_sites(self, layer: int, method: str = "mean", position: str | None = None) -> xr.DataArray:
+        """The same between keys, values and residual stream of one layer."""
+        at = {"method": method, "position": self._position(position), "layer": layer}
+        rows = self._within(self.data.score.sel(at).transpose("site", "prompt").values.astype(np.float64))
+        return _square(_nan_rows(rows @ rows.T, rows), "site", self.data.site.values)
+
+    def _position(self, position: str | None) -> str:
+        return str(self.data.position.values[0]) if position is None else position
+
+    def _within(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        harmful = self.data.harmful.values
+        centred = scores.copy()
+        for rows in (harmful, ~harmful):
+            centred[..., rows] -= centred[..., rows].mean(-1, keepdims=True)
+        norms = np.linalg.norm(centred, axis=-1, keepdims=True)
+        found: NDArray[np.float64] = np.divide(centred, norms, out=np.zeros_like(centred), where=norms > 0)
+        return found
+
+    def summary(self) -> str:
+        sizes = self.data.sizes
+        return f"{list(self.data.method.values)} at {list(self.data.position.values)}, {sizes['layer']} layers"
+
+    def plot(self) -> go.Figure:
+        """How harmful and harmless prompts lie along the direction, layer by layer."""
+        from kvgeom.plots.directions import projections_by_layer
+
+        return projections_by_layer(self)
+
+
+def _square(values: NDArray[np.float64], dim: str, names: Iterable[object]) -> xr.DataArray:
+    labels = list(names)
+    return xr.DataArray(values, dims=(dim, f"other_{dim}"), coords={dim: labels, f"other_{dim}": labels})
+
+
+def _nan_rows(values: NDArray[np.float64], rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    missing = ~(np.linalg.norm(rows, axis=1) > 0)
+    values = values.copy()
+    values[missing] = values[:, missing] = np.nan
+    return values
+
+
+def compare(
+    space: Subspace,
+    methods: Sequence[str] | None = None,
+    positions: Sequence[str] | None = None,
+    *,
+    samples: int = 50,
+    progress: bool = True,
+    seed: int = 0,
+) -> Directions:
+    """Estimate directions by several methods at every layer and site, and resample the prompts to see how firm they are.
+
+    Runs no prompt again.
+
+    Parameters
+    ----------
+    space : Subspace
+    methods : sequence of str, optional
+        All of :data:`kvgeom.refusal.direction.METHODS` by default.
+    positions : sequence of str, optional
+        The last template token and the instruction by default: one of each position class.
+    samples : int
+        Bootstrap samples; 0 for none.
+    seed : int
+
+    Raises
+    ------
+    InputError
+        For methods or positions that do not exist.
+    """
+    methods = list(METHODS) if methods is None else list(methods)
+    chosen = [space.positions[-1], space.positions[0]] if positions is None else list(positions)
+    for asked, known, what in ((methods, list(METHODS), "method"), (chosen, list(space.positions), "position")):
+        unknown = [name for name in asked if name not in known]
+        if unknown or not asked:
+            raise InputError(f"{what} {', '.join(unknown) or '(none)'} was asked; choose of {', '.join(known)}")
+    geometry, harmful = space.model.geometry, space.is_harmful
+    shape = (len(methods), len(chosen), geometry.layers)
+    numbers = {
+        name: np.full((*shape, 3), np.nan) for name in ("stability", "stability_low", "stability_high", "separation")
+    }
+    vectors = {site: np.zeros((*shape, site_width(space.model, site)), dtype=np.float32) for site in SITES}
+    scores = np.zeros((*shape, 3, len(harmful)), dtype=np.float32)
+    with bar("directions by every method", geometry.layers * 3 * len(chosen) * len(methods), progress) as shown:
+        for layer in range(geometry.layers):
+            for column, site in enumerate(SITES):
+                features = space.features(layer, site)
+                defined = defined_at(features, harmful)
+                for p, position in enumerate(chosen):
+                    index = space.positions.index(position)
+                    x = features[:, index]
+                    if not defined[index]:
+                        shown.update(len(methods))
+                        continue
+                    auroc = separation(x, harmful).auroc
+                    for m, method in enumerate(methods):
+                        unit = estimate(x, harmful, method)[:, 0]
+                        vectors[site][m, p, layer], scores[m, p, layer, column] = unit, x @ unit
+                        numbers["separation"][m, p, layer, column] = auroc
+                        if samples:
+                            drawn = bootstrap_cosines(x, harmful, method, samples=samples, seed=seed)
+                            low, median, high = np.quantile(drawn, [0.025, 0.5, 0.975])
+                            numbers["stability"][m, p, layer, column] = median
+                            numbers["stability_low"][m, p, layer, column] = low
+                            numbers["stability_high"][m, p, layer, column] = high
+                        shown.update(1)
+    dims = ("method", "position", "layer")
+    data = xr.Dataset(
+        {
+            **{name: ((*dims, "site"), values) for name, values in numbers.items()},
+            "direction_kv": ((*dims, "kv", "channel"), np.stack([vectors["k"], vectors["v"]], axis=3)),
+            "direction_resid": ((*dims, "resid_channel"), vectors["resid"]),
+            "score": ((*dims, "site", "prompt"), scores),
+            "harmful": ("prompt", harmful),
+        },
+        coords={
+            "method": methods,
+            "position": chosen,
+            "layer": np.arange(geometry.layers),
+            "site": list(SITES),
+            "kv": ["k", "v"],
+        },
+    )
+    return Directions(data, {**space.meta(), "samples": samples, "seed": seed})
+
+
+def select_direction(
+    space: Subspace,
+    *,
+    validation: int = 8,
+    positions: Sequence[str] | None = None,
+    tokens: Iterable[int] | None = None,
+    judge: Judge | None = None,
+    progress: bool = True,
+    **options: float,
+) -> Selection:
+    """Choose the refusal direction of the residual stream, as Arditi et al. do.
+
+    The last ``validation`` prompts of each class score the candidates, which come from all others.
+
+    Parameters
+    ----------
+    space : Subspace
+    validation : int
+        Prompts of each class that are held out from the candidates.
+    positions : sequence of str, optional
+        Template tokens to look at; all that the prompts share by default.
+    tokens : iterable of int, optional
+        First tokens of refusals; found by asking the model the harmful prompts otherwise.
+    judge : Judge, optional
+        Labels those responses.
+    **options
+        ``max_kl``, ``min_induce``, ``last_layers``, ``batch_size``: see :func:`kvgeom.refusal.selection.select`.
+
+    Raises
+    ------
+    InputError
+        If too few prompts are left for the candidates, for unknown positions, or if the model refuses nothing.
+    """
+    names = [name for name in space.positions if name != "instruction"] if positions is None else list(positions)
+    unknown = [name for name in names if name not in space.positions]
+    if unknown or not names:
+        raise InputError(f"positions {unknown} were asked; choose of {', '.join(space.positions)}")
+    fewest = min(len(space.harmful), len(space.harmless))
+    if not 1 <= validation <= fewest - 2:
+        raise InputError(
+            f"{validation} prompts of each class were asked to validate, but there are {fewest} of one; leave at least "
+            "two for the candidates"
+        )
+    model, harmful = space.model, space.is_harmful
+    number = np.concatenate([np.arange(len(space.harmful)), np.arange(len(space.harmless))])
+    train = number < np.where(harmful, len(space.harmful), len(space.harmless)) - validation
+    index = [space.positions.index(name) for name in names]
+    candidates = np.zeros((model.geometry.layers, len(names), model.geometry.d_model))
+    for layer in range(model.geometry.layers):
+        features = space.features(layer, "resid")[:, index][train]
+        defined = defined_at(features, harmful[train])
+        candidates[layer, defined] = difference_of_means(features, harmful[train])[defined]
+    if tokens is None:
+        tokens = opening_tokens(space, space.harmful, judge, progress)
+    found = select(
+        model,
+        candidates,
+        names,
+        space.harmful[-validation:],
+        space.harmless[-validation:],
+        tokens,
+        progress=progress,
+        **options,  # type: ignore[arg-type]
+    )
+    return Selection(found.data, {**found.meta, "prompts": space.prompts.fingerprint, "train": int(train.sum())})
+
+
+def opening_tokens(
+    space: Subspace,
+    prompts: Sequence[EncodedPrompt],
+    judge: Judge | None = None,
+    progress: bool = True,
+    max_new_tokens: int = 24,
+) -> frozenset[int]:
+    """First tokens of the model's refusals of some prompts (the set R of the margin), found by asking them."""
+    with bar("what refusals begin with", 2 * len(prompts), progress) as shown:
+        found = respond(space.model, prompts, max_new_tokens, on_done=shown.update)
+    labels = judged(space.model, prompts, found, judge or KeywordJudge())
+    return refusal_tokens(found.first_logits.argmax(-1).tolist(), [label == "refused" for *_, label in labels])
