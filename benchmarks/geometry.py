@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import kvgeom
 from kvgeom.geometry.causal import first_order, patch_layers, rank_correlation
+from kvgeom.geometry.sensitivity import measure
 from kvgeom.quant.scheme import Scheme
 
 PAIRS = 10  # 20 prompts
@@ -44,7 +45,7 @@ def main() -> None:
 
     work: dict[str, tuple[Callable[[], object], float]] = {
         "capture + ratio, all layers, sites, channels": (
-            lambda: kvgeom.subspace(model, prompts, progress=False).sensitivity(TENSOR, contrasts=(), progress=False),
+            lambda: measure(kvgeom.subspace(model, prompts, progress=False), TENSOR, contrasts=(), progress=False),
             1.5,
         ),
         "first order, all layers and channels": (estimate, 6.0),

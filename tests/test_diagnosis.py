@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvgeom.diagnosis.pcr import PCR, THRESHOLDS, per_channel_reduction, reduction
-from kvgeom.stats import bootstrap_means, reduction_posterior, wilson
 from kvgeom.diagnosis.taxonomy import PRESCRIPTIONS, Evidence, classify, critical_layers
+from kvgeom.stats import bootstrap_means, reduction_posterior, wilson
 
 
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))

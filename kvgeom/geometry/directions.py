@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 class Directions(Result):
     """Directions of one subspace's prompts, by every method and at several positions. Made by :func:`compare`.
 
-    ``data`` has the dimensions ``method``, ``position``, ``layer``, ``site`` and the variables
+    ``data`` has the dimensions ``estimator`` (the method), ``position``, ``layer``, ``site`` and the variables
 
     - ``stability``, ``stability_low``, ``stability_high``: median and 95 % interval of the cosine with the directions
       of bootstrap samples; NaN where the direction is undefined;
     - ``separation``: cross-validated AUROC along the difference of means (the same for all methods);
-    - ``direction_kv`` over (method, position, layer, kv, channel) and ``direction_resid`` over (method, position,
+    - ``direction_kv`` over (estimator, position, layer, kv, channel) and ``direction_resid`` over (estimator, position,
       layer, resid_channel): unit vectors, zero where undefined;
-    - ``score`` over (method, position, layer, site, prompt): projection of every prompt, in units of the vectors;
+    - ``score`` over (estimator, position, layer, site, prompt): projection of every prompt, in units of the vectors;
       ``harmful`` over (prompt).
     """
 
@@ -45,16 +45,16 @@ class Directions(Result):
 
     def vectors(self, site: str, method: str = "mean", position: str | None = None) -> NDArray[np.float64]:
         """Unit directions of all layers, ``[layers, channels]``; the first position by default."""
-        at = {"method": method, "position": self._position(position)}
+        at = {"estimator": method, "position": self._position(position)}
         picked = self.data.direction_resid if site == "resid" else self.data.direction_kv.sel(kv=site)
         found: NDArray[np.float64] = picked.sel(at).values.astype(np.float64)
         return found
 
     def cosines_of_methods(self, site: str, layer: int, position: str | None = None) -> xr.DataArray:
         """Cosine between methods at one layer and site."""
-        names = list(self.data.method.values)
+        names = list(self.data.estimator.values)
         rows = np.stack([self.vectors(site, name, position)[layer] for name in names])
-        return _square(rows @ rows.T, "method", names)
+        return _square(rows @ rows.T, "estimator", names)
 
     def cosines_of_layers(self, method: str = "mean", position: str | None = None) -> xr.DataArray:
         """Cosine between the directions of the residual stream after each layer.
@@ -71,13 +71,13 @@ class Directions(Result):
         Scores can be compared where vectors cannot, in other channels. With the class means in, all good directions
         would agree merely because they all separate the classes.
         """
-        at = {"method": method, "position": self._position(position), "site": site}
+        at = {"estimator": method, "position": self._position(position), "site": site}
         rows = self._within(self.data.score.sel(at).values.astype(np.float64))
         return _square(_nan_rows(rows @ rows.T, rows), "layer", self.data.layer.values)
 
     def agreement_of_sites(self, layer: int, method: str = "mean", position: str | None = None) -> xr.DataArray:
         """The same between keys, values and residual stream of one layer."""
-        at = {"method": method, "position": self._position(position), "layer": layer}
+        at = {"estimator": method, "position": self._position(position), "layer": layer}
         rows = self._within(self.data.score.sel(at).transpose("site", "prompt").values.astype(np.float64))
         return _square(_nan_rows(rows @ rows.T, rows), "site", self.data.site.values)
 
@@ -95,7 +95,7 @@ class Directions(Result):
 
     def summary(self) -> str:
         sizes = self.data.sizes
-        return f"{list(self.data.method.values)} at {list(self.data.position.values)}, {sizes['layer']} layers"
+        return f"{list(self.data.estimator.values)} at {list(self.data.position.values)}, {sizes['layer']} layers"
 
     def plot(self) -> go.Figure:
         """How harmful and harmless prompts lie along the direction, layer by layer."""
@@ -181,7 +181,7 @@ def compare(
                             numbers["stability_low"][m, p, layer, column] = low
                             numbers["stability_high"][m, p, layer, column] = high
                         shown.update(1)
-    dims = ("method", "position", "layer")
+    dims = ("estimator", "position", "layer")
     data = xr.Dataset(
         {
             **{name: ((*dims, "site"), values) for name, values in numbers.items()},
@@ -191,7 +191,7 @@ def compare(
             "harmful": ("prompt", harmful),
         },
         coords={
-            "method": methods,
+            "estimator": methods,
             "position": chosen,
             "layer": np.arange(geometry.layers),
             "site": list(SITES),

@@ -10,6 +10,7 @@ from plotly.subplots import make_subplots
 
 from kvgeom.plots.theme import (
     DIVERGING,
+    HEAD_COLORS,
     INK,
     MUTED,
     PLAIN,
@@ -24,6 +25,8 @@ from kvgeom.plots.theme import (
 )
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from kvgeom.geometry.sensitivity import Sensitivity
 
 SITE_NAMES = {"k": "keys", "v": "values", "resid": "residual"}
@@ -173,10 +176,11 @@ def _hover(sensitivity: Sensitivity, sites: list[str]) -> np.ndarray:
 
 
 def ratio_against_null(sensitivity: Sensitivity, site: str = "k") -> go.Figure:
-    """The ratio of one site against random subspaces, and how the noise lies to the safety direction.
+    """The ratio of one site against both nulls, and how the noise lies to the safety direction.
 
     How to read it: in the upper panel a point above the grey band is more exposed than 95 % of random subspaces of
-    the same size; a point inside it is nothing special. In the lower panel 1 is noise that falls evenly on all
+    the same size; a point inside it is nothing special. The orange bars are contrasts between harmless requests, such as
+    two topics: only a point above all of them is exposed because it is about safety. In the lower panel 1 is noise that falls evenly on all
     directions. Where the ratio is high and the alignment is near 1, rounding noise does not aim at safety: safety's
     signal is small against the energy that sets the scales (signal gap = ratio / alignment).
 
@@ -209,6 +213,8 @@ def ratio_against_null(sensitivity: Sensitivity, site: str = "k") -> go.Figure:
                 x=layers, y=edge, mode="lines", line={"width": 0}, fill=fill, fillcolor="rgba(120,130,140,0.22)",
                 name="random subspaces, 95 %", showlegend=row == 1 and fill is not None, hoverinfo="skip", row=row, col=1,
             )  # fmt: skip
+        if row == 1:
+            _contrasts(figure, data, layers)
         if median is not None:
             figure.add_scatter(
                 x=layers, y=_positive(data[median].values), mode="lines", line={"color": MUTED, "width": 1, "dash": "dot"},
@@ -240,6 +246,80 @@ def ratio_against_null(sensitivity: Sensitivity, site: str = "k") -> go.Figure:
     figure.update_yaxes(dtick=1, exponentformat="power", row=1, col=1)
     figure.update_yaxes(tickvals=[0.01, 0.1, 0.25, 0.5, 1, 2, 4, 10, 100], row=2, col=1)
     return finish(figure, 440)
+
+
+def _contrasts(figure: go.Figure, data: xr.Dataset, layers: np.ndarray) -> None:
+    """A short bar at the ratio of every harmless contrast (null b)."""
+    if "contrast_ratio" not in data or data.sizes["contrast"] == 0:
+        return
+    for number, contrast in enumerate(data.contrast.values):
+        figure.add_scatter(
+            x=layers,
+            y=_positive(data.contrast_ratio.sel(contrast=contrast).values),
+            mode="markers",
+            name="harmless contrasts",
+            legendgroup="contrasts",
+            showlegend=number == 0,
+            marker={"symbol": "line-ew", "size": 9, "line": {"width": 1.8, "color": HEAD_COLORS[1]}},
+            hovertemplate=f"layer %{{x}}: {plain(contrast)}, ratio %{{y:,.3g}}<extra></extra>",
+            row=1,
+            col=1,
+        )
+
+
+def channel_ratio_map(sensitivity: Sensitivity, site: str = "k") -> go.Figure:
+    """Map of the ratio of single channels, layer x channel.
+
+    How to read it: each cell is the ratio with the channel's unit vector for the safety subspace. Red channels feel more
+    rounding noise for their share of the class difference than the space as a whole (white: as much); a channel in
+    which the classes hardly differ is red because it has no signal, so look at :func:`channel_loading` before blaming
+    it. Dotted lines separate KV heads. Grey cells have no class difference at all.
+
+    Parameters
+    ----------
+    sensitivity : Sensitivity
+    site : {"k", "v", "resid"}
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        A heat map of log10(ratio); x: channel, y: layer.
+    """
+    channels = sensitivity.channels(site).transpose("layer", "channel")
+    ratio = channels.ratio.values.astype(float)
+    defined = np.isfinite(ratio) & (ratio > 0)
+    log_ratio = np.where(defined, np.log10(np.where(defined, ratio, 1)), np.nan)
+    reach = min(symmetric_range(log_ratio)[1], 2 * DECADES)
+    count = ratio.shape[1]
+    size = int(sensitivity.meta["head_dim"]) if site != "resid" else count
+    figure = make_subplots()
+    panel_title(figure, f"Ratio of single channels, {SITE_NAMES[site]}, {plain(sensitivity.meta['scheme'])}")
+    decades = np.arange(np.ceil(-reach), np.floor(reach) + 1)
+    figure.add_heatmap(
+        x=np.arange(count),
+        y=channels.layer.values.astype(int),
+        z=log_ratio,
+        zmin=-reach,
+        zmax=reach,
+        colorscale=DIVERGING,
+        hoverongaps=False,
+        customdata=np.stack([ratio, channels.loading.values, channels.magnitude.values], -1),
+        hovertemplate="<b>layer %{y}, channel %{x}</b><br>ratio %{customdata[0]:,.3g}"
+        "<br>safety share %{customdata[1]:.2%}<br>magnitude %{customdata[2]:.3g}<extra></extra>",
+        colorbar={
+            "title": {"text": "ratio"},
+            "tickvals": decades,
+            "ticktext": _decades(decades, np.nanmax(np.abs(log_ratio), initial=0) > reach),
+            "thickness": 12,
+            "outlinewidth": 0,
+        },
+    )
+    for border in range(size, count, size):
+        figure.add_vline(x=border - 0.5, line={"color": INK, "width": 1, "dash": "dot"})
+    figure.update_xaxes(title_text="channel", showgrid=False, range=[-0.5, count - 0.5])
+    figure.update_yaxes(title_text="layer", autorange="reversed", showgrid=False)
+    figure.update_layout(plot_bgcolor=UNDETERMINED)
+    return finish(figure, 160 + 14 * len(channels.layer))
 
 
 def _positive(values: np.ndarray) -> np.ndarray:

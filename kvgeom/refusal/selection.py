@@ -41,11 +41,12 @@ def ablate(directions: Tensor) -> ResidEdit:
     ----------
     Directional ablation, Arditi et al., arXiv:2406.11717, section 2.4.
     """
-    unit = torch.atleast_2d(directions / directions.norm(dim=-1, keepdim=True))[:, None]
+    unit = (directions / directions.norm(dim=-1, keepdim=True)).reshape(-1, 1, directions.shape[-1])
 
     def edit(layer: int, point: Point, x: Tensor) -> Tensor:
         r = unit.to(x.device, x.dtype)
-        return x - (x * r).sum(-1, keepdim=True) * r
+        ablated: Tensor = x - (x * r).sum(-1, keepdim=True) * r
+        return ablated
 
     return edit
 
@@ -63,14 +64,15 @@ def add(directions: Tensor, layers: int | Sequence[int]) -> ResidEdit:
     ----------
     Activation addition, Arditi et al., arXiv:2406.11717, section 2.4.
     """
-    rows = torch.atleast_2d(directions)[:, None]
+    rows = directions.reshape(-1, 1, directions.shape[-1])
     after = torch.as_tensor([layers] if isinstance(layers, int) else list(layers))
 
     def edit(layer: int, point: Point, x: Tensor) -> Tensor:
         here = after == layer
         if point != "post" or not here.any():
             return x
-        return x + (rows * here[:, None, None]).to(x.device, x.dtype)
+        changed: Tensor = x + (rows * here[:, None, None]).to(x.device, x.dtype)
+        return changed
 
     return edit
 
@@ -309,7 +311,7 @@ class Steering(Result):
                 {
                     "prompts": "harmful" if harmful else "harmless",
                     "direction": {"none": "as it is", "ablate": "ablated", "add": "added"}[intervention],
-                    **{label: int((labels == label).sum()) for label in LABELS},
+                    **{str(label): int((labels == label).sum()) for label in LABELS},
                     "refusal rate": refused / count if count else float("nan"),
                     "low": low,
                     "high": high,
@@ -401,7 +403,7 @@ def judged(
     model: Model, prompts: Sequence[EncodedPrompt], responses: Responses, judge: Judge
 ) -> list[tuple[int, str, str]]:
     """Number, text and label of each response; their likelihood is that of the model as it is."""
-    found = []
+    found: list[tuple[int, str, str]] = []
     for index, (prompt, tokens) in enumerate(zip(prompts, responses.tokens, strict=True)):
         text = model.decode(tokens)
 

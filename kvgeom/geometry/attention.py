@@ -1,0 +1,197 @@
+"""What rounding keys and values does to attention: the errors that it can see, next to those that it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvgeom.errors import InputError
+from kvgeom.models.model import AttentionRule, EncodedPrompt, Model
+from kvgeom.models.rope import rotate
+from kvgeom.progress import track
+from kvgeom.quant.rounding import round_kv
+from kvgeom.quant.scheme import Scheme
+from kvgeom.results import Result
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+VARIABLES = ("key_mse", "value_mse", "score_error", "attended_score_error", "attended_value_error")
+
+
+@dataclass(frozen=True, repr=False)
+class AttentionError(Result):
+    """Rounding error of keys and values as attention sees it. Made by :func:`attention_error`.
+
+    ``data`` has the dimensions ``layer``, ``head`` (query head) and ``queries`` (``"all"`` tokens, or the ``"last"``
+    alone, from which the first response token is predicted) and the variables
+
+    - ``key_mse``, ``value_mse``: sum of squared errors over sum of squares, of the KV head that the query head reads;
+    - ``score_error`` (nats): root mean variance of the error of the attention scores over the tokens that a query
+      attends to. A shift of all scores of a query is no error: softmax does not see it;
+    - ``attended_score_error`` (nats): the same with tokens weighted by their attention. Half its square is, to leading
+      order, the KL divergence of the rounded attention from the exact one;
+    - ``attended_value_error``: squared error of the head's output when values alone are rounded (errors averaged
+      under the exact attention), over the squared output.
+    """
+
+    kind: ClassVar[str] = "attention-error"
+
+    def by_layer(self, queries: str = "all") -> xr.Dataset:
+        """Every variable by layer: root mean square of score errors, mean of relative errors, over heads."""
+        data = self.data.sel(queries=queries)
+        squares = {name: np.sqrt((data[name] ** 2).mean("head")) for name in VARIABLES if "score" in name}
+        means = {name: data[name].mean("head") for name in VARIABLES if "score" not in name}
+        return xr.Dataset({**means, **squares})
+
+    def summary(self) -> str:
+        return f"{self.data.sizes['layer']} layers x {self.data.sizes['head']} query heads under {self.meta['scheme']}"
+
+    def plot(self) -> go.Figure:
+        """Errors that attention sees beside plain ones, by layer."""
+        from kvgeom.plots.attention import errors_by_layer
+
+        return errors_by_layer(self)
+
+
+def attention_error(
+    model: Model,
+    prompts: Sequence[EncodedPrompt],
+    scheme: Scheme,
+    *,
+    progress: bool = True,
+) -> AttentionError:
+    """Measure the error of attention scores and outputs under rounding. Costs one forward pass a prompt.
+
+    Every layer's exact queries meet its exact keys and values, and those rounded as a cache stores them; errors do not
+    add up from layer to layer.
+
+    Parameters
+    ----------
+    model : Model
+    prompts : sequence of EncodedPrompt
+    scheme : Scheme
+
+    Raises
+    ------
+    InputError
+        Without prompts.
+    """
+    if not prompts:
+        raise InputError("an attention error was asked without prompts; give at least one")
+    geometry = model.geometry
+    shape = (geometry.layers, geometry.query_heads, 2)
+    sums = {name: np.zeros(shape) for name in (*VARIABLES, "k2", "v2", "out2", "queries")}
+    for prompt in track(prompts, "attention error", len(prompts), progress):
+        queries: dict[int, Tensor] = {}
+        rotations: dict[int, tuple[Tensor, Tensor]] = {}
+        cache = model.new_cache()
+        model.forward(
+            prompt.ids,
+            cache,
+            on_query=queries.__setitem__,
+            on_rotation=_into(rotations),
+        )
+        for layer, stored in enumerate(cache.layers):
+            turn = rotations.get(layer)
+            q, k, v = (x[0].float() for x in (queries[layer], stored.keys, stored.values))
+            k_error, v_error = ((round_kv(x, scheme) - x)[0].float() for x in (stored.keys, stored.values))
+            q = rotate(q, *turn) if turn else q
+            for name, values in errors(q, k, v, k_error, v_error, model.attention(layer)).items():
+                sums[name][layer] += values
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = {
+            "key_mse": sums["key_mse"] / sums["k2"],
+            "value_mse": sums["value_mse"] / sums["v2"],
+            "score_error": np.sqrt(sums["score_error"] / sums["queries"]),
+            "attended_score_error": np.sqrt(sums["attended_score_error"] / sums["queries"]),
+            "attended_value_error": sums["attended_value_error"] / sums["out2"],
+        }
+    data = xr.Dataset(
+        {name: (("layer", "head", "queries"), values) for name, values in found.items()},
+        coords={
+            "layer": np.arange(geometry.layers),
+            "head": np.arange(geometry.query_heads),
+            "queries": ["all", "last"],
+        },
+    )
+    meta = {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "scheme": str(scheme),
+        "prompts": len(prompts),
+        "kv_heads": geometry.kv_heads,
+    }
+    return AttentionError(data, meta)
+
+
+def _into(rotations: dict[int, tuple[Tensor, Tensor]]) -> Callable[[int, Tensor, Tensor], None]:
+    return lambda layer, cos, sin: rotations.__setitem__(layer, (cos, sin))
+
+
+def errors(
+    q: Tensor, k: Tensor, v: Tensor, k_error: Tensor, v_error: Tensor, rule: AttentionRule
+) -> dict[str, NDArray[np.float64]]:
+    """Sums over the queries of one prompt at one layer, over all of them and for the last.
+
+    Parameters
+    ----------
+    q : Tensor [query_heads, tokens, head_dim]
+        In the frame of ``k``.
+    k, v, k_error, v_error : Tensor [kv_heads, tokens, head_dim]
+    rule : AttentionRule
+
+    Returns
+    -------
+    dict of str to array [query_heads, 2]
+        Squared errors ``key_mse``, ``value_mse`` with their denominators ``k2``, ``v2`` (over the tokens);
+        variances ``score_error``, ``attended_score_error`` with the number of ``queries``; ``attended_value_error``
+        with ``out2``.
+    """
+    group = q.shape[0] // k.shape[0]
+    k, v, k_error, v_error = (x.repeat_interleave(group, 0) for x in (k, v, k_error, v_error))
+    tokens = q.shape[1]
+    ahead = torch.arange(tokens, device=q.device)[:, None] - torch.arange(tokens, device=q.device)[None]
+    seen = (ahead >= 0) if rule.window is None else (ahead >= 0) & (ahead < rule.window)
+    scores = _scores(q, k, rule)
+    error = _scores(q, k + k_error, rule) - scores
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    output, output_error = weights @ v, weights @ v_error
+    even = seen / seen.sum(-1, keepdim=True)
+
+    def both(x: Tensor) -> NDArray[np.float64]:
+        """[heads, tokens] -> [heads, 2]: sum of all, and the last."""
+        values = x.double()
+        return torch.stack([values.sum(-1), values[:, -1]], -1).cpu().numpy()
+
+    def variance(p: Tensor) -> Tensor:
+        mean = (p * error).sum(-1, keepdim=True)
+        return (p * (error - mean) ** 2).sum(-1)
+
+    def plain(x: Tensor) -> NDArray[np.float64]:
+        total = (x**2).double().sum((1, 2))
+        return torch.stack([total, total], -1).cpu().numpy()
+
+    return {
+        "key_mse": plain(k_error),
+        "value_mse": plain(v_error),
+        "k2": plain(k),
+        "v2": plain(v),
+        "score_error": both(variance(even)),
+        "attended_score_error": both(variance(weights)),
+        "queries": both(torch.ones(q.shape[:2], device=q.device)),
+        "attended_value_error": both((output_error**2).sum(-1)),
+        "out2": both((output**2).sum(-1)),
+    }
+
+
+def _scores(q: Tensor, k: Tensor, rule: AttentionRule) -> Tensor:
+    scores: Tensor = q @ k.transpose(-1, -2) * rule.scale
+    return scores if rule.softcap is None else rule.softcap * torch.tanh(scores / rule.softcap)

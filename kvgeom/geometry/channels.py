@@ -1,0 +1,139 @@
+"""The channels of a layer: which are outliers, which carry safety, and whether these are the same."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvgeom.errors import InputError
+from kvgeom.geometry.capture import SITES, Tape
+from kvgeom.quant.rounding import round_kv
+from kvgeom.quant.scheme import Scheme
+
+if TYPE_CHECKING:
+    from kvgeom.geometry.sensitivity import Sensitivity
+    from kvgeom.geometry.subspace import Subspace
+
+
+def overlap(
+    energy: NDArray[np.floating], loading: NDArray[np.floating], *, permutations: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Does one distribution over channels lie where the other does?
+
+    Parameters
+    ----------
+    energy, loading : array [channels]
+        Not negative; scaled here to sum to 1.
+    permutations : int
+        Of the channels of ``loading``.
+    seed : int
+
+    Returns
+    -------
+    overlap : float
+        ``channels * sum(energy * loading)``: the mean energy of a channel as the loading weights channels, over the
+        plain mean. 1 for channels that have nothing to do with each other, below for loading that avoids energy.
+    p : float
+        Two-sided permutation p-value of that.
+    """
+    p, q = (np.asarray(x, dtype=float) / np.sum(x) for x in (energy, loading))
+    rng = np.random.default_rng(seed)
+    found = len(p) * float(p @ q)
+    draws = len(p) * (rng.permuted(np.tile(q, (permutations, 1)), axis=1) @ p)
+    # Two-sided as twice the smaller tail: the permutation distribution is skewed where a few channels dominate.
+    tails = (1 + (draws >= found).sum(), 1 + (draws <= found).sum())
+    return found, min(1.0, 2 * min(tails) / (permutations + 1))
+
+
+def channel_view(sensitivity: Sensitivity, site: str = "k", *, permutations: int = 2000, seed: int = 0) -> xr.Dataset:
+    """Outliers, safety and noise by channel, and by layer whether outliers carry safety.
+
+    Parameters
+    ----------
+    sensitivity : Sensitivity
+    site : {"k", "v", "resid"}
+    permutations, seed : int
+        See :func:`overlap`.
+
+    Returns
+    -------
+    xarray.Dataset
+        Over (layer, channel): ``outlier_score`` (root mean square over that of the median channel),
+        ``safety_loading`` (share of the safety direction) and ``noise_share`` (share of the squared rounding error).
+        Over (layer): ``overlap`` of energy with safety loading (1: unrelated) and its permutation p-value
+        ``overlap_p``; NaN where the direction is undefined.
+    """
+    channels = sensitivity.channels(site)
+    magnitude, noise, loading = (channels[name].values.astype(float) for name in ("magnitude", "noise", "loading"))
+    median = np.median(magnitude, axis=1, keepdims=True)
+    noise2 = (noise**2).sum(1, keepdims=True)
+    status = sensitivity.data.status.sel(site=site).values
+    found = np.full((len(magnitude), 2), np.nan)
+    for row in np.flatnonzero(status != "undefined"):
+        found[row] = overlap(magnitude[row] ** 2, loading[row], permutations=permutations, seed=seed)
+    dims = ("layer", "channel")
+    return xr.Dataset(
+        {
+            "outlier_score": (
+                dims,
+                np.divide(magnitude, median, out=np.full_like(magnitude, np.nan), where=median > 0),
+            ),
+            "safety_loading": (dims, loading),
+            "noise_share": (dims, np.divide(noise**2, noise2, out=np.full_like(noise, np.nan), where=noise2 > 0)),
+            "overlap": ("layer", found[:, 0]),
+            "overlap_p": ("layer", found[:, 1]),
+        },
+        coords={"layer": sensitivity.data.layer.values, "channel": channels.channel.values},
+    )
+
+
+def stored(space: Subspace, layer: int, site: str = "k", scheme: Scheme | None = None, *, row: int = 0) -> xr.Dataset:
+    """One prompt's vectors at one layer, before and after rounding, in the frame in which they are rounded.
+
+    Parameters
+    ----------
+    space : Subspace
+    layer : int
+    site : {"k", "v", "resid"}
+    scheme : Scheme, optional
+        3-bit symmetric per-tensor by default.
+    row : int
+        Which prompt of the subspace, harmful ones first.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``before`` and ``after`` over (token, channel); ``text`` over (token).
+
+    Raises
+    ------
+    InputError
+        For a layer, site or prompt that there is not.
+    """
+    scheme = scheme or Scheme(3, symmetric=True, granularity="tensor")
+    tape: Tape = space.tape
+    geometry = space.model.geometry
+    if not 0 <= layer < geometry.layers or site not in SITES or not 0 <= row < len(tape.prompts):
+        raise InputError(
+            f"layer {layer}, site {site!r}, prompt {row} were asked; there are {geometry.layers} layers, the sites "
+            f"{', '.join(SITES)} and {len(tape.prompts)} prompts"
+        )
+    found: dict[str, NDArray[np.float32]] = {}
+
+    def see(at: int, which: str, x: Tensor, flat: object) -> None:
+        if (at, which) == (layer, site):
+            for name, y in (("before", x), ("after", round_kv(x, scheme))):
+                found[name] = rearrange(y[0], "h t d -> t (h d)").float().cpu().numpy()
+
+    tape.play(row, see)
+    text = np.array([space.model.decode([token]) for token in tape.prompts[row].ids], dtype=object)
+    return xr.Dataset(
+        {name: (("token", "channel"), values) for name, values in found.items()} | {"text": ("token", text)},
+        coords={"token": np.arange(len(text)), "channel": np.arange(found["before"].shape[1])},
+        attrs={"layer": layer, "site": site, "scheme": str(scheme), "kv_heads": geometry.kv_heads},
+    )

@@ -1,0 +1,70 @@
+"""Rounding errors that attention sees, and those that it does not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from kvgeom.plots.theme import ACCENT, PLAIN, finish, layer_axis, panel_title, plain
+
+if TYPE_CHECKING:
+    from kvgeom.geometry.attention import AttentionError
+
+
+def errors_by_layer(found: AttentionError, queries: str = "all") -> go.Figure:
+    """Score-space error of keys and attention-weighted error of values, beside plain errors.
+
+    How to read it: on top, blue is the relative squared error of the keys (left axis), red the error of the attention
+    scores in nats, modulo a shift that softmax does not see (right axis). Where blue is high and red low, rounding
+    changes the keys much and attention little. Below the same for values: red is the error of the head's output, which is
+    smaller than blue as far as errors of several tokens average out.
+
+    Parameters
+    ----------
+    found : AttentionError
+    queries : {"all", "last"}
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        Two panels that share the layer axis.
+    """
+    data = found.by_layer(queries)
+    layers = data.layer.values.astype(int)
+    figure = make_subplots(
+        rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.14, specs=[[{"secondary_y": True}], [{}]]
+    )
+    panel_title(figure, f"Keys, {plain(found.meta['scheme'])}", row=1)
+    panel_title(figure, "Values", row=2)
+    traces = (
+        ("key_mse", "relative squared error", PLAIN, 1, False),
+        ("attended_score_error", "error of what attention sees", ACCENT, 1, True),
+        ("value_mse", "relative squared error", PLAIN, 2, None),
+        ("attended_value_error", "error of what attention sees", ACCENT, 2, None),
+    )
+    for name, legend, color, row, secondary in traces:
+        unit = " nats" if "score" in name else ""
+        figure.add_scatter(
+            x=layers,
+            y=np.where(data[name].values > 0, data[name].values, np.nan),
+            mode="lines+markers",
+            name=legend,
+            legendgroup=legend,
+            showlegend=row == 1,
+            line={"color": color, "width": 1.5},
+            marker={"size": 6},
+            hovertemplate=f"layer %{{x}}: {name.replace('_', ' ')} %{{y:.3g}}{unit}<extra></extra>",
+            row=row,
+            col=1,
+            secondary_y=secondary,
+        )
+    figure.update_xaxes(**{**layer_axis(len(layers)), "title": None})
+    figure.update_xaxes(title_text="layer", row=2, col=1)
+    figure.update_yaxes(type="log", exponentformat="power", dtick=1, minor_showgrid=False)
+    figure.update_yaxes(title_text="error / energy (log)", row=1, col=1, secondary_y=False)
+    figure.update_yaxes(title_text="score error (nats, log)", showgrid=False, row=1, col=1, secondary_y=True)
+    figure.update_yaxes(title_text="error / energy (log)", row=2, col=1)
+    return finish(figure, 460)

@@ -1,0 +1,205 @@
+"""How requests lie along safety directions, and how directions lie to each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from kvgeom.plots.sensitivity import SITE_NAMES
+from kvgeom.plots.theme import (
+    ACCENT,
+    DIVERGING,
+    HEAD_COLORS,
+    HEAD_SYMBOLS,
+    PLAIN,
+    finish,
+    layer_axis,
+    panel_title,
+)
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from kvgeom.geometry.directions import Directions
+
+
+def projections_by_layer(
+    directions: Directions, site: str = "resid", method: str | None = None, position: str | None = None
+) -> go.Figure:
+    """Harmful and harmless prompts along the safety direction, a layer at a time.
+
+    How to read it: every point is a prompt, red harmful, blue harmless, above and below only to tell them apart. The slider
+    chooses the layer. Where the clouds do not overlap, one number tells harmful from harmless. The direction was
+    computed from the same prompts, so clouds part a little even by chance: the heading has the AUROC of prompts
+    that it was not computed from.
+
+    Parameters
+    ----------
+    directions : Directions
+    site : {"resid", "k", "v"}
+    method, position : str, optional
+        The first ones of ``directions`` by default.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        A strip plot, with one frame for each layer and a slider.
+    """
+    data = directions.data
+    method = str(data.estimator.values[0]) if method is None else method
+    position = str(data.position.values[0]) if position is None else position
+    picked = data.sel(estimator=method, position=position, site=site)
+    harmful = data.harmful.values
+    layers = data.layer.values.astype(int)
+    spread = np.random.default_rng(0).uniform(-0.3, 0.3, len(harmful))
+    scores = picked.score.transpose("layer", "prompt").values.astype(float)
+    # Residual streams grow with depth: every layer is measured from its midpoint, in its own standard deviations.
+    middle = (scores[:, harmful].mean(1) + scores[:, ~harmful].mean(1)) / 2
+    within = np.sqrt((scores[:, harmful].var(1) + scores[:, ~harmful].var(1)) / 2)
+    scaled = (scores - middle[:, None]) / np.where(within > 0, within, 1.0)[:, None]
+
+    def traces(row: int) -> list[go.Scatter]:
+        return [
+            go.Scatter(
+                x=scaled[row, rows],
+                y=height + spread[rows],
+                mode="markers",
+                name=name,
+                marker={"color": color, "size": 8, "opacity": 0.75, "line": {"width": 0.5, "color": "white"}},
+                customdata=scores[row, rows],
+                hovertemplate=f"{name} prompt %{{text}}<br>projection %{{customdata:.3g}}<extra></extra>",
+                text=[str(n) for n in np.arange(rows.sum())],
+            )
+            for name, rows, color, height in (("harmful", harmful, ACCENT, 0.5), ("harmless", ~harmful, PLAIN, -0.5))
+        ]
+
+    def heading(row: int) -> str:
+        auroc = float(picked.separation.values[row])
+        held_out = "undefined: the classes coincide" if np.isnan(auroc) else f"held-out AUROC {auroc:.2f}"
+        return f"<b>{SITE_NAMES[site]}, layer {layers[row]}, {position}</b> ({held_out})"
+
+    start = int(np.nanargmax(picked.separation.values)) if np.isfinite(picked.separation.values).any() else 0
+    figure = go.Figure(
+        data=traces(start),
+        frames=[
+            go.Frame(data=traces(row), name=str(layer), layout={"annotations": [_heading(heading(row))]})
+            for row, layer in enumerate(layers)
+        ],
+    )
+    reach = 1.05 * max(float(np.abs(scaled).max()), 1.0)
+    figure.update_xaxes(
+        range=[-reach, reach], title_text="projection, from the midpoint (within-class standard deviations)"
+    )
+    figure.update_yaxes(visible=False, range=[-1.1, 1.1])
+    figure.add_vline(x=0, line={"color": "#c4cad0", "width": 1})
+    figure.update_layout(annotations=[_heading(heading(start))])
+    steps = [
+        {
+            "method": "animate",
+            "label": str(layer),
+            "args": [[str(layer)], {"mode": "immediate", "frame": {"duration": 0, "redraw": True}}],
+        }
+        for layer in layers
+    ]
+    slider = {"active": start, "steps": steps, "currentvalue": {"prefix": "layer "}, "pad": {"t": 36}, "ticklen": 3}
+    return finish(figure, 400, sliders=[slider])
+
+
+def _heading(text: str) -> dict[str, object]:
+    return {
+        "text": text, "xref": "paper", "yref": "paper", "x": 0, "y": 1, "yshift": 4, "xanchor": "left",
+        "yanchor": "bottom", "showarrow": False, "font": {"size": 13},
+    }  # fmt: skip
+
+
+def cosine_map(cosines: xr.DataArray) -> go.Figure:
+    """Cosine of every pair of directions, for instance layer x layer.
+
+    How to read it: red 1 (the same direction), white 0 (nothing in common), blue -1. A red block along the diagonal:
+    layers that share one direction. Empty rows are layers where the direction is undefined. For keys and values, whose
+    channels differ from layer to layer, the cosines are of the prompts' scores (class means taken out), and layers that
+    see the same differences between prompts of one class are red.
+
+    Parameters
+    ----------
+    cosines : DataArray, square
+        From ``Directions.cosines_of_layers``, ``agreement_of_layers``, ``cosines_of_methods``, ...
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        One heat map.
+    """
+    dim = str(cosines.dims[0])
+    labels = cosines[dim].values
+    named = labels.dtype.kind not in "iu"
+    names = [str(label) for label in labels] if named else labels.astype(int)
+    figure = go.Figure(
+        go.Heatmap(
+            x=names,
+            y=names,
+            z=cosines.values,
+            zmin=-1,
+            zmax=1,
+            colorscale=DIVERGING,
+            xgap=1,
+            ygap=1,
+            hoverongaps=False,
+            text=[[f"{v:.2f}" if len(labels) <= 8 and np.isfinite(v) else "" for v in row] for row in cosines.values],
+            texttemplate="%{text}",
+            hovertemplate=f"{dim} %{{y}} and %{{x}}: %{{z:.2f}}<extra></extra>",
+            colorbar={"title": {"text": "cosine"}, "thickness": 12, "outlinewidth": 0},
+        )
+    )
+    side = 320 if len(labels) <= 8 else 480
+    figure.update_xaxes(title_text=dim, showgrid=False, constrain="domain")
+    figure.update_yaxes(title_text=dim, showgrid=False, autorange="reversed", scaleanchor="x", constrain="domain")
+    return finish(figure, side)
+
+
+def stability_by_layer(directions: Directions, site: str = "resid", position: str | None = None) -> go.Figure:
+    """Bootstrap stability of the direction at every layer, by method.
+
+    How to read it: each point is the median cosine between the direction and those of resampled prompts, with its 95 %
+    interval; near 1 it does not hang on single prompts. A method far below the others needs more prompts than there
+    are.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        x: layer, y: cosine; one trace for each method.
+    """
+    data = directions.data
+    position = str(data.position.values[0]) if position is None else position
+    layers = data.layer.values.astype(int)
+    figure = make_subplots()
+    panel_title(figure, f"Cosine with directions of resampled prompts, {SITE_NAMES[site]}, {position}")
+    methods = [str(name) for name in data.estimator.values]
+    for number, method in enumerate(methods):
+        one = data.sel(estimator=method, position=position, site=site)
+        middle = one.stability.values.astype(float)
+        figure.add_scatter(
+            x=layers + 0.14 * (number - (len(methods) - 1) / 2),
+            y=middle,
+            mode="markers",
+            name=method,
+            marker={"color": HEAD_COLORS[number], "symbol": HEAD_SYMBOLS[number % len(HEAD_SYMBOLS)], "size": 6},
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": one.stability_high.values - middle,
+                "arrayminus": middle - one.stability_low.values,
+                "thickness": 1,
+                "width": 0,
+            },
+            customdata=layers,
+            hovertemplate=f"{method}, layer %{{customdata}}: %{{y:.2f}}<extra></extra>",
+        )
+    figure.update_xaxes(**layer_axis(len(layers)))
+    figure.update_yaxes(
+        title_text="cosine", range=[min(0.0, float(np.nanmin(data.stability_low.values, initial=0.0))), 1.03]
+    )
+    return finish(figure, 340)
