@@ -124,7 +124,7 @@ def test_principal_differences_by_eigenvectors(seed: int, k: int) -> None:
     x, harmful, _ = planted(seed, 12, 10, 3.0)
     basis = estimate(x, harmful, "pca", k)
     differences = x[harmful] - x[~harmful]
-    values, vectors = np.linalg.eigh(differences.T @ differences)
+    _, vectors = np.linalg.eigh(differences.T @ differences)
     np.testing.assert_allclose(basis.T @ basis, np.eye(k), atol=1e-9)
     np.testing.assert_allclose(np.abs(np.sum(basis * vectors[:, ::-1][:, :k], 0)), 1, atol=1e-6)
     assert (difference_of_means(x, harmful) @ basis >= 0).all()
@@ -268,24 +268,47 @@ def test_scores_of_candidates(space) -> None:  # type: ignore[no-untyped-def]
     np.testing.assert_allclose(found.direction, candidates[row, column], rtol=1e-6)
 
 
-def test_nothing_passes_the_filters(space, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    found = space.select(validation=2, tokens={5}, min_induce=1e6, progress=False)
+def refusing(space_seed: int = 1):  # type: ignore[no-untyped-def]
+    """A space and tokens R such that of 7 harmful prompts the 5th, of 7 harmless ones the 3rd is on the wrong side."""
+    model = tiny_model(seed=space_seed)
+    letters = "abcdefghijklmnopqrstuvwx"
+    words = [f"{a}{b} {c}" for a, b, c in zip(letters, letters[3:], letters[7:], strict=False)]
+    first = {
+        word: int(model.forward(prompt.ids)[-1].argmax())
+        for word, prompt in zip(words, model.encode(words), strict=True)
+    }
+    tokens = set(sorted(set(first.values()), key=list(first.values()).count)[-2:])
+    yes, no = ([word for word in words if (first[word] in tokens) == inside] for inside in (True, False))
+    harmful, harmless = [*yes[:4], no[0], *yes[4:6]], [*no[1:3], yes[6], *no[3:7]]
+    assert len(harmful) == len(harmless) == 7
+    return kvgeom.subspace(
+        model, PromptSet("split", tuple(harmful), tuple(harmless), "letters"), progress=False
+    ), tokens
+
+
+def test_nothing_passes_the_filters(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    space, tokens = refusing()
+    found = space.select(validation=2, tokens=tokens, min_induce=1e6, progress=False)
     assert found.chosen is None
     assert (found.data.filtered != "").all()
     with pytest.raises(InputError, match="every candidate is filtered out"):
         _ = found.direction
     assert Selection.load(found.save(tmp_path / "s.nc")).chosen is None
     with pytest.raises(InputError, match="leave at least two"):
-        space.select(validation=5, tokens={5})
-    with pytest.raises(InputError, match="0 refusal tokens"):
+        space.select(validation=5, tokens={5}, progress=False)
+    with pytest.raises(InputError, match="refuses none"):
         space.select(validation=2, tokens=(), progress=False)
 
 
-def test_candidates_do_not_see_validation_prompts(space) -> None:  # type: ignore[no-untyped-def]
-    found = space.select(validation=2, tokens={5}, progress=False)
+def test_candidates_come_from_refused_prompts_and_not_from_those_that_validate() -> None:
+    """Of the harmful prompts those whose first token begins a refusal, of the harmless those whose does not."""
+    space, tokens = refusing()
+    found = space.select(validation=2, tokens=tokens, progress=False)
     x = space.features(2, "resid")[:, space.positions.index("template-1")]
-    gap = x[:4].mean(0) - x[6:10].mean(0)
+    gap = x[[0, 1, 2, 3]].mean(0) - x[[7, 8, 10, 11]].mean(0)
     np.testing.assert_allclose(found.data.direction.sel(layer=2, position="template-1"), gap, atol=1e-5)
+    assert (found.meta["train_harmful"], found.meta["train_harmless"]) == (4, 4)
+    assert (found.meta["harmful"], found.meta["harmless"]) == (2, 2)
 
 
 def test_ablation_leaves_nothing_of_the_direction() -> None:

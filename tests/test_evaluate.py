@@ -140,6 +140,8 @@ def test_counts(base: Baseline) -> None:
         assert outcomes.flips(name)["all"] == part.flips(name)["all"] == len(flips)
         assert outcomes.flips(name)["degenerate"] == sum(now[i] == "degenerate" for i in flips)
         assert outcomes.flipped(name).sum() == len(flips)
+        table = outcomes.flip_table().sel(recipe=name)
+        np.testing.assert_array_equal(table.prompt[table.values > 0], [int(n) for n in flips])
         assert sum(outcomes.counts(name).values()) == len(REQUESTS)
 
 

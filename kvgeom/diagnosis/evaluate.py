@@ -59,6 +59,13 @@ class Outcomes(Result):
         kinds = {label: int((now == label).sum()) for label in ("complied", "degenerate")}
         return {"all": sum(kinds.values()), **kinds}
 
+    def flip_table(self) -> xr.DataArray:
+        """Whether each prompt refused unquantized flips under each recipe, as 0 and 1 over (prompt, recipe)."""
+        names = [str(name) for name in self.data.recipe.values if name != EXACT]
+        refused = self.data.prompt.values[self.data.label.sel(recipe=EXACT).values == "refused"]
+        values = np.array([self.flipped(name) for name in names], dtype=float).reshape(len(names), len(refused)).T
+        return xr.DataArray(values, dims=("prompt", "recipe"), coords={"prompt": refused, "recipe": names})
+
     def summary(self) -> str:
         recipes = self.data.sizes["recipe"] - 1
         return f"{self.data.sizes['prompt']} prompts under {recipes} recipes, unquantized {self.counts()}"

@@ -164,7 +164,8 @@ def errors(
     error = _scores(q, k + k_error, rule) - scores
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     output, output_error = weights @ v, weights @ v_error
-    even = seen / seen.sum(-1, keepdim=True)
+    even = seen.to(scores.dtype)
+    even = even / even.sum(-1, keepdim=True)
 
     def both(x: Tensor) -> NDArray[np.float64]:
         """[heads, tokens] -> [heads, 2]: sum of all, and the last."""

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from kvgeom.errors import InputError
 from kvgeom.geometry.capture import SITES, site_width
 from kvgeom.geometry.subspace import Subspace, defined_at
-from kvgeom.models.model import EncodedPrompt
-from kvgeom.progress import bar
+from kvgeom.models.model import EncodedPrompt, Model
+from kvgeom.progress import bar, track
 from kvgeom.refusal.direction import METHODS, bootstrap_cosines, difference_of_means, estimate, separation
 from kvgeom.refusal.judge import Judge, KeywordJudge
 from kvgeom.refusal.margin import refusal_tokens
@@ -204,7 +204,7 @@ def compare(
 def select_direction(
     space: Subspace,
     *,
-    validation: int = 8,
+    validation: int = 6,
     positions: Sequence[str] | None = None,
     tokens: Iterable[int] | None = None,
     judge: Judge | None = None,
@@ -213,13 +213,15 @@ def select_direction(
 ) -> Selection:
     """Choose the refusal direction of the residual stream, as Arditi et al. do.
 
-    The last ``validation`` prompts of each class score the candidates, which come from all others.
+    Harmful prompts whose most likely first token does not begin a refusal, and harmless ones whose does, are left aside:
+    what tells them apart is not refusal. The last ``validation`` of the others score the candidates, which come from the rest.
 
     Parameters
     ----------
     space : Subspace
     validation : int
-        Prompts of each class that are held out from the candidates.
+        Prompts of each class that are held out from the candidates. The cost grows with it: per prompt a pass for every
+        candidate.
     positions : sequence of str, optional
         Template tokens to look at; all that the prompts share by default.
     tokens : iterable of int, optional
@@ -233,43 +235,55 @@ def select_direction(
     ------
     InputError
         If too few prompts are left for the candidates, for unknown positions, or if the model refuses nothing.
+
+    References
+    ----------
+    Arditi et al., arXiv:2406.11717, section 2.3 and appendix C. They leave prompts aside by the sign of the margin; a
+    model that refuses at the most likely token with less than even odds would lose nearly all of them.
     """
     names = [name for name in space.positions if name != "instruction"] if positions is None else list(positions)
     unknown = [name for name in names if name not in space.positions]
     if unknown or not names:
         raise InputError(f"positions {unknown} were asked; choose of {', '.join(space.positions)}")
-    fewest = min(len(space.harmful), len(space.harmless))
+    model, harmful = space.model, space.is_harmful
+    encoded = (*space.harmful, *space.harmless)
+    if tokens is None:
+        tokens = opening_tokens(model, space.harmful, judge, progress)
+    tokens = frozenset(tokens)
+    if not tokens:
+        raise InputError(
+            f"a refusal direction was asked, but {model.name} refuses none of the {len(space.harmful)} harmful prompts; "
+            "give prompts that it refuses"
+        )
+    openings = np.array(
+        [
+            int(model.forward(prompt.ids)[-1].argmax())
+            for prompt in track(encoded, "who is refused", len(encoded), progress)
+        ]
+    )
+    refused = np.isin(openings, list(tokens))
+    usable = [np.flatnonzero(rows) for rows in (harmful & refused, ~harmful & ~refused)]
+    fewest = min(map(len, usable))
     if not 1 <= validation <= fewest - 2:
         raise InputError(
-            f"{validation} prompts of each class were asked to validate, but there are {fewest} of one; leave at least "
-            "two for the candidates"
+            f"{validation} prompts of each class were asked to validate, but {len(usable[0])} harmful prompts are refused "
+            f"and {len(usable[1])} harmless ones are not; leave at least two of each for the candidates, or give more prompts"
         )
-    model, harmful = space.model, space.is_harmful
-    number = np.concatenate([np.arange(len(space.harmful)), np.arange(len(space.harmless))])
-    train = number < np.where(harmful, len(space.harmful), len(space.harmless)) - validation
+    train = np.concatenate([rows[:-validation] for rows in usable])
     index = [space.positions.index(name) for name in names]
     candidates = np.zeros((model.geometry.layers, len(names), model.geometry.d_model))
     for layer in range(model.geometry.layers):
-        features = space.features(layer, "resid")[:, index][train]
+        features = space.features(layer, "resid")[train][:, index]
         defined = defined_at(features, harmful[train])
         candidates[layer, defined] = difference_of_means(features, harmful[train])[defined]
-    if tokens is None:
-        tokens = opening_tokens(space, space.harmful, judge, progress)
-    found = select(
-        model,
-        candidates,
-        names,
-        space.harmful[-validation:],
-        space.harmless[-validation:],
-        tokens,
-        progress=progress,
-        **options,  # type: ignore[arg-type]
-    )
-    return Selection(found.data, {**found.meta, "prompts": space.prompts.fingerprint, "train": int(train.sum())})
+    scored = [[encoded[row] for row in rows[-validation:]] for rows in usable]
+    found = select(model, candidates, names, scored[0], scored[1], tokens, progress=progress, **options)  # type: ignore[arg-type]
+    meta = {"prompts": space.prompts.fingerprint, "train_harmful": len(usable[0]) - validation}
+    return Selection(found.data, {**found.meta, **meta, "train_harmless": len(usable[1]) - validation})
 
 
 def opening_tokens(
-    space: Subspace,
+    model: Model,
     prompts: Sequence[EncodedPrompt],
     judge: Judge | None = None,
     progress: bool = True,
@@ -277,6 +291,6 @@ def opening_tokens(
 ) -> frozenset[int]:
     """First tokens of the model's refusals of some prompts (the set R of the margin), found by asking them."""
     with bar("what refusals begin with", 2 * len(prompts), progress) as shown:
-        found = respond(space.model, prompts, max_new_tokens, on_done=shown.update)
-    labels = judged(space.model, prompts, found, judge or KeywordJudge())
+        found = respond(model, prompts, max_new_tokens, on_done=shown.update)
+    labels = judged(model, prompts, found, judge or KeywordJudge())
     return refusal_tokens(found.first_logits.argmax(-1).tolist(), [label == "refused" for *_, label in labels])

@@ -69,14 +69,27 @@ def magnitude_surface(stored: xr.Dataset, *, heatmap: bool = True) -> go.Figure:
         hover = "channel %{x}, token %{text}<br>magnitude %{customdata:.3g}<extra></extra>"
         text = np.array([[token] * z.shape[1] for token in tokens], dtype=object)
         figure.add_surface(
-            **shared, cmin=0, cmax=top, text=text, hovertemplate=hover, showscale=row == 1, colorbar=bar, row=row, col=1
+            **shared,
+            cmin=0,
+            cmax=top,
+            hovertext=text,
+            hovertemplate=hover.replace("%{text}", "%{hovertext}"),
+            showscale=row == 1,
+            colorbar=bar,
+            row=row,
+            col=1,
         )
         if heatmap:
             figure.add_heatmap(
                 **shared, zmin=0, zmax=top, text=text, hovertemplate=hover, showscale=False, row=row, col=2
             )
             for border in range(size, z.shape[1], size):
-                figure.add_vline(x=border - 0.5, line={"color": INK, "width": 1, "dash": "dot"}, row=row, col=2)
+                # By name of the axes: a line by row and column would be tried on the surfaces too.
+                axis = "" if row == 1 else "2"
+                figure.add_shape(
+                    type="line", x0=border - 0.5, x1=border - 0.5, y0=0, y1=1, xref=f"x{axis}", yref=f"y{axis} domain",
+                    line={"color": INK, "width": 1, "dash": "dot"},
+                )  # fmt: skip
             figure.update_xaxes(title_text="channel" if row == 2 else None, showgrid=False, row=row, col=2)
             figure.update_yaxes(title_text="token", autorange="reversed", showgrid=False, row=row, col=2)
             figure.add_annotation(

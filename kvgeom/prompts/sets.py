@@ -59,9 +59,18 @@ def calibration() -> PromptSet:
     Twins share form and length, so that what separates the classes is not grammar. Any first part of the
     list spans many categories of harm. None contains operational detail.
     """
-    lines = [json.loads(line) for line in _shipped("calibration.jsonl").splitlines()]
+    return _pairs("calibration")
+
+
+def held_out() -> PromptSet:
+    """A second set of the same make, 24 pairs: for what must not be measured on the prompts that it was found on."""
+    return _pairs("held-out")
+
+
+def _pairs(name: str) -> PromptSet:
+    lines = [json.loads(line) for line in _shipped(f"{name}.jsonl").splitlines()]
     return PromptSet(
-        "calibration",
+        name,
         tuple(line["harmful"] for line in lines),
         tuple(line["harmless"] for line in lines),
         "written for kvgeom (Apache-2.0)",
