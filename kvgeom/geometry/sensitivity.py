@@ -42,8 +42,8 @@ class Sensitivity(Result):
     - ``null_low``, ``null_median``, ``null_high``: 2.5, 50, 97.5 % of the ratio of random subspaces (null a), and
       ``null_closed``, the ratio of their mean noise to their mean signal, in closed form;
     - ``alignment_null_low``, ``alignment_null_high``: 2.5 and 97.5 % of the noise alignment of random subspaces;
-    - ``contrast_ratio`` over (contrast, layer, site): the ratio of subspaces between harmless requests (null b), and
-      ``specific``: ``"yes"`` where the safety ratio is above all of them, ``"no"`` where it is not,
+    - ``contrast_ratio`` over (contrast, layer, site): the ratio of subspaces between harmless requests (null b),
+      ``contrast_highest`` the highest of them, and ``specific``: ``"yes"`` where the safety ratio is above all of them, ``"no"`` where it is not,
       ``"undetermined"`` where the ratio is weak or undefined, or there is no contrast to hold it against;
     - ``status``: ``"ok"``, ``"weak"`` (separation not significant) or ``"undefined"``; ``reason`` says why;
     - ``position``: which tokens were used (``"instruction"`` or ``"template-1"``, the last template token, ...).
@@ -358,7 +358,9 @@ def _with_contrasts(data: xr.Dataset, beside: dict[str, tuple[Subspace, dict[tup
     decided = (data.status.values == "ok") & np.isfinite(highest)
     specific = np.where(decided, np.where(data.ratio.values > highest, "yes", "no"), "undetermined")
     return data.assign(
-        contrast_ratio=(("contrast", "layer", "site"), ratios), specific=(("layer", "site"), specific.astype(object))
+        contrast_ratio=(("contrast", "layer", "site"), ratios),
+        contrast_highest=(("layer", "site"), np.where(np.isfinite(highest), highest, np.nan)),
+        specific=(("layer", "site"), specific.astype(object)),
     ).assign_coords(contrast=np.array(list(beside), dtype=object))
 
 

@@ -168,8 +168,9 @@ def _rope_kind(config: Any, model: nn.Module) -> str:
 
 
 def weights_fingerprint(model: nn.Module, template: str) -> str:
-    """Hash of template and a sample of every weight: tells models apart in seconds, not minutes."""
-    digest = hashlib.sha256(template.encode())
+    """Hash of kind, template and a sample of every weight: tells models apart in seconds, not minutes."""
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    digest = hashlib.sha256(f"{kind}\n{template}".encode())
     for parameter_name, weight in model.named_parameters():
         flat = weight.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy()

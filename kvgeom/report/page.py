@@ -106,7 +106,8 @@ def _sections(audit: Audit) -> list[dict[str, Any]]:
             "Noise-to-signal on the direction that separates harmful from harmless requests, over noise-to-signal of the whole "
             "vector. Red: rounding hits the safety direction harder. Rings: the classes are not significantly separated. Grey: "
             "undefined. Keys (k) and values (v) are what the cache stores; the residual stream (resid) is not stored, and is shown "
-            "as if it were rounded alike. Geometry alone does not decide behaviour: compare with the layer scan.",
+            "as if it were rounded alike. The table says whether a ratio is above those of harmless contrasts, such as two topics: only "
+            "then is it specific to safety. Geometry alone does not decide behaviour: compare with the layer scan.",
             ratio_map(audit.sensitivity),
             _sensitivity_table(audit),
         ),
@@ -150,7 +151,18 @@ def _pcr_table(audit: Audit) -> pd.DataFrame:
 
 
 def _sensitivity_table(audit: Audit) -> pd.DataFrame:
-    names = ["ratio", "signal_gap", "noise_alignment", "separation", "null_low", "null_high", "status", "position"]
+    names = [
+        "ratio",
+        "signal_gap",
+        "noise_alignment",
+        "separation",
+        "null_low",
+        "null_high",
+        "contrast_highest",
+        "specific",
+        "status",
+        "position",
+    ]
     return audit.sensitivity.data[names].to_dataframe().reset_index()[["layer", "site", *names]]
 
 
