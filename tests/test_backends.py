@@ -83,6 +83,33 @@ def test_parity(kind: str, options: dict[str, Any]) -> None:
         torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("backend", ["lens", "nnsight"])
+def test_parity_on_the_demo(demo: HFModel, backend: str) -> None:
+    """The same kernel and, prompts of different lengths decoded together, the same tokens."""
+    demo.hf_model.set_attn_implementation("eager")
+    try:
+        prompts = demo.encode(kvgeom.calibration().harmful[:2])
+        recipe = Recipe.uniform(demo.geometry.layers, Scheme(8))
+        other = kvgeom.load(demo.hf_model, tokenizer=demo.tokenizer, backend=backend)
+        seen: list[Any] = []
+        for model in (demo, other):
+            assert isinstance(model, HFModel)
+            resid: dict[int, torch.Tensor] = {}
+            caches = [model.new_cache(Rounder(recipe)) for _ in prompts]
+            logits = [model.forward(p.ids, c)[-1] for p, c in zip(prompts, caches, strict=True)]
+            model.forward(prompts[0].ids, on_resid=resid.__setitem__)
+            tokens = model.generate(caches, [int(x.argmax()) for x in logits], 5)
+            keys = [layer.keys for layer in caches[1].layers]
+            seen.append((torch.stack(logits), torch.stack(list(resid.values())), torch.stack(keys), tokens))
+        for ours, theirs in zip(*seen, strict=True):
+            if isinstance(ours, torch.Tensor):
+                torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+            else:
+                assert ours == theirs
+    finally:
+        demo.hf_model.set_attn_implementation("sdpa")
+
+
 @pytest.mark.parametrize("options", [{}, *OTHERS], ids=lambda o: "-".join(map(str, o.values())) or "hf")
 @pytest.mark.parametrize("kind", KINDS)
 def test_left_padding(kind: str, options: dict[str, Any]) -> None:
