@@ -15,7 +15,7 @@ from kvgeom.models.model import Model
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.refusal.direction import (
     METHODS,
-    bootstrap_cosines,
+    bootstrap,
     difference_of_means,
     difference_of_winsorized_means,
     estimate,
@@ -133,11 +133,20 @@ def test_principal_differences_by_eigenvectors(seed: int, k: int) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_stability_tells_much_data_from_little(method: str) -> None:
     firm, weak = (
-        bootstrap_cosines(*planted(2, n, 40, shift)[:2], method, samples=30) for n, shift in ((100, 8.0), (8, 0.5))
+        bootstrap(*planted(2, n, 40, shift)[:2], method, samples=30)[1] for n, shift in ((100, 8.0), (8, 0.5))
     )
     assert np.median(firm) > 0.97
     assert np.median(weak) < 0.9
     assert firm.max() <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bootstrap_keeps_the_direction(method: str) -> None:
+    """Also where it works in the span of the data, because there are fewer prompts than channels."""
+    x, harmful, _ = planted(4, 12, 60, 4.0)
+    direction, cosines = bootstrap(x, harmful, method, samples=0)
+    assert len(cosines) == 0
+    assert float(direction @ estimate(x, harmful, method)[:, 0]) == pytest.approx(1, abs=1e-4)
 
 
 def test_bad_methods() -> None:

@@ -15,7 +15,7 @@ from kvgeom.geometry.capture import SITES, site_width
 from kvgeom.geometry.subspace import Subspace, defined_at
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import bar, track
-from kvgeom.refusal.direction import METHODS, bootstrap_cosines, difference_of_means, estimate, separation
+from kvgeom.refusal.direction import METHODS, bootstrap, difference_of_means, separation
 from kvgeom.refusal.judge import Judge, KeywordJudge
 from kvgeom.refusal.margin import refusal_tokens
 from kvgeom.refusal.respond import respond
@@ -171,11 +171,10 @@ def compare(
                         continue
                     auroc = separation(x, harmful).auroc
                     for m, method in enumerate(methods):
-                        unit = estimate(x, harmful, method)[:, 0]
+                        unit, drawn = bootstrap(x, harmful, method, samples=samples, seed=seed)
                         vectors[site][m, p, layer], scores[m, p, layer, column] = unit, x @ unit
                         numbers["separation"][m, p, layer, column] = auroc
                         if samples:
-                            drawn = bootstrap_cosines(x, harmful, method, samples=samples, seed=seed)
                             low, median, high = np.quantile(drawn, [0.025, 0.5, 0.975])
                             numbers["stability"][m, p, layer, column] = median
                             numbers["stability_low"][m, p, layer, column] = low

@@ -130,7 +130,7 @@ def logistic_weights(
         folds = min(5, int(harmful.sum()), int((~harmful).sum()))
         search = GridSearchCV(
             LogisticRegression(max_iter=2000),
-            {"C": np.logspace(-4, 2, 7)},
+            {"C": np.logspace(-4, 2, 4)},
             scoring="neg_log_loss",
             cv=StratifiedKFold(folds, shuffle=True, random_state=seed),
         ).fit(scores, harmful)
@@ -205,10 +205,10 @@ def resampled(harmful: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[n
     return np.concatenate([bad[drawn], good[other]])
 
 
-def bootstrap_cosines(
+def bootstrap(
     features: Floats, harmful: NDArray[np.bool_], method: str = "mean", *, samples: int = 50, seed: int = 0
-) -> Floats:
-    """Cosine of the direction with those of bootstrap samples of the prompts.
+) -> tuple[Floats, Floats]:
+    """The direction, and its cosine with those of bootstrap samples of the prompts.
 
     Parameters
     ----------
@@ -220,30 +220,34 @@ def bootstrap_cosines(
 
     Returns
     -------
-    array [samples]
+    direction : array [channels]
+        As :func:`estimate` gives it.
+    cosines : array [samples]
         Near 1: a direction that does not hang on single prompts. Two directions estimated from halves of the data
         would agree less.
     """
     # Every method but the channel-wise one turns with the space, so the span of the data is space enough.
+    basis = None
     if method != "winsorized" and len(features) < features.shape[1]:
-        u, s, _ = np.linalg.svd(features, full_matrices=False)
+        u, s, basis = np.linalg.svd(features, full_matrices=False)
         features = u * s
+    strength: float | None = None
     if method == "logistic":
-        whole, strength = logistic_weights(features, harmful)
-
-        def draw(rows: NDArray[np.int64]) -> Floats:
-            return logistic_weights(features[rows], harmful[rows], strength=strength)[0]
+        weights, strength = logistic_weights(features, harmful)
+        whole = weights / max(float(np.linalg.norm(weights)), np.finfo(float).tiny)
     else:
         whole = estimate(features, harmful, method)[:, 0]
-
-        def draw(rows: NDArray[np.int64]) -> Floats:
-            return estimate(features[rows], harmful[rows], method)[:, 0]
-
     rng = np.random.default_rng(seed)
-    found = np.stack([draw(resampled(harmful, rng)) for _ in range(samples)])
-    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(whole)
-    cosines: Floats = np.divide(found @ whole, norms, out=np.zeros(samples), where=norms > 0)
-    return cosines
+    cosines = np.zeros(samples)
+    for number in range(samples):
+        rows = resampled(harmful, rng)
+        if method == "logistic":
+            drawn = logistic_weights(features[rows], harmful[rows], strength=strength)[0]
+        else:
+            drawn = estimate(features[rows], harmful[rows], method)[:, 0]
+        size = float(np.linalg.norm(drawn))
+        cosines[number] = drawn @ whole / size if size > 0 else 0.0
+    return (whole if basis is None else whole @ basis), cosines
 
 
 def separation(features: Floats, harmful: NDArray[np.bool_], *, folds: int = 5, seed: int = 0) -> Separation:
