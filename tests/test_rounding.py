@@ -152,3 +152,27 @@ def test_recipes() -> None:
     assert Recipe.uniform(3, scheme).keep([1]).touched == (0, 2)
     assert Recipe.uniform(3, scheme, sites=["k"]).layers[0] == (scheme, None)
     assert str(Recipe.uniform(3, scheme, layers=[2])) == "int4-asym-token in layers 2"
+
+
+@given(tensors(), schemes(), st.data())
+def test_only_some_channels(x: torch.Tensor, scheme: Scheme, data: st.DataObject) -> None:
+    """The chosen channels get the noise they would get anyway, the others none; the spelling reads back."""
+    flat = x.shape[1] * x.shape[3]
+    some = scheme.only(data.draw(st.sets(st.integers(0, flat - 1), min_size=1)))
+    assert Scheme.parse(str(some)) == some
+    whole, part = round_kv(x, scheme), round_kv(x, some)
+    for channel in range(flat):
+        head, dim = divmod(channel, x.shape[3])
+        expected = whole if channel in some.channels else x  # type: ignore[operator]
+        assert torch.equal(part[:, head, :, dim], expected[:, head, :, dim])
+
+
+def test_bad_channels() -> None:
+    with pytest.raises(InputError, match="channels 0 to 3"):
+        round_kv(torch.zeros(1, 2, 3, 2), Scheme(4).only([4]))
+    with pytest.raises(InputError, match="ascending"):
+        Scheme(4, channels=(2, 1))
+    with pytest.raises(InputError, match="at least one"):
+        Scheme(4).only([])
+    with pytest.raises(InputError, match="spell"):
+        Scheme.parse("int4-asym-token@3-,")

@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from kvgeom.errors import InputError
 from kvgeom.quant.scheme import Scheme
 
 # The axes of [batch, kv_heads, tokens, head_dim] that share a scale ("group" has a layout of its own).
@@ -64,7 +65,15 @@ def apply(x: Tensor, scheme: Scheme, scales: Scales) -> Tensor:
     rounded = codes.mul_(step).add_(scales.offset)
     if scheme.granularity == "group":
         rounded = _ungrouped(rounded, x)
-    return rounded.to(x.dtype)
+    rounded = rounded.to(x.dtype)
+    if scheme.channels is None:
+        return rounded
+    heads, head_dim = x.shape[1], x.shape[3]
+    if scheme.channels[-1] >= heads * head_dim:
+        raise InputError(f"channel {scheme.channels[-1]} was asked, but there are channels 0 to {heads * head_dim - 1}")
+    chosen = torch.zeros(heads * head_dim, dtype=torch.bool, device=x.device)
+    chosen[list(scheme.channels)] = True
+    return torch.where(rearrange(chosen, "(h d) -> h 1 d", h=heads), rounded, x)
 
 
 def round_kv(x: Tensor, scheme: Scheme) -> Tensor:
