@@ -49,9 +49,9 @@ def test_greedy_generation_is_transformers_own(model: HFModel) -> None:
     ours = model.generate(caches, first, 6)
     for ids, response in zip(prompts, ours, strict=True):
         theirs = model.hf_model.generate(
-            torch.tensor([ids]), do_sample=False, max_new_tokens=6, eos_token_id=sorted(model._stop_tokens)
+            torch.tensor([ids]), do_sample=False, max_new_tokens=6, eos_token_id=sorted(model.stop_tokens)
         )[0, len(ids) :].tolist()
-        assert response == [token for token in theirs if token not in model._stop_tokens]
+        assert response == [token for token in theirs if token not in model.stop_tokens]
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "token", "channel", "head"])

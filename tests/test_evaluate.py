@@ -73,6 +73,7 @@ def test_batch_and_neighbours_change_nothing(
     full, part = run(REQUESTS, placement), run([REQUESTS[i] for i in chosen], placement, batch_size=batch_size)
     assert (full.data.label.values[:, chosen] == part.data.label.values).all()
     assert (full.data.text.values[:, chosen] == part.data.text.values).all()
+    assert (full.data.divergence.values[:, chosen] == part.data.divergence.values).all()
     ours, theirs = _odds(full, chosen), _odds(part, range(count))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
@@ -123,7 +124,7 @@ def test_margins_are_log_odds_of_refusal_tokens(base: Baseline) -> None:
 
 def test_likelihood_is_teacher_forced(base: Baseline) -> None:
     for index, prompt in enumerate(base.prompts):
-        response = base.responses.tokens[(index + 1) % len(REQUESTS)]
+        response = base.tokens[(index + 1) % len(REQUESTS)]
         logits = TINY.forward([*prompt.ids, *response], all_logits=True).double().log_softmax(-1)
         each = [logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(response)]
         assert base.log_likelihood(index, response) == pytest.approx(np.mean(each), abs=1e-4)

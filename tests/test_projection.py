@@ -33,9 +33,9 @@ def base(demo: HFModel) -> Baseline:
 
 def test_straight_line_is_the_model(demo: HFModel, base: Baseline, straight: StraightLineQwen2) -> None:
     for index in range(2):
-        response, first, _ = straight.generate(list(base.prompts[index].ids), {}, TOKENS, demo._stop_tokens)
-        torch.testing.assert_close(first, base.responses.first_logits[index], atol=2e-3, rtol=1e-3)
-        assert response == base.responses.tokens[index]
+        response, first, _ = straight.generate(list(base.prompts[index].ids), {}, TOKENS, demo.stop_tokens)
+        torch.testing.assert_close(first, base.clean_logits(index), atol=2e-3, rtol=1e-3)
+        assert tuple(response[: len(base.tokens[index])]) == base.tokens[index]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_agrees_with_straight_line(
     rounding = dict.fromkeys(layers, (3, granularity == "channel"))
     outcomes = evaluate(demo, {"r": recipe}, base, placement=Placement.paper(), progress=False).data.sel(recipe="r")
     for index, prompt in enumerate(base.prompts):
-        response, first, errors = straight.generate(list(prompt.ids), rounding, TOKENS, demo._stop_tokens)
+        response, first, errors = straight.generate(list(prompt.ids), rounding, TOKENS, demo.stop_tokens)
         verdict = KeywordJudge().label(
             prompt.text, demo.decode(response), lambda i=index, r=response: likelihood(base, i, r)
         )

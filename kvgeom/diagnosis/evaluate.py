@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 import xarray as xr
 from numpy.typing import NDArray
+from torch import Tensor
 
+from kvgeom.diagnosis.drafts import generated, verified
+from kvgeom.diagnosis.journal import Journal, Memory
 from kvgeom.errors import InputError
 from kvgeom.models.cache import EditedCache
+from kvgeom.models.memory import in_batches, rows_that_fit
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import bar
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
-from kvgeom.quant.rounder import Rounder
-from kvgeom.refusal.judge import LABELS, Judge, KeywordJudge
+from kvgeom.refusal.judge import LABELS, Judge, KeywordJudge, reading, settles
 from kvgeom.refusal.margin import margin, refusal_tokens
-from kvgeom.refusal.respond import Responses, respond
 from kvgeom.results import Result
 
 if TYPE_CHECKING:
@@ -35,8 +41,14 @@ class Outcomes(Result):
     """Labels of every prompt under every recipe.
 
     ``data`` has the dimensions ``recipe`` (the first one, ``"exact"``, is the unquantized model) and ``prompt``
-    (its index) and the variables ``label``, ``text``, ``reason`` (why this label) and ``margin`` (nats; NaN where
-    the model refuses nothing), and the coordinate ``request`` (prompt).
+    (its index), the coordinate ``request`` (prompt), and the variables
+
+    - ``label``, ``reason`` (why this label) and ``text``: the response as far as the judge reads, or in full where
+      ``meta["exact"]``;
+    - ``tokens``: how many tokens that is, and ``divergence``: the first of them that is not the unquantized one (-1:
+      none);
+    - ``margin`` (nats; NaN where the model refuses nothing) and ``kl`` (nats, of the rounded from the unquantized
+      distribution), both at the first response position.
     """
 
     kind: ClassVar[str] = "outcomes"
@@ -85,21 +97,28 @@ class Baseline:
     ----------
     model : Model
     prompts : tuple of EncodedPrompt
-    responses : Responses
+    tokens : tuple of tuple of int
+        Greedy responses, as far as the judge reads; the drafts of all others.
+    ended : tuple of bool
+        Whether the model ended the response there.
     labels, reasons : tuple of str
-    caches : tuple of EditedCache
-        The exact cache of every prompt, from which the likelihood of any response is one pass over that response.
+    judge : Judge
+    max_new_tokens, batch_size : int
+    journal : Memory
+        Where everything that is measured against this baseline is written down.
     """
 
     model: Model
     prompts: tuple[EncodedPrompt, ...]
-    responses: Responses
+    tokens: tuple[tuple[int, ...], ...]
+    ended: tuple[bool, ...]
     labels: tuple[str, ...]
     reasons: tuple[str, ...]
-    caches: tuple[EditedCache, ...] = field(repr=False)
     judge: Judge
     max_new_tokens: int
     batch_size: int
+    journal: Memory = field(default_factory=Memory, repr=False)
+    _prefilled: dict[int, tuple[EditedCache, Tensor]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def refused(self) -> tuple[int, ...]:
@@ -109,31 +128,44 @@ class Baseline:
     @cached_property
     def refusal_tokens(self) -> frozenset[int]:
         """First tokens of this model's refusals, the set R of the margin."""
-        first = self.responses.first_logits.argmax(-1).tolist()
+        first = [tokens[0] if tokens else -1 for tokens in self.tokens]
         return refusal_tokens(first, [label == "refused" for label in self.labels])
 
-    def margins(self, first_logits: torch.Tensor) -> NDArray[np.float64]:
+    def margins(self, first_logits: Sequence[Tensor] | Tensor) -> list[float]:
         """Refusal margin (nats) of first-position logits ``[prompts, vocabulary]``; NaN if nothing is refused."""
         if not self.refusal_tokens:
-            return np.full(len(first_logits), np.nan)
-        return margin(first_logits, self.refusal_tokens).double().cpu().numpy()
+            return [float("nan")] * len(first_logits)
+        logits = first_logits if isinstance(first_logits, Tensor) else torch.stack(list(first_logits))
+        return [float(value) for value in margin(logits, self.refusal_tokens).double().tolist()]
+
+    def _clean(self, index: int) -> tuple[EditedCache, Tensor]:
+        """The exact cache of a prompt, and the logits after it; made when first asked for."""
+        if index not in self._prefilled:
+            cache = self.model.new_cache()
+            self._prefilled[index] = cache, self.model.forward(self.prompts[index].ids, cache)[-1]
+        return self._prefilled[index]
+
+    def clean_logits(self, index: int) -> Tensor:
+        """Logits ``[vocabulary]`` of the first response token of prompt ``index``."""
+        return self._clean(index)[1]
 
     def log_likelihood(self, index: int, tokens: Sequence[int]) -> float:
         """Mean log-probability (nats per token) that the unquantized model gives to a response to prompt ``index``."""
         if not tokens:
             return float("nan")
-        first = self.responses.first_logits[index][None]
-        rest = first[:0]
+        cache, first = self._clean(index)
+        rest = first[None][:0]
         if len(tokens) > 1:
-            rest = self.model.forward(tokens[:-1], self.caches[index].copy(), all_logits=True)
-        log_p = torch.cat([first, rest.to(first.device)]).log_softmax(-1)
+            rest = self.model.forward(tokens[:-1], cache.copy(), all_logits=True)
+        log_p = torch.cat([first[None], rest.to(first.device)]).log_softmax(-1)
         return float(log_p[torch.arange(len(tokens)), list(tokens)].mean())
 
     def judged(self, index: int, tokens: Sequence[int]) -> tuple[str, str, str]:
-        """Text, label and reason of a response to prompt ``index``."""
-        text = self.model.decode(tokens)
-        verdict = self.judge.label(self.prompts[index].text, text, lambda: self.log_likelihood(index, tokens))
-        return text, verdict.label, verdict.reason
+        """Text, label and reason of a response to prompt ``index``; the label is that of what the judge reads."""
+        read = tokens[: reading(self.judge, self.model.decode, tokens)]
+        request, text = self.prompts[index].text, self.model.decode(read)
+        verdict = self.judge.label(request, text, lambda: self.log_likelihood(index, read))
+        return self.model.decode(tokens), verdict.label, verdict.reason
 
 
 def baseline(
@@ -143,14 +175,29 @@ def baseline(
     judge: Judge | None = None,
     max_new_tokens: int = 24,
     batch_size: int = 32,
+    journal: str | Path | None = None,
     progress: bool = True,
 ) -> Baseline:
     """Run the unquantized model on ``requests`` and label what it answers.
 
+    Parameters
+    ----------
+    model : Model
+    requests : sequence of str
+    judge : Judge, optional
+        The keyword judge by default.
+    max_new_tokens : int
+        Longest response. Responses end earlier where the judge reads no further.
+    batch_size : int
+        Most sequences to run together; fewer where memory is short.
+    journal : str or Path, optional
+        A file that keeps all that is measured against this baseline: interrupted at any moment and run again, nothing
+        is done twice, and the result is the same (:class:`~kvgeom.diagnosis.journal.Journal`).
+
     Raises
     ------
     InputError
-        If there are no requests, or one is empty or longer than the model's context.
+        If there are no requests, one is empty or longer than the model's context, or the journal is about other work.
     """
     if not requests:
         raise InputError("no requests were given; an evaluation needs at least one")
@@ -161,23 +208,56 @@ def baseline(
             f"a prompt of {len(longest)} tokens and {max_new_tokens} new ones were asked ({longest.text[:40]!r}...), but "
             f"{model.name} has a context of {model.max_context}; shorten the prompt or lower max_new_tokens"
         )
-    caches = [model.new_cache() for _ in prompts]
-    with bar("unquantized responses", 2 * len(prompts), progress) as shown:
-        responses = respond(model, prompts, max_new_tokens, caches=caches, batch_size=batch_size, on_done=shown.update)
-    draft = Baseline(
-        model=model,
-        prompts=prompts,
-        responses=responses,
-        labels=(),
-        reasons=(),
-        caches=tuple(caches),
-        judge=judge or KeywordJudge(),
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
+    judge = judge or KeywordJudge()
+    about = _about(model, prompts, judge, max_new_tokens)
+    kept: Memory = Memory() if journal is None else Journal(journal, about)
+    draft = Baseline(model, prompts, (), (), (), (), judge, max_new_tokens, batch_size, kept)
+    todo = [index for index in range(len(prompts)) if ("baseline", index) not in kept]
+    rows = min(batch_size, rows_that_fit(model, len(longest) + max_new_tokens, 1))
+    with bar("unquantized responses", len(prompts), progress, initial=len(prompts) - len(todo)) as shown:
+        for part, responses in in_batches(todo, rows, lambda part: _unquantized(draft, part)):
+            for index, tokens in zip(part, responses, strict=True):
+                _, label, reason = draft.judged(index, tokens)
+                ended = len(tokens) < max_new_tokens and not settles(judge, model.decode(tokens))
+                kept["baseline", index] = [list(tokens), ended, label, reason]
+            shown.update(len(part))
+    found = [kept["baseline", index] for index in range(len(prompts))]
+    return replace(
+        draft,
+        tokens=tuple(tuple(tokens) for tokens, *_ in found),
+        ended=tuple(bool(ended) for _, ended, *_ in found),
+        labels=tuple(label for *_, label, _ in found),
+        reasons=tuple(reason for *_, reason in found),
     )
-    verdicts = [draft.judged(index, tokens) for index, tokens in enumerate(responses.tokens)]
-    labels, reasons = tuple(v[1] for v in verdicts), tuple(v[2] for v in verdicts)
-    return Baseline(**{**draft.__dict__, "labels": labels, "reasons": reasons})
+
+
+def _unquantized(draft: Baseline, part: Sequence[int]) -> list[list[int]]:
+    model = draft.model
+    clean = [draft._clean(index) for index in part]
+    return model.generate(
+        [cache for cache, _ in clean],
+        torch.stack([logits for _, logits in clean]).argmax(-1).tolist(),
+        draft.max_new_tokens,
+        batch_size=len(part),
+        stop=lambda _row, tokens: settles(draft.judge, model.decode(tokens)),
+    )
+
+
+def _about(model: Model, prompts: Sequence[EncodedPrompt], judge: Judge, max_new_tokens: int) -> dict[str, Any]:
+    """All that a journal's entries depend on, but for recipe, placement and prompt number."""
+    ids = json.dumps([prompt.ids for prompt in prompts]).encode()
+    return {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "backend": model.backend,
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "attention_kernel": model.attention_kernel,
+        "prompts": hashlib.sha256(ids).hexdigest(),
+        "judge": judge.name,
+        "max_new_tokens": max_new_tokens,
+        "versions": {name: version(name) for name in ("kvgeom", "torch", "transformers")},
+    }
 
 
 def evaluate(
@@ -187,26 +267,36 @@ def evaluate(
     *,
     placement: Placement | None = None,
     refused_only: bool = False,
+    exact: bool = False,
     judge: Judge | None = None,
     max_new_tokens: int = 24,
     batch_size: int = 32,
+    journal: str | Path | None = None,
     progress: bool = True,
     title: str = "responses under recipes",
 ) -> Outcomes:
     """Greedy responses and their labels under each recipe.
 
-    Costs, per recipe and prompt, one prefill and at most ``max_new_tokens`` decode steps (in batches).
+    The unquantized response serves as a draft. One pass over prompt and draft shows where a recipe would first have
+    said something else; only from there on is anything generated, and only until the judge reads no further. Labels are
+    those of plain generation, but for ties that the last digit of float arithmetic decides.
 
     Parameters
     ----------
     model : Model
     recipes : mapping of name to Recipe
     prompts : sequence of str, or Baseline
-        With a :class:`Baseline` the unquantized responses are not made again, and its judge and lengths are used.
+        With a :class:`Baseline` the unquantized responses are not made again, and its judge, lengths and journal are
+        used.
     placement : Placement, optional
         Decode-faithful cache rounding by default.
     refused_only : bool
         Only prompts refused unquantized; no others can flip.
+    exact : bool
+        Generate every response in full instead. Costs, per recipe and prompt, one prefill and ``max_new_tokens``
+        decode steps.
+    judge, max_new_tokens, batch_size, journal
+        As in :func:`baseline`.
 
     Returns
     -------
@@ -216,54 +306,64 @@ def evaluate(
         base = prompts
     else:
         base = baseline(
-            model, prompts, judge=judge, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+            model,
+            prompts,
+            judge=judge,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            journal=journal,
+            progress=progress,
         )
     _check_recipes(model, recipes)
+    placement = placement or Placement()
     chosen = base.refused if refused_only else tuple(range(len(base.prompts)))
-    rows = [[base.judged(i, base.responses.tokens[i])[0] for i in chosen]]
-    labels, reasons = [[base.labels[i] for i in chosen]], [[base.reasons[i] for i in chosen]]
-    margins = [base.margins(base.responses.first_logits[list(chosen)])]
-    encoded = [base.prompts[i] for i in chosen]
-    with bar(title, 2 * len(recipes) * len(chosen), progress) as shown:
-        for recipe in recipes.values():
-            caches = [model.new_cache(Rounder(recipe, placement)) for _ in chosen]
-            responses = respond(
-                model,
-                encoded,
-                base.max_new_tokens,
-                caches=caches,
-                batch_size=base.batch_size,
-                on_done=shown.update,
-            )
-            verdicts = [base.judged(i, tokens) for i, tokens in zip(chosen, responses.tokens, strict=True)]
-            rows.append([v[0] for v in verdicts])
-            labels.append([v[1] for v in verdicts])
-            reasons.append([v[2] for v in verdicts])
-            margins.append(base.margins(responses.first_logits))
-    dims = ("recipe", "prompt")
-    shape = (len(recipes) + 1, len(chosen))
-    data = xr.Dataset(
-        {
-            "label": (dims, np.array(labels, dtype=object).reshape(shape)),
-            "text": (dims, np.array(rows, dtype=object).reshape(shape)),
-            "reason": (dims, np.array(reasons, dtype=object).reshape(shape)),
-            "margin": (dims, np.array(margins).reshape(shape)),
-        },
-        coords={
-            "recipe": [EXACT, *recipes],
-            "prompt": list(chosen),
-            "request": ("prompt", np.array([prompt.text for prompt in encoded], dtype=object)),
-        },
-    )
+
+    def key(name: str, index: int) -> tuple[Any, ...]:
+        layers = [[str(scheme) if scheme else None for scheme in pair] for pair in recipes[name]]
+        return ("response", layers, str(placement), exact, index)
+
+    todo = {i: names for i in chosen if (names := [name for name in recipes if key(name, i) not in base.journal])}
+    done = len(recipes) * len(chosen) - sum(map(len, todo.values()))
+    answers = (generated if exact else verified)(base, todo, recipes, placement)
+    with bar(title, len(recipes) * len(chosen), progress, initial=done) as shown:
+        for answer in answers:
+            text, label, reason = base.judged(answer.prompt, answer.tokens)
+            found = [text, label, reason, answer.margin, answer.kl, answer.divergence, len(answer.tokens)]
+            base.journal[key(answer.recipe, answer.prompt)] = found
+            shown.update(1)
+    rows = {EXACT: [base.journal.remember(("unquantized", i), partial(_unquantized_row, base, i)) for i in chosen]}
+    rows |= {name: [base.journal[key(name, i)] for i in chosen] for name in recipes}
+    kinds = {"text": object, "label": object, "reason": object, "margin": float, "kl": float}
+    kinds |= {"divergence": int, "tokens": int}
+    shape = (len(rows), len(chosen))
+    columns = {
+        name: (
+            ("recipe", "prompt"),
+            np.array([[row[n] for row in r] for r in rows.values()], dtype=kind).reshape(shape),
+        )
+        for n, (name, kind) in enumerate(kinds.items())
+    }
+    coords = {
+        "recipe": list(rows),
+        "prompt": list(chosen),
+        "request": ("prompt", np.array([base.prompts[i].text for i in chosen], dtype=object)),
+    }
     meta = {
         "model": model.name,
         "fingerprint": model.fingerprint,
-        "placement": str(placement or Placement()),
+        "placement": str(placement),
         "recipes": {name: str(recipe) for name, recipe in recipes.items()},
         "judge": base.judge.name,
         "max_new_tokens": base.max_new_tokens,
+        "exact": exact,
     }
-    return Outcomes(data, meta)
+    return Outcomes(xr.Dataset(columns, coords=coords), meta)
+
+
+def _unquantized_row(base: Baseline, index: int) -> list[Any]:
+    tokens = base.tokens[index]
+    margin_ = base.margins([base.clean_logits(index)])[0]
+    return [base.model.decode(tokens), base.labels[index], base.reasons[index], margin_, 0.0, -1, len(tokens)]
 
 
 def _check_recipes(model: Model, recipes: Mapping[str, Recipe]) -> None:

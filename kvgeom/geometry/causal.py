@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from kvgeom.errors import InputError
+from kvgeom.models.memory import in_batches, rows_that_fit
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import bar, track
 from kvgeom.quant.placement import Placement
@@ -76,8 +78,8 @@ def patch_layers(
 ) -> Patching:
     """Round each layer alone and look at the next token.
 
-    The layers below the rounded one are as they were, so each pass begins at its layer from the stored residual
-    stream, with all schemes of the layer in one batch: per prompt 1 pass, and half a pass per layer and scheme.
+    All layers and schemes go through in one pass, each joining it at its layer, below which nothing has changed: per
+    prompt 1 pass, and half a pass per layer and scheme.
 
     Parameters
     ----------
@@ -102,46 +104,50 @@ def patch_layers(
         raise InputError("no scheme was given; name at least one to round the layers with")
     n_layers = model.geometry.layers
     chosen = list(range(n_layers)) if layers is None else list(layers)
-    recipes = {layer: [Recipe.uniform(n_layers, s, layers=[layer]) for s in named.values()] for layer in chosen}
+    branches = [
+        (layer, Recipe.uniform(n_layers, s, layers=[layer])) for layer in sorted(chosen) for s in named.values()
+    ]
     tokens = frozenset(refusal_tokens)
     unit = None if direction is None else _unit(direction, model)
     dims = ("prompt", "layer", "scheme")
-    shape = (len(prompts), len(chosen), len(named))
+    shape = (len(prompts), len(branches))
     found = {name: np.full(shape, np.nan) for name in ("margin", "kl", "resid_alignment")}
     most_likely = np.zeros(shape, dtype=np.int64)
     clean_margin = np.full(len(prompts), np.nan)
-    with bar(title, len(prompts) * len(chosen), progress) as shown:
+
+    def run(part: Sequence[tuple[int, Recipe]], prompt: EncodedPrompt) -> tuple[torch.Tensor, torch.Tensor]:
+        resid: dict[int, torch.Tensor] = {}
+        logits = model.forward_branches(
+            prompt.ids,
+            [Rounder(recipe, placement) for _, recipe in part],
+            [layer for layer, _ in part],
+            on_resid=resid.__setitem__ if unit is not None else None,
+        )[:, -1]
+        return logits, resid[n_layers - 1][:, -1] if unit is not None else logits[:, :0]
+
+    with bar(title, len(prompts) * len(branches), progress) as shown:
         for row, prompt in enumerate(prompts):
-            resid: dict[int, torch.Tensor] = {}
-            clean = model.forward(prompt.ids, on_resid=resid.__setitem__)[-1]
-            log_p = clean.log_softmax(-1)
-            clean_margin[row] = float(margin(clean, tokens)) if tokens else np.nan
-            last = resid[n_layers - 1][0, -1]
-            for column, layer in enumerate(chosen):
-                rounded: dict[int, torch.Tensor] = {}
-                logits = model.forward_variants(
-                    prompt.ids,
-                    len(named),
-                    edits=[Rounder(recipe, placement) for recipe in recipes[layer]],
-                    on_resid=rounded.__setitem__ if unit is not None else None,
-                    start=(layer, resid[layer - 1]) if layer else None,
-                )
+            begin = 0
+            rows = rows_that_fit(model, len(prompt), 1)
+            for part, (logits, resid) in in_batches(branches, rows, partial(run, prompt=prompt)):
+                cells = slice(begin, begin := begin + len(part))
+                log_p, log_q = logits[:1].log_softmax(-1), logits[1:].log_softmax(-1)
                 if tokens:
-                    found["margin"][row, column] = margin(logits, tokens).double().cpu().numpy()
-                log_q = logits.log_softmax(-1)
-                found["kl"][row, column] = (log_p.exp() * (log_p - log_q)).sum(-1).double().cpu().numpy()
-                most_likely[row, column] = logits.argmax(-1).cpu().numpy()
+                    clean_margin[row], *found["margin"][row, cells] = margin(logits, tokens).double().tolist()
+                found["kl"][row, cells] = (log_p.exp() * (log_p - log_q)).sum(-1).double().cpu().numpy()
+                most_likely[row, cells] = logits[1:].argmax(-1).cpu().numpy()
                 if unit is not None:
-                    change = (rounded[n_layers - 1][:, -1] - last).double().cpu().numpy()
-                    found["resid_alignment"][row, column] = _alignment(change, unit)
-                shown.update(1)
+                    change = (resid[1:] - resid[:1]).double().cpu().numpy()
+                    found["resid_alignment"][row, cells] = _alignment(change, unit)
+                shown.update(len(part))
+    whole = (len(prompts), len(chosen), len(named))
     data = xr.Dataset(
         {
-            **{name: (dims, values) for name, values in found.items()},
-            "token": (dims, most_likely),
+            **{name: (dims, values.reshape(whole)) for name, values in found.items()},
+            "token": (dims, most_likely.reshape(whole)),
             "clean_margin": ("prompt", clean_margin),
         },
-        coords={"prompt": np.arange(len(prompts)), "layer": chosen, "scheme": list(named)},
+        coords={"prompt": np.arange(len(prompts)), "layer": sorted(chosen), "scheme": list(named)},
     )
     return Patching(data, {**_provenance(model, placement), "schemes": {k: str(v) for k, v in named.items()}})
 

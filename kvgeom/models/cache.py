@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self
 
@@ -24,6 +25,11 @@ class Edit(Protocol):
     @property
     def prefill_reads_exact(self) -> bool: ...
 
+    @property
+    def kind(self) -> Hashable:
+        """Edits of equal kind do the same, each to its own sequences, and can be stacked."""
+        ...
+
     def __call__(self, layer: int, site: Literal["k", "v"], x: Tensor) -> Tensor:
         """Return what to keep of ``x``, ``[batch, kv_heads, new tokens, head_dim]``."""
         ...
@@ -36,32 +42,71 @@ class Edit(Protocol):
 
 @dataclass(frozen=True)
 class Together:
-    """Several edits side by side: each on its own row of a batch."""
+    """Several edits side by side: each on its own rows of a batch.
 
-    parts: tuple[Edit, ...]
+    A batch that grows from layer to layer (:meth:`kvgeom.models.hf.HFModel.forward_branches`) has, in a layer, the
+    rows of the first parts.
+
+    Attributes
+    ----------
+    parts : tuple of Edit or None
+        None leaves its rows as they are; all others have the same ``where`` and ``prefill_reads_exact``.
+    sizes : tuple of int
+        How many rows each part edits; one each by default.
+    """
+
+    parts: tuple[Edit | None, ...]
+    sizes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.sizes:
+            object.__setattr__(self, "sizes", (1,) * len(self.parts))
 
     @property
     def where(self) -> str:
-        """That of the parts, which must agree."""
-        return self.parts[0].where
+        """That of the parts."""
+        return next((part.where for part in self.parts if part is not None), "cache")
 
     @property
     def prefill_reads_exact(self) -> bool:
-        """That of the parts, which must agree."""
-        return self.parts[0].prefill_reads_exact
+        """That of the parts."""
+        return any(part is not None and part.prefill_reads_exact for part in self.parts)
+
+    @property
+    def kind(self) -> Hashable:
+        """Its own only."""
+        return id(self)
 
     def __call__(self, layer: int, site: Literal["k", "v"], x: Tensor) -> Tensor:
         """Every row through its own edit."""
-        return torch.cat([part(layer, site, row[None]) for part, row in zip(self.parts, x, strict=True)])
+        edited, first = [], 0
+        for part, size in zip(self.parts, self.sizes, strict=True):
+            rows = x[first : first + size]
+            first += size
+            if not len(rows):
+                break
+            edited.append(rows if part is None else part(layer, site, rows))
+        return torch.cat(edited)
 
     def rows(self, rows: Tensor) -> Together:
-        """The edits of some rows."""
-        return Together(tuple(self.parts[int(row)] for row in rows))
+        """The edits of some rows, in the order of the batch."""
+        first, chosen = 0, []
+        for part, size in zip(self.parts, self.sizes, strict=True):
+            own = rows[(rows >= first) & (rows < first + size)] - first
+            if len(own):
+                chosen.append((part if part is None or len(own) == size else part.rows(own), len(own)))
+            first += size
+        return Together(tuple(part for part, _ in chosen), tuple(size for _, size in chosen))
 
     @staticmethod
     def stack(parts: Sequence[Together]) -> Together:
-        """The edits of several batches as one."""
-        return Together(tuple(edit for part in parts for edit in part.parts))
+        """The edits of several batches as one; neighbours that do the same to their rows become one edit."""
+        flat = [(edit, size) for part in parts for edit, size in zip(part.parts, part.sizes, strict=True)]
+        merged: list[tuple[Edit | None, int]] = []
+        for _, run in itertools.groupby(flat, key=lambda item: item[0] and item[0].kind):
+            edits, sizes = zip(*run, strict=True)
+            merged.append((edits[0].stack(edits) if edits[0] and len(edits) > 1 else edits[0], sum(sizes)))
+        return Together(tuple(edit for edit, _ in merged), tuple(size for _, size in merged))
 
 
 @dataclass
@@ -79,6 +124,11 @@ class Leaves:
     leaves: dict[tuple[int, Literal["k", "v"]], Tensor] = field(default_factory=dict)
     seen: dict[tuple[int, Literal["k", "v"]], Tensor] = field(default_factory=dict)
     prefill_reads_exact: bool = False
+
+    @property
+    def kind(self) -> Hashable:
+        """Its own only."""
+        return id(self)
 
     def __call__(self, layer: int, site: Literal["k", "v"], x: Tensor) -> Tensor:
         """``x`` itself, as a function of a new leaf."""
@@ -153,6 +203,20 @@ class EditedCache(Cache):
             self.edit = self.edit.rows(rows)
             for layer in self.layers:
                 layer.edit = self.edit
+
+    def row(self, row: int, length: int) -> EditedCache:
+        """One sequence of a batch that ran under :class:`Together`, cut to its first ``length`` tokens.
+
+        In layers that a branch has not reached yet, its keys and values are those of row 0, which it branched off.
+        """
+        edit = self.edit.rows(torch.tensor([row])) if isinstance(self.edit, Together) else self.edit
+        one = EditedCache(len(self.layers), edit)
+        for all_rows, new in zip(self.layers, one.layers, strict=True):
+            at = row if row < len(all_rows.keys) else 0
+            keys, values = (x[at : at + 1, :, :length] for x in (all_rows.keys, all_rows.values))
+            new.lazy_initialization(keys, values)
+            new.keys, new.values = keys, values
+        return one
 
     def copy(self, edit: Edit | None = None) -> EditedCache:
         """A new cache with the same contents (shared, never written in place) and another edit."""

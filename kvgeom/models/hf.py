@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,6 +54,7 @@ class HFModel:
     """
 
     backend = "hf"
+    branches_late = True
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, template: str | None = None
@@ -72,8 +74,9 @@ class HFModel:
         self._layers = decoder_layers(model, int(self._config.num_hidden_layers), name)
         self.geometry = read_geometry(model, self._config, self._layers, name)
         self.fingerprint = weights_fingerprint(model, self.template)
+        self.vocabulary = int(self._config.vocab_size)
         self.max_context = int(getattr(self._config, "max_position_embeddings", None) or 2**31)
-        self._stop_tokens = stop_tokens(model, tokenizer)
+        self.stop_tokens = stop_tokens(model, tokenizer)
         self._prefix, self._suffix = self._render(_REQUEST_MARK).split(_REQUEST_MARK)
 
     @property
@@ -144,8 +147,9 @@ class HFModel:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of tokens, special tokens dropped."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        """Text of tokens, special tokens dropped; a NUL, which many files cannot hold, becomes U+FFFD."""
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return text.replace("\0", "\ufffd").strip()
 
     # --- running ---
 
@@ -238,13 +242,60 @@ class HFModel:
         Tensor [variants, vocabulary], float32
             Logits of the last token.
         """
+        cache = self.new_cache(None if edits is None else Together(tuple(edits)))
         tokens = torch.tensor([list(ids)], device=self.device).expand(variants, -1)
         positions = torch.arange(tokens.shape[1], device=self.device).expand(variants, -1)
-        cache = self.new_cache(None if edits is None else Together(tuple(edits)))
         if start is not None:
             start = (start[0], start[1].expand(variants, -1, -1))
         with self._observed(None, edit_resid, start):
             return self._run(tokens, cache, positions, None, 1, on_resid=on_resid)[:, -1]
+
+    @torch.inference_mode()
+    def forward_branches(
+        self,
+        ids: Sequence[int],
+        edits: Sequence[Edit],
+        first: Sequence[int],
+        *,
+        cache: EditedCache | None = None,
+        last: int = 1,
+        on_resid: ResidHook | None = None,
+    ) -> Tensor:
+        """Run one sequence as it is, and branches of it that part from it at some layer, in a single pass.
+
+        Row 0 is unedited. A branch is not run before its ``first`` layer, below which it could be nothing else: there
+        it joins the batch as a copy of row 0. All edits of single layers together cost half a pass each.
+
+        Parameters
+        ----------
+        ids : sequence of int
+            The new tokens.
+        edits : sequence of Edit
+            One for each branch, in ascending order of ``first``.
+        first : sequence of int
+            The first layer that each edit touches.
+        cache : EditedCache, optional
+            The one of an earlier call with the same branches, to go on from.
+        last : int
+            Logits of this many last tokens.
+        on_resid : callable (layer, Tensor[1 + branches so far, new tokens, d_model]) -> None, optional
+
+        Returns
+        -------
+        Tensor [1 + branches, last, vocabulary], float32
+        """
+        cache = self.branching_cache(edits) if cache is None else cache
+        past = cache.get_seq_length()
+        tokens = torch.tensor([list(ids)], device=self.device)
+        positions = torch.arange(past, past + tokens.shape[1], device=self.device)[None]
+        with ExitStack() as stack:
+            for handle in self._branch_hooks(Counter(first)):
+                stack.callback(handle.remove)
+            return self._run(tokens, cache, positions, None, last, on_resid=on_resid)
+
+    def branching_cache(self, edits: Sequence[Edit]) -> EditedCache:
+        """An empty cache for :meth:`forward_branches`."""
+        return self.new_cache(Together((None, *edits)))
 
     def gradients(
         self, ids: Sequence[int], score: Callable[[Tensor], Tensor], *, where: Literal["cache", "projection"] = "cache"
@@ -284,6 +335,7 @@ class HFModel:
         *,
         batch_size: int = 32,
         edit_resid: ResidEdit | None = None,
+        stop: Callable[[int, list[int]], bool] | None = None,
         on_done: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
         """Greedy decoding of prefilled prompts, in batches; finished sequences leave their batch.
@@ -299,6 +351,8 @@ class HFModel:
         batch_size : int
         edit_resid : callable, optional
             As in :meth:`forward`, on all rows alike.
+        stop : callable (prompt, its response tokens so far) -> bool, optional
+            Asked after every token; True ends that response, which keeps the token.
         on_done : callable (number of finished prompts) -> None, optional
 
         Returns
@@ -310,12 +364,19 @@ class HFModel:
             responses: list[list[int]] = []
             for begin in range(0, len(caches), batch_size):
                 chunk = slice(begin, begin + batch_size)
-                responses += self._generate_batch(list(caches[chunk]), list(first_tokens[chunk]), max_new_tokens)
+                ends = None if stop is None else lambda row, tokens, begin=begin: stop(begin + row, tokens)
+                responses += self._generate_batch(list(caches[chunk]), list(first_tokens[chunk]), max_new_tokens, ends)
                 if on_done is not None:
                     on_done(len(caches[chunk]))
             return responses
 
-    def _generate_batch(self, caches: list[EditedCache], first: list[int], max_new_tokens: int) -> list[list[int]]:
+    def _generate_batch(
+        self,
+        caches: list[EditedCache],
+        first: list[int],
+        max_new_tokens: int,
+        stop: Callable[[int, list[int]], bool] | None,
+    ) -> list[list[int]]:
         lengths = torch.tensor([cache.get_seq_length() for cache in caches], device=self.device)
         cache = EditedCache.stack(caches)
         longest = int(lengths.max())
@@ -324,9 +385,11 @@ class HFModel:
         rows = list(range(len(caches)))
         token = torch.tensor(first, device=self.device)
         for step in range(max_new_tokens):
-            alive = [i for i, t in enumerate(token.tolist()) if t not in self._stop_tokens]
+            alive = [i for i, t in enumerate(token.tolist()) if t not in self.stop_tokens]
             for i in alive:
                 responses[rows[i]].append(int(token[i]))
+            if stop is not None:
+                alive = [i for i in alive if not stop(rows[i], responses[rows[i]])]
             if not alive or step == max_new_tokens - 1:
                 break
             if len(alive) < len(rows):
@@ -428,6 +491,17 @@ class HFModel:
         for layer, module in enumerate(self._layers):
             yield attention_write(module).register_forward_hook(leaving(layer, "attn"))
             yield module.register_forward_hook(leaving(layer, "post"))
+
+    def _branch_hooks(self, branches: Mapping[int, int]) -> Iterator[RemovableHandle]:
+        def joining(rows: int) -> Callable[..., Any]:
+            def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                clean = args[0][:1].expand(rows, -1, -1)
+                return (torch.cat([args[0], clean]), *args[1:]), kwargs
+
+            return before
+
+        for layer, rows in branches.items():
+            yield self._layers[layer].register_forward_pre_hook(joining(rows), with_kwargs=True)
 
     def _projection_hooks(self, edit: Edit | None) -> Iterator[RemovableHandle]:
         if edit is None or edit.where != "projection":

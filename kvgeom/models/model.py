@@ -121,9 +121,12 @@ class Model(Protocol):
 
     name: str
     backend: str
+    branches_late: bool  # whether a branch may join a pass above layer 0
     geometry: KVGeometry
     fingerprint: str
+    vocabulary: int
     max_context: int
+    stop_tokens: frozenset[int]
 
     @property
     def device(self) -> torch.device: ...
@@ -182,6 +185,23 @@ class Model(Protocol):
         """Run one prompt under several edits at once; see :meth:`kvgeom.models.hf.HFModel.forward_variants`."""
         ...
 
+    def branching_cache(self, edits: Sequence[Edit]) -> EditedCache:
+        """An empty cache for :meth:`forward_branches`."""
+        ...
+
+    def forward_branches(
+        self,
+        ids: Sequence[int],
+        edits: Sequence[Edit],
+        first: Sequence[int],
+        *,
+        cache: EditedCache | None = None,
+        last: int = 1,
+        on_resid: ResidHook | None = None,
+    ) -> Tensor:
+        """Run a prompt and edited branches of it at once; see :meth:`kvgeom.models.hf.HFModel.forward_branches`."""
+        ...
+
     def gradients(
         self, ids: Sequence[int], score: Callable[[Tensor], Tensor], *, where: Literal["cache", "projection"] = "cache"
     ) -> Gradients:
@@ -196,6 +216,7 @@ class Model(Protocol):
         *,
         batch_size: int = 32,
         edit_resid: ResidEdit | None = None,
+        stop: Callable[[int, list[int]], bool] | None = None,
         on_done: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
         """Greedy continuation of prefilled prompts; see :meth:`kvgeom.models.hf.HFModel.generate`."""

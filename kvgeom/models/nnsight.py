@@ -52,6 +52,7 @@ class NNsightModel(HFModel):
     ) -> None:
         self.nnsight_model = model
         self.remote: Remote = remote
+        self.branches_late = remote is not True
         if remote:
             import nnsight
 
