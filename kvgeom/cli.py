@@ -6,9 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import kvgeom
 from kvgeom.errors import InputError, KvgeomError
+
+if TYPE_CHECKING:
+    from kvgeom.diagnosis.evaluate import Baseline
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kvgeom: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nkvgeom: interrupted; nothing half-written is left behind", file=sys.stderr)
+        kept = " and what is done is kept: run it again to go on" if getattr(arguments, "out", None) else ""
+        print(f"\nkvgeom: interrupted; nothing half-written is left behind{kept}", file=sys.stderr)
         return 130
     return status
 
@@ -34,95 +39,198 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {kvgeom.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    audit = commands.add_parser(
-        "audit",
-        help="audit a model end to end and write report.html and audit.json",
-        description="Audit a model end to end: where do its refusals break as the KV cache loses bits, and how?",
+    for name, run, short, long in (
+        (
+            "audit",
+            _audit,
+            "audit a model end to end and write report.html and audit.json",
+            "Audit a model end to end: where do its refusals break as the KV cache loses bits, and how?",
+        ),
+        (
+            "diagnose",
+            _diagnose,
+            "name a model's failure mode, with all the evidence",
+            "Sweep, single layers, ablations, PCR and failure mode, as tables. With --out, what is done is kept: the same "
+            "command goes on where it was interrupted.",
+        ),
+        (
+            "sweep",
+            _sweep,
+            "refusals at each bit-width",
+            "Round the whole cache at each width, and find the transition.",
+        ),
+        ("scan", _scan, "refusals with one layer rounded", "Round each layer alone, per-tensor and per-channel."),
+    ):
+        command = commands.add_parser(name, help=short, description=long)
+        _add_options(command, name)
+        command.set_defaults(run=run)
+    return parser
+
+
+def _add_options(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument("model", metavar="MODEL", help="hub id, folder, .gguf file, or 'demo'")
+    kept = "report.html, audit.json and " if name == "audit" else ""
+    command.add_argument(
+        "--out",
+        metavar="DIR",
+        required=name == "audit",
+        help=f"folder for {kept}journal.jsonl, from which a run goes on",
     )
-    audit.add_argument("model", metavar="MODEL", help="hub id, folder, .gguf file, or 'demo'")
-    audit.add_argument("--out", metavar="DIR", required=True, help="folder for report.html and audit.json")
-    audit.add_argument(
+    command.add_argument(
         "--prompts",
         metavar="SET",
         default="calibration",
         help="a .txt/.csv/.jsonl file, or e.g. advbench=FILE (default: %(default)s)",
     )
-    audit.add_argument("--limit", metavar="N", type=int, help="use only the first N harmful and N harmless requests")
-    audit.add_argument(
-        "--scheme",
-        default="asym-token",
-        help="rounding of the curve, e.g. sym-tensor, asym-group64 (default: %(default)s)",
-    )
-    audit.add_argument(
-        "--bits",
-        metavar="B",
-        type=int,
-        nargs="+",
-        default=[8, 6, 5, 4, 3, 2],
-        help="widths of the curve (default: 8 6 5 4 3 2)",
-    )
-    audit.add_argument(
-        "--scan-bits", metavar="B", type=int, default=3, help="width of layer scan and PCR (default: %(default)s)"
-    )
-    audit.add_argument(
+    command.add_argument("--limit", metavar="N", type=int, help="use only the first N harmful and N harmless requests")
+    if name != "scan":
+        command.add_argument(
+            "--scheme",
+            default="asym-token",
+            help="rounding of the curve, e.g. sym-tensor, asym-group64 (default: %(default)s)",
+        )
+        command.add_argument(
+            "--bits",
+            metavar="B",
+            type=int,
+            nargs="+",
+            default=[8, 6, 5, 4, 3, 2],
+            help="widths of the curve (default: 8 6 5 4 3 2)",
+        )
+        command.add_argument("--text", metavar="FILE", help="plain text for perplexity (default: a short one)")
+    if name != "sweep":
+        command.add_argument(
+            "--scan-bits", metavar="B", type=int, default=3, help="width of layers, parts, PCR (default: %(default)s)"
+        )
+    if name == "diagnose":
+        command.add_argument("--no-geometry", action="store_true", help="leave out the noise-sensitivity ratio")
+    command.add_argument(
         "--placement",
         choices=("cache", "paper"),
         default="cache",
         help="cache: as a real cache holds it; paper: as the released code simulates it (default: %(default)s)",
     )
-    audit.add_argument(
+    command.add_argument(
         "--new-tokens", metavar="N", type=int, default=24, help="longest response (default: %(default)s)"
     )
-    audit.add_argument(
-        "--batch-size", metavar="N", type=int, default=32, help="sequences decoded together (default: %(default)s)"
+    command.add_argument(
+        "--batch-size", metavar="N", type=int, default=32, help="most sequences run together (default: %(default)s)"
     )
-    audit.add_argument("--template", metavar="FILE", help="Jinja chat template, for a model without one")
-    audit.add_argument("--dtype", help="e.g. float32, bfloat16 (default: float32 on a CPU, else the checkpoint's)")
-    audit.add_argument("--device", help="e.g. cpu, cuda (default: an accelerator if there is one)")
-    audit.add_argument("--revision", help="of a hub id")
-    audit.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
-    audit.add_argument("--quiet", action="store_true", help="no progress bars")
-    audit.set_defaults(run=_audit)
-    return parser
+    command.add_argument("--template", metavar="FILE", help="Jinja chat template, for a model without one")
+    command.add_argument("--dtype", help="e.g. float32, bfloat16 (default: float32 on a CPU, else the checkpoint's)")
+    command.add_argument("--device", help="e.g. cpu, cuda (default: an accelerator if there is one)")
+    command.add_argument("--revision", help="of a hub id")
+    command.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+    command.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def _audit(arguments: argparse.Namespace) -> int:
-    # What is wrong with the input is said before torch is imported and a model loaded.
+def _checked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options of the Python functions. What is wrong is said before torch is imported and a model loaded."""
     from kvgeom.quant.scheme import Scheme, check_bits
 
-    for bits in (*arguments.bits, arguments.scan_bits):
+    options: dict[str, Any] = {}
+    for bits in (*getattr(arguments, "bits", ()), getattr(arguments, "scan_bits", 3)):
         check_bits(bits)
-    if arguments.scan_bits == 16:
+    if getattr(arguments, "scan_bits", 3) == 16:
         raise InputError("--scan-bits 16 was asked, but 16 bits round nothing; give 2-8")
     for name in ("new_tokens", "batch_size"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(arguments, name)} was asked; give a positive number")
-    scheme = Scheme.parse(f"int4-{arguments.scheme}")
+    if "scheme" in arguments:
+        options["scheme"], options["curve_bits"] = Scheme.parse(f"int4-{arguments.scheme}"), tuple(arguments.bits)
+        options["text"] = _read(arguments.text) if arguments.text else None
+    if "scan_bits" in arguments:
+        options["bits"] = arguments.scan_bits
     prompts = kvgeom.load_prompts(arguments.prompts)
-    if arguments.limit is not None:
-        prompts = prompts.take(arguments.limit)
+    options["prompts"] = prompts if arguments.limit is None else prompts.take(arguments.limit)
     from kvgeom.quant.placement import Placement
 
-    result = kvgeom.audit(
-        arguments.model,
-        arguments.out,
-        prompts=prompts,
-        scheme=scheme,
-        curve_bits=tuple(arguments.bits),
-        bits=arguments.scan_bits,
-        placement=Placement.paper() if arguments.placement == "paper" else Placement(),
-        max_new_tokens=arguments.new_tokens,
-        batch_size=arguments.batch_size,
-        progress=not arguments.quiet,
-        template=arguments.template,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        revision=arguments.revision,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    options["placement"] = Placement.paper() if arguments.placement == "paper" else Placement()
+    options |= {
+        "max_new_tokens": arguments.new_tokens,
+        "batch_size": arguments.batch_size,
+        "progress": not arguments.quiet,
+    }
+    return options
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"text {path} was asked, but it cannot be read ({error}); give a UTF-8 text file") from error
+
+
+def _loading(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("template", "dtype", "device", "revision", "trust_remote_code")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _journal(arguments: argparse.Namespace) -> Path | None:
+    if arguments.out is None:
+        return None
+    from kvgeom.paths import writable_folder
+
+    return writable_folder(arguments.out) / "journal.jsonl"
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    result = kvgeom.audit(arguments.model, arguments.out, **_checked(arguments), **_loading(arguments))
     print(f"\n{result.verdict.headline}\n")
     for sentence in result.verdict.sentences:
         print(f"  - {sentence}")
     folder = Path(arguments.out)
     print(f"\nreport: {(folder / 'report.html').resolve()}\nnumbers: {(folder / 'audit.json').resolve()}")
     return 0
+
+
+def _diagnose(arguments: argparse.Namespace) -> int:
+    options, journal = _checked(arguments), _journal(arguments)
+    found = kvgeom.diagnose(
+        arguments.model, **options, geometry=not arguments.no_geometry, journal=journal, **_loading(arguments)
+    )
+    from kvgeom.report.terminal import diagnosis_text
+
+    print(f"\n{diagnosis_text(found)}")
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    options, base = _unquantized(arguments)
+    from kvgeom.diagnosis.curve import bit_width_curve
+    from kvgeom.prompts.sets import perplexity_text
+    from kvgeom.report.terminal import curve_table
+
+    curve, _ = bit_width_curve(
+        base,
+        options["text"] or perplexity_text(),
+        bits=options["curve_bits"],
+        scheme=options["scheme"],
+        placement=options["placement"],
+        progress=options["progress"],
+    )
+    print(f"\n{curve_table(curve)}\n\nTransition: {curve.transition}")
+    return 0
+
+
+def _scan(arguments: argparse.Namespace) -> int:
+    options, base = _unquantized(arguments)
+    from kvgeom.diagnosis.scan import single_layer_scan
+    from kvgeom.quant.scheme import Scheme
+    from kvgeom.report.terminal import scan_table
+
+    scheme = Scheme(options["bits"], symmetric=True, granularity="tensor")
+    scan, _ = single_layer_scan(base, scheme=scheme, placement=options["placement"], progress=options["progress"])
+    print(f"\n{scan_table(scan)}\n\nCritical layer: {scan.meta['reason']}.")
+    return 0
+
+
+def _unquantized(arguments: argparse.Namespace) -> tuple[dict[str, Any], Baseline]:
+    """Checked options, and the unquantized model on the harmful requests."""
+    options, journal = _checked(arguments), _journal(arguments)
+    model = kvgeom.load(arguments.model, progress=options["progress"], **_loading(arguments))
+    names = ("max_new_tokens", "batch_size", "progress")
+    base = kvgeom.baseline(
+        model, options["prompts"].harmful, journal=journal, **{name: options[name] for name in names}
+    )
+    return options, base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from kvgeom.errors import InputError
@@ -25,5 +26,25 @@ def cache_dir(*parts: str) -> Path:
     except OSError as error:
         raise InputError(
             f"cannot keep files in {folder}: {error.strerror}; set KVGEOM_CACHE to a writable folder"
+        ) from error
+    return folder
+
+
+def writable_folder(out: str | Path) -> Path:
+    """Make a folder, or find it, and be sure that it can be written.
+
+    Raises
+    ------
+    InputError
+        If it cannot.
+    """
+    folder = Path(out).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"output folder {out} was asked, but it cannot be written: {error.strerror}; choose another"
         ) from error
     return folder

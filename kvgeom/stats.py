@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
@@ -60,3 +62,68 @@ def reduction_posterior(
     both, rescued, lost, _ = np.random.default_rng(seed).dirichlet(counts + 0.5, size=samples).T
     reduction: NDArray[np.float64] = 1 - (both + lost) / (both + rescued)
     return reduction
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval; all three are equal where it is taken as known."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.0%} [{self.low:.0%}, {self.high:.0%}]" if self.low < self.high else f"{self.value:.0%}"
+
+
+def reduction_estimate(before: ArrayLike, after: ArrayLike, *, seed: int = 0) -> Estimate | None:
+    """``1 - flips after / flips before`` with the interval of :func:`reduction_posterior`; None if nothing flips before."""
+    old, new = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
+    if not old.any():
+        return None
+    value = 1 - int(new.sum()) / int(old.sum())
+    low, high = (float(q) for q in np.quantile(reduction_posterior(old, new, seed=seed), [0.025, 0.975]))
+    return Estimate(value, min(low, value), max(high, value))
+
+
+def bootstrap_reduction(
+    before: ArrayLike, after: ArrayLike, *, samples: int = 2000, seed: int = 0
+) -> tuple[Interval, float]:
+    """Percentile interval of ``1 - mean(after) / mean(before)``, prompts resampled in pairs.
+
+    Parameters
+    ----------
+    before, after : array [prompts]
+        Flips (0, 1) or margins lost, of the same prompts.
+
+    Returns
+    -------
+    interval : (float, float)
+        NaN where no sample has damage that could be reduced.
+    share : float
+        Share of the samples with such damage (a positive mean before).
+    """
+    old, new = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(len(old), np.full(len(old), 1 / len(old)), size=samples) / len(old)
+    b, a = weights @ old, weights @ new
+    usable = b > 0
+    if not usable.any():
+        return (float("nan"), float("nan")), 0.0
+    low, high = np.quantile(1 - a[usable] / b[usable], [0.025, 0.975])
+    return (float(low), float(high)), float(usable.mean())
+
+
+def mcnemar(one: ArrayLike, other: ArrayLike) -> float:
+    """Exact two-sided McNemar p-value: do two recipes flip different numbers of the same prompts?
+
+    Parameters
+    ----------
+    one, other : bool array [prompts]
+        Whether each prompt flips under either recipe.
+    """
+    a, b = np.asarray(one, dtype=bool), np.asarray(other, dtype=bool)
+    only_one, only_other = int((a & ~b).sum()), int((~a & b).sum())
+    if only_one + only_other == 0:
+        return 1.0
+    return float(binomtest(only_one, only_one + only_other).pvalue)

@@ -49,7 +49,7 @@ def audit(out: Path) -> Audit:
 
 @pytest.fixture(scope="module")
 def numbers(audit: Audit, out: Path) -> dict[str, Any]:
-    assert sorted(path.name for path in out.iterdir()) == ["audit.json", "report.html"]
+    assert sorted(path.name for path in out.iterdir()) == ["audit.json", "journal.jsonl", "report.html"]
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
@@ -158,7 +158,7 @@ def test_the_page_opens_with_the_verdict_and_shows_every_part(out: Path, audit: 
         "What this does not mean",
     ):
         assert part in words
-    assert [attributes.get("class") for _, attributes in page.tags].count("plotly-graph-div") == 6
+    assert [attributes.get("class") for _, attributes in page.tags].count("plotly-graph-div") == 9
 
 
 def test_text_from_outside_is_escaped(out: Path, audit: Audit) -> None:
@@ -203,7 +203,7 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["audit.json"]
 
 
-def test_an_interrupted_audit_leaves_nothing(tmp_path: Path) -> None:
+def test_an_interrupted_audit_leaves_what_is_done_and_nothing_half_written(tmp_path: Path) -> None:
     checkpoint, out = tmp_path / "model", tmp_path / "out"
     tiny_hf_model(layers=6).save_pretrained(checkpoint)
     tiny_tokenizer().save_pretrained(checkpoint)
@@ -218,11 +218,11 @@ def test_an_interrupted_audit_leaves_nothing(tmp_path: Path) -> None:
     assert process.stderr is not None
     said = b""
     deadline = time.monotonic() + 120
-    while b"responses by bit-width" not in said and time.monotonic() < deadline:
+    while b"layers and parts" not in said and time.monotonic() < deadline:
         said += os.read(process.stderr.fileno(), 4096)
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 130, rest
     assert b"interrupted" in rest
     assert b"Traceback" not in rest
-    assert list(out.iterdir()) == []
+    assert [path.name for path in out.iterdir() if not path.name.startswith(".")] == ["journal.jsonl"]

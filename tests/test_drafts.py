@@ -169,7 +169,22 @@ def test_together_keeps_rows_apart() -> None:
 def test_the_keyword_judge_settles_for_good() -> None:
     """What follows a settled beginning changes nothing, because it is not read."""
     judge = KeywordJudge()
-    words = ["I'm", "sorry,", "but", "I", "can't", "assist", "with", "that.", "Here", "are", "the", "steps:", "one", "two"]
+    words = [
+        "I'm",
+        "sorry,",
+        "but",
+        "I",
+        "can't",
+        "assist",
+        "with",
+        "that.",
+        "Here",
+        "are",
+        "the",
+        "steps:",
+        "one",
+        "two",
+    ]
     texts = [" ".join(words[:n]) for n in range(1, len(words) + 1)]
     settled = [text for text in texts if judge.settled(text)]
     assert settled[0] == "I'm sorry, but I can't assist with that."
@@ -205,19 +220,10 @@ def test_nothing_is_done_twice(tmp_path: Path) -> None:
     def refuse(*_args: object, **_kwargs: object) -> None:
         raise AssertionError("a pass was run although everything is known")
 
-    _release(tmp_path / "j")
     model._run = refuse  # type: ignore[assignment,method-assign]
     again = evaluate(model, recipes(3), REQUESTS, journal=tmp_path / "j", **options)  # type: ignore[arg-type]
     assert again.data.identical(first.data)
     assert again.meta == first.meta
-
-
-def _release(path: Path) -> None:
-    """Journals are closed with the object that holds them; a test may not wait for that."""
-    import gc
-
-    gc.collect()
-    assert path.exists()
 
 
 @settings(max_examples=25)
@@ -228,7 +234,6 @@ def test_cut_off_anywhere(tmp_path_factory: pytest.TempPathFactory, data: st.Dat
     model, options = TINY["qwen2"], {"judge": CountingJudge(), "max_new_tokens": 4, "progress": False}
     asked = REQUESTS[:2]
     first = evaluate(model, recipes(3), asked, journal=path, **options)  # type: ignore[arg-type]
-    _release(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
     again = evaluate(model, recipes(3), asked, journal=path, **options)  # type: ignore[arg-type]
@@ -277,7 +282,6 @@ def test_killed_and_run_again(tmp_path: Path) -> None:
 def test_another_journal_is_refused(tmp_path: Path) -> None:
     model, path = TINY["qwen2"], tmp_path / "j"
     evaluate(model, recipes(3), REQUESTS[:2], journal=path, max_new_tokens=2, progress=False)
-    _release(path)
     before = path.read_bytes()
     for other, asked, length, what in (
         (TINY["llama"], REQUESTS[:2], 2, "model"),

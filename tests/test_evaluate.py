@@ -170,13 +170,17 @@ def test_perplexity() -> None:
 
 
 def test_scan(base: Baseline) -> None:
-    scan, outcomes = single_layer_scan(base, generate_top=3, progress=False)
+    scan, outcomes = single_layer_scan(base, progress=False)
     for layer in range(3):
         recipe = {"alone": Recipe.uniform(3, Scheme(3, True, "tensor"), layers=[layer])}
         alone = evaluate(TINY, recipe, base, refused_only=True, progress=False)
         drop = (alone.data.margin.sel(recipe=EXACT) - alone.data.margin.sel(recipe="alone")).mean()
         assert float(scan.data.margin_drop.sel(layer=layer)) == pytest.approx(float(drop), abs=1e-4)
         assert int(scan.data.flips.sel(layer=layer)) == alone.flips("alone")["all"]
+        assert int(scan.data.flips_degenerate.sel(layer=layer)) == alone.flips("alone")["degenerate"]
+        fine = {"alone": Recipe.uniform(3, Scheme(3, True, "channel"), layers=[layer])}
+        alone = evaluate(TINY, fine, base, refused_only=True, progress=False)
+        assert int(scan.data.flips_channel.sel(layer=layer)) == alone.flips("alone")["all"]
     most = scan.data.flips.max()
     assert scan.critical_layer is None if most == 0 else scan.data.flips.sel(layer=scan.critical_layer) == most
     assert outcomes.data.sizes["prompt"] == len(base.refused)

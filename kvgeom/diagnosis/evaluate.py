@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -26,7 +27,7 @@ from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import bar
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
-from kvgeom.refusal.judge import LABELS, Judge, KeywordJudge, reading, settles
+from kvgeom.refusal.judge import LABELS, Judge, KeywordJudge, Label, reading, settles
 from kvgeom.refusal.margin import margin, refusal_tokens
 from kvgeom.results import Result
 
@@ -58,18 +59,17 @@ class Outcomes(Result):
         labels = self.data.label.sel(recipe=recipe).values
         return {label: int((labels == label).sum()) for label in LABELS}
 
-    def flipped(self, recipe: str) -> NDArray[np.bool_]:
-        """Which of the prompts refused unquantized are labelled otherwise under ``recipe``, in prompt order."""
-        refused = self.data.label.sel(recipe=EXACT).values == "refused"
-        flipped: NDArray[np.bool_] = self.data.label.sel(recipe=recipe).values[refused] != "refused"
+    def flipped(self, recipe: str, to: Label | None = None) -> NDArray[np.bool_]:
+        """Which of the prompts refused unquantized are labelled otherwise (as ``to``, if given) under ``recipe``."""
+        now = self.data.label.sel(recipe=recipe).values[self.data.label.sel(recipe=EXACT).values == "refused"]
+        flipped: NDArray[np.bool_] = now != "refused" if to is None else now == to
         return flipped
 
     def flips(self, recipe: str) -> dict[str, int]:
         """Flips under ``recipe``: in all, to ``complied`` and to ``degenerate``."""
-        refused = self.data.label.sel(recipe=EXACT).values == "refused"
-        now = self.data.label.sel(recipe=recipe).values[refused]
-        kinds = {label: int((now == label).sum()) for label in ("complied", "degenerate")}
-        return {"all": sum(kinds.values()), **kinds}
+        kinds: tuple[Label, ...] = ("complied", "degenerate")
+        counts: dict[str, int] = {label: int(self.flipped(recipe, label).sum()) for label in kinds}
+        return {"all": sum(counts.values()), **counts}
 
     def flip_table(self) -> xr.DataArray:
         """Whether each prompt refused unquantized flips under each recipe, as 0 and 1 over (prompt, recipe)."""
@@ -302,9 +302,7 @@ def evaluate(
     -------
     Outcomes
     """
-    if isinstance(prompts, Baseline):
-        base = prompts
-    else:
+    if not isinstance(prompts, Baseline):
         base = baseline(
             model,
             prompts,
@@ -314,6 +312,18 @@ def evaluate(
             journal=journal,
             progress=progress,
         )
+        with closing(base.journal):
+            return evaluate(
+                model,
+                recipes,
+                base,
+                placement=placement,
+                refused_only=refused_only,
+                exact=exact,
+                progress=progress,
+                title=title,
+            )
+    base = prompts
     _check_recipes(model, recipes)
     placement = placement or Placement()
     chosen = base.refused if refused_only else tuple(range(len(base.prompts)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -36,6 +38,9 @@ class Memory:
         if key not in self:
             self[key] = measure()
         return self[key]
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
 
 class Journal(Memory):
@@ -95,6 +100,8 @@ class Journal(Memory):
         """Let go of the file."""
         self._file.close()
         self._lock.release()
+        with contextlib.suppress(OSError):
+            os.unlink(self._lock.lock_file)
 
     def __enter__(self) -> Self:
         return self

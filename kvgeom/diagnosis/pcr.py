@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from kvgeom.diagnosis.evaluate import Baseline, evaluate
+from kvgeom.diagnosis.evaluate import EXACT, Baseline, evaluate
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
-from kvgeom.stats import reduction_posterior
+from kvgeom.stats import bootstrap_reduction, reduction_estimate
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -22,6 +22,36 @@ if TYPE_CHECKING:
 THRESHOLDS = (0.3, 0.7)
 #: Estimates of the prompts still needed are said only up to here; beyond, a small change of PCR changes them wholly.
 MANY_PROMPTS = 1000
+
+
+@dataclass(frozen=True)
+class MarginPCR:
+    """``1 - margin lost (per-channel) / margin lost (per-tensor)`` at one layer, means over the refused prompts.
+
+    Attributes
+    ----------
+    value : float or None
+        None where per-tensor rounding loses no margin.
+    ci : (float, float) or None
+        95 % interval, prompts resampled in pairs; None where not even 95 % of the samples lose margin per-tensor.
+    drop_tensor, drop_channel : float
+        Nats.
+    """
+
+    value: float | None
+    ci: tuple[float, float] | None
+    drop_tensor: float
+    drop_channel: float
+
+
+def margin_reduction(tensor: ArrayLike, channel: ArrayLike, *, seed: int = 0) -> MarginPCR:
+    """PCR of the margin, from what each refused prompt loses under per-tensor and per-channel rounding (nats)."""
+    old, new = np.asarray(tensor, dtype=float), np.asarray(channel, dtype=float)
+    before, after = (float(x.mean()) if len(x) else float("nan") for x in (old, new))
+    if not before > 0:
+        return MarginPCR(None, None, before, after)
+    interval, usable = bootstrap_reduction(old, new, seed=seed)
+    return MarginPCR(1 - after / before, interval if usable >= 0.95 else None, before, after)
 
 
 @dataclass(frozen=True)
@@ -43,6 +73,11 @@ class PCR:
         Flips under per-tensor and per-channel rounding of this layer alone.
     prompts : int
         Prompts refused unquantized, all of which were tried under both.
+    bootstrap_ci : (float, float) or None
+        Percentile interval of a bootstrap over prompts in pairs, for comparison: it knows only what was seen, and
+        takes "3 of 3 rescued" for certainty.
+    by_margin : MarginPCR or None
+        The same from the refusal margin, which needs no generation.
     """
 
     value: float | None
@@ -54,10 +89,16 @@ class PCR:
     flips_tensor: int
     flips_channel: int
     prompts: int
+    bootstrap_ci: tuple[float, float] | None = None
+    by_margin: MarginPCR | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {**asdict(self), "ci": list(self.ci) if self.ci else None}
+        plain = asdict(self)
+        plain["ci"], plain["bootstrap_ci"] = (list(x) if x else None for x in (self.ci, self.bootstrap_ci))
+        if self.by_margin is not None:
+            plain["by_margin"]["ci"] = list(self.by_margin.ci) if self.by_margin.ci else None
+        return plain
 
     def plot(self) -> go.Figure:
         """The value, its interval, and the published thresholds."""
@@ -115,7 +156,10 @@ def per_channel_reduction(
         progress=progress,
         title=f"PCR at layer {layer}, {(placement or Placement()).where}",
     )
-    return reduction(outcomes.flipped("tensor"), outcomes.flipped("channel"), layer=layer, bits=tensor.bits)
+    drops = outcomes.data.margin.sel(recipe=EXACT) - outcomes.data.margin
+    by_margin = margin_reduction(drops.sel(recipe="tensor").values, drops.sel(recipe="channel").values)
+    found = reduction(outcomes.flipped("tensor"), outcomes.flipped("channel"), layer=layer, bits=tensor.bits)
+    return replace(found, by_margin=by_margin)
 
 
 def reduction(tensor: ArrayLike, channel: ArrayLike, *, layer: int, bits: int, seed: int = 0) -> PCR:
@@ -128,16 +172,20 @@ def reduction(tensor: ArrayLike, channel: ArrayLike, *, layer: int, bits: int, s
     """
     old, new = np.asarray(tensor, dtype=bool), np.asarray(channel, dtype=bool)
     flips_old, flips_new, n = int(old.sum()), int(new.sum()), len(old)
-    if flips_old == 0:
+    estimate = reduction_estimate(old, new, seed=seed)
+    if estimate is None:
         reason = f"per-tensor rounding of layer {layer} flips none of {n} refusals, so there is nothing to reduce"
         return PCR(None, None, "undetermined", reason, layer, bits, flips_old, flips_new, n)
-    value = 1 - flips_new / flips_old
-    low, high = (float(q) for q in np.quantile(reduction_posterior(old, new, seed=seed), [0.025, 0.975]))
-    low, high = min(low, value), max(high, value)
+    value, low, high = estimate.value, estimate.low, estimate.high
     counts = f"{flips_old} flips per-tensor, {flips_new} per-channel, of {n} refusals"
     interval = f"95 % interval {low:.0%} to {high:.0%}"
+    boot, _ = bootstrap_reduction(old, new, seed=seed)
+
+    def found(status: Literal["determined", "undetermined"], reason: str) -> PCR:
+        return PCR(value, (low, high), status, reason, layer, bits, flips_old, flips_new, n, boot)
+
     if _class(low) == _class(high):
-        return PCR(value, (low, high), "determined", f"{counts}: {interval}", layer, bits, flips_old, flips_new, n)
+        return found("determined", f"{counts}: {interval}")
     more = _more_prompts(value, low, high, n)
     if more is None:
         needed = "it lies on a class border"
@@ -145,8 +193,7 @@ def reduction(tensor: ArrayLike, channel: ArrayLike, *, layer: int, bits: int, s
         needed = f"it lies so near a class border that over {MANY_PROMPTS:,} more refused prompts would be needed"
     else:
         needed = f"about {more} more refused prompts would settle it"
-    reason = f"{counts}: {interval} spans more than one class; {needed}"
-    return PCR(value, (low, high), "undetermined", reason, layer, bits, flips_old, flips_new, n)
+    return found("undetermined", f"{counts}: {interval} spans more than one class; {needed}")
 
 
 def _class(value: float) -> int:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from kvgeom.diagnosis.evaluate import Baseline, Outcomes, evaluate
-from kvgeom.geometry.causal import patch_layers
+from kvgeom.diagnosis.evaluate import EXACT, Baseline, Outcomes, evaluate
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
-from kvgeom.quant.scheme import Scheme
+from kvgeom.quant.scheme import Granularity, Scheme
 from kvgeom.results import Result
 from kvgeom.stats import bootstrap_means, wilson
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+#: Scales for the whole tensor, and for each channel: PCR compares them.
+GRANULARITIES: tuple[Granularity, ...] = ("tensor", "channel")
 
 
 @dataclass(frozen=True, repr=False)
@@ -29,8 +32,9 @@ class Scan(Result):
 
     - ``margin_drop``: mean loss of the refusal margin (nats) over the prompts refused unquantized,
       with its bootstrap 95 % interval ``margin_low``, ``margin_high``;
-    - ``flips``: flips among these prompts where responses were generated, NaN elsewhere;
-    - ``flip_rate``, ``ci_low``, ``ci_high``: the same as a rate with its Wilson interval.
+    - ``flips``: flips among these prompts, split into ``flips_complied`` and ``flips_degenerate``;
+    - ``flip_rate``, ``ci_low``, ``ci_high``: the same as a rate with its Wilson interval;
+    - ``margin_drop_channel``, ``flips_channel``: with a scale for each channel instead.
 
     ``meta`` holds ``scheme``, ``bits``, ``placement``, ``prompts`` (refused unquantized), ``critical_layer``
     (int or None) and ``reason`` (why this layer, or why none).
@@ -57,78 +61,79 @@ class Scan(Result):
         return layer_scan(self)
 
 
+def single_layers(n_layers: int, scheme: Scheme, layers: Iterable[int] | None = None) -> dict[str, Recipe]:
+    """The recipes of a scan: ``"layer 0 tensor"``, ``"layer 0 channel"``, ..."""
+    return {
+        f"layer {layer} {granularity}": Recipe.uniform(
+            n_layers, replace(scheme, granularity=granularity, group_size=None), layers=[layer]
+        )
+        for layer in (range(n_layers) if layers is None else layers)
+        for granularity in GRANULARITIES
+    }
+
+
 def single_layer_scan(
     base: Baseline,
     *,
     scheme: Scheme | None = None,
     placement: Placement | None = None,
-    generate_top: int = 3,
     progress: bool = True,
 ) -> tuple[Scan, Outcomes]:
-    """Round each layer alone: the margin for all of them, responses for those where it matters.
+    """Round each layer alone, per-tensor and per-channel, and see which refusals are lost.
 
-    The margin costs half a forward pass per layer and prompt: the layers below the rounded one are not run
-    again. Responses are generated for the ``generate_top`` layers that lose most margin, and for any other
-    layer that changes the first token of at least a tenth of the refusals.
+    Per prompt this is about one pass, half a pass for each layer and granularity, and decoding of what diverges.
 
     Parameters
     ----------
     base : Baseline
         The unquantized model; only the prompts that it refuses are used.
     scheme : Scheme, optional
-        3-bit symmetric per-tensor by default, as in the paper's released code.
+        3-bit symmetric by default, as in the paper's released code; its granularity is ignored.
     placement : Placement, optional
-    generate_top : int
 
     Returns
     -------
     (Scan, Outcomes)
-        The outcomes hold the responses, by recipe ``"layer 0"``, ...
+        The outcomes hold the responses, by recipe ``"layer 0 tensor"``, ``"layer 0 channel"``, ...
     """
-    model, n_layers = base.model, base.model.geometry.layers
-    scheme = scheme or Scheme(3, symmetric=True, granularity="tensor")
-    recipes = {layer: Recipe.uniform(n_layers, scheme, layers=[layer]) for layer in range(n_layers)}
-    patched = patch_layers(
-        model,
-        [base.prompts[index] for index in base.refused],
-        {"scan": scheme},
-        base.refusal_tokens,
-        placement=placement,
-        progress=progress,
-        title="margin, single layers",
-    )
-    drops = patched.margin_drop.sel(scheme="scan").values
-    openings = np.isin(patched.data.token.sel(scheme="scan").values, list(base.refusal_tokens))
-    layers = _worth_generating(drops, openings, generate_top) if base.refused else []
+    n_layers, refused = base.model.geometry.layers, len(base.refused)
+    scheme = replace(scheme or Scheme(3, symmetric=True), granularity="tensor", group_size=None)
     outcomes = evaluate(
-        model,
-        {f"layer {layer}": recipes[layer] for layer in layers},
+        base.model,
+        single_layers(n_layers, scheme),
         base,
         placement=placement,
         refused_only=True,
         progress=progress,
-        title="responses, single layers",
+        title="single layers",
     )
-    flips = np.full(n_layers, np.nan)
-    for layer in layers:
-        flips[layer] = outcomes.flips(f"layer {layer}")["all"]
-    critical, reason = _critical_layer(flips, drops, len(base.refused))
-    intervals = [wilson(int(f), len(base.refused)) if np.isfinite(f) else (np.nan, np.nan) for f in flips]
-    low, high = bootstrap_means(drops) if base.refused else np.full((2, n_layers), np.nan)
+    names = {g: [f"layer {layer} {g}" for layer in range(n_layers)] for g in GRANULARITIES}
+    flips = {g: [outcomes.flips(name) for name in names[g]] for g in GRANULARITIES}
+    lost = outcomes.data.margin.sel(recipe=EXACT) - outcomes.data.margin
+    drops = {g: lost.sel(recipe=names[g]).transpose("prompt", "recipe").values for g in GRANULARITIES}
+    means = {g: d.mean(0) if refused else np.full(n_layers, np.nan) for g, d in drops.items()}
+    counts = np.array([found["all"] for found in flips["tensor"]])
+    critical, reason = _critical_layer(counts, means["tensor"], refused)
+    intervals = np.array([wilson(int(count), refused) for count in counts])
+    low, high = bootstrap_means(drops["tensor"]) if refused else np.full((2, n_layers), np.nan)
     columns = {
-        "margin_drop": drops.mean(0) if base.refused else np.full(n_layers, np.nan),
+        "margin_drop": means["tensor"],
         "margin_low": low,
         "margin_high": high,
-        "flips": flips,
-        "flip_rate": flips / len(base.refused) if base.refused else flips,
-        "ci_low": np.array([interval[0] for interval in intervals]),
-        "ci_high": np.array([interval[1] for interval in intervals]),
+        "flips": counts,
+        "flips_complied": np.array([found["complied"] for found in flips["tensor"]]),
+        "flips_degenerate": np.array([found["degenerate"] for found in flips["tensor"]]),
+        "flip_rate": counts / refused if refused else np.full(n_layers, np.nan),
+        "ci_low": intervals[:, 0],
+        "ci_high": intervals[:, 1],
+        "margin_drop_channel": means["channel"],
+        "flips_channel": np.array([found["all"] for found in flips["channel"]]),
     }
     meta = {
         **{key: outcomes.meta[key] for key in ("model", "fingerprint", "placement", "judge", "max_new_tokens")},
         "scheme": str(scheme),
         "bits": scheme.bits,
-        "prompts": len(base.refused),
+        "prompts": refused,
         "critical_layer": critical,
         "reason": reason,
     }
@@ -138,19 +143,12 @@ def single_layer_scan(
     return Scan(data, meta), outcomes
 
 
-def _worth_generating(drops: NDArray[np.float64], refuses: NDArray[np.bool_], top: int) -> list[int]:
-    worst = np.argsort(-drops.mean(0), kind="stable")[:top]
-    changed = np.flatnonzero((~refuses).mean(0) >= 0.1)
-    return sorted({int(layer) for layer in (*worst, *changed)})
-
-
-def _critical_layer(flips: NDArray[np.float64], drops: NDArray[np.float64], refused: int) -> tuple[int | None, str]:
+def _critical_layer(flips: NDArray[np.integer], drops: NDArray[np.floating], refused: int) -> tuple[int | None, str]:
     """The layer that flips most; of equals, the one that loses most margin."""
     if refused == 0:
         return None, "the model refuses none of the prompts, so nothing can flip"
-    most = np.nanmax(flips)
-    if most == 0:
+    if not flips.any():
         return None, "no single layer flips a refusal"
-    tied = np.flatnonzero(flips == most)
-    critical = int(tied[np.argmax(drops.mean(0)[tied])])
-    return critical, f"rounding layer {critical} alone flips {int(most)} of {refused} refusals, the most of any layer"
+    tied = np.flatnonzero(flips == flips.max())
+    critical = int(tied[np.argmax(drops[tied])])
+    return critical, f"rounding layer {critical} alone flips {flips.max()} of {refused} refusals, the most of any layer"

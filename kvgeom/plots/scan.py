@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from kvgeom.diagnosis.taxonomy import CRITICAL_FLIP_RATE
+from kvgeom.diagnosis.taxonomy import PUBLISHED
 from kvgeom.plots.theme import (
     ACCENT,
     INK,
@@ -138,10 +138,10 @@ def _flips(figure: go.Figure, scan: Scan, refused: int) -> None:
         row=2,
         col=1,
     )
-    figure.add_hline(y=CRITICAL_FLIP_RATE, line={"color": MUTED, "width": 1, "dash": "dot"}, row=2, col=1)
+    figure.add_hline(y=PUBLISHED.critical, line={"color": MUTED, "width": 1, "dash": "dot"}, row=2, col=1)
     figure.add_annotation(
-        text=f"critical above {percent(CRITICAL_FLIP_RATE)}",
-        xref="x domain", yref="y", x=1, y=CRITICAL_FLIP_RATE, xanchor="right", yanchor="bottom",
+        text=f"critical above {percent(PUBLISHED.critical)}",
+        xref="x domain", yref="y", x=1, y=PUBLISHED.critical, xanchor="right", yanchor="bottom",
         showarrow=False, font={"size": 11, "color": MUTED}, row=2, col=1,
     )  # fmt: skip
 

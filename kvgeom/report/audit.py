@@ -9,11 +9,12 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from kvgeom.diagnosis.ablation import Ablation
 from kvgeom.diagnosis.curve import Curve
 from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
 from kvgeom.diagnosis.pcr import PCR
@@ -23,6 +24,7 @@ from kvgeom.errors import InputError
 from kvgeom.geometry.sensitivity import Sensitivity
 from kvgeom.models.load import load
 from kvgeom.models.model import Model
+from kvgeom.paths import writable_folder
 from kvgeom.prompts.sets import PromptSet, calibration
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.scheme import Scheme, check_bits
@@ -43,7 +45,7 @@ class Audit:
     ----------
     model, prompts, settings, baseline : dict
         See docs/schema.md.
-    curve, scan, pcr, pcr_paper, mode, sensitivity
+    curve, scan, pcr, pcr_paper, mode, ablation, channels, sensitivity
         See :class:`~kvgeom.diagnosis.diagnose.Diagnosis`.
     responses : tuple of dict
         Some flipped prompts: ``bits``, ``request``, ``baseline``, ``response``, ``label``, ``reason``.
@@ -59,6 +61,8 @@ class Audit:
     pcr: PCR
     pcr_paper: PCR
     mode: Mode
+    ablation: Ablation
+    channels: Ablation
     sensitivity: Sensitivity
     responses: tuple[dict[str, Any], ...]
     verdict: Verdict
@@ -81,7 +85,6 @@ class Audit:
         layers = [_ci(row) for row in self.scan.to_frame().to_dict("records")]
         for row in layers:
             row["margin_ci"] = [row.pop("margin_low"), row.pop("margin_high")]
-            row["flips"] = None if math.isnan(row["flips"]) else int(row["flips"])
         names = [name for name, variable in self.sensitivity.data.items() if variable.dims == ("layer", "site")]
         sensitivity = self.sensitivity.data[names].to_dataframe().reset_index().to_dict("records")
         plain: dict[str, Any] = _json(
@@ -99,6 +102,8 @@ class Audit:
                 "pcr_paper": self.pcr_paper.to_dict(),
                 "mode": self.mode.to_dict(),
                 "sensitivity": sensitivity,
+                "transition": {**asdict(self.curve.transition), "words": str(self.curve.transition)},
+                "ablation": [_ci(row) for part in (self.ablation, self.channels) for row in _records(part)],
                 "channels": self._channels(),
                 "responses": list(self.responses),
             }
@@ -139,6 +144,7 @@ def audit(
     bits: int = 3,
     placement: Placement | None = None,
     judge: Judge | None = None,
+    text: str | None = None,
     max_new_tokens: int = 24,
     batch_size: int = 32,
     progress: bool = True,
@@ -151,8 +157,9 @@ def audit(
     ----------
     model : anything that :func:`kvgeom.load` takes
     out : str or Path, optional
-        Folder for ``audit.json`` and ``report.html``; without it nothing is written.
-    prompts, scheme, curve_bits, bits, placement, judge, max_new_tokens, batch_size, progress, seed
+        Folder for ``audit.json``, ``report.html`` and ``journal.jsonl``, from which an interrupted audit goes on;
+        without it nothing is written.
+    prompts, scheme, curve_bits, bits, placement, judge, text, max_new_tokens, batch_size, progress, seed
         See :func:`kvgeom.diagnose`.
     **load_options
         Go to :func:`kvgeom.load`.
@@ -179,6 +186,8 @@ def audit(
         bits=bits,
         placement=placement,
         judge=judge,
+        text=text,
+        journal=None if out is None else writable_folder(out) / "journal.jsonl",
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         progress=progress,
@@ -231,7 +240,9 @@ def _audit(model: Model, prompts: PromptSet, found: Diagnosis, *, seed: int, sec
         pcr=found.pcr,
         pcr_paper=found.pcr_paper,
         mode=found.mode,
-        sensitivity=found.sensitivity,
+        ablation=found.ablation,
+        channels=found.channels,
+        sensitivity=cast(Sensitivity, found.sensitivity),  # it was asked for
         responses=_examples(found),
         verdict=conclude(found.curve, found.mode),
     )
@@ -259,26 +270,6 @@ def _examples(found: Diagnosis, per_width: int = 3) -> tuple[dict[str, Any], ...
     return tuple(examples)
 
 
-def writable_folder(out: str | Path) -> Path:
-    """Make a folder, or find it, and be sure that it can be written.
-
-    Raises
-    ------
-    InputError
-        If it cannot.
-    """
-    folder = Path(out).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"output folder {out} was asked, but it cannot be written: {error.strerror}; choose another"
-        ) from error
-    return folder
-
-
 def _write_whole(path: Path, text: str) -> Path:
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
@@ -290,6 +281,11 @@ def _write_whole(path: Path, text: str) -> Path:
         os.unlink(partial)
         raise
     return path
+
+
+def _records(ablation: Ablation) -> list[dict[Any, Any]]:
+    records: list[dict[Any, Any]] = ablation.to_frame().to_dict("records")
+    return records
 
 
 def _ci(row: Mapping[Any, Any]) -> dict[str, Any]:

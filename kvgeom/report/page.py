@@ -5,8 +5,10 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from kvgeom.plots.ablation import ablation_bars
 from kvgeom.plots.channels import channel_loading, outlier_share
 from kvgeom.plots.curve import bit_curve
+from kvgeom.plots.mode import mode_card
 from kvgeom.plots.pcr import pcr_interval
 from kvgeom.plots.scan import layer_scan
 from kvgeom.plots.sensitivity import ratio_map
@@ -37,6 +39,7 @@ def render(audit: Audit) -> str:
     return template.render(
         audit=audit,
         cards=_cards(audit),
+        mode_figure=Markup(_drawn(mode_card(audit.mode))),  # noqa: S704
         sections=[{**section, "figure": Markup(section["figure"])} for section in _sections(audit)],  # noqa: S704  # plotly escapes its JSON
         provenance=_provenance(audit),
         plotly=Markup(get_plotlyjs()),  # noqa: S704
@@ -75,19 +78,20 @@ def _sections(audit: Audit) -> list[dict[str, Any]]:
     which = (
         "the critical layer" if critical is not None else "the layer with the largest key ratio (no layer is critical)"
     )
+    where = f"of layer {critical}" if critical is not None else "of every layer"
     return [
         _section(
             "Behaviour and perplexity as the cache loses bits",
             "Precision falls from left to right. Top: the label of every harmful request. Middle: the share of the unquantized "
             "refusals that is lost, with 95 % intervals. Bottom: perplexity of plain text against the unquantized model; "
-            "refusals that vanish while this line is still flat are lost unnoticed.",
+            f"refusals that vanish while this line is still flat are lost unnoticed. Transition: {audit.curve.transition}.",
             bit_curve(audit.curve),
             audit.curve.to_frame(),
         ),
         _section(
             "Which layers carry refusal through the cache",
             f"Each layer is rounded alone ({audit.settings['scan_scheme']}; {placement}). Top: how much less firmly the model "
-            "begins a refusal (95 % intervals). Bottom: refusals really lost, for the layers where responses were generated. "
+            "begins a refusal (95 % intervals). Bottom: refusals really lost. "
             + audit.scan.meta["reason"].capitalize()
             + ".",
             layer_scan(audit.scan),
@@ -100,6 +104,20 @@ def _sections(audit: Audit) -> list[dict[str, Any]]:
             "the paper's released code does it, where decoded tokens escape per-channel rounding: the two are different quantities.",
             pcr_interval(audit.pcr, audit.pcr_paper, names=("as a cache holds it", "paper's simulation")),
             _pcr_table(audit),
+        ),
+        _section(
+            "What has to be rounded for refusals to be lost",
+            "Parts of the cache, rounded alike. The dotted line is all layers at once; a row that comes near it has what matters. "
+            "Grey rows cannot be told from it. Keeping the worst layer helps only if one layer is the cause.",
+            ablation_bars(audit.ablation),
+            audit.ablation.to_frame(),
+        ),
+        _section(
+            "Which channels have to be rounded",
+            f"Only some channels {where} lose precision, with the scales that all share. Outliers are the largest "
+            "twentieth of each layer's channels; random ones are as many of the others.",
+            ablation_bars(audit.channels),
+            audit.channels.to_frame(),
         ),
         _section(
             "How exposed the safety direction is, by layer and site",
@@ -126,8 +144,12 @@ def _sections(audit: Audit) -> list[dict[str, Any]]:
 
 
 def _section(title: str, text: str, figure: go.Figure, table: pd.DataFrame | None) -> dict[str, Any]:
-    drawn = figure.to_html(full_html=False, include_plotlyjs=False, config=_CONFIG)
-    return {"title": title, "text": text, "figure": drawn, "table": None if table is None else _cells(table)}
+    return {"title": title, "text": text, "figure": _drawn(figure), "table": None if table is None else _cells(table)}
+
+
+def _drawn(figure: go.Figure) -> str:
+    drawn: str = figure.to_html(full_html=False, include_plotlyjs=False, config=_CONFIG)
+    return drawn
 
 
 def _cells(table: pd.DataFrame) -> dict[str, Any]:
@@ -146,8 +168,17 @@ def _number(value: Any) -> str:
 def _pcr_table(audit: Audit) -> pd.DataFrame:
     import pandas as pd
 
-    rows = [{"placement": name, **pcr.to_dict()} for name, pcr in (("cache", audit.pcr), ("paper", audit.pcr_paper))]
+    rows = [
+        {"placement": name, **_without_parts(pcr.to_dict())}
+        for name, pcr in (("cache", audit.pcr), ("paper", audit.pcr_paper))
+    ]
     return pd.DataFrame(rows)
+
+
+def _without_parts(pcr: dict[str, Any]) -> dict[str, Any]:
+    """One cell for each number: the reduction of the margin as its value alone."""
+    by_margin = pcr.pop("by_margin")
+    return {**pcr, "by_margin": None if by_margin is None else by_margin["value"]}
 
 
 def _sensitivity_table(audit: Audit) -> pd.DataFrame:

@@ -1,0 +1,1 @@
+"""What arXiv:2606.09864 has published, and the same from here."""

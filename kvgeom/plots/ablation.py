@@ -1,0 +1,71 @@
+"""What of a cache must be rounded for refusals to be lost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+
+from kvgeom.plots.theme import ACCENT, MUTED, PLAIN, UNDETERMINED, finish, percent, plain
+
+if TYPE_CHECKING:
+    from kvgeom.diagnosis.ablation import Ablation
+
+
+def ablation_bars(ablation: Ablation) -> go.Figure:
+    """Share of the refusals that flips under each recipe, in families.
+
+    How to read it: each row rounds a part of the cache; the bar is the share of the unquantized refusals that is lost,
+    its whiskers the Wilson 95 % interval. The dotted line is the reference (red), in which everything is rounded: a row that comes
+    near it has what matters. Grey rows cannot be told from the reference (exact McNemar p above 5 %).
+
+    Parameters
+    ----------
+    ablation : Ablation
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        y: families and recipes; x: flip rate.
+    """
+    data, reference, n = ablation.data, ablation.meta["reference"], ablation.meta["prompts"]
+    rate, low, high = (data[name].values.astype(float) for name in ("flip_rate", "ci_low", "ci_high"))
+    names = [str(name) for name in data.recipe.values]
+    colours = [
+        ACCENT if name == reference else UNDETERMINED if p > 0.05 else PLAIN
+        for name, p in zip(names, data.p.values, strict=True)
+    ]
+    figure = go.Figure()
+    figure.add_bar(
+        y=[[plain(family) for family in data.family.values], [plain(name) for name in names]],
+        x=rate,
+        orientation="h",
+        marker_color=colours,
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": np.maximum(0, high - rate),
+            "arrayminus": np.maximum(0, rate - low),
+            "color": MUTED,
+            "thickness": 1,
+        },
+        customdata=np.stack(
+            [data.flips.values, data.flips_complied.values, data.flips_degenerate.values, data.p.values], axis=1
+        ),
+        hovertemplate="%{y}<br>%{customdata[0]:.0f} of "
+        + str(n)
+        + " flip: %{customdata[1]:.0f} comply, %{customdata[2]:.0f} break down"
+        + "<br>McNemar against the reference p = %{customdata[3]:.2g}<extra></extra>",
+        showlegend=False,
+    )
+    whole = float(data.flip_rate.sel(recipe=reference))
+    if np.isfinite(whole):
+        figure.add_vline(x=whole, line={"color": ACCENT, "width": 1, "dash": "dot"})
+        figure.add_annotation(
+            x=whole, y=1, yref="paper", yanchor="bottom", showarrow=False, font={"size": 11, "color": MUTED},
+            text=f"{plain(reference)} {percent(whole)}",
+        )  # fmt: skip
+    figure.update_xaxes(title_text=f"share of {n} refusals lost", tickformat=".0%", range=[0, 1.02])
+    figure.update_yaxes(autorange="reversed")
+    return finish(figure, 120 + 22 * len(names))
