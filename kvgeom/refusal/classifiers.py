@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvgeom.errors import InputError, KvgeomError, ModelError
-from kvgeom.models.load import _best_device, _check_folder, _check_hub
-from kvgeom.models.quiet import quiet_transformers
+from kvgeom.errors import InputError, ModelError
+from kvgeom.models.load import _check_folder
 from kvgeom.progress import bar
+from kvgeom.refusal.guard_model import GuardModel, check_access, load_guard
 from kvgeom.refusal.guards import GUARDS, Guard, recognise
 from kvgeom.refusal.judge import KeywordJudge, Verdict
 
@@ -84,7 +84,7 @@ def classifier(
             f"{name} was asked as a judge, but there is no such folder; give one, or a hub id (owner/name)"
         )
     else:
-        _check_access(name, revision)
+        check_access(name, revision)
     return ClassifierJudge(
         name, guard, keyword or KeywordJudge(), device, dtype, revision, batch_size, progress, options
     )
@@ -126,8 +126,7 @@ class ClassifierJudge:
         self.batch_size, self.progress = batch_size, progress
         self.asked = self.unread = 0
         self._device, self._dtype, self._revision, self._options = device, dtype, revision, options
-        self._loaded: tuple[Any, Any] | None = None
-        self._parts = False  # whether the chat template wants contents as lists of parts
+        self._loaded: GuardModel | None = None
 
     @property
     def name(self) -> str:
@@ -235,55 +234,11 @@ class ClassifierJudge:
         return Verdict("complied", reason)
 
     def _ask(self, pairs: list[tuple[str, str]]) -> Iterator[tuple[int, str | None]]:
-        """Index and answer of every pair of request and response, the short ones first."""
         if not pairs:
             return
-        import torch
-
-        model, tokenizer = self._load()
-        prompts = [self._prompt(tokenizer, *pair) for pair in pairs]
-        with quiet_transformers():
-            ids = tokenizer(prompts, add_special_tokens=self.guard.special_tokens)["input_ids"]
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            fits = [index for index in batch if len(ids[index]) + self.guard.new_tokens <= context]
-            said: dict[int, str] = {}
-            if fits:
-                with quiet_transformers(), torch.inference_mode():
-                    padded = tokenizer.pad({"input_ids": [ids[index] for index in fits]}, return_tensors="pt")
-                    texts = self._answer(model, tokenizer, padded.to(model.device))
-                said = dict(zip(fits, texts, strict=True))
-            yield from ((index, said.get(index)) for index in batch)
-
-    def _answer(self, model: Any, tokenizer: Any, padded: Any) -> list[str]:
-        if not self.guard.new_tokens:
-            return [model.config.id2label[index] for index in model(**padded).logits.argmax(-1).tolist()]
-        tokens = model.generate(
-            **padded,
-            max_new_tokens=self.guard.new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        answers: list[str] = tokenizer.batch_decode(tokens[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
-        return answers
-
-    def _prompt(self, tokenizer: Any, request: str, response: str) -> str:
-        if self.guard.prompt is not None:
-            return self.guard.prompt.format(request=request, response=response)
-        return _chat(tokenizer, request, response, self._parts)
-
-    def _load(self) -> tuple[Any, Any]:
         if self._loaded is None:
-            model, tokenizer = _from_pretrained(
-                self.source, self.guard, self._device, self._dtype, self._revision, self._options
-            )
-            if self.guard.prompt is None:
-                self._parts = _wants_parts(tokenizer, self.source)
-            self._loaded = model, tokenizer
-        return self._loaded
+            self._loaded = load_guard(self.source, self.guard, self._device, self._dtype, self._revision, self._options)
+        yield from self._loaded.ask(pairs, self.batch_size)
 
 
 def _measured(value: float) -> Callable[[], float]:
@@ -293,97 +248,3 @@ def _measured(value: float) -> Callable[[], float]:
         return value
 
     return likelihood
-
-
-def _chat(tokenizer: Any, request: str, response: str, parts: bool) -> str:
-    def content(text: str) -> Any:
-        return [{"type": "text", "text": text}] if parts else text
-
-    turns = [{"role": "user", "content": content(request)}, {"role": "assistant", "content": content(response)}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-
-
-def _wants_parts(tokenizer: Any, source: str) -> bool:
-    """Whether contents must be lists of parts, as for Llama Guard 3 1B and 4, or plain texts, as for 2 and 3 8B."""
-    if not tokenizer.chat_template:
-        raise ModelError(f"{source} was asked as a judge, but its tokenizer has no chat template, which is its prompt")
-    for parts in (False, True):
-        try:
-            shown = _chat(tokenizer, "the-request", "the-response", parts)
-        except Exception:  # noqa: S112 -- a template may do anything with contents that it does not expect
-            continue
-        if "the-request" in shown and "the-response" in shown:
-            return parts
-    raise ModelError(f"{source} was asked as a judge, but its chat template does not show a request and a response")
-
-
-def _check_access(name: str, revision: str | None) -> None:
-    """Whether the hub has the model and would hand it out: better asked now than after an audit."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError
-
-    _check_hub(name, revision)
-    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
-        return
-    try:
-        HfApi().auth_check(name)
-    except GatedRepoError as error:
-        raise InputError(
-            f"{name} was asked as a judge, but its terms have to be accepted first: at https://huggingface.co/{name}, "
-            "then run: hf auth login"
-        ) from error
-
-
-def _from_pretrained(
-    source: str,
-    guard: Guard,
-    device: str | None,
-    dtype: torch.dtype | str | None,
-    revision: str | None,
-    options: dict[str, Any],
-) -> tuple[Any, Any]:
-    """The classifier and its tokenizer, ready for batches."""
-    import torch
-    import transformers
-
-    device = device or _best_device()
-    dtype = dtype or (torch.float32 if device == "cpu" else "auto")
-    asked = f"{source} was asked as a judge, but"
-    try:
-        with quiet_transformers():
-            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
-            config = transformers.AutoConfig.from_pretrained(source, revision=revision)
-            auto: Any = transformers.AutoModelForSequenceClassification
-            if guard.new_tokens:
-                several = hasattr(config, "vision_config")  # Llama Guard 4, and the vision variant of 3
-                auto = transformers.AutoModelForImageTextToText if several else transformers.AutoModelForCausalLM
-            model, report = auto.from_pretrained(
-                source, dtype=dtype, revision=revision, use_safetensors=True, output_loading_info=True, **options
-            )
-            if "device_map" not in options and not getattr(model, "is_quantized", False):
-                model = model.to(device)
-    except KvgeomError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"{asked} it cannot be loaded: {reason.strip()}") from error
-    if report["missing_keys"]:  # transformers would make them up
-        raise InputError(
-            f"{asked} it has no weights for {sorted(report['missing_keys'])[0]}; is it of kind {guard.kind}?"
-        )
-    if not guard.new_tokens:
-        _name_classes(model.config, guard, asked)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is None:
-        raise ModelError(f"{asked} its tokenizer has neither a padding nor an end token")
-    tokenizer.padding_side = "left" if guard.new_tokens else "right"
-    return model.eval(), tokenizer
-
-
-def _name_classes(config: Any, guard: Guard, asked: str) -> None:
-    names = [str(config.id2label[index]) for index in range(config.num_labels)]
-    if names == [f"LABEL_{index}" for index in range(len(guard.classes))]:
-        config.id2label = dict(enumerate(guard.classes))
-    elif sorted(guard.read(name) is None for name in names) != [False, False]:
-        raise ModelError(f"{asked} its classes are {', '.join(names)}; {guard.kind} has {', '.join(guard.classes)}")
