@@ -196,6 +196,14 @@ def test_answers_are_those_of_one_at_a_time(random_mistral: Path) -> None:
         assert judge.answers([q for q, _ in rows], [r for _, r in rows]) == expected
 
 
+@pytest.mark.parametrize("name", ["llama-guard", "llama-guard (parts)", "llama-guard (vision)"])
+def test_both_forms_of_chat_template_show_the_texts(guards: dict[str, Path], name: str) -> None:
+    judge = judge_of(guards[name], name)
+    judge.answers(["q"], ["r"])
+    assert judge._loaded is not None
+    assert judge._loaded._prompt("May I?", "You {may}.") == "user: May I?\nassistant: You {may}.\nSafe or unsafe?"
+
+
 # ---- deciding ----
 
 

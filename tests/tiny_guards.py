@@ -15,7 +15,7 @@ from tests.tiny import SPECIAL, tiny_tokenizer
 TEXTS = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}Safe or unsafe?"
 PARTS = (
     "{% for m in messages %}{{ m.role }}: {% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}"
-    "{% endfor %}\n{% endfor %}Safe or unsafe?"
+    "{% endfor %}{{ '\n' }}{% endfor %}Safe or unsafe?"
 )
 MARK = "@"
 SHAPE = {
