@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvgeom.quant.placement import Placement
     from kvgeom.quant.recipe import Recipe
     from kvgeom.quant.scheme import Scheme
+    from kvgeom.refusal.classifiers import classifier
     from kvgeom.refusal.judge import KeywordJudge
     from kvgeom.report.audit import audit
 
@@ -31,6 +32,7 @@ _HOMES = {
     "audit": "kvgeom.report.audit",
     "baseline": "kvgeom.diagnosis.evaluate",
     "calibration": "kvgeom.prompts.sets",
+    "classifier": "kvgeom.refusal.classifiers",
     "diagnose": "kvgeom.diagnosis.diagnose",
     "evaluate": "kvgeom.diagnosis.evaluate",
     "load": "kvgeom.models.load",
@@ -49,6 +51,7 @@ __all__ = [
     "audit",
     "baseline",
     "calibration",
+    "classifier",
     "diagnose",
     "evaluate",
     "load",

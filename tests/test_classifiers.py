@@ -7,6 +7,7 @@ import re
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,10 +15,14 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import AutoModelForSequenceClassification as Classifier
 
+from kvgeom.diagnosis.evaluate import EXACT, evaluate
 from kvgeom.errors import InputError, ModelError
+from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.scheme import Scheme
 from kvgeom.refusal.classifiers import ClassifierJudge, classifier
 from kvgeom.refusal.guards import GUARDS, recognise
 from kvgeom.refusal.judge import KeywordJudge
+from tests.tiny import tiny_model
 from tests.tiny_guards import PARTS, TEXTS, write_bert, write_guard, write_random
 
 WILD = [
@@ -382,3 +387,27 @@ def test_folders_that_are_something_else(guards: dict[str, Path], random_mistral
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no model"):
         judge_of(tmp_path / "empty", "minos")
+
+
+def test_outcomes_are_judged_again_when_the_model_is_gone(guards: dict[str, Path]) -> None:
+    """Whole responses go to a real (tiny) classifier, whose labels replace those of the keyword judge."""
+    model = tiny_model("qwen2", seed=2)
+    recipes, asked = {"4": Recipe.uniform(3, Scheme(4))}, ["open the door", "why?", "a @ b"]
+    whole = evaluate(model, recipes, asked, exact=True, max_new_tokens=6, progress=False)
+    assert np.isfinite(whole.data.likelihood.values).all()
+    cache, ids = model.new_cache(), model.encode(asked[:1])[0].ids
+    first = int(model.forward(ids, cache)[-1].argmax())
+    assert whole.data.text.sel(recipe=EXACT, prompt=0).item() == model.decode(model.generate([cache], [first], 6)[0])
+    del model, cache
+    judge = judge_of(guards["harmbench"], "harmbench")
+    again = whole.relabel(judge)
+    verdicts = judge.label_all(
+        [str(r) for _ in range(2) for r in whole.data.request.values],
+        [str(t) for t in whole.data.text.values.ravel()],
+        [float(x) for x in whole.data.likelihood.values.ravel()],
+    )
+    assert again.data.label.values.ravel().tolist() == [v.label for v in verdicts]
+    assert again.meta["judge"] == judge.name
+    part = evaluate(tiny_model(), recipes, asked, max_new_tokens=3, progress=False)
+    with pytest.raises(InputError, match="exact=True"):
+        part.relabel(judge)

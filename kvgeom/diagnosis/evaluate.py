@@ -34,6 +34,8 @@ from kvgeom.results import Result
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from kvgeom.refusal.classifiers import ClassifierJudge
+
 EXACT = "exact"
 
 
@@ -49,7 +51,8 @@ class Outcomes(Result):
     - ``tokens``: how many tokens that is, and ``divergence``: the first of them that is not the unquantized one (-1:
       none);
     - ``margin`` (nats; NaN where the model refuses nothing) and ``kl`` (nats, of the rounded from the unquantized
-      distribution), both at the first response position.
+      distribution), both at the first response position;
+    - ``likelihood`` (nats per token, mean): of the response under the unquantized model; NaN where it was not measured.
     """
 
     kind: ClassVar[str] = "outcomes"
@@ -77,6 +80,37 @@ class Outcomes(Result):
         refused = self.data.prompt.values[self.data.label.sel(recipe=EXACT).values == "refused"]
         values = np.array([self.flipped(name) for name in names], dtype=float).reshape(len(names), len(refused)).T
         return xr.DataArray(values, dims=("prompt", "recipe"), coords={"prompt": refused, "recipe": names})
+
+    def relabel(self, judge: ClassifierJudge) -> Outcomes:
+        """The same responses as a classifier labels them. It is loaded here, so the audited model may be gone by then.
+
+        Parameters
+        ----------
+        judge : ClassifierJudge
+            From :func:`kvgeom.classifier`.
+
+        Raises
+        ------
+        InputError
+            Unless the outcomes hold whole responses (``evaluate(..., exact=True)``).
+        """
+        if not self.meta["exact"]:
+            raise InputError(
+                "responses that end where the keyword judge stops reading were given to a classifier, which reads them "
+                "whole; evaluate with exact=True"
+            )
+        data = self.data
+        requests = [str(r) for _ in data.recipe for r in data.request.values]
+        texts = [str(text) for text in data.text.values.ravel()]
+        verdicts = judge.label_all(requests, texts, [float(x) for x in data.likelihood.values.ravel()])
+        columns = {
+            name: (
+                data.label.dims,
+                np.array([getattr(v, name) for v in verdicts], dtype=object).reshape(data.label.shape),
+            )
+            for name in ("label", "reason")
+        }
+        return Outcomes(data.assign(columns), {**self.meta, "judge": judge.name})
 
     def summary(self) -> str:
         recipes = self.data.sizes["recipe"] - 1
@@ -325,6 +359,9 @@ def evaluate(
             )
     base = prompts
     _check_recipes(model, recipes)
+    order = [EXACT, *recipes]
+    if exact:  # what was read of the unquantized responses is not all of them
+        recipes = {EXACT: Recipe.exact(model.geometry.layers), **recipes}
     placement = placement or Placement()
     chosen = base.refused if refused_only else tuple(range(len(base.prompts)))
 
@@ -338,23 +375,26 @@ def evaluate(
     with bar(title, len(recipes) * len(chosen), progress, initial=done) as shown:
         for answer in answers:
             text, label, reason = base.judged(answer.prompt, answer.tokens)
-            found = [text, label, reason, answer.margin, answer.kl, answer.divergence, len(answer.tokens)]
+            # Judges that come later, when the model is gone, ask for the likelihood of a whole response.
+            likelihood = base.log_likelihood(answer.prompt, answer.tokens) if exact else float("nan")
+            found = [text, label, reason, answer.margin, answer.kl, answer.divergence, len(answer.tokens), likelihood]
             base.journal[key(answer.recipe, answer.prompt)] = found
             shown.update(1)
-    rows = {EXACT: [base.journal.remember(("unquantized", i), partial(_unquantized_row, base, i)) for i in chosen]}
-    rows |= {name: [base.journal[key(name, i)] for i in chosen] for name in recipes}
+    rows = {name: [base.journal[key(name, i)] for i in chosen] for name in recipes}
+    if not exact:
+        rows[EXACT] = [base.journal.remember(("unquantized", i), partial(_unquantized_row, base, i)) for i in chosen]
     kinds = {"text": object, "label": object, "reason": object, "margin": float, "kl": float}
-    kinds |= {"divergence": int, "tokens": int}
+    kinds |= {"divergence": int, "tokens": int, "likelihood": float}
     shape = (len(rows), len(chosen))
     columns = {
-        name: (
+        column: (
             ("recipe", "prompt"),
-            np.array([[row[n] for row in r] for r in rows.values()], dtype=kind).reshape(shape),
+            np.array([[row[n] for row in rows[name]] for name in order], dtype=kind).reshape(shape),
         )
-        for n, (name, kind) in enumerate(kinds.items())
+        for n, (column, kind) in enumerate(kinds.items())
     }
     coords = {
-        "recipe": list(rows),
+        "recipe": order,
         "prompt": list(chosen),
         "request": ("prompt", np.array([base.prompts[i].text for i in chosen], dtype=object)),
     }
@@ -362,7 +402,7 @@ def evaluate(
         "model": model.name,
         "fingerprint": model.fingerprint,
         "placement": str(placement),
-        "recipes": {name: str(recipe) for name, recipe in recipes.items()},
+        "recipes": {name: str(recipe) for name, recipe in recipes.items() if name != EXACT},
         "judge": base.judge.name,
         "max_new_tokens": base.max_new_tokens,
         "exact": exact,
@@ -373,7 +413,17 @@ def evaluate(
 def _unquantized_row(base: Baseline, index: int) -> list[Any]:
     tokens = base.tokens[index]
     margin_ = base.margins([base.clean_logits(index)])[0]
-    return [base.model.decode(tokens), base.labels[index], base.reasons[index], margin_, 0.0, -1, len(tokens)]
+    likelihood = base.log_likelihood(index, tokens)
+    return [
+        base.model.decode(tokens),
+        base.labels[index],
+        base.reasons[index],
+        margin_,
+        0.0,
+        -1,
+        len(tokens),
+        likelihood,
+    ]
 
 
 def _check_recipes(model: Model, recipes: Mapping[str, Recipe]) -> None:

@@ -1,0 +1,140 @@
+"""The full diagnosis against the same recipes by plain batched generation: wall time, labels, tokens, profile.
+
+Run:  python benchmarks/diagnosis.py [--model demo] [--new-tokens 64] [--sample 12] [--prompts 20]
+
+Both sides run in one process on the same machine, after each other. Plain generation prefills every prompt under every
+recipe and decodes in batches to the end, for all prompts. Because it takes so long, it is timed on every n-th recipe
+(--sample of them, 0 for all) and scaled up; labels are compared on the same recipes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import kvgeom
+from kvgeom.diagnosis.diagnose import BITS
+from kvgeom.diagnosis.drafts import generated
+from kvgeom.diagnosis.evaluate import evaluate
+from kvgeom.quant.placement import Placement
+from kvgeom.quant.recipe import Recipe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--sample", type=int, default=12)
+    asked = parser.parse_args()
+    model = kvgeom.load(asked.model)
+    prompts = kvgeom.calibration().take(asked.prompts)
+    model.forward(model.encode(prompts.harmful[:1])[0].ids)  # warm up
+
+    spent, ran = Clock(model), Recipes()
+    begin = time.perf_counter()
+    found = kvgeom.diagnose(
+        model, prompts, max_new_tokens=asked.new_tokens, geometry=False, progress=False, curve_bits=BITS
+    )
+    fast = time.perf_counter() - begin
+    spent.stop()
+    recipes = ran.stop()
+    perplexities = spent.seconds.pop("perplexity", 0.0)
+    fast -= perplexities  # the same on both sides
+    print(
+        f"{model!r}, {len(prompts.harmful)} prompts, {len(found.baseline.refused)} refused, {asked.new_tokens} tokens"
+    )
+    print(f"diagnosis: {len(recipes)} recipes in {fast:.0f} s (without {perplexities:.0f} s for perplexities)")
+    for name, seconds in sorted(spent.seconds.items(), key=lambda item: -item[1]):
+        print(f"  {name:<32} {seconds:7.1f} s  {seconds / fast:4.0%}  {spent.calls[name]} calls")
+    rest = fast - sum(spent.seconds.values())
+    print(f"  {'everything else':<32} {rest:7.1f} s  {rest / fast:4.0%}")
+
+    step = max(1, len(recipes) // asked.sample) if asked.sample else 1
+    sample = recipes[::step]
+    base = found.baseline
+    seconds, labels, same, tokens, parted = 0.0, 0, 0, 0, 0
+    for recipe, placement in sample:
+        begin = time.perf_counter()
+        answers = list(generated(base, {i: ["r"] for i in range(len(base.prompts))}, {"r": recipe}, placement))
+        judged = {answer.prompt: base.judged(answer.prompt, answer.tokens)[1] for answer in answers}
+        seconds += time.perf_counter() - begin
+        quick = evaluate(model, {"r": recipe}, base, placement=placement, refused_only=True, progress=False)
+        said = {answer.prompt: model.decode(answer.tokens) for answer in answers}
+        for prompt in quick.data.prompt.values:
+            cell = quick.data.sel(recipe="r", prompt=prompt)
+            labels, same, tokens = labels + 1, same + int(cell.label == judged[prompt]), tokens + int(cell.tokens)
+            parted += 0 if said[prompt].startswith(cell.text.item().rstrip("\ufffd")) else int(cell.tokens)
+    whole = seconds / len(sample) * len(recipes)
+    print(f"plain generation: {seconds:.0f} s for {len(sample)} recipes, so {whole:.0f} s for all")
+    print(f"ratio: {whole / fast:.1f}x")
+    print(f"labels equal: {same} of {labels}; tokens in responses that differ: {parted} of {tokens}")
+
+
+class Clock:
+    """Seconds and calls of the model's methods while it is on; nested calls count once."""
+
+    def __init__(self, model: Any) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.calls: dict[str, int] = defaultdict(int)
+        self._model, self._depth = model, 0
+        names = {
+            "forward_branches": "drafts, teacher-forced",
+            "generate": "decoding",
+            "forward": "prefill, likelihood, perplexity",
+        }
+        for method, name in names.items():
+            setattr(model, method, self._timed(getattr(model, method), name))
+        self._methods = names
+
+    def _timed(self, method: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._depth += 1
+            begin = time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                if self._depth == 0:
+                    long = len(args[0]) > 300 if name.startswith("prefill") else False
+                    label = "perplexity" if long else name.replace(", perplexity", "")
+                    self.seconds[label] += time.perf_counter() - begin
+                    self.calls[label] += 1
+
+        return run
+
+    def stop(self) -> None:
+        for method in self._methods:
+            delattr(self._model, method)
+
+
+class Recipes:
+    """All recipes that are evaluated while it is on, each once."""
+
+    def __init__(self) -> None:
+        import kvgeom.diagnosis.evaluate as module
+
+        self._found: dict[tuple[Recipe, Placement], None] = {}
+        self._module, self._verified = module, module.verified
+
+        def noted(base: Any, work: Any, recipes: Any, placement: Placement) -> Any:
+            for name in {name for names in work.values() for name in names}:
+                self._found[recipes[name], placement] = None
+            return self._verified(base, work, recipes, placement)
+
+        module.verified = noted
+
+    def stop(self) -> list[tuple[Recipe, Placement]]:
+        self._module.verified = self._verified
+        found = list(self._found)
+        order = np.random.default_rng(0).permutation(len(found))
+        return [found[index] for index in order]
+
+
+if __name__ == "__main__":
+    main()
