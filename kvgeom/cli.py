@@ -98,6 +98,10 @@ def _add_options(command: argparse.ArgumentParser, name: str) -> None:
             help="widths of the curve (default: 8 6 5 4 3 2)",
         )
         command.add_argument("--text", metavar="FILE", help="plain text for perplexity (default: a short one)")
+    if name == "sweep":
+        command.add_argument(
+            "--over-refusal", action="store_true", help="also count harmless requests of the set that are refused"
+        )
     if name != "sweep":
         command.add_argument(
             "--scan-bits", metavar="B", type=int, default=3, help="width of layers, parts, PCR (default: %(default)s)"
@@ -197,19 +201,20 @@ def _diagnose(arguments: argparse.Namespace) -> int:
 
 def _sweep(arguments: argparse.Namespace) -> int:
     options, base = _unquantized(arguments)
-    from kvgeom.diagnosis.curve import bit_width_curve
+    from kvgeom.diagnosis.curve import bit_width_curve, over_refusal
     from kvgeom.prompts.sets import perplexity_text
-    from kvgeom.report.terminal import curve_table
+    from kvgeom.report.terminal import curve_table, over_refusal_table
 
-    curve, _ = bit_width_curve(
-        base,
-        options["text"] or perplexity_text(),
-        bits=options["curve_bits"],
-        scheme=options["scheme"],
-        placement=options["placement"],
-        progress=options["progress"],
-    )
-    print(f"\n{curve_table(curve)}\n\nTransition: {curve.transition}")
+    how = {name: options[name] for name in ("scheme", "placement", "progress")} | {"bits": options["curve_bits"]}
+    curve, _ = bit_width_curve(base, options["text"] or perplexity_text(), **how)
+    said = [curve_table(curve), f"Transition: {curve.transition}"]
+    if arguments.over_refusal:
+        harmless = options["prompts"].harmless
+        if not harmless:
+            raise InputError(f"--over-refusal was asked, but {arguments.prompts} has no harmless requests")
+        asked = kvgeom.baseline(base.model, harmless, **_running(options))
+        said.append(over_refusal_table(over_refusal(asked, **how)))
+    print("", *said, sep="\n\n")
     return 0
 
 
@@ -229,8 +234,8 @@ def _unquantized(arguments: argparse.Namespace) -> tuple[dict[str, Any], Baselin
     """Checked options, and the unquantized model on the harmful requests."""
     options, journal = _checked(arguments), _journal(arguments)
     model = kvgeom.load(arguments.model, progress=options["progress"], **_loading(arguments))
-    names = ("max_new_tokens", "batch_size", "progress")
-    base = kvgeom.baseline(
-        model, options["prompts"].harmful, journal=journal, **{name: options[name] for name in names}
-    )
-    return options, base
+    return options, kvgeom.baseline(model, options["prompts"].harmful, journal=journal, **_running(options))
+
+
+def _running(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("max_new_tokens", "batch_size", "progress")}

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvgeom.diagnosis.curve import bit_width_curve
+from kvgeom.diagnosis.curve import bit_width_curve, over_refusal
 from kvgeom.diagnosis.evaluate import EXACT, Baseline, Outcomes, baseline, evaluate
 from kvgeom.diagnosis.perplexity import perplexity
 from kvgeom.diagnosis.scan import single_layer_scan
@@ -23,6 +23,7 @@ from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.rounder import Rounder
 from kvgeom.quant.scheme import Scheme
 from kvgeom.refusal.judge import Label, Verdict
+from kvgeom.stats import mcnemar
 from tests.tiny import tiny_model
 
 REQUESTS = [
@@ -158,6 +159,19 @@ def test_curve(base: Baseline) -> None:
         assert float(row.perplexity_ratio) == pytest.approx(ratio)
     assert float(curve.data.perplexity_ratio.sel(bits=16)) == 1.0
     assert int(curve.data.flips.sel(bits=16)) == 0
+
+
+def test_over_refusal(base: Baseline) -> None:
+    found = over_refusal(base, bits=[8, 2], progress=False)
+    labels = evaluate(TINY, {"2": Recipe.uniform(3, Scheme(2))}, base, progress=False).data.label
+    assert found.data.refused.values.tolist()[0] == len(base.refused)
+    assert int(found.data.refused.sel(bits=2)) == int((labels.sel(recipe="2") == "refused").sum())
+    assert int(found.data.degenerate.sel(bits=2)) == int((labels.sel(recipe="2") == "degenerate").sum())
+    both = [(labels.sel(recipe=name) == "refused").values for name in ("2", EXACT)]
+    assert float(found.data.p.sel(bits=2)) == pytest.approx(mcnemar(*both))
+    assert float(found.data.p.sel(bits=16)) == 1.0
+    figure = found.plot()
+    np.testing.assert_allclose(figure.data[0].y, found.data.rate)
 
 
 def test_perplexity() -> None:

@@ -17,7 +17,7 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme, check_bits
 from kvgeom.results import Result
-from kvgeom.stats import wilson
+from kvgeom.stats import mcnemar, wilson
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -189,3 +189,66 @@ def _gains(outcomes: Outcomes, name: str) -> int:
     """How many prompts are refused under a recipe that are not refused unquantized."""
     before, now = (outcomes.data.label.sel(recipe=recipe).values == "refused" for recipe in (EXACT, name))
     return int((now & ~before).sum())
+
+
+@dataclass(frozen=True, repr=False)
+class OverRefusal(Result):
+    """Harmless requests that are refused at each bit-width, the question of XSTest.
+
+    ``data`` has the dimension ``bits`` (descending; 16 is the unquantized model) and the variables ``refused`` and
+    ``degenerate`` (counts), ``rate`` (refused / prompts) with its Wilson interval ``ci_low``, ``ci_high``, and ``p``
+    (exact McNemar p-value against the unquantized model). ``meta`` holds ``scheme``, ``placement`` and ``prompts``.
+    """
+
+    kind: ClassVar[str] = "over-refusal"
+
+    def summary(self) -> str:
+        rates = ", ".join(f"{int(b)}-bit {int(n)}" for b, n in zip(self.data.bits, self.data.refused, strict=True))
+        return f"harmless requests refused, of {self.meta['prompts']}: {rates}"
+
+    def plot(self) -> go.Figure:
+        """Share refused against bits."""
+        from kvgeom.plots.curve import over_refusal_curve
+
+        return over_refusal_curve(self)
+
+
+def over_refusal(
+    base: Baseline,
+    *,
+    bits: Sequence[int] = (8, 6, 5, 4, 3, 2),
+    scheme: Scheme | None = None,
+    placement: Placement | None = None,
+    progress: bool = True,
+) -> OverRefusal:
+    """Round all layers at each bit-width and count which harmless requests are refused.
+
+    Parameters
+    ----------
+    base : Baseline
+        The unquantized model on harmless requests.
+    bits, scheme, placement
+        As in :func:`bit_width_curve`.
+    """
+    widths = sorted({check_bits(b) for b in bits} - {16}, reverse=True)
+    scheme = scheme or Scheme(4)
+    recipes = {f"{b}-bit": Recipe.uniform(base.model.geometry.layers, replace(scheme, bits=b)) for b in widths}
+    outcomes = evaluate(base.model, recipes, base, placement=placement, progress=progress, title="harmless requests")
+    labels = outcomes.data.label.values
+    refused, n = labels == "refused", len(base.prompts)
+    intervals = [wilson(int(row.sum()), n) for row in refused]
+    columns = {
+        "refused": refused.sum(1),
+        "degenerate": (labels == "degenerate").sum(1),
+        "rate": refused.mean(1),
+        "ci_low": [low for low, _ in intervals],
+        "ci_high": [high for _, high in intervals],
+        "p": [mcnemar(row, refused[0]) for row in refused],
+    }
+    meta = {
+        **{key: outcomes.meta[key] for key in ("model", "fingerprint", "placement", "judge", "max_new_tokens")},
+        "scheme": str(scheme).split("-", 1)[1],
+        "prompts": n,
+    }
+    data = xr.Dataset({name: ("bits", values) for name, values in columns.items()}, coords={"bits": [16, *widths]})
+    return OverRefusal(data, meta)

@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from kvgeom.plots.theme import INK, LABEL_COLORS, MUTED, finish, panel_title, percent, say
 
 if TYPE_CHECKING:
-    from kvgeom.diagnosis.curve import Curve
+    from kvgeom.diagnosis.curve import Curve, OverRefusal
 
 #: A perplexity ratio beyond this is drawn on a logarithmic axis.
 LARGE = 3.0
@@ -153,3 +153,37 @@ def _perplexity(figure: go.Figure, x: list[str], ratio: np.ndarray) -> None:
         span = max(top - bottom, 0.05)
         axis = {"range": [bottom - 0.1 * span, top + 0.4 * span], "nticks": 4}
     figure.update_yaxes(title_text="ratio" + (" (log)" if top > LARGE else ""), row=3, col=1, **axis)
+
+
+def over_refusal_curve(found: OverRefusal) -> go.Figure:
+    """Share of harmless requests that are refused, by bit-width.
+
+    How to read it: a rounded cache that refuses more harmless requests than the unquantized model (the dotted line) has not
+    become safer, it has lost judgement. Whiskers are Wilson 95 % intervals.
+
+    Parameters
+    ----------
+    found : OverRefusal
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        Bars over the category axis of bits, 16 first.
+    """
+    data = found.data.sortby("bits", ascending=False)
+    rate, low, high = (data[name].values.astype(float) for name in ("rate", "ci_low", "ci_high"))
+    figure = go.Figure()
+    figure.add_bar(
+        x=[str(int(bits)) for bits in data.bits.values],
+        y=rate,
+        marker_color=LABEL_COLORS["refused"],
+        error_y={"type": "data", "symmetric": False, "array": high - rate, "arrayminus": rate - low, "color": INK},
+        customdata=np.stack([data.refused.values, data.p.values], axis=1),
+        hovertemplate="%{x}-bit: %{customdata[0]:.0f} refused, p = %{customdata[1]:.2g}<extra></extra>",
+    )
+    figure.add_hline(y=rate[0], line={"color": MUTED, "width": 1, "dash": "dot"})
+    figure.update_xaxes(type="category", title_text="bits")
+    figure.update_yaxes(
+        tickformat=".0%", rangemode="tozero", title_text=f"of {found.meta['prompts']} harmless requests"
+    )
+    return finish(figure, 340)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvgeom.diagnosis.ablation import Ablation
-    from kvgeom.diagnosis.curve import Curve
+    from kvgeom.diagnosis.curve import Curve, OverRefusal
     from kvgeom.diagnosis.diagnose import Diagnosis
     from kvgeom.diagnosis.scan import Scan
 
@@ -37,6 +37,19 @@ def curve_table(curve: Curve) -> str:
     ]  # fmt: skip
     columns = ("bits", "refused", "complied", "degenerate", "lost", "95 %", "gained", "perplexity")
     return table(columns, rows)
+
+
+def over_refusal_table(found: OverRefusal) -> str:
+    """One row for each width."""
+    n = found.meta["prompts"]
+    rows = [
+        (
+            int(row["bits"]), f"{row['refused']:.0f} of {n}", _interval(row["ci_low"], row["ci_high"]),
+            row["degenerate"], f"{row['p']:.2g}",
+        )
+        for row in found.to_frame().to_dict("records")
+    ]  # fmt: skip
+    return table(("bits", "harmless refused", "95 %", "degenerate", "p"), rows)
 
 
 def scan_table(scan: Scan) -> str:
