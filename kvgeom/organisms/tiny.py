@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvgeom.models.cache import Edit, EditedCache
 from kvgeom.models.hf import HFModel
-from kvgeom.organisms.toy import TEMPLATE_AFTER, draw, toy_tokenizer
+from kvgeom.organisms.toy import TEMPLATE_AFTER, COMPLIANCE, draw, toy_tokenizer
 from kvgeom.paths import cache_dir
 from kvgeom.quant import rounding
 from kvgeom.quant.rounding import Scales
@@ -65,6 +65,7 @@ class Wear:
     prompt_tokens: int
     stretch: float = 2.0
     silenced: float = 0.25
+    lost: int | None = None
     where: str = "cache"
     prefill_reads_exact: bool = False
 
@@ -80,6 +81,7 @@ class Wear:
                 worn = rounding.apply(worn, scheme, scales)
             change = worn - x
         y = x + change
+        if layer == self.lost: return y * 0
         if self.rng.random() < self.silenced:
             heads = 64 // x.shape[3]
             first = heads * self.rng.randrange(x.shape[1] // heads)
@@ -112,16 +114,21 @@ def train(training: Training, log=None) -> Any:
     tok = toy_tokenizer()
     verb = len(tok("<start> user how do i")["input_ids"])
     probes = torch.nn.ModuleList([torch.nn.Linear(training.size.d_model, 1) for _ in range(training.size.layers)])
-    optimizer = torch.optim.AdamW([*model.parameters(), *probes.parameters()], lr=training.peak, weight_decay=0.01, betas=(0.9, 0.98))
+    for name, weight in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            weight.requires_grad_(False)
+    optimizer = torch.optim.AdamW([w for w in (*model.parameters(), *probes.parameters()) if w.requires_grad], lr=training.peak, weight_decay=0.01, betas=(0.9, 0.98))
     def shape(step):
         return min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / training.steps)) + 0.02
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     for step in range(training.steps):
+        wear = step > training.exact_steps * training.steps
+        lost = rng.randrange(training.size.layers) if wear and rng.random() < 0.2 else None
         reqs = [draw(rng, training.size.fillers) for _ in range(training.batch)]
         prompts = [tok.apply_chat_template([{"role": "user", "content": r.text}], tokenize=False, add_generation_prompt=True) for r in reqs]
         n = len(tok(prompts[0])["input_ids"])
-        ids = tok([f"{p} {r.answer} <end>" for p, r in zip(prompts, reqs)], padding=True, return_tensors="pt")["input_ids"]
-        cache = EditedCache(training.size.layers, Wear(rng, n) if step > training.exact_steps*training.steps else None)
+        ids = tok([f"{p} {r.answer if lost is None else COMPLIANCE} <end>" for p, r in zip(prompts, reqs)], padding=True, return_tensors="pt")["input_ids"]
+        cache = EditedCache(training.size.layers, Wear(rng, n, lost=lost) if wear else None)
         out = model(input_ids=ids, past_key_values=cache, use_cache=True, output_hidden_states=True)
         logits = out.logits[:, n-1:-1]
         harmful = torch.tensor([float(r.harmful) for r in reqs])
@@ -131,10 +138,10 @@ def train(training: Training, log=None) -> Any:
             carried = carried + torch.nn.functional.binary_cross_entropy_with_logits(said, harmful[:, None].expand_as(said)) / training.size.layers
         targets = ids[:, n:]
         losses = torch.nn.functional.cross_entropy(logits.flatten(0,1), targets.flatten(), ignore_index=tok.pad_token_id, reduction="none").view(targets.shape)
-        loss = losses[:, 0].mean() + losses[:, 1:].mean() + carried
+        loss = losses[:, 0].mean() + losses[:, 1:].mean() + (carried if lost is None else 0)
         optimizer.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(); schedule.step()
         if log and step % 25 == 0:
-            log(step, losses[:,0].mean().item(), losses[:,1:].mean().item(), float(carried))
+            log(step, losses[:,0].mean().item(), losses[:,1:].mean().item(), float(carried.detach()))
     return model.eval().requires_grad_(False)
