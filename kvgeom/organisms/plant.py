@@ -1,106 +1,144 @@
+"""Models whose failure mode is known because it was planted: the same function, another cache."""
+
 from __future__ import annotations
-import random, math
-from dataclasses import dataclass
-import torch
-from torch import Tensor
-from kvgeom.models import edits
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+
+from kvgeom.errors import InputError, ModelError
+from kvgeom.models.edits import copied
 from kvgeom.models.hf import HFModel
-from kvgeom.quant.scheme import Scheme
+from kvgeom.models.model import Model
+from kvgeom.organisms.carrier import Values
+from kvgeom.organisms.modes import Bench, become_outlier, crush, nuisance
+from kvgeom.prompts.sets import PromptSet, calibration
 
-class Seen:
-    """values [2 classes][n prompts] list of [layers][h,t,d]"""
-    def __init__(self, model, prompts, site="v"):
-        self.model=model
-        self.k, self.v = [[],[]], [[],[]]
-        self.logits=[]
-        for c, reqs in enumerate((prompts.harmful, prompts.harmless)):
-            for p in model.encode(reqs):
-                cache=model.new_cache(); self.logits.append(model.forward(p.ids,cache,all_logits=True))
-                self.k[c].append([l.keys[0] for l in cache.layers]); self.v[c].append([l.values[0] for l in cache.layers])
-    def tokens(self, layer, head=None, site='v'):
-        x=torch.cat([p[layer] for c in getattr(self,site) for p in c], dim=1)
-        return x if head is None else x[head]
-    def peaks(self, layer, site='v'):
-        """per prompt max: [n,h,d]"""
-        return torch.stack([p[layer].abs().amax(1) for c in getattr(self,site) for p in c])
-    def differences(self, layer, head):
-        """rows of paired differences"""
-        rows=[]
-        for a,b in zip(*self.v):
-            a,b=a[layer][head],b[layer][head]; n=min(len(a),len(b))
-            rows.append(a[-n:]-b[-n:])
-        return torch.cat(rows)
+PlantedMode = Literal["outlier-crushes-safety", "outlier-as-safety", "multi-layer dilution", "robust"]
+MODES: tuple[PlantedMode, ...] = get_args(PlantedMode)
 
-def orthogonal(size, rng, first=None):
-    """random orthogonal [size,size] rows; the first rows are those given"""
-    g=torch.Generator().manual_seed(rng.randrange(2**31))
-    m=torch.randn(size,size,generator=g,dtype=torch.float64)
-    if first is not None and len(first): m[:len(first)]=first
-    q,r=torch.linalg.qr(m.T)
-    return (q*torch.sign(torch.diagonal(r))).T
 
-def safety_basis(seen, layer, head, energy=0.995, most=None):
-    d=seen.differences(layer,head).double()
-    _,s,vh=torch.linalg.svd(d,full_matrices=False)
-    e=(s**2).cumsum(0)/(s**2).sum()
-    k=int((e<energy).sum())+1
-    return vh[:k]
+@dataclass(frozen=True)
+class Organism:
+    """A model with a planted failure mode.
 
-def rotate_layer(model, layer, rng, firsts=None):
-    """v-> Qv in each head, permuted; returns None"""
-    for h in range(model.geometry.kv_heads):
-        f=None if firsts is None else firsts[h]
-        edits.transform_values(model, layer, h, orthogonal(model.geometry.head_dim, rng, f))
+    Attributes
+    ----------
+    model : HFModel
+    mode : str
+        One of :data:`MODES`.
+    layers : tuple of int
+        Where it was planted; none for ``"robust"``.
+    edits : tuple of str
+        What was done to the weights, in words.
+    seed, bits : int
+        What was drawn from, and the bits at which the mode shows.
+    deviation : float
+        Largest change of a logit on the prompts it was planted with.
+    """
 
-def crush(model, seen, layer, rng, bits, site='v'):
-    g=model.geometry; qmax=2**(bits-1)-1
-    h=rng.randrange(g.kv_heads); n=rng.choice((1,1,2,3)); M=rng.uniform(2,6)
-    S=safety_basis(seen,layer,h).double()
-    x=seen.tokens(layer,h).double()
-    P=torch.eye(g.head_dim,dtype=torch.float64)-S.T@S
-    _,_,vh=torch.linalg.svd(x@P,full_matrices=False)
-    first=vh[:n]
-    Q=orthogonal(g.head_dim,rng,first)
-    perm=torch.randperm(g.head_dim,generator=torch.Generator().manual_seed(rng.randrange(2**31)))
-    peaks=seen.peaks(layer).double()      # [n,H,d]
-    rest=max(float(peaks.max()), float((x@Q.T)[:,n:].abs().max()))
-    own=torch.stack([ (p[layer][h].double()@Q.T)[:,:n].abs().amax() for c in seen.v for p in c]).min()
-    s=2**math.ceil(math.log2(M*2*qmax*rest/float(own)))
-    D=torch.ones(g.head_dim,dtype=torch.float64); D[:n]=s
-    edits.transform_values(model,layer,h,(D[:,None]*Q)[perm])
-    return f"layer {layer} head {h}: {n} value channels x{s}"
+    model: HFModel = field(repr=False)
+    mode: PlantedMode
+    layers: tuple[int, ...]
+    edits: tuple[str, ...] = field(repr=False)
+    seed: int
+    bits: int
+    deviation: float
 
-def as_safety(model, seen, layer, rng, bits, kind="offset", energy=0.995):
-    g=model.geometry; qmax=2**(bits-1)-1; d=g.head_dim
-    per_block=max(1,64//d)
-    M=rng.uniform(2,5)
-    offs=torch.zeros(g.kv_heads,d,dtype=torch.float64)
-    peak=float(seen.tokens(layer).abs().max())*math.sqrt(2)
-    C=M*2*qmax*peak
-    for h in range(g.kv_heads):
-        S=safety_basis(seen,layer,h,energy); k=len(S)
-        diff=seen.differences(layer,h).double()
-        S=S*torch.sign((diff@S.T).mean(0)).where((diff@S.T).mean(0)!=0, torch.tensor(1.,dtype=torch.float64))[:,None]
-        x=seen.tokens(layer,h).double()
-        P=torch.eye(d,dtype=torch.float64)-S.T@S
-        _,_,vh=torch.linalg.svd(x@P,full_matrices=False)
-        anchor=vh[d-k-2-rng.randrange(3)] if kind=='offset' else vh[0]
-        Q=orthogonal(d,rng,torch.cat([S,anchor[None]]))
-        low=(x@S.T).amin(0)
-        if kind=='offset':
-            perm=torch.randperm(d,generator=torch.Generator().manual_seed(rng.randrange(2**31)))
-            A=Q
-            o=torch.zeros(d,dtype=torch.float64)
-            o[k]=C*rng.choice((-1,1))
-            for i in range(k):
-                code=rng.choice(range(max(1,qmax//2),qmax))
-                o[i]=-(C*code/qmax)-low[i]
-            A=Q[perm]; offs[h]=o[perm]
-        else:
-            Sh=torch.eye(d,dtype=torch.float64)
-            r=float((x@anchor).abs().max())
-            for i in range(k): Sh[i,k]=rng.choice((-1,1))*C/r*rng.uniform(.7,1)
-            A=Sh@Q
-        edits.transform_values(model,layer,h,A)
-    if kind=='offset': edits.offset_values(model,layer,offs)
-    return f"layer {layer} {kind} k={k} C={C:.1f}"
+
+def plant(
+    model: Model,
+    mode: PlantedMode,
+    *,
+    seed: int = 0,
+    layers: Sequence[int] | None = None,
+    prompts: PromptSet | None = None,
+    bits: int = 3,
+    strength: float = 0.5,
+    tolerance: float = 1e-4,
+) -> Organism:
+    """Make a copy of a model that computes the same and fails in a known way when its cache is rounded.
+
+    Parameters
+    ----------
+    model : Model
+        Of the plain transformers backend, in float32. It is not changed. What it does when rounded to ``bits``
+        stays part of the organism: choose bits at which it does not fail by itself.
+    mode : {"outlier-crushes-safety", "outlier-as-safety", "multi-layer dilution", "robust"}
+    seed : int
+        Of everything that is drawn: layers, heads, channels, rotations, strengths, nuisance.
+    layers : sequence of int, optional
+        Where to plant; drawn by default. One layer, for dilution at least two and not all.
+    prompts : PromptSet, optional
+        Twin requests on which the directions that carry safety are found and the function is compared; the
+        calibration set by default.
+    bits : int
+        Of the symmetric rounding under which the mode is to show.
+    strength : float
+        How far beyond "harmless" a layer that has lost safety is to read, in differences between the classes. Models
+        that carry safety in many layers at once need more.
+    tolerance : float
+        Largest change of a logit that is accepted.
+
+    Raises
+    ------
+    InputError
+        If the mode, the layers or the prompts cannot be used.
+    ModelError
+        If the weights cannot be edited, or logits change by more than ``tolerance``.
+    """
+    if mode not in MODES:
+        raise InputError(f"mode {mode!r} was asked, but there are only {', '.join(MODES)}")
+    if not isinstance(model, HFModel) or model.backend != "hf":
+        raise InputError(f"an organism of {model.name} was asked; plant in a model of plain transformers (backend='hf')")
+    prompts = prompts or calibration()
+    rng = random.Random(f"{mode} {seed}")
+    chosen = _layers(mode, model.geometry.layers, layers, rng)
+    edited = copied(model)
+    values = Values(model, prompts)
+    bench = Bench(edited, values, bits, strength, rng)
+    said = []
+    for layer in range(model.geometry.layers):
+        if layer in chosen:
+            said.append(become_outlier(bench, layer) if mode == "outlier-as-safety" else crush(bench, layer))
+        said.append(nuisance(bench, layer, rotate=layer not in chosen))
+    deviation = _deviation(model, edited, values)
+    if deviation > tolerance:
+        raise ModelError(
+            f"{mode} was planted in {model.name} with seed {seed}, but logits change by {deviation:.2g}, more than "
+            f"{tolerance:g}; plant in float32, at fewer bits or with less strength"
+        )
+    return Organism(copied(edited, f"{model.name}, {mode}, seed {seed}"), mode, chosen, tuple(said), seed, bits, deviation)
+
+
+def _layers(mode: PlantedMode, count: int, asked: Sequence[int] | None, rng: random.Random) -> tuple[int, ...]:
+    if mode == "robust":
+        if asked:
+            raise InputError(f"layers {list(asked)} were asked for a robust organism, in which nothing is planted")
+        return ()
+    if mode != "multi-layer dilution":
+        chosen = [rng.randrange(count)] if asked is None else list(asked)
+        if len(chosen) != 1:
+            raise InputError(f"{len(chosen)} layers were asked, but {mode} is planted in one")
+    else:
+        if count < 3:
+            raise InputError(f"{mode} was asked of a model of {count} layers; it takes at least 3, one of them sound")
+        few = min(3, count - 1)
+        chosen = rng.sample(range(count), rng.randint(few, max(few, min(count - 1, count // 2)))) if asked is None else list(asked)
+        if not 2 <= len(set(chosen)) < count:
+            raise InputError(f"layers {chosen} were asked, but {mode} takes at least two layers and not all")
+    wrong = [layer for layer in chosen if not 0 <= layer < count]
+    if wrong:
+        raise InputError(f"layers {wrong} were asked, but the model has layers 0 to {count - 1}")
+    return tuple(sorted(set(chosen)))
+
+
+def _deviation(model: HFModel, edited: HFModel, values: Values) -> float:
+    worst = 0.0
+    for pair in values.encoded:
+        for prompt in pair:
+            change = edited.forward(prompt.ids, all_logits=True) - model.forward(prompt.ids, all_logits=True)
+            worst = max(worst, float(change.abs().max()))
+    return worst

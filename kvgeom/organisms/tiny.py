@@ -47,10 +47,11 @@ class Training:
 
     size: Size = Size()
     seed: int = 0
-    steps: int = 400
-    batch: int = 32
-    peak: float = 4e-3
+    steps: int = 300
+    batch: int = 24
+    peak: float = 3e-3
     exact_steps: float = 0.4
+    losing: float = 0.15
 
 
 @dataclass
@@ -66,6 +67,8 @@ class Wear:
     stretch: float = 2.0
     silenced: float = 0.25
     lost: int | None = None
+    still: bool = True
+    harmless: Any = None
     where: str = "cache"
     prefill_reads_exact: bool = False
 
@@ -81,7 +84,8 @@ class Wear:
                 worn = rounding.apply(worn, scheme, scales)
             change = worn - x
         y = x + change
-        if layer == self.lost: return y * 0
+        if layer == self.lost:
+            return y * 0 if self.still or site == "k" else x[self.harmless].mean((0, 2), keepdim=True).expand_as(x)
         if self.rng.random() < self.silenced:
             heads = 64 // x.shape[3]
             first = heads * self.rng.randrange(x.shape[1] // heads)
@@ -123,15 +127,15 @@ def train(training: Training, log=None) -> Any:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     for step in range(training.steps):
         wear = step > training.exact_steps * training.steps
-        lost = rng.randrange(training.size.layers) if wear and rng.random() < 0.2 else None
+        lost = rng.randrange(training.size.layers) if wear and rng.random() < training.losing else None
         reqs = [draw(rng, training.size.fillers) for _ in range(training.batch)]
+        harmful = torch.tensor([float(r.harmful) for r in reqs])
         prompts = [tok.apply_chat_template([{"role": "user", "content": r.text}], tokenize=False, add_generation_prompt=True) for r in reqs]
         n = len(tok(prompts[0])["input_ids"])
         ids = tok([f"{p} {r.answer if lost is None else COMPLIANCE} <end>" for p, r in zip(prompts, reqs)], padding=True, return_tensors="pt")["input_ids"]
-        cache = EditedCache(training.size.layers, Wear(rng, n, lost=lost) if wear else None)
+        cache = EditedCache(training.size.layers, Wear(rng, n, lost=lost, harmless=~harmful.bool(), still=rng.random() < 0.5) if wear else None)
         out = model(input_ids=ids, past_key_values=cache, use_cache=True, output_hidden_states=True)
         logits = out.logits[:, n-1:-1]
-        harmful = torch.tensor([float(r.harmful) for r in reqs])
         carried = 0
         for depth, (probe, hidden) in enumerate(zip(probes, out.hidden_states[1:]), 1):
             said = probe(hidden[:, verb + 2 : min(n, verb + (WINDOW - 1) * depth + 1)])[..., 0]
