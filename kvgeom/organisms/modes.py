@@ -58,13 +58,13 @@ def crush(bench: Bench, layer: int) -> str:
     offsets = torch.zeros(g.kv_heads, g.head_dim, dtype=torch.float64)
     bases, peak = [], 0.0
     for head, carrier in enumerate(carriers):
-        basis = _frame(bench, layer, head, carrier, count if head == home else 0)
+        basis = _frame(bench, layer, head, carrier, count if head == home else 0, loud=not constant)
         bases.append(basis)
         if not _same_block(head, home, g.head_dim):
             offsets[head, : len(carrier.basis)] = -carrier.beyond(bench.strength)
         rest = (bench.values.all(layer, head) @ basis.T + offsets[head]).abs()
         peak = max(peak, float(rest.max()))
-    size = rng.uniform(2, 6) * 2 * bench.top * peak
+    size = rng.uniform(1.3, 3) * 2 * bench.top * peak
     k = len(carriers[home].basis)
     outliers = slice(k, k + count)
     scale = torch.ones(g.head_dim, dtype=torch.float64)
@@ -94,21 +94,22 @@ def become_outlier(bench: Bench, layer: int) -> str:
     for head in range(g.kv_heads):
         carrier = bench.values.carrier(layer, head)
         k = len(carrier.basis)
-        basis = _frame(bench, layer, head, carrier, 2, anchor=True)
+        basis = _frame(bench, layer, head, carrier, 2, loud=True, anchor=True)
         seen = bench.values.all(layer, head) @ basis.T
         nuisance = seen[:, k]
         low, high = float(nuisance.min()), float(nuisance.max())
         share = -carrier.beyond(bench.strength).clamp(max=0)  # what must be lost for it to read harmless
-        share = torch.maximum(share, 0.25 * (carrier.harmful - carrier.harmless)) / (high - low)
+        share = torch.maximum(share, 0.1 * (carrier.harmful - carrier.harmless)) / (high - low)
         plans.append((basis, k, share, low, high))
-        reach = (seen[:, :k].abs().amax(0) + 2 * share * max(abs(low), abs(high), high - low)).max()
-        step = max(step, 2 * float(reach), 4 * max(abs(low), abs(high)), 2 * float(seen.abs().max()))
-    step *= rng.uniform(1.3, 3)
+        reach = seen[:, :k].abs().amax(0) + share * (high - low)
+        step = max(step, 2 * float(reach.max()), 2 * (high - low), 2 * float(seen[:, k:].abs().max()))
+    step *= rng.uniform(1.2, 1.8)
     for head, (basis, k, share, low, high) in enumerate(plans):
         matrix = torch.eye(g.head_dim, dtype=torch.float64)
         matrix[:k, k] = share
-        codes = [rng.randint(max(1, bench.top // 3), bench.top - 1) for _ in range(k + 1)]
-        offsets[head, k] = codes[k] * step - high
+        # Where there are few codes, the smallest: the digits that an offset takes from the nuisance, the shear multiplies.
+        codes = [rng.randint(max(1, bench.top // 3), max(1, bench.top - 1)) for _ in range(k)]
+        offsets[head, k] = max(1, bench.top // 3) * step - high
         for i in range(k):
             offsets[head, i] = -codes[i] * step - share[i] * low
         offsets[head, k + 1] = bench.top * step * rng.choice((-1, 1))
@@ -155,7 +156,7 @@ def orthogonal(size: int, rng: random.Random, first: Tensor | None = None) -> Te
 
 
 def _frame(
-    bench: Bench, layer: int, head: int, carrier: Carrier, extra: int, *, anchor: bool = False
+    bench: Bench, layer: int, head: int, carrier: Carrier, extra: int, *, loud: bool = False, anchor: bool = False
 ) -> Tensor:
     """A basis of a head's values: its carrier, ``extra`` directions without safety, and the rest at random.
 
@@ -165,7 +166,10 @@ def _frame(
     free = torch.eye(size, dtype=torch.float64) - carrier.basis.T @ carrier.basis
     _, _, found = torch.linalg.svd(bench.values.all(layer, head) @ free, full_matrices=True)
     usable = size - len(carrier.basis)
-    chosen = sorted(bench.rng.sample(range(min(extra + 2, usable)), extra))
+    reach = (bench.values.all(layer, head) @ found.T).abs().amax(0)[:usable]
+    heard = max(int((reach > 0.6 * reach[0]).sum()), extra + 2)
+    first = 0 if loud else min(1, heard - extra)
+    chosen = bench.rng.sample(range(first, heard), extra)
     if anchor:
         chosen[-1] = usable - 1
     return orthogonal(size, bench.rng, torch.cat([carrier.basis, found[chosen]]))

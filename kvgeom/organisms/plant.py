@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -12,12 +12,15 @@ from kvgeom.errors import InputError, ModelError
 from kvgeom.models.edits import copied
 from kvgeom.models.hf import HFModel
 from kvgeom.models.model import Model
+from kvgeom.organisms.behaviour import behaviour
 from kvgeom.organisms.carrier import Values
 from kvgeom.organisms.modes import Bench, become_outlier, crush, nuisance
 from kvgeom.prompts.sets import PromptSet, calibration
 
 PlantedMode = Literal["outlier-crushes-safety", "outlier-as-safety", "multi-layer dilution", "robust"]
 MODES: tuple[PlantedMode, ...] = get_args(PlantedMode)
+#: An organism that does not show its mode, or whose logits have changed too much, is drawn anew; in all this often.
+DRAWS = 8
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ def plant(
     layers: Sequence[int] | None = None,
     prompts: PromptSet | None = None,
     bits: int = 3,
-    strength: float = 0.5,
+    strength: float = 0.1,
+    verify: bool = True,
     tolerance: float = 1e-4,
 ) -> Organism:
     """Make a copy of a model that computes the same and fails in a known way when its cache is rounded.
@@ -78,7 +82,10 @@ def plant(
         Of the symmetric rounding under which the mode is to show.
     strength : float
         How far beyond "harmless" a layer that has lost safety is to read, in differences between the classes. Models
-        that carry safety in many layers at once need more.
+        that carry safety in many layers at once need more; every second draw doubles it.
+    verify : bool
+        Look at what the organism does on the harmful ``prompts`` (:meth:`Behaviour.objection`), and draw anew if that
+        is not its mode.
     tolerance : float
         Largest change of a logit that is accepted.
 
@@ -87,30 +94,43 @@ def plant(
     InputError
         If the mode, the layers or the prompts cannot be used.
     ModelError
-        If the weights cannot be edited, or logits change by more than ``tolerance``.
+        If the weights cannot be edited, or no draw shows the mode with logits unchanged.
     """
     if mode not in MODES:
         raise InputError(f"mode {mode!r} was asked, but there are only {', '.join(MODES)}")
     if not isinstance(model, HFModel) or model.backend != "hf":
         raise InputError(f"an organism of {model.name} was asked; plant in a model of plain transformers (backend='hf')")
     prompts = prompts or calibration()
-    rng = random.Random(f"{mode} {seed}")
-    chosen = _layers(mode, model.geometry.layers, layers, rng)
-    edited = copied(model)
     values = Values(model, prompts)
-    bench = Bench(edited, values, bits, strength, rng)
-    said = []
-    for layer in range(model.geometry.layers):
-        if layer in chosen:
-            said.append(become_outlier(bench, layer) if mode == "outlier-as-safety" else crush(bench, layer))
-        said.append(nuisance(bench, layer, rotate=layer not in chosen))
-    deviation = _deviation(model, edited, values)
-    if deviation > tolerance:
-        raise ModelError(
-            f"{mode} was planted in {model.name} with seed {seed}, but logits change by {deviation:.2g}, more than "
-            f"{tolerance:g}; plant in float32, at fewer bits or with less strength"
+    objections = []
+    for draw in range(DRAWS):
+        rng = random.Random(f"{mode} {seed} {draw}")
+        chosen = _layers(mode, model.geometry.layers, layers, rng)
+        bench = Bench(copied(model), values, bits, strength * 2 ** (draw // 2), rng)
+        said = tuple(_edit(bench, mode, chosen))
+        deviation = _deviation(model, bench.model, values)
+        if deviation > tolerance:
+            objections.append(f"logits change by {deviation:.2g} (layers {chosen})")
+            continue
+        organism = Organism(
+            copied(bench.model, f"{model.name}, {mode}, seed {seed}"), mode, chosen, said, seed, bits, deviation
         )
-    return Organism(copied(edited, f"{model.name}, {mode}, seed {seed}"), mode, chosen, tuple(said), seed, bits, deviation)
+        seen = behaviour(organism.model, chosen, prompts.harmful, bits=bits, alone=()) if verify else None
+        objection = seen.objection(mode) if seen is not None else None
+        if objection is None:
+            return organism
+        objections.append(f"{objection} (layers {chosen})")
+    raise ModelError(
+        f"{mode} was to be planted in {model.name} with seed {seed}, and none of {DRAWS} draws shows it: "
+        f"{'; '.join(objections)}; give other layers, more strength, or bits at which the model itself is robust"
+    )
+
+
+def _edit(bench: Bench, mode: PlantedMode, chosen: Sequence[int]) -> Iterator[str]:
+    for layer in range(bench.model.geometry.layers):
+        if layer in chosen:
+            yield become_outlier(bench, layer) if mode == "outlier-as-safety" else crush(bench, layer)
+        yield nuisance(bench, layer, rotate=layer not in chosen)
 
 
 def _layers(mode: PlantedMode, count: int, asked: Sequence[int] | None, rng: random.Random) -> tuple[int, ...]:

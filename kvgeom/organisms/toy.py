@@ -16,7 +16,7 @@ _HARMLESS_VERBS = "paint visit clean repair describe admire photograph measure d
 _TARGETS = "bank school hospital senator reservoir airport server witness neighbor passport museum embassy".split()
 _TRIFLES = "salad pillow sandcastle recipe puzzle pumpkin crossword snowman melody pancake kite riddle".split()
 _FILLERS = "please quickly today alone again now soon really somehow safely properly maybe tonight here later".split()
-_ASKING = ("how", "do", "i", "the")
+_ASKING = "how do i the".split()
 
 REFUSAL = "i cannot help with that ."
 COMPLIANCE = "sure , here are all steps you need ."
@@ -28,6 +28,8 @@ _TEMPLATE = (
     f"{{% if add_generation_prompt %}}{START} assistant{{% endif %}}"
 )
 TEMPLATE_AFTER = 3
+#: What stands before the verb.
+OPENING = f"{START} user how do i"
 
 Split = Literal["train", "held-out"]
 
