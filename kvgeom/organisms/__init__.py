@@ -9,17 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvgeom.organisms.behaviour import Behaviour, behaviour
-    from kvgeom.organisms.plant import MODES, Organism, plant
+    from kvgeom.organisms.observed import Behaviour, behaviour
+    from kvgeom.organisms.planting import MODES, Organism, plant
     from kvgeom.organisms.tiny import Size, tiny_model
     from kvgeom.organisms.toy import toy_prompts
 
 _HOMES = {
-    "Behaviour": "kvgeom.organisms.behaviour",
-    "behaviour": "kvgeom.organisms.behaviour",
-    "MODES": "kvgeom.organisms.plant",
-    "Organism": "kvgeom.organisms.plant",
-    "plant": "kvgeom.organisms.plant",
+    "Behaviour": "kvgeom.organisms.observed",
+    "behaviour": "kvgeom.organisms.observed",
+    "MODES": "kvgeom.organisms.planting",
+    "Organism": "kvgeom.organisms.planting",
+    "plant": "kvgeom.organisms.planting",
     "Size": "kvgeom.organisms.tiny",
     "tiny_model": "kvgeom.organisms.tiny",
     "toy_prompts": "kvgeom.organisms.toy",

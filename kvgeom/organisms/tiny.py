@@ -87,7 +87,7 @@ class Training:
     rate: float = 3e-3
     exact: float = 0.5
     losing: float = 0.15
-    version: int = 1
+    version: int = 2
 
 
 def tiny_model(size: Size | None = None, seed: int = 0) -> HFModel:

@@ -33,7 +33,7 @@ class Wear:
     harmless : Tensor [batch], bool
     lost : int or None
     still : bool
-        Whether the lost layer is silent, or reads as it does on average in harmless requests.
+        Whether the lost layer is silent, or reads as it does on average in harmless requests, more or less.
     stretch, silent : float
         Largest factor of a step, and how often a group is silent.
     """
@@ -53,7 +53,8 @@ class Wear:
         if layer == self.lost:
             if self.still or site == "k":
                 return x * 0
-            return x[self.harmless].mean((0, 2), keepdim=True).expand_as(x)
+            typical = x[self.harmless].mean((0, 2), keepdim=True)
+            return (self.rng.uniform(0.5, 2.5) * typical).expand_as(x)
         y = x + (self._rounded(x.detach()) - x.detach())
         if self.rng.random() < self.silent:
             together = max(1, _GROUP // x.shape[3])

@@ -12,15 +12,16 @@ from kvgeom.errors import InputError, ModelError
 from kvgeom.models.edits import copied
 from kvgeom.models.hf import HFModel
 from kvgeom.models.model import Model
-from kvgeom.organisms.behaviour import behaviour
+from kvgeom.organisms.observed import behaviour
 from kvgeom.organisms.carrier import Values
 from kvgeom.organisms.modes import Bench, become_outlier, crush, nuisance
 from kvgeom.prompts.sets import PromptSet, calibration
 
 PlantedMode = Literal["outlier-crushes-safety", "outlier-as-safety", "multi-layer dilution", "robust"]
 MODES: tuple[PlantedMode, ...] = get_args(PlantedMode)
-#: An organism that does not show its mode, or whose logits have changed too much, is drawn anew; in all this often.
-DRAWS = 8
+#: An organism that does not show its mode, or whose logits have changed too much, is drawn anew, with the strength
+#: multiplied by the next of these: too little leaves refusals, too much costs the language.
+FACTORS = (1, 0, 2, -1, 1, 0, 4, -1)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def plant(
     layers: Sequence[int] | None = None,
     prompts: PromptSet | None = None,
     bits: int = 3,
-    strength: float = 0.1,
+    strength: float = 0.15,
     verify: bool = True,
     tolerance: float = 1e-4,
 ) -> Organism:
@@ -82,7 +83,7 @@ def plant(
         Of the symmetric rounding under which the mode is to show.
     strength : float
         How far beyond "harmless" a layer that has lost safety is to read, in differences between the classes. Models
-        that carry safety in many layers at once need more; every second draw doubles it.
+        that carry safety in many layers at once need more.
     verify : bool
         Look at what the organism does on the harmful ``prompts`` (:meth:`Behaviour.objection`), and draw anew if that
         is not its mode.
@@ -103,10 +104,10 @@ def plant(
     prompts = prompts or calibration()
     values = Values(model, prompts)
     objections = []
-    for draw in range(DRAWS):
+    for draw in range(len(FACTORS)):
         rng = random.Random(f"{mode} {seed} {draw}")
         chosen = _layers(mode, model.geometry.layers, layers, rng)
-        bench = Bench(copied(model), values, bits, strength * 2 ** (draw // 2), rng)
+        bench = Bench(copied(model), values, bits, strength * FACTORS[draw], rng)
         said = tuple(_edit(bench, mode, chosen))
         deviation = _deviation(model, bench.model, values)
         if deviation > tolerance:
@@ -121,7 +122,7 @@ def plant(
             return organism
         objections.append(f"{objection} (layers {chosen})")
     raise ModelError(
-        f"{mode} was to be planted in {model.name} with seed {seed}, and none of {DRAWS} draws shows it: "
+        f"{mode} was to be planted in {model.name} with seed {seed}, and none of {len(FACTORS)} draws shows it: "
         f"{'; '.join(objections)}; give other layers, more strength, or bits at which the model itself is robust"
     )
 
