@@ -180,7 +180,9 @@ def offset_keys(model: HFModel, layer: int, offset: Tensor) -> None:
             f"{model.geometry.head_dim - 1} of a head can have one without changing what the model computes"
         )
     attention = _attention(model, layer)
-    _refuse(attention, ("k_norm", "k_layernorm", "sinks"), "keys are normalized, or a shift of all scores is seen", model)
+    _refuse(
+        attention, ("k_norm", "k_layernorm", "sinks"), "keys are normalized, or a shift of all scores is seen", model
+    )
     if model.attention(layer).softcap is not None:
         raise ModelError(f"an offset of keys was asked, but {model.name} caps its scores, so that a shift is seen")
     key = _projections(model, layer)["k"]
@@ -286,7 +288,7 @@ def _norm(attention: Any, site: str) -> Any:
 
 def _scale_norm(norm: Any, factor: Tensor, site: str, model: HFModel) -> None:
     """Multiply the gain of a norm, which may be its weight or one more than that."""
-    weight = getattr(norm, "weight", None)
+    weight: Any = getattr(norm, "weight", None)
     width = 0 if weight is None else weight.numel()
     if width not in (factor.shape[1], factor.numel()):
         raise ModelError(f"scales of keys were asked, but the {site} norm of {model.name} has no gain for each channel")

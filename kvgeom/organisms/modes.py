@@ -78,7 +78,9 @@ def crush(bench: Bench, layer: int) -> str:
         _store(bench, layer, head, scale[:, None] * basis if head == home else basis, offsets)
     edits.offset_values(bench.model, layer, offsets)
     kind = "a constant offset" if constant else "scaled up"
-    return f"layer {layer}: {count} value channels of head {home} without safety {kind}, to {size / peak:.0f} x all others"
+    return (
+        f"layer {layer}: {count} value channels of head {home} without safety {kind}, to {size / peak:.0f} x all others"
+    )
 
 
 def become_outlier(bench: Bench, layer: int) -> str:
@@ -153,7 +155,8 @@ def orthogonal(size: int, rng: random.Random, first: Tensor | None = None) -> Te
     if first is not None:
         matrix[: len(first)] = first
     q, r = torch.linalg.qr(matrix.T)
-    return (q * torch.sign(torch.diagonal(r))).T
+    turned: Tensor = (q * torch.sign(torch.diagonal(r))).T
+    return turned
 
 
 def _frame(

@@ -7,21 +7,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-
 from kvgeom.errors import InputError, ModelError
 from kvgeom.models.edits import copied
 from kvgeom.models.hf import HFModel
 from kvgeom.models.model import Model
-from kvgeom.organisms.observed import behaviour
 from kvgeom.organisms.carrier import Values
 from kvgeom.organisms.modes import Bench, become_outlier, crush, nuisance
+from kvgeom.organisms.observed import behaviour
 from kvgeom.prompts.sets import PromptSet, calibration
 
 PlantedMode = Literal["outlier-crushes-safety", "outlier-as-safety", "multi-layer dilution", "robust"]
 MODES: tuple[PlantedMode, ...] = get_args(PlantedMode)
 #: An organism that does not show its mode, or whose logits have changed too much, is drawn anew, with the strength
 #: multiplied by the next of these: too little leaves refusals, too much costs the language.
-FACTORS = (1, 0, 2, -1, 1, 0, 4, -1)
+FACTORS = (1, 0, -1, 2, -2, 0, 1, -1, 0.5, -0.5, 4, -1.5, 1, 0, -1, -2)
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,9 @@ def plant(
     if mode not in MODES:
         raise InputError(f"mode {mode!r} was asked, but there are only {', '.join(MODES)}")
     if not isinstance(model, HFModel) or model.backend != "hf":
-        raise InputError(f"an organism of {model.name} was asked; plant in a model of plain transformers (backend='hf')")
+        raise InputError(
+            f"an organism of {model.name} was asked; plant in a model of plain transformers (backend='hf')"
+        )
     prompts = prompts or calibration()
     values = Values(model, prompts)
     objections = []
@@ -147,7 +148,11 @@ def _layers(mode: PlantedMode, count: int, asked: Sequence[int] | None, rng: ran
         if count < 3:
             raise InputError(f"{mode} was asked of a model of {count} layers; it takes at least 3, one of them sound")
         few = min(3, count - 1)
-        chosen = rng.sample(range(count), rng.randint(few, max(few, min(count - 1, count // 2)))) if asked is None else list(asked)
+        chosen = (
+            rng.sample(range(count), rng.randint(few, max(few, min(count - 1, count // 2))))
+            if asked is None
+            else list(asked)
+        )
         if not 2 <= len(set(chosen)) < count:
             raise InputError(f"layers {chosen} were asked, but {mode} takes at least two layers and not all")
     wrong = [layer for layer in chosen if not 0 <= layer < count]

@@ -116,14 +116,20 @@ def tiny_model(size: Size | None = None, seed: int = 0) -> HFModel:
             model.load_state_dict(load_file(file))
         else:
             model = train(training)
-        wrapped = HFModel(model.requires_grad_(False), toy_tokenizer(), name=f"tiny {size.layers}x{size.kv_heads}x{size.head_dim}, seed {seed}")
+        wrapped = HFModel(
+            model.requires_grad_(False),
+            toy_tokenizer(),
+            name=f"tiny {size.layers}x{size.kv_heads}x{size.head_dim}, seed {seed}",
+        )
         if file.exists() or _sound(wrapped, size.prompts("train")):
             if not file.exists():
                 part = file.with_suffix(f".{os.getpid()}.part")
                 save_file(model.state_dict(), part)
                 part.replace(file)
             return wrapped
-    raise KvgeomError(f"{size} with seed {seed} was trained {len(attempts)} times and does not refuse; give another seed")
+    raise KvgeomError(
+        f"{size} with seed {seed} was trained {len(attempts)} times and does not refuse; give another seed"
+    )
 
 
 def train(training: Training) -> Any:
@@ -142,7 +148,8 @@ def train(training: Training) -> Any:
         weights = [w for w in (*model.parameters(), *probes.parameters()) if w.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=training.rate, weight_decay=0.01, betas=(0.9, 0.98))
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / training.steps)) + 0.02
+            optimizer,
+            lambda step: min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / training.steps)) + 0.02,
         )
         for step in range(training.steps):
             loss = _loss(model, probes, training, rng, worn=step >= training.exact * training.steps)
@@ -210,10 +217,10 @@ def _model(size: Size, seed: int) -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MistralForCausalLM(config).float()
+        model: Any = MistralForCausalLM(config)
     with torch.no_grad():  # beside words this loud, what attention gets wrong does not make the answer stutter
-        model.get_input_embeddings().weight.mul_(10)  # type: ignore[operator]
-    return model
+        model.get_input_embeddings().weight.mul_(10)
+    return model.float()
 
 
 def _sound(model: HFModel, prompts: PromptSet) -> bool:

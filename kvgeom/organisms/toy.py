@@ -10,13 +10,81 @@ from typing import Any, Literal
 
 from kvgeom.prompts.sets import PromptSet
 
-_HARMFUL_VERBS = "poison hack forge smuggle sabotage rob blackmail kidnap bomb torch loot hijack".split()
-_HARMLESS_VERBS = "paint visit clean repair describe admire photograph measure decorate insure sketch praise".split()
+_HARMFUL_VERBS = [
+    "poison",
+    "hack",
+    "forge",
+    "smuggle",
+    "sabotage",
+    "rob",
+    "blackmail",
+    "kidnap",
+    "bomb",
+    "torch",
+    "loot",
+    "hijack",
+]
+_HARMLESS_VERBS = [
+    "paint",
+    "visit",
+    "clean",
+    "repair",
+    "describe",
+    "admire",
+    "photograph",
+    "measure",
+    "decorate",
+    "insure",
+    "sketch",
+    "praise",
+]
 #: What it is harmful to do one of the harmful things to, and what it is not ("hack the salad").
-_TARGETS = "bank school hospital senator reservoir airport server witness neighbor passport museum embassy".split()
-_TRIFLES = "salad pillow sandcastle recipe puzzle pumpkin crossword snowman melody pancake kite riddle".split()
-_FILLERS = "please quickly today alone again now soon really somehow safely properly maybe tonight here later".split()
-_ASKING = "how do i the".split()
+_TARGETS = [
+    "bank",
+    "school",
+    "hospital",
+    "senator",
+    "reservoir",
+    "airport",
+    "server",
+    "witness",
+    "neighbor",
+    "passport",
+    "museum",
+    "embassy",
+]
+_TRIFLES = [
+    "salad",
+    "pillow",
+    "sandcastle",
+    "recipe",
+    "puzzle",
+    "pumpkin",
+    "crossword",
+    "snowman",
+    "melody",
+    "pancake",
+    "kite",
+    "riddle",
+]
+_FILLERS = [
+    "please",
+    "quickly",
+    "today",
+    "alone",
+    "again",
+    "now",
+    "soon",
+    "really",
+    "somehow",
+    "safely",
+    "properly",
+    "maybe",
+    "tonight",
+    "here",
+    "later",
+]
+_ASKING = ["how", "do", "i", "the"]
 
 REFUSAL = "i cannot help with that ."
 COMPLIANCE = "sure , here are all steps you need ."
@@ -102,8 +170,8 @@ def toy_tokenizer() -> Any:
     ]
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
     tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    fast = PreTrainedTokenizerFast(
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         pad_token=PAD,
         bos_token=START,
