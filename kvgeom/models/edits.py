@@ -1,0 +1,308 @@
+"""Edits of weights that change what a KV cache holds and leave the function of the model as it is.
+
+Each works in place on a plain transformers model; make a copy first where the original is still needed
+(:func:`copied`). Arithmetic is in float64 and the result is stored in the dtype of the weights, so that "unchanged"
+holds to the precision of that dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvgeom.errors import InputError, ModelError
+from kvgeom.models.hf import HFModel
+from kvgeom.models.modules import Projection, attention_of, decoder_layers, projections
+
+_OUTPUTS = ("o_proj", "dense", "out_proj")
+#: Parts of an attention that stand between values and output projection, or take a share of the attention.
+_BETWEEN = ("v_norm", "sub_norm", "attn_sub_norm", "g_proj", "gate_proj")
+
+
+def copied(model: HFModel, name: str | None = None) -> HFModel:
+    """The same model with weights of its own, to edit.
+
+    Call it once more after the last edit: a model's fingerprint is taken when it is made.
+    """
+    twin = copy.deepcopy(model.hf_model)
+    return HFModel(twin, model.tokenizer, name=name or model.name, template=model.template)
+
+
+@torch.no_grad()
+def transform_values(model: HFModel, layer: int, head: int, matrix: Tensor) -> None:
+    """Store ``matrix @ v`` instead of ``v`` in one head; the output projection takes it back.
+
+    Attention mixes tokens and leaves channels alone, so any invertible matrix commutes with it. Every query head
+    that reads the KV head gets the inverse.
+
+    Parameters
+    ----------
+    model : HFModel
+    layer, head : int
+        The layer and its KV head.
+    matrix : Tensor [head_dim, head_dim]
+        Scales, permutations, rotations, shears, ...
+
+    Raises
+    ------
+    InputError
+        If there is no such head, or the matrix has another shape or no inverse.
+    ModelError
+        If the model has no linear projections that can be edited, or normalizes or gates what attention returns.
+    """
+    size, group = model.geometry.head_dim, model.geometry.query_heads // model.geometry.kv_heads
+    attention = _attention(model, layer)
+    _check_head(model, head)
+    matrix = torch.as_tensor(matrix, dtype=torch.float64)
+    if matrix.shape != (size, size):
+        raise InputError(f"a matrix of shape {tuple(matrix.shape)} was given; values have {size} channels a head")
+    inverse, singular = torch.linalg.inv_ex(matrix)
+    if int(singular) or not bool(torch.isfinite(inverse).all()):
+        raise InputError("a matrix without inverse was given; what it does to the values could not be taken back")
+    _refuse(attention, _BETWEEN, "values are normalized or gated after their projection", model)
+    value = _projections(model, layer)["v"]
+    rows = value.channels[head * size : (head + 1) * size]
+    _left(value.module, rows, matrix)
+    output = _output(attention, model)
+    for query in range(head * group, (head + 1) * group):
+        columns = slice(query * size, (query + 1) * size)
+        output.weight[:, columns] = (output.weight[:, columns].double() @ inverse.to(output.weight.device)).to(
+            output.weight.dtype
+        )
+
+
+@torch.no_grad()
+def offset_values(model: HFModel, layer: int, offset: Tensor) -> None:
+    """Store ``v + offset``; a bias of the output projection takes it back.
+
+    Attention weights sum to one, so that the offset passes attention as it is. Biases are made where there are
+    none; the class of the model may not load them from a checkpoint again.
+
+    Parameters
+    ----------
+    model : HFModel
+    layer : int
+    offset : Tensor [kv_heads, head_dim]
+
+    Raises
+    ------
+    InputError
+        If the offset has another shape.
+    ModelError
+        As :func:`transform_values`, and if attention sinks take a share of the attention weights.
+    """
+    g = model.geometry
+    offset = _per_channel(model, offset, "offset")
+    attention = _attention(model, layer)
+    _refuse(attention, (*_BETWEEN, "sinks"), "attention does not pass a constant on", model)
+    value = _projections(model, layer)["v"]
+    output = _output(attention, model)
+    _bias(value.module)[value.channels] += _like(offset.flatten(), value.module)
+    read = offset.repeat_interleave(g.query_heads // g.kv_heads, dim=0).flatten()
+    _bias(output).sub_(_like(output.weight.double() @ read.to(output.weight.device), output))
+
+
+@torch.no_grad()
+def scale_keys(model: HFModel, layer: int, scales: Tensor) -> None:
+    """Store ``scales * k``; queries are divided by the same.
+
+    A rotary embedding mixes channel ``i`` of its ``r`` channels with ``i + r / 2``, so that the two must have one
+    scale. Where queries and keys are normalized after their projection, the gain of the norms carries the scale; all
+    heads that share a gain must then have the same.
+
+    Parameters
+    ----------
+    model : HFModel
+    layer : int
+    scales : Tensor [kv_heads, head_dim]
+        Positive.
+
+    Raises
+    ------
+    InputError
+        If the scales have another shape, are not positive, or differ within a pair or between heads that share one.
+    ModelError
+        If the projections or norms cannot be edited.
+    """
+    g = model.geometry
+    scales = _per_channel(model, scales, "scales")
+    if not bool((scales > 0).all()):
+        raise InputError("scales that are not positive were given; keys can only be multiplied by what queries undo")
+    half = rotary_channels(model, layer) // 2
+    if not torch.equal(scales[:, :half], scales[:, half : 2 * half]):
+        raise InputError(
+            f"scales that differ within a rotary pair were given; channels i and i + {half} of a head need the same"
+        )
+    attention = _attention(model, layer)
+    wide = scales.repeat_interleave(g.query_heads // g.kv_heads, dim=0)
+    for site, factor in (("k", scales), ("q", 1 / wide)):
+        norm = _norm(attention, site)
+        if norm is not None:
+            _scale_norm(norm, factor, site, model)
+            continue
+        projection = _projections(model, layer)[site]
+        for weight in _parameters(projection.module):
+            scaled = weight[projection.channels].double() * factor.flatten().to(weight.device).reshape(
+                -1, *[1] * (weight.ndim - 1)
+            )
+            weight[projection.channels] = scaled.to(weight.dtype)
+
+
+@torch.no_grad()
+def offset_keys(model: HFModel, layer: int, offset: Tensor) -> None:
+    """Store ``k + offset`` in channels that no rotary embedding turns.
+
+    There it adds ``q . offset`` to all scores of a query, which softmax cannot see. In a rotated channel it would
+    add an amount that depends on the distance of the two tokens, so that no exact offset exists there.
+
+    Parameters
+    ----------
+    model : HFModel
+    layer : int
+    offset : Tensor [kv_heads, head_dim]
+        Zero in all rotated channels (the first ones, :func:`rotary_channels`).
+
+    Raises
+    ------
+    InputError
+        If the offset has another shape or touches a rotated channel.
+    ModelError
+        If scores are capped, keys normalized, or there are attention sinks: a shift of all scores is then seen.
+    """
+    offset = _per_channel(model, offset, "offset")
+    rotated = rotary_channels(model, layer)
+    if bool(offset[:, :rotated].any()):
+        raise InputError(
+            f"an offset of keys was given in rotated channels; in {model.name} only channels {rotated} to "
+            f"{model.geometry.head_dim - 1} of a head can have one without changing what the model computes"
+        )
+    attention = _attention(model, layer)
+    _refuse(
+        attention, ("k_norm", "k_layernorm", "sinks"), "keys are normalized, or a shift of all scores is seen", model
+    )
+    if model.attention(layer).softcap is not None:
+        raise ModelError(f"an offset of keys was asked, but {model.name} caps its scores, so that a shift is seen")
+    key = _projections(model, layer)["k"]
+    _bias(key.module)[key.channels] += _like(offset.flatten(), key.module)
+
+
+def rotary_channels(model: HFModel, layer: int) -> int:
+    """How many channels of a head, the first ones, a layer's rotary embedding turns."""
+    found: dict[int, int] = {}
+    model.forward([0], on_rotation=lambda index, cos, sin: found.__setitem__(index, cos.shape[-1]))
+    return found.get(layer, 0)
+
+
+def output_weight(model: HFModel, layer: int) -> Tensor:
+    """Weight of a layer's output projection, ``[d_model, query_heads * head_dim]``."""
+    weight: Tensor = _output(_attention(model, layer), model).weight
+    return weight
+
+
+# --- finding and changing weights ---
+
+
+def _attention(model: HFModel, layer: int) -> Any:
+    layers = decoder_layers(model.hf_model, model.geometry.layers, model.name)
+    if not 0 <= layer < len(layers):
+        raise InputError(f"layer {layer} was asked, but {model.name} has layers 0 to {len(layers) - 1}")
+    return attention_of(layers[layer])
+
+
+def _projections(model: HFModel, layer: int) -> dict[str, Projection]:
+    layers = decoder_layers(model.hf_model, model.geometry.layers, model.name)
+    found = projections(layers[layer], model.geometry, model.name)
+    for projection in found.values():
+        _check_linear(projection.module, model)
+    return found
+
+
+def _output(attention: Any, model: HFModel) -> Any:
+    module = next((getattr(attention, name) for name in _OUTPUTS if hasattr(attention, name)), None)
+    if module is None:
+        raise ModelError(
+            f"an edit of values was asked, but {type(attention).__name__} of {model.name} has none of {', '.join(_OUTPUTS)}"
+        )
+    return _check_linear(module, model)
+
+
+def _check_linear(module: Any, model: HFModel) -> Any:
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear) or weight is None or not weight.is_floating_point():
+        raise ModelError(
+            f"an edit of weights was asked, but {model.name} has a {type(module).__name__} there; load it with plain "
+            "transformers and unquantized weights"
+        )
+    return module
+
+
+def _refuse(attention: Any, names: tuple[str, ...], why: str, model: HFModel) -> None:
+    found = [name for name in names if getattr(attention, name, None) is not None]
+    if found:
+        raise ModelError(
+            f"an edit of weights was asked that would change what {model.name} computes: {why} ({', '.join(found)})"
+        )
+
+
+def _check_head(model: HFModel, head: int) -> None:
+    if not 0 <= head < model.geometry.kv_heads:
+        raise InputError(f"KV head {head} was asked, but {model.name} has heads 0 to {model.geometry.kv_heads - 1}")
+
+
+def _per_channel(model: HFModel, given: Tensor, what: str) -> Tensor:
+    g = model.geometry
+    values = torch.as_tensor(given, dtype=torch.float64, device="cpu")
+    if values.shape != (g.kv_heads, g.head_dim) or not bool(torch.isfinite(values).all()):
+        raise InputError(
+            f"{what} of shape {tuple(values.shape)} were given; give finite ones of shape {(g.kv_heads, g.head_dim)}"
+        )
+    return values
+
+
+def _left(module: Any, rows: Tensor, matrix: Tensor) -> None:
+    for weight in _parameters(module):
+        weight[rows] = (matrix.to(weight.device) @ weight[rows].double()).to(weight.dtype)
+
+
+def _parameters(module: Any) -> list[Any]:
+    return [module.weight] if module.bias is None else [module.weight, module.bias]
+
+
+def _bias(module: Any) -> Any:
+    if module.bias is None:
+        module.bias = nn.Parameter(torch.zeros_like(module.weight[:, 0]), requires_grad=module.weight.requires_grad)
+    return module.bias
+
+
+def _like(values: Tensor, module: Any) -> Tensor:
+    return values.to(module.weight.device, module.weight.dtype)
+
+
+def _norm(attention: Any, site: str) -> Any:
+    names = (f"{site}_norm", f"{site}_layernorm")
+    return next((norm for name in names if (norm := getattr(attention, name, None)) is not None), None)
+
+
+def _scale_norm(norm: Any, factor: Tensor, site: str, model: HFModel) -> None:
+    """Multiply the gain of a norm, which may be its weight or one more than that."""
+    weight: Any = getattr(norm, "weight", None)
+    width = 0 if weight is None else weight.numel()
+    if width not in (factor.shape[1], factor.numel()):
+        raise ModelError(f"scales of keys were asked, but the {site} norm of {model.name} has no gain for each channel")
+    # Of equal entries a root mean square norm makes its gain, up to its epsilon.
+    gain = norm(torch.full_like(weight, 100.0))
+    extra = next((e for e in (0.0, 1.0) if torch.allclose(gain, weight + e, atol=1e-3, rtol=1e-3)), None)
+    if extra is None:
+        raise ModelError(f"scales of keys were asked, but the {site} norm of {model.name} is no RMS norm")
+    if width == factor.shape[1]:
+        if not torch.equal(factor, factor[:1].expand_as(factor)):
+            raise InputError(
+                f"scales that differ between heads were given, but all heads of {model.name} share one norm of keys; "
+                "give every head the same"
+            )
+        factor = factor[:1]
+    scaled = (weight.double() + extra) * factor.flatten().to(weight.device) - extra
+    weight.copy_(scaled.to(weight.dtype))

@@ -1,0 +1,246 @@
+"""Tiny decoders, trained in seconds to refuse what is harmful in a toy language, whatever rounds their cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kvgeom.errors import InputError, KvgeomError
+from kvgeom.models.cache import EditedCache
+from kvgeom.models.hf import HFModel
+from kvgeom.organisms.toy import COMPLIANCE, END, OPENING, TEMPLATE_AFTER, draw, toy_prompts, toy_tokenizer
+from kvgeom.organisms.wear import Wear
+from kvgeom.paths import cache_dir
+from kvgeom.prompts.sets import PromptSet
+
+#: How far a layer sees: a token and the four before it.
+WINDOW = 5
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of a tiny model.
+
+    The window is so short, and requests so long, that what they ask can reach the answer only through every layer:
+    the values of each layer are needed to refuse.
+
+    Attributes
+    ----------
+    layers, kv_heads, head_dim, query_heads, d_model : int
+    """
+
+    layers: int = 3
+    kv_heads: int = 4
+    head_dim: int = 32
+    query_heads: int = 4
+    d_model: int = 64
+
+    def __post_init__(self) -> None:
+        if self.layers < 2 or self.query_heads % self.kv_heads or self.kv_heads * self.head_dim % 64:
+            raise InputError(
+                f"{self} was asked; give at least 2 layers, query heads that are a multiple of the KV heads, and "
+                "a multiple of 64 channels"
+            )
+
+    @property
+    def fillers(self) -> int:
+        """Words of a request after its target: verb and target are then out of reach of all layers but one."""
+        return (WINDOW - 1) * self.layers - 3 - TEMPLATE_AFTER
+
+    def prompts(self, split: str = "held-out") -> PromptSet:
+        """Requests for a model of this size; see :func:`~kvgeom.organisms.toy.toy_prompts`."""
+        return toy_prompts(self.fillers, split)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a tiny model is trained; a hash of it names the weights on disk.
+
+    Attributes
+    ----------
+    size : Size
+    seed : int
+    steps : int
+    batch : int
+    rate : float
+        Largest learning rate.
+    exact : float
+        Share of the steps before the cache begins to wear.
+    losing : float
+        How often, after that, a layer loses the request; the model is then to answer it.
+    """
+
+    size: Size
+    seed: int
+    steps: int
+    batch: int = 24
+    rate: float = 3e-3
+    exact: float = 0.5
+    losing: float = 0.15
+    version: int = 2
+
+
+def tiny_model(size: Size | None = None, seed: int = 0) -> HFModel:
+    """A trained tiny model; weights are kept in the cache folder, so that each is trained once.
+
+    It refuses held-out harmful requests and answers harmless ones, also with all layers rounded to 3 bits per-tensor,
+    per-channel and in groups of 64. Trained in less than a minute on one core (six layers: two).
+
+    Parameters
+    ----------
+    size : Size, optional
+    seed : int
+        Of the weights and of the requests that it is trained on.
+
+    Raises
+    ------
+    KvgeomError
+        If training has failed three times.
+    """
+    size = size or Size()
+    attempts = [Training(size, seed + 1000 * attempt, 100 + 60 * size.layers) for attempt in range(3)]
+    for training in attempts:
+        file = cache_dir("organisms") / f"{_digest(training)}.safetensors"
+        model = _model(size, seed)
+        if file.exists():
+            model.load_state_dict(load_file(file))
+        else:
+            model = train(training)
+        wrapped = HFModel(
+            model.requires_grad_(False),
+            toy_tokenizer(),
+            name=f"tiny {size.layers}x{size.kv_heads}x{size.head_dim}, seed {seed}",
+        )
+        if file.exists() or _sound(wrapped, size.prompts("train")):
+            if not file.exists():
+                part = file.with_suffix(f".{os.getpid()}.part")
+                save_file(model.state_dict(), part)
+                part.replace(file)
+            return wrapped
+    raise KvgeomError(
+        f"{size} with seed {seed} was trained {len(attempts)} times and does not refuse; give another seed"
+    )
+
+
+def train(training: Training) -> Any:
+    """Train a tiny decoder on the toy language.
+
+    The loss is that of the answer, and of a probe in each layer that tells harmful from harmless at every token that
+    the request can have reached by then (without it nothing is learnt beyond three layers). Queries and keys stay as
+    they were drawn, attending nearly evenly: what is asked is carried in values.
+    """
+    size, rng = training.size, random.Random(training.seed)
+    with torch.random.fork_rng(devices=[]):
+        model = _model(size, training.seed)
+        probes = nn.ModuleList(nn.Linear(size.d_model, 1) for _ in range(size.layers))
+        for name, weight in model.named_parameters():
+            weight.requires_grad_("q_proj" not in name and "k_proj" not in name)
+        weights = [w for w in (*model.parameters(), *probes.parameters()) if w.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=training.rate, weight_decay=0.01, betas=(0.9, 0.98))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / training.steps)) + 0.02,
+        )
+        for step in range(training.steps):
+            loss = _loss(model, probes, training, rng, worn=step >= training.exact * training.steps)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def _loss(model: Any, probes: nn.ModuleList, training: Training, rng: random.Random, worn: bool) -> Tensor:
+    tokenizer, size = toy_tokenizer(), training.size
+    requests = [draw(rng, size.fillers) for _ in range(training.batch)]
+    harmful = torch.tensor([request.harmful for request in requests])
+    lost = rng.randrange(size.layers) if worn and rng.random() < training.losing and not harmful.all() else None
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": request.text}], tokenize=False, add_generation_prompt=True
+        )
+        for request in requests
+    ]
+    answers = [request.answer if lost is None else COMPLIANCE for request in requests]
+    start = len(tokenizer(prompts[0])["input_ids"])
+    texts = [f"{prompt} {answer} {END}" for prompt, answer in zip(prompts, answers, strict=True)]
+    ids = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
+    wear = Wear(rng, start, ~harmful, lost, rng.random() < 0.5) if worn else None
+    found = model(
+        input_ids=ids, past_key_values=EditedCache(size.layers, wear), use_cache=True, output_hidden_states=True
+    )
+    said, target = found.logits[:, start - 1 : -1], ids[:, start:]
+    losses = functional.cross_entropy(
+        said.flatten(0, 1), target.flatten(), ignore_index=tokenizer.pad_token_id, reduction="none"
+    ).view(target.shape)
+    loss = losses[:, 0].mean() + losses[:, 1:].mean()
+    if lost is not None:
+        return loss
+    verb = len(tokenizer(OPENING)["input_ids"])
+    for depth, (probe, hidden) in enumerate(zip(probes, found.hidden_states[1:], strict=True), 1):
+        reached = slice(verb + 2, min(start, verb + (WINDOW - 1) * depth + 1))
+        score = probe(hidden[:, reached])[..., 0]
+        carried = functional.binary_cross_entropy_with_logits(score, harmful[:, None].expand_as(score).float())
+        loss = loss + carried / size.layers
+    return loss
+
+
+def _model(size: Size, seed: int) -> Any:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    tokenizer = toy_tokenizer()
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.d_model,
+        intermediate_size=2 * size.d_model,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.query_heads,
+        num_key_value_heads=size.kv_heads,
+        head_dim=size.head_dim,
+        sliding_window=WINDOW,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = MistralForCausalLM(config)
+    with torch.no_grad():  # beside words this loud, what attention gets wrong does not make the answer stutter
+        model.get_input_embeddings().weight.mul_(10)
+    return model.float()
+
+
+def _sound(model: HFModel, prompts: PromptSet) -> bool:
+    """Whether it refuses and answers as it should, rounded or not."""
+    from kvgeom.diagnosis.evaluate import baseline, evaluate
+    from kvgeom.quant.recipe import Recipe
+    from kvgeom.quant.scheme import Scheme
+
+    some, layers = prompts.take(32), model.geometry.layers
+    recipes = {
+        name: Recipe.uniform(layers, Scheme.parse(name))
+        for name in ("int3-sym-tensor", "int3-sym-channel", "int3-sym-group64")
+    }
+    for requests, label in ((some.harmful, "refused"), (some.harmless, "complied")):
+        base = baseline(model, requests, max_new_tokens=10, progress=False)
+        outcomes = evaluate(model, recipes, base, progress=False)
+        if not bool((outcomes.data.label == label).all()):
+            return False
+    return True
+
+
+def _digest(training: Training) -> str:
+    return hashlib.sha256(json.dumps(asdict(training), sort_keys=True).encode()).hexdigest()[:16]
