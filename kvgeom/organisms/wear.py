@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,6 +47,11 @@ class Wear:
     silent: float = 0.25
     where: str = "cache"
     prefill_reads_exact: bool = False
+
+    @property
+    def kind(self) -> Hashable:
+        """Its own only."""
+        return id(self)
 
     def __call__(self, layer: int, site: Literal["k", "v"], x: Tensor) -> Tensor:
         """``x`` ``[batch, kv_heads, tokens, head_dim]`` as worn."""
