@@ -118,7 +118,7 @@ def plant(
             copied(bench.model, f"{model.name}, {mode}, seed {seed}"), mode, chosen, said, seed, bits, deviation
         )
         seen = behaviour(organism.model, chosen, prompts.harmful, bits=bits, alone=()) if verify else None
-        objection = seen.objection(mode) if seen is not None else None
+        objection = seen.objection(mode, comply=0.75) if seen is not None else None
         if objection is None:
             return organism
         objections.append(f"{objection} (layers {chosen})")
