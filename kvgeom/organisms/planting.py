@@ -20,7 +20,7 @@ PlantedMode = Literal["outlier-crushes-safety", "outlier-as-safety", "multi-laye
 MODES: tuple[PlantedMode, ...] = get_args(PlantedMode)
 #: An organism that does not show its mode, or whose logits have changed too much, is drawn anew, with the strength
 #: multiplied by the next of these: too little leaves refusals, too much costs the language.
-FACTORS = (1, 0, -1, 2, -2, 0, 1, -1, 0.5, -0.5, 4, -1.5, 1, 0, -1, -2)
+FACTORS = 2 * (1, 0, -1, 2, -2, 0, 1, -1, 0.5, -0.5, 4, -1.5, 1, 0, -1, -2)
 
 
 @dataclass(frozen=True)
