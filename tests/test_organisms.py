@@ -30,7 +30,7 @@ def trained() -> HFModel:
 
 @pytest.fixture(scope="session", params=MODES)
 def organism(request: pytest.FixtureRequest, trained: HFModel) -> Organism:
-    return plant(trained, request.param, seed=7, prompts=SIZE.prompts("train").take(24))
+    return plant(trained, request.param, seed=5, prompts=SIZE.prompts("train").take(24))
 
 
 def answers(model: HFModel, requests: tuple[str, ...]) -> tuple[str, ...]:
@@ -179,7 +179,7 @@ def test_what_cannot_be_planted_is_said(trained: HFModel) -> None:
         plant(trained, "robust", layers=[1], prompts=SIZE.prompts().take(2))
     with pytest.raises(InputError, match="not all"):
         plant(trained, "multi-layer dilution", layers=[0, 1, 2], prompts=SIZE.prompts().take(2))
-    with pytest.raises(ModelError, match=r"none of 16 draws.*nothing is refused"):
+    with pytest.raises(ModelError, match=r"none of 32 draws.*nothing is refused"):
         plant(random_model("llama"), "robust", prompts=SIZE.prompts().take(2))
 
 

@@ -20,7 +20,7 @@ PlantedMode = Literal["outlier-crushes-safety", "outlier-as-safety", "multi-laye
 MODES: tuple[PlantedMode, ...] = get_args(PlantedMode)
 #: An organism that does not show its mode, or whose logits have changed too much, is drawn anew, with the strength
 #: multiplied by the next of these: too little leaves refusals, too much costs the language.
-FACTORS = (1, 0, -1, 2, -2, 0, 1, -1, 0.5, -0.5, 4, -1.5, 1, 0, -1, -2)
+FACTORS = 2 * (1, 0, -1, 2, -2, 0, 1, -1, 0.5, -0.5, 4, -1.5, 1, 0, -1, -2)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def plant(
             copied(bench.model, f"{model.name}, {mode}, seed {seed}"), mode, chosen, said, seed, bits, deviation
         )
         seen = behaviour(organism.model, chosen, prompts.harmful, bits=bits, alone=()) if verify else None
-        objection = seen.objection(mode) if seen is not None else None
+        objection = seen.objection(mode, comply=0.75) if seen is not None else None
         if objection is None:
             return organism
         objections.append(f"{objection} (layers {chosen})")
