@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo test test-all lint docs organisms clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/kvgeom audit demo --out audit-demo
@@ -22,6 +22,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Plants failure modes, diagnoses them, and writes the confusion matrix into docs/organisms.md.
+organisms: $(VENV)/.dev
+	$(BIN)/python benchmarks/organisms.py
 
 docs: $(VENV)/.dev
 	$(PIP) --editable '.[docs]'

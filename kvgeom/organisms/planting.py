@@ -40,6 +40,8 @@ class Organism:
         What was drawn from, and the bits at which the mode shows.
     deviation : float
         Largest change of a logit on the prompts it was planted with.
+    draws : int
+        How many were made until one showed the mode.
     """
 
     model: HFModel = field(repr=False)
@@ -49,6 +51,7 @@ class Organism:
     seed: int
     bits: int
     deviation: float
+    draws: int
 
 
 def plant(
@@ -115,7 +118,14 @@ def plant(
             objections.append(f"logits change by {deviation:.2g} (layers {chosen})")
             continue
         organism = Organism(
-            copied(bench.model, f"{model.name}, {mode}, seed {seed}"), mode, chosen, said, seed, bits, deviation
+            copied(bench.model, f"{model.name}, {mode}, seed {seed}"),
+            mode,
+            chosen,
+            said,
+            seed,
+            bits,
+            deviation,
+            draw + 1,
         )
         seen = behaviour(organism.model, chosen, prompts.harmful, bits=bits, alone=()) if verify else None
         objection = seen.objection(mode, comply=0.75) if seen is not None else None
