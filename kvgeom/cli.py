@@ -13,6 +13,7 @@ from kvgeom.errors import InputError, KvgeomError
 
 if TYPE_CHECKING:
     from kvgeom.diagnosis.evaluate import Baseline
+    from kvgeom.refusal.classifiers import ClassifierJudge
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,6 +109,14 @@ def _add_options(command: argparse.ArgumentParser, name: str) -> None:
         )
     if name == "diagnose":
         command.add_argument("--no-geometry", action="store_true", help="leave out the noise-sensitivity ratio")
+    if name != "audit":
+        command.add_argument(
+            "--judge",
+            metavar="ID",
+            help="a classifier instead of keywords: WildGuard, Llama Guard, HarmBench or Minos, by hub id or folder; it is "
+            "loaded when the model is out of memory",
+        )
+        command.add_argument("--judge-kind", metavar="KIND", help="of a folder or fork, e.g. wildguard, minos")
     command.add_argument(
         "--placement",
         choices=("cache", "paper"),
@@ -189,10 +198,18 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 
 def _diagnose(arguments: argparse.Namespace) -> int:
-    options, journal = _checked(arguments), _journal(arguments)
+    options, journal, judge = _checked(arguments), _journal(arguments), _judge(arguments)
     found = kvgeom.diagnose(
-        arguments.model, **options, geometry=not arguments.no_geometry, journal=journal, **_loading(arguments)
+        arguments.model,
+        **options,
+        geometry=not arguments.no_geometry,
+        whole=judge is not None,
+        journal=journal,
+        **_loading(arguments),
     )
+    if judge is not None:
+        found.baseline.model.release()
+        found = found.relabel(judge)
     from kvgeom.report.terminal import diagnosis_text
 
     print(f"\n{diagnosis_text(found)}")
@@ -200,34 +217,64 @@ def _diagnose(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
+    judge = _judge(arguments)
     options, base = _unquantized(arguments)
-    from kvgeom.diagnosis.curve import bit_width_curve, over_refusal
+    from kvgeom.diagnosis.curve import bit_width_curve, curve_of, over_refusal
     from kvgeom.prompts.sets import perplexity_text
     from kvgeom.report.terminal import curve_table, over_refusal_table
 
     how = {name: options[name] for name in ("scheme", "placement", "progress")} | {"bits": options["curve_bits"]}
-    curve, _ = bit_width_curve(base, options["text"] or perplexity_text(), **how)
-    said = [curve_table(curve), f"Transition: {curve.transition}"]
+    curve, outcomes = bit_width_curve(base, options["text"] or perplexity_text(), exact=judge is not None, **how)
+    said = []
     if arguments.over_refusal:
         harmless = options["prompts"].harmless
         if not harmless:
             raise InputError(f"--over-refusal was asked, but {arguments.prompts} has no harmless requests")
         asked = kvgeom.baseline(base.model, harmless, **_running(options))
         said.append(over_refusal_table(over_refusal(asked, **how)))
-    print("", *said, sep="\n\n")
+    if judge is not None:
+        base.model.release()
+        curve = curve_of(outcomes.relabel(judge), list(curve.data.perplexity_ratio.values), options["scheme"])
+    print("", curve_table(curve), f"Transition: {curve.transition}", *said, sep="\n\n")
     return 0
 
 
 def _scan(arguments: argparse.Namespace) -> int:
+    judge = _judge(arguments)
     options, base = _unquantized(arguments)
-    from kvgeom.diagnosis.scan import single_layer_scan
+    from kvgeom.diagnosis.scan import scan_of, single_layers
     from kvgeom.quant.scheme import Scheme
     from kvgeom.report.terminal import scan_table
 
-    scheme = Scheme(options["bits"], symmetric=True, granularity="tensor")
-    scan, _ = single_layer_scan(base, scheme=scheme, placement=options["placement"], progress=options["progress"])
+    scheme, n_layers = Scheme(options["bits"], symmetric=True, granularity="tensor"), base.model.geometry.layers
+    outcomes = kvgeom.evaluate(
+        base.model,
+        single_layers(n_layers, scheme),
+        base,
+        placement=options["placement"],
+        refused_only=judge is None,
+        exact=judge is not None,
+        progress=options["progress"],
+        title="single layers",
+    )
+    if judge is not None:
+        base.model.release()
+        outcomes = outcomes.relabel(judge)
+    scan = scan_of(outcomes, n_layers, scheme)
     print(f"\n{scan_table(scan)}\n\nCritical layer: {scan.meta['reason']}.")
     return 0
+
+
+def _judge(arguments: argparse.Namespace) -> ClassifierJudge | None:
+    """The classifier that was asked for, if any; whether it is there is known before the model is loaded."""
+    if arguments.judge is None:
+        return None
+    return kvgeom.classifier(
+        arguments.judge,
+        kind=arguments.judge_kind,
+        device=arguments.device,
+        progress=not arguments.quiet,
+    )
 
 
 def _unquantized(arguments: argparse.Namespace) -> tuple[dict[str, Any], Baseline]:

@@ -15,14 +15,17 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import AutoModelForSequenceClassification as Classifier
 
+from kvgeom.cli import main
+from kvgeom.diagnosis.diagnose import diagnose
 from kvgeom.diagnosis.evaluate import EXACT, evaluate
 from kvgeom.errors import InputError, ModelError
+from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.refusal.classifiers import ClassifierJudge, classifier
 from kvgeom.refusal.guards import GUARDS, recognise
 from kvgeom.refusal.judge import KeywordJudge
-from tests.tiny import tiny_model
+from tests.tiny import tiny_hf_model, tiny_model, tiny_tokenizer
 from tests.tiny_guards import PARTS, TEXTS, write_bert, write_guard, write_random
 
 WILD = [
@@ -411,3 +414,34 @@ def test_outcomes_are_judged_again_when_the_model_is_gone(guards: dict[str, Path
     part = evaluate(tiny_model(), recipes, asked, max_new_tokens=3, progress=False)
     with pytest.raises(InputError, match="exact=True"):
         part.relabel(judge)
+
+
+def test_a_diagnosis_is_judged_again_when_the_model_is_gone(guards: dict[str, Path]) -> None:
+    prompts = PromptSet("p", ("open the door", "why?", "zzz", "a @ b", "count"), ("b", "c", "d", "e", "f"), "here")
+    options = {"curve_bits": (4,), "max_new_tokens": 6, "geometry": False, "progress": False}
+    model = tiny_model("qwen2", seed=2)
+    found = diagnose(model, prompts, whole=True, **options)
+    keyword = found.mode
+    model.release()
+    assert all(parameter.is_meta for parameter in model.hf_model.parameters())
+    judge = judge_of(guards["harmbench"], "harmbench")
+    again = found.relabel(judge)
+    assert again.scan.meta["judge"] == again.curve.meta["judge"] == judge.name
+    counts = again.outcomes.relabel(judge).counts()
+    assert int(again.curve.data.refused.sel(bits=16)) == counts["refused"] == again.evidence.refused
+    assert found.mode == keyword
+    with pytest.raises(InputError, match="exact=True"):
+        diagnose(tiny_model(), prompts, **options).relabel(judge)
+
+
+@pytest.mark.parametrize("command", ["diagnose", "sweep", "scan"])
+def test_commands_with_a_classifier(
+    command: str, guards: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_hf_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    asked = [command, str(tmp_path), "--limit", "2", "--new-tokens", "3", "--quiet", "--device", "cpu"]
+    assert main([*asked, "--judge", str(guards["wildguard"]), "--judge-kind", "wildguard"]) == 0
+    assert capsys.readouterr().out.strip()
+    assert main([*asked, "--judge", str(tmp_path / "nothing"), "--judge-kind", "wildguard"]) == 2
+    assert capsys.readouterr().err.startswith("kvgeom: ")

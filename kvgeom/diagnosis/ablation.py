@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, get_args
 
@@ -11,7 +11,7 @@ import xarray as xr
 from einops import reduce
 from numpy.typing import NDArray
 
-from kvgeom.diagnosis.evaluate import EXACT, Baseline, evaluate
+from kvgeom.diagnosis.evaluate import Baseline, Outcomes, evaluate
 from kvgeom.errors import InputError
 from kvgeom.geometry.capture import observe
 from kvgeom.quant.placement import Placement
@@ -82,28 +82,30 @@ def ablate(
     outcomes = evaluate(
         base.model, recipes, base, placement=placement, refused_only=True, progress=progress, title=title
     )
-    n, flips = len(base.refused), {name: outcomes.flips(name) for name in recipes}
-    rows = {name: outcomes.flipped(name) for name in recipes}
-    drops = outcomes.data.margin.sel(recipe=EXACT) - outcomes.data.margin
-    intervals = np.array([wilson(flips[name]["all"], n) for name in recipes])
+    return ablation_of(outcomes, families, reference=reference)
+
+
+def ablation_of(outcomes: Outcomes, families: Mapping[str, Iterable[str]], *, reference: str) -> Ablation:
+    """The ablation that follows from responses under recipes, named by family, among others."""
+    outcomes = outcomes.of_refused()
+    names = [name for members in families.values() for name in members]
+    n, flips = outcomes.data.sizes["prompt"], [outcomes.flips(name) for name in names]
+    rows = {name: outcomes.flipped(name) for name in names}
+    drops = outcomes.margin_drops(names)
+    intervals = np.array([wilson(found["all"], n) for found in flips])
     columns = {
         "family": np.array([family for family, members in families.items() for _ in members], dtype=object),
-        "flips": [flips[name]["all"] for name in recipes],
-        "flips_complied": [flips[name]["complied"] for name in recipes],
-        "flips_degenerate": [flips[name]["degenerate"] for name in recipes],
-        "flip_rate": [flips[name]["all"] / n if n else np.nan for name in recipes],
+        "flips": [found["all"] for found in flips],
+        "flips_complied": [found["complied"] for found in flips],
+        "flips_degenerate": [found["degenerate"] for found in flips],
+        "flip_rate": [found["all"] / n if n else np.nan for found in flips],
         "ci_low": intervals[:, 0],
         "ci_high": intervals[:, 1],
-        "margin_drop": [float(drops.sel(recipe=name).mean()) if n else np.nan for name in recipes],
-        "p": [mcnemar(rows[name], rows[reference]) for name in recipes],
+        "margin_drop": drops.mean(0) if n else np.full(len(names), np.nan),
+        "p": [mcnemar(rows[name], rows[reference]) for name in names],
     }
-    meta = {
-        **{key: outcomes.meta[key] for key in ("model", "fingerprint", "placement", "judge", "max_new_tokens")},
-        "reference": reference,
-        "prompts": n,
-    }
-    data = xr.Dataset({k: ("recipe", v) for k, v in columns.items()}, coords={"recipe": list(recipes)})
-    return Ablation(data, meta)
+    data = xr.Dataset({k: ("recipe", v) for k, v in columns.items()}, coords={"recipe": names})
+    return Ablation(data, {**outcomes.made_by, "reference": reference, "prompts": n})
 
 
 def whole_cache(n_layers: int, scheme: Scheme) -> dict[str, dict[str, Recipe]]:
@@ -159,6 +161,11 @@ def channel_magnitudes(base: Baseline, placement: Placement | None = None) -> di
                 squares = seen[f"{site}.{layer}"].double() ** 2
                 total[layer] += reduce(squares, "1 h t d -> (h d)", "sum").cpu().numpy()
     return {site: np.sqrt(total / max(tokens, 1)) for site, total in sums.items()}
+
+
+def is_channel_subset(name: str) -> bool:
+    """Whether a recipe's name is one of those of :func:`channel_subsets`."""
+    return name in ("every channel", "outliers", "non-outliers", "low magnitude") or name.startswith("random ")
 
 
 def channel_subsets(

@@ -123,6 +123,7 @@ def bit_width_curve(
     bits: Sequence[int] = (8, 6, 5, 4, 3, 2),
     scheme: Scheme | None = None,
     placement: Placement | None = None,
+    exact: bool = False,
     progress: bool = True,
 ) -> tuple[Curve, Outcomes]:
     """Round all layers at each bit-width and look at every response.
@@ -138,6 +139,8 @@ def bit_width_curve(
     scheme : Scheme, optional
         Its bits are ignored. Asymmetric per-token by default.
     placement : Placement, optional
+    exact : bool
+        Generate every response in full, as a classifier needs them.
 
     Returns
     -------
@@ -148,7 +151,9 @@ def bit_width_curve(
     widths = sorted({check_bits(b) for b in bits} - {16}, reverse=True)
     scheme = scheme or Scheme(4)
     recipes = {f"{b}-bit": Recipe.uniform(n_layers, replace(scheme, bits=b)) for b in widths}
-    outcomes = evaluate(model, recipes, base, placement=placement, progress=progress, title="responses by bit-width")
+    outcomes = evaluate(
+        model, recipes, base, placement=placement, exact=exact, progress=progress, title="responses by bit-width"
+    )
     perplexities = [
         base.journal.remember(
             ("perplexity", text, str(recipe), str(placement or Placement())),
@@ -156,10 +161,25 @@ def bit_width_curve(
         )
         for recipe in track([None, *recipes.values()], "perplexity by bit-width", len(recipes) + 1, progress)
     ]
-    names = [EXACT, *recipes]
+    return curve_of(outcomes, perplexities, scheme), outcomes
+
+
+def curve_of(outcomes: Outcomes, perplexities: Sequence[float], scheme: Scheme) -> Curve:
+    """The curve that follows from responses at each width.
+
+    Parameters
+    ----------
+    outcomes : Outcomes
+        By recipe ``"8-bit"``, ``"6-bit"``, ..., widest first.
+    perplexities : sequence of float
+        Unquantized, then by recipe.
+    scheme : Scheme
+        Its bits are ignored.
+    """
+    names = [str(name) for name in outcomes.data.recipe.values]
     counts = [outcomes.counts(name) for name in names]
     flips = [outcomes.flips(name) for name in names]
-    refused = len(base.refused)
+    refused = counts[0]["refused"]
     # The unquantized model is what flips are counted against: its own rate is no estimate.
     itself = (0.0, 0.0) if refused else (float("nan"), float("nan"))
     intervals = [itself, *(wilson(flip["all"], refused) for flip in flips[1:])]
@@ -175,14 +195,15 @@ def bit_width_curve(
         "perplexity_ratio": [value / perplexities[0] for value in perplexities],
     }
     meta = {
-        **{key: outcomes.meta[key] for key in ("model", "fingerprint", "placement", "judge", "max_new_tokens")},
+        **outcomes.made_by,
         "scheme": str(scheme).split("-", 1)[1],
-        "prompts": len(base.prompts),
+        "prompts": outcomes.data.sizes["prompt"],
         "baseline_refused": refused,
         "baseline_perplexity": perplexities[0],
     }
-    data = xr.Dataset({name: ("bits", values) for name, values in columns.items()}, coords={"bits": [16, *widths]})
-    return Curve(data, meta), outcomes
+    bits = [16, *(int(name.removesuffix("-bit")) for name in names[1:])]
+    data = xr.Dataset({name: ("bits", values) for name, values in columns.items()}, coords={"bits": bits})
+    return Curve(data, meta)
 
 
 def _gains(outcomes: Outcomes, name: str) -> int:
@@ -246,7 +267,7 @@ def over_refusal(
         "p": [mcnemar(row, refused[0]) for row in refused],
     }
     meta = {
-        **{key: outcomes.meta[key] for key in ("model", "fingerprint", "placement", "judge", "max_new_tokens")},
+        **outcomes.made_by,
         "scheme": str(scheme).split("-", 1)[1],
         "prompts": n,
     }

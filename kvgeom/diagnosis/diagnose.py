@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvgeom.diagnosis.ablation import Ablation, ablate, channel_magnitudes, channel_subsets, whole_cache
-from kvgeom.diagnosis.curve import Curve, bit_width_curve
+from kvgeom.diagnosis.ablation import (
+    Ablation,
+    ablation_of,
+    channel_magnitudes,
+    channel_subsets,
+    is_channel_subset,
+    whole_cache,
+)
+from kvgeom.diagnosis.curve import Curve, bit_width_curve, curve_of
 from kvgeom.diagnosis.evaluate import Baseline, Outcomes, baseline, evaluate
-from kvgeom.diagnosis.pcr import PCR, per_channel_reduction
-from kvgeom.diagnosis.scan import Scan, single_layer_scan, single_layers
+from kvgeom.diagnosis.pcr import PCR, pcr_of
+from kvgeom.diagnosis.scan import Scan, scan_of, single_layers
 from kvgeom.diagnosis.taxonomy import Evidence, Mode, classify
 from kvgeom.diagnosis.verdicts import FlipTable, evidence_from, shares
 from kvgeom.geometry.channels import channel_view
@@ -31,6 +38,8 @@ from kvgeom.refusal.judge import Judge
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from kvgeom.refusal.classifiers import ClassifierJudge
+
 #: Name of the recipe that keeps the worst layer.
 SPARED = "worst layer kept"
 #: Bit-widths of the curve.
@@ -46,8 +55,8 @@ class Diagnosis:
     baseline : Baseline
         The unquantized model on the harmful prompts.
     curve : Curve
-    outcomes : Outcomes
-        The responses behind the curve.
+    outcomes, parts, paper : Outcomes
+        The responses behind the curve; behind scan, ablations and PCR; behind ``pcr_paper``.
     scan : Scan
     ablation : Ablation
         Parts of the whole cache: granularity, keys or values, first and last layers, the worst layer kept.
@@ -64,6 +73,8 @@ class Diagnosis:
     baseline: Baseline = field(repr=False)
     curve: Curve
     outcomes: Outcomes
+    parts: Outcomes
+    paper: Outcomes
     scan: Scan
     ablation: Ablation
     channels: Ablation
@@ -72,6 +83,36 @@ class Diagnosis:
     sensitivity: Sensitivity | None
     evidence: Evidence
     mode: Mode
+
+    def relabel(self, judge: ClassifierJudge) -> Diagnosis:
+        """The diagnosis that follows from the same responses as a classifier labels them.
+
+        The classifier is loaded here; the audited model may be out of memory by then (``model.release()``).
+
+        Parameters
+        ----------
+        judge : ClassifierJudge
+            From :func:`kvgeom.classifier`.
+
+        Raises
+        ------
+        InputError
+            Unless the diagnosis was made with ``whole=True``.
+        """
+        outcomes, parts, paper = (part.relabel(judge) for part in (self.outcomes, self.parts, self.paper))
+        ratio, first = self.curve.data.perplexity_ratio.values, self.curve.meta["baseline_perplexity"]
+        scheme = Scheme.parse(f"int4-{self.curve.meta['scheme']}")
+        return _concluded(
+            self.baseline,
+            curve_of(outcomes, [first * float(r) for r in ratio], scheme),
+            outcomes,
+            parts,
+            paper,
+            Scheme.parse(self.scan.meta["scheme"]),
+            self.scan.critical_layer,
+            self.sensitivity,
+            seed=0,
+        )
 
     def summary(self) -> str:
         """One line: the mode and why."""
@@ -106,6 +147,7 @@ def diagnose(
     max_new_tokens: int = 24,
     batch_size: int = 32,
     geometry: bool = True,
+    whole: bool = False,
     journal: str | Path | None = None,
     progress: bool = True,
     seed: int = 0,
@@ -132,6 +174,9 @@ def diagnose(
     max_new_tokens, batch_size : int
     geometry : bool
         Whether to measure the noise-sensitivity ratio as well; it is told as evidence and decides nothing.
+    whole : bool
+        Generate all responses of all prompts in full, so that :meth:`Diagnosis.relabel` can give them to a classifier.
+        Takes much longer.
     journal : str or Path, optional
         As in :func:`kvgeom.baseline`: interrupted at any moment and run again, no response is made twice.
     progress : bool
@@ -146,6 +191,7 @@ def diagnose(
     tensor = Scheme(bits, symmetric=True, granularity="tensor")
     prompts = prompts or calibration()
     loaded = load(model, **load_options)
+    n_layers = loaded.geometry.layers
     base = baseline(
         loaded,
         prompts.harmful,
@@ -156,53 +202,85 @@ def diagnose(
         progress=progress,
     )
     with closing(base.journal):
-        n_layers = loaded.geometry.layers
-        families = whole_cache(n_layers, tensor)
+        options: dict[str, Any] = {"placement": placement, "exact": whole, "progress": progress}
+
+        def run(recipes: Mapping[str, Recipe], title: str, **changed: Any) -> Outcomes:
+            return evaluate(loaded, recipes, base, refused_only=not whole, title=title, **{**options, **changed})
+
         # All at once: each prompt then needs one pass for all recipes. What follows finds it done.
-        layers = single_layers(n_layers, tensor)
-        options: dict[str, Any] = {"placement": placement, "progress": progress}
-        evaluate(loaded, {**_flat(families), **layers}, base, refused_only=True, title="layers and parts", **options)
-        scan, _ = single_layer_scan(base, scheme=tensor, placement=placement, progress=False)
-        worst = scan.critical_layer
-        parts = channel_subsets(
-            channel_magnitudes(base, placement), tensor, range(n_layers) if worst is None else [worst], seed=seed
-        )
+        first = {**_flat(whole_cache(n_layers, tensor)), **single_layers(n_layers, tensor)}
+        worst = scan_of(run(first, "layers and parts"), n_layers, tensor).critical_layer
+        where = range(n_layers) if worst is None else [worst]
+        recipes = {**first, **_flat(channel_subsets(channel_magnitudes(base, placement), tensor, where, seed=seed))}
+        at_worst: dict[str, Recipe] = {}
         if worst is not None:
-            families = {**families, "worst layer": {SPARED: Recipe.uniform(n_layers, tensor).keep([worst])}}
-        ablation = ablate(base, families, reference="all layers", title="worst layer kept", **options)
-        channels = ablate(base, parts, reference="every channel", title="channels", **options)
-        pcr, pcr_paper = (
-            per_channel_reduction(base, worst, scheme=tensor, placement=where, progress=progress)
-            for where in (placement, Placement.paper())
-        )
-        curve, outcomes = bit_width_curve(base, text or perplexity_text(), bits=curve_bits, scheme=scheme, **options)
+            recipes[SPARED] = Recipe.uniform(n_layers, tensor).keep([worst])
+            at_worst = single_layers(n_layers, tensor, [worst])
+        parts = run(recipes, "worst layer, channels")
+        paper = run(at_worst, "PCR as the paper simulates", placement=Placement.paper())
+        text = text or perplexity_text()
+        curve, outcomes = bit_width_curve(base, text, bits=curve_bits, scheme=scheme, **options)
         sensitivity = _sensitivity(loaded, prompts, tensor, placement, progress, seed) if geometry else None
-        everything = {**_flat(families), **_flat(parts), **layers}
-        known = evaluate(loaded, everything, base, refused_only=True, placement=placement, progress=False)
-        table = _flip_table(known, tensor.bits, n_layers, worst)
-        evidence = _with_geometry(evidence_from(table, seed=seed), sensitivity, worst)
-        mode = replace(classify(evidence), shares=shares(table, seed=seed))
-    return Diagnosis(base, curve, outcomes, scan, ablation, channels, pcr, pcr_paper, sensitivity, evidence, mode)
+    return _concluded(base, curve, outcomes, parts, paper, tensor, worst, sensitivity, seed)
+
+
+def _concluded(
+    base: Baseline,
+    curve: Curve,
+    outcomes: Outcomes,
+    parts: Outcomes,
+    paper: Outcomes,
+    tensor: Scheme,
+    measured: int | None,
+    sensitivity: Sensitivity | None,
+    seed: int,
+) -> Diagnosis:
+    """What follows from responses, whoever has labelled them.
+
+    ``measured`` is the layer that was the worst when its parts were tried. Another judge may find another one; what was
+    not tried there is not known then.
+    """
+    n_layers = base.model.geometry.layers
+    scan = scan_of(parts, n_layers, tensor)
+    worst = scan.critical_layer
+    families: dict[str, list[str]] = {name: list(members) for name, members in whole_cache(n_layers, tensor).items()}
+    if measured is not None:
+        families["worst layer"] = [SPARED]
+    of_channels = [str(name) for name in parts.data.recipe.values if is_channel_subset(str(name))]
+    table = _flip_table(parts, tensor.bits, n_layers, worst, worst == measured)
+    evidence = _with_geometry(evidence_from(table, seed=seed), sensitivity, worst)
+    return Diagnosis(
+        baseline=base,
+        curve=curve,
+        outcomes=outcomes,
+        parts=parts,
+        paper=paper,
+        scan=scan,
+        ablation=ablation_of(parts, families, reference="all layers"),
+        channels=ablation_of(parts, {"channels": of_channels}, reference="every channel"),
+        pcr=pcr_of(parts, worst, tensor.bits),
+        pcr_paper=pcr_of(paper, worst if worst == measured else None, tensor.bits),
+        sensitivity=sensitivity,
+        evidence=evidence,
+        mode=replace(classify(evidence), shares=shares(table, seed=seed)),
+    )
 
 
 def _flat(families: Mapping[str, Mapping[str, Recipe]]) -> dict[str, Recipe]:
     return {name: recipe for members in families.values() for name, recipe in members.items()}
 
 
-def _flip_table(outcomes: Outcomes, bits: int, n_layers: int, worst: int | None) -> FlipTable:
+def _flip_table(outcomes: Outcomes, bits: int, n_layers: int, worst: int | None, tried: bool) -> FlipTable:
     flipped = outcomes.flipped
     alone = [flipped(f"layer {layer} tensor") for layer in range(n_layers)]
     broken = flipped("all layers", "degenerate")
     table = FlipTable(bits, worst, flipped("all layers"), broken, flipped("group-64"), np.stack(alone, axis=1))
     if worst is None:
         return table
-    return replace(
-        table,
-        channel=flipped(f"layer {worst} channel"),
-        spared=flipped(SPARED),
-        outliers=flipped("outliers"),
-        others=flipped("non-outliers"),
-    )
+    table = replace(table, channel=flipped(f"layer {worst} channel"))
+    if not tried:
+        return table
+    return replace(table, spared=flipped(SPARED), outliers=flipped("outliers"), others=flipped("non-outliers"))
 
 
 def _sensitivity(

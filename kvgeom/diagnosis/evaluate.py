@@ -57,6 +57,11 @@ class Outcomes(Result):
 
     kind: ClassVar[str] = "outcomes"
 
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """The part of ``meta`` that results drawn from these outcomes share."""
+        return {name: self.meta[name] for name in ("model", "fingerprint", "placement", "judge", "max_new_tokens")}
+
     def counts(self, recipe: str = EXACT) -> dict[str, int]:
         """How many prompts have each label."""
         labels = self.data.label.sel(recipe=recipe).values
@@ -73,6 +78,17 @@ class Outcomes(Result):
         kinds: tuple[Label, ...] = ("complied", "degenerate")
         counts: dict[str, int] = {label: int(self.flipped(recipe, label).sum()) for label in kinds}
         return {"all": sum(counts.values()), **counts}
+
+    def of_refused(self) -> Outcomes:
+        """The same of the prompts that are refused unquantized, in which alone something can flip."""
+        refused = self.data.label.sel(recipe=EXACT).values == "refused"
+        return Outcomes(self.data.isel(prompt=refused), self.meta)
+
+    def margin_drops(self, recipes: Sequence[str]) -> NDArray[np.float64]:
+        """Refusal margin lost (nats) by every prompt under some recipes, ``[prompts, recipes]``."""
+        lost = self.data.margin.sel(recipe=EXACT) - self.data.margin.sel(recipe=list(recipes))
+        values: NDArray[np.float64] = lost.transpose("prompt", "recipe").values
+        return values
 
     def flip_table(self) -> xr.DataArray:
         """Whether each prompt refused unquantized flips under each recipe, as 0 and 1 over (prompt, recipe)."""

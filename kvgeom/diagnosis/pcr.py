@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from kvgeom.diagnosis.evaluate import EXACT, Baseline, evaluate
+from kvgeom.diagnosis.evaluate import Baseline, Outcomes, evaluate
+from kvgeom.diagnosis.scan import GRANULARITIES, single_layers
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.stats import bootstrap_reduction, reduction_estimate
 
@@ -128,38 +128,32 @@ def per_channel_reduction(
         Decode-faithful by default. With :meth:`Placement.paper` every decoded token escapes per-channel
         rounding altogether, which raises PCR.
     """
-    tensor = replace(scheme or Scheme(3, symmetric=True), granularity="tensor", group_size=None)
-    if layer is None or not base.refused:
-        why = "no single layer flips a refusal" if base.refused else "the model refuses none of the prompts"
-        return PCR(
-            None,
-            None,
-            "undetermined",
-            f"{why}, so there is nothing to reduce",
-            layer,
-            tensor.bits,
-            0,
-            0,
-            len(base.refused),
-        )
     n_layers = base.model.geometry.layers
-    recipes = {
-        name: Recipe.uniform(n_layers, replace(tensor, granularity=name), layers=[layer])
-        for name in ("tensor", "channel")
-    }
+    tensor = replace(scheme or Scheme(3, symmetric=True), granularity="tensor", group_size=None)
+    where = [] if layer is None or not base.refused else [layer]
     outcomes = evaluate(
         base.model,
-        recipes,
+        single_layers(n_layers, tensor, where),
         base,
         placement=placement,
         refused_only=True,
-        progress=progress,
+        progress=progress and bool(where),
         title=f"PCR at layer {layer}, {(placement or Placement()).where}",
     )
-    drops = outcomes.data.margin.sel(recipe=EXACT) - outcomes.data.margin
-    by_margin = margin_reduction(drops.sel(recipe="tensor").values, drops.sel(recipe="channel").values)
-    found = reduction(outcomes.flipped("tensor"), outcomes.flipped("channel"), layer=layer, bits=tensor.bits)
-    return replace(found, by_margin=by_margin)
+    return pcr_of(outcomes, layer, tensor.bits)
+
+
+def pcr_of(outcomes: Outcomes, layer: int | None, bits: int) -> PCR:
+    """PCR from responses under ``"layer N tensor"`` and ``"layer N channel"``, among others."""
+    outcomes = outcomes.of_refused()
+    n = outcomes.data.sizes["prompt"]
+    if layer is None or n == 0:
+        why = "no single layer flips a refusal" if n else "the model refuses none of the prompts"
+        reason = f"{why}, so there is nothing to reduce"
+        return PCR(None, None, "undetermined", reason, layer, bits, 0, 0, n)
+    names = [f"layer {layer} {granularity}" for granularity in GRANULARITIES]
+    found = reduction(*(outcomes.flipped(name) for name in names), layer=layer, bits=bits)
+    return replace(found, by_margin=margin_reduction(*outcomes.margin_drops(names).T))
 
 
 def reduction(tensor: ArrayLike, channel: ArrayLike, *, layer: int, bits: int, seed: int = 0) -> PCR:

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from kvgeom.diagnosis.evaluate import EXACT, Baseline, Outcomes, evaluate
+from kvgeom.diagnosis.evaluate import Baseline, Outcomes, evaluate
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Granularity, Scheme
@@ -96,7 +96,7 @@ def single_layer_scan(
     (Scan, Outcomes)
         The outcomes hold the responses, by recipe ``"layer 0 tensor"``, ``"layer 0 channel"``, ...
     """
-    n_layers, refused = base.model.geometry.layers, len(base.refused)
+    n_layers = base.model.geometry.layers
     scheme = replace(scheme or Scheme(3, symmetric=True), granularity="tensor", group_size=None)
     outcomes = evaluate(
         base.model,
@@ -107,10 +107,16 @@ def single_layer_scan(
         progress=progress,
         title="single layers",
     )
+    return scan_of(outcomes, n_layers, scheme), outcomes
+
+
+def scan_of(outcomes: Outcomes, n_layers: int, scheme: Scheme) -> Scan:
+    """The scan that follows from responses under the recipes of :func:`single_layers`, among others."""
+    outcomes = outcomes.of_refused()
+    refused = outcomes.data.sizes["prompt"]
     names = {g: [f"layer {layer} {g}" for layer in range(n_layers)] for g in GRANULARITIES}
     flips = {g: [outcomes.flips(name) for name in names[g]] for g in GRANULARITIES}
-    lost = outcomes.data.margin.sel(recipe=EXACT) - outcomes.data.margin
-    drops = {g: lost.sel(recipe=names[g]).transpose("prompt", "recipe").values for g in GRANULARITIES}
+    drops = {g: outcomes.margin_drops(names[g]) for g in GRANULARITIES}
     means = {g: d.mean(0) if refused else np.full(n_layers, np.nan) for g, d in drops.items()}
     counts = np.array([found["all"] for found in flips["tensor"]])
     critical, reason = _critical_layer(counts, means["tensor"], refused)
@@ -130,7 +136,7 @@ def single_layer_scan(
         "flips_channel": np.array([found["all"] for found in flips["channel"]]),
     }
     meta = {
-        **{key: outcomes.meta[key] for key in ("model", "fingerprint", "placement", "judge", "max_new_tokens")},
+        **outcomes.made_by,
         "scheme": str(scheme),
         "bits": scheme.bits,
         "prompts": refused,
@@ -140,7 +146,7 @@ def single_layer_scan(
     data = xr.Dataset(
         {name: ("layer", values) for name, values in columns.items()}, coords={"layer": np.arange(n_layers)}
     )
-    return Scan(data, meta), outcomes
+    return Scan(data, meta)
 
 
 def _critical_layer(flips: NDArray[np.integer], drops: NDArray[np.floating], refused: int) -> tuple[int | None, str]:

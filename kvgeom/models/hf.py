@@ -94,6 +94,12 @@ class HFModel:
         """Which attention implementation runs; comparisons across kernels differ once rounding amplifies them."""
         return str(self.hf_model.config._attn_implementation)
 
+    def release(self) -> None:
+        """Take the weights out of memory. Shapes, tokens and text stay; nothing can be run any more."""
+        self.hf_model.to("meta")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def __repr__(self) -> str:
         g = self.geometry
         return f"<{type(self).__name__} {self.name}: {g.layers} layers, {g.kv_heads} KV heads x {g.head_dim}, {self.dtype}>"

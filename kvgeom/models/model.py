@@ -137,6 +137,10 @@ class Model(Protocol):
     @property
     def attention_kernel(self) -> str: ...
 
+    def release(self) -> None:
+        """Take the weights out of memory; nothing can be run any more."""
+        ...
+
     def encode(self, requests: Sequence[str]) -> list[EncodedPrompt]:
         """Put requests into the chat template and find their tokens."""
         ...
