@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -264,13 +264,13 @@ def baseline(
     draft = Baseline(model, prompts, (), (), (), (), judge, max_new_tokens, batch_size, kept)
     todo = [index for index in range(len(prompts)) if ("baseline", index) not in kept]
     rows = min(batch_size, rows_that_fit(model, len(longest) + max_new_tokens, 1))
-    with bar("unquantized responses", len(prompts), progress, initial=len(prompts) - len(todo)) as shown:
-        for part, responses in in_batches(todo, rows, lambda part: _unquantized(draft, part)):
+    done = 2 * (len(prompts) - len(todo))  # a prompt counts when it is read, and when it is answered
+    with bar("unquantized responses", 2 * len(prompts), progress, initial=done) as shown:
+        for part, responses in in_batches(todo, rows, partial(_unquantized, draft, on_done=shown.update)):
             for index, tokens in zip(part, responses, strict=True):
                 _, label, reason = draft.judged(index, tokens)
                 ended = len(tokens) < max_new_tokens and not settles(judge, model.decode(tokens))
                 kept["baseline", index] = [list(tokens), ended, label, reason]
-            shown.update(len(part))
     found = [kept["baseline", index] for index in range(len(prompts))]
     return replace(
         draft,
@@ -281,16 +281,24 @@ def baseline(
     )
 
 
-def _unquantized(draft: Baseline, part: Sequence[int]) -> list[list[int]]:
-    model = draft.model
-    clean = [draft._clean(index) for index in part]
-    return model.generate(
-        [cache for cache, _ in clean],
-        torch.stack([logits for _, logits in clean]).argmax(-1).tolist(),
-        draft.max_new_tokens,
-        batch_size=len(part),
-        stop=lambda _row, tokens: settles(draft.judge, model.decode(tokens)),
-    )
+def _unquantized(draft: Baseline, part: Sequence[int], on_done: Callable[[int], object]) -> list[list[int]]:
+    model, clean, settled = draft.model, [], 0
+    for index in part:
+        clean.append(draft._clean(index))
+        on_done(1)
+
+    def stop(_row: int, tokens: list[int]) -> bool:
+        nonlocal settled
+        ends = settles(draft.judge, model.decode(tokens))
+        settled += ends
+        on_done(int(ends))
+        return ends
+
+    first = torch.stack([logits for _, logits in clean]).argmax(-1).tolist()
+    caches = [cache for cache, _ in clean]
+    responses = model.generate(caches, first, draft.max_new_tokens, batch_size=len(part), stop=stop)
+    on_done(len(part) - settled)
+    return responses
 
 
 def _about(model: Model, prompts: Sequence[EncodedPrompt], judge: Judge, max_new_tokens: int) -> dict[str, Any]:
@@ -427,19 +435,9 @@ def evaluate(
 
 
 def _unquantized_row(base: Baseline, index: int) -> list[Any]:
-    tokens = base.tokens[index]
-    margin_ = base.margins([base.clean_logits(index)])[0]
-    likelihood = base.log_likelihood(index, tokens)
-    return [
-        base.model.decode(tokens),
-        base.labels[index],
-        base.reasons[index],
-        margin_,
-        0.0,
-        -1,
-        len(tokens),
-        likelihood,
-    ]
+    tokens, (clean,) = base.tokens[index], base.margins([base.clean_logits(index)])
+    text = base.model.decode(tokens)
+    return [text, base.labels[index], base.reasons[index], clean, 0.0, -1, len(tokens), float("nan")]
 
 
 def _check_recipes(model: Model, recipes: Mapping[str, Recipe]) -> None:
