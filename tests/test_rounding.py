@@ -82,6 +82,8 @@ def _steps(x: torch.Tensor, scheme: Scheme) -> np.ndarray:
     if scheme.granularity != "group":
         return step.numpy()
     size = scheme.group_size or 1
+    if step.ndim == 5:
+        return step.expand(*step.shape[:-1], size).flatten(-2).numpy()
     flat = step.expand(*step.shape[:-1], size).flatten(-2)[..., : x.shape[1] * x.shape[3]]
     return flat.unflatten(-1, (x.shape[1], x.shape[3])).transpose(1, 2).numpy()
 
@@ -137,7 +139,7 @@ def test_spelling_round_trip(scheme: Scheme) -> None:
         lambda: Scheme(4, granularity="row"),  # type: ignore[arg-type]
         lambda: Scheme(4, granularity="group"),
         lambda: Scheme(4, group_size=8),
-        lambda: Scheme.parse("q4_0"),
+        lambda: Scheme.parse("q4_0-token"),
         lambda: Recipe.uniform(4, Scheme(4), layers=[4]),
     ],
 )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ class Edit(Protocol):
     """What is done to keys and values on their way into a cache.
 
     ``where`` says whether it sees them as stored (``"cache"``, keys after RoPE) or as projected
-    (``"projection"``, keys before RoPE).
+    (``"projection"``, keys before RoPE). An edit may also have what :class:`WindowedEdit` and :class:`TurnedEdit` have.
     """
 
     @property
@@ -32,6 +32,37 @@ class Edit(Protocol):
 
     @staticmethod
     def stack(parts: Sequence[Any]) -> Edit: ...
+
+
+@runtime_checkable
+class WindowedEdit(Protocol):
+    """An edit that (if ``windowed``) keeps tokens as they come and changes them later, or never."""
+
+    windowed: bool
+    waits: bool
+
+    def settle(self, layer: int, site: Literal["k", "v"], stored: Tensor, new: int) -> Tensor:
+        """Return what to keep of ``stored``, one sequence's tokens so far, the last ``new`` of which have just come.
+
+        With ``waits``, attention of this call still reads ``stored`` itself.
+        """
+        ...
+
+
+@runtime_checkable
+class TurnedEdit(Protocol):
+    """An edit that (if ``needs_rotation``) must know how positions turn the keys that come next."""
+
+    needs_rotation: bool
+
+    def turned(self, layer: int, turn: Callable[[Tensor], Tensor]) -> None:
+        """``turn`` makes ``[batch or 1, kv_heads, tokens, head_dim]`` of vectors ``[kv_heads, head_dim]``."""
+        ...
+
+
+def is_windowed(edit: Edit | None) -> bool:
+    """Whether an edit keeps some tokens as they come."""
+    return isinstance(edit, WindowedEdit) and edit.windowed
 
 
 @dataclass(frozen=True)
@@ -53,6 +84,32 @@ class Together:
     def __call__(self, layer: int, site: Literal["k", "v"], x: Tensor) -> Tensor:
         """Every row through its own edit."""
         return torch.cat([part(layer, site, row[None]) for part, row in zip(self.parts, x, strict=True)])
+
+    @property
+    def windowed(self) -> bool:
+        """Whether one of the parts is."""
+        return any(is_windowed(part) for part in self.parts)
+
+    @property
+    def waits(self) -> bool:
+        """That of the parts, which must agree."""
+        return bool(getattr(self.parts[0], "waits", False))
+
+    def settle(self, layer: int, site: Literal["k", "v"], stored: Tensor, new: int) -> Tensor:
+        """Every row through its own edit."""
+        rows = zip(self.parts, stored, strict=True)
+        return torch.cat([part.settle(layer, site, row[None], new) for part, row in rows])  # type: ignore[attr-defined]
+
+    @property
+    def needs_rotation(self) -> bool:
+        """Whether one of the parts does."""
+        return any(isinstance(part, TurnedEdit) and part.needs_rotation for part in self.parts)
+
+    def turned(self, layer: int, turn: Callable[[Tensor], Tensor]) -> None:
+        """Tell every part about its own row."""
+        for row, part in enumerate(self.parts):
+            if isinstance(part, TurnedEdit):
+                part.turned(layer, lambda vectors, row=row: turn(vectors)[row : row + 1])  # type: ignore[misc]
 
     def rows(self, rows: Tensor) -> Together:
         """The edits of some rows."""
@@ -111,6 +168,13 @@ class EditedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if edit is None or edit.where != "cache":
             return super().update(key_states, value_states, *args, **kwargs)
         first_call = self.get_seq_length() == 0
+        if is_windowed(edit):
+            stored = super().update(key_states, value_states, *args, **kwargs)
+            new = key_states.shape[-2]
+            self.keys = edit.settle(self.index, "k", self.keys, new)  # type: ignore[attr-defined]
+            self.values = edit.settle(self.index, "v", self.values, new)  # type: ignore[attr-defined]
+            reads_stored = edit.prefill_reads_exact if first_call else edit.waits  # type: ignore[attr-defined]
+            return stored if reads_stored else (self.keys, self.values)
         stored = super().update(edit(self.index, "k", key_states), edit(self.index, "v", value_states), *args, **kwargs)
         return (key_states, value_states) if first_call and edit.prefill_reads_exact else stored
 
@@ -137,7 +201,10 @@ class EditedCache(Cache):
     def stack(cls, caches: Sequence[Self]) -> Self:
         """One batch out of caches of single sequences, padded on the left to the longest."""
         edits = [cache.edit for cache in caches if cache.edit is not None]
-        merged = cls(len(caches[0].layers), edits[0].stack(edits) if edits else None)
+        edit = edits[0].stack(edits) if edits and not is_windowed(edits[0]) else None
+        if edits and edit is None:  # tokens wait in each sequence for itself
+            edit = Together(tuple(edit.rows(torch.tensor([0])) for edit in edits))
+        merged = cls(len(caches[0].layers), edit)
         longest = max(cache.get_seq_length() for cache in caches)
         for index, layer in enumerate(merged.layers):
             parts = [cache.layers[index] for cache in caches]

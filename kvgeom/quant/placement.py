@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kvgeom.errors import InputError
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -22,6 +24,16 @@ class Placement:
     prefill_reads : {"rounded", "exact"}
         Whether the prompt's own attention reads what is stored, or the values before rounding (as engines
         do that quantize after prefill). Only where rounding happens in the cache.
+    residual : int
+        Tokens that may wait in full precision until they are rounded. 0: each is rounded when it comes, and read
+        so. Otherwise a new token is always read exactly, and rounding comes after. What is rounded together then sets
+        its own scales, and a scheme whose scales span tokens waits for ``residual`` of them.
+    flush : {"oldest", "all"}
+        What happens when more tokens wait than may. ``oldest``: those that waited longest are rounded (KIVI).
+        ``all``: the whole prompt is rounded when it has come; later, when ``residual`` tokens wait, everything is
+        rounded anew, what was rounded before included (the quantized caches of transformers).
+    sinks : int
+        First tokens of a sequence that stay in full precision for good.
 
     Notes
     -----
@@ -32,6 +44,17 @@ class Placement:
     where: Literal["cache", "projection"] = "cache"
     scales: Literal["prompt", "call"] = "prompt"
     prefill_reads: Literal["rounded", "exact"] = "rounded"
+    residual: int = 0
+    flush: Literal["oldest", "all"] = "oldest"
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        if self.residual < 0 or self.sinks < 0:
+            raise InputError(f"residual={self.residual} and sinks={self.sinks} were asked; give 0 or more tokens")
+        if self.windowed and self.where == "projection":
+            raise InputError(
+                "a residual window or sink tokens were asked at the projection, which keeps no tokens; use where='cache'"
+            )
 
     @classmethod
     def cache(cls) -> Placement:
@@ -43,6 +66,51 @@ class Placement:
         """The paper's simulation: projection outputs, fresh scales in every forward call."""
         return cls(where="projection", scales="call")
 
+    @property
+    def windowed(self) -> bool:
+        """Whether some tokens are kept in full precision, for a while or for good."""
+        return self.residual > 0 or self.sinks > 0
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether one teacher-forced pass over prompt and response reads what the step-by-step cache reads.
+
+        Not so where a token is read exactly first and rounded later: then go step by step.
+        """
+        return self.residual == 0 and self.prefill_reads == "rounded"
+
+    def due(self, rounded: int, held: int, whole_blocks: bool) -> tuple[int, int]:
+        """Which tokens are to be rounded now.
+
+        Parameters
+        ----------
+        rounded : int
+            Tokens settled so far, counted from the first, sinks included; -1: none have come before.
+        held : int
+            Tokens in the cache.
+        whole_blocks : bool
+            Whether the scheme's scales span tokens.
+
+        Returns
+        -------
+        start, stop : int
+            The tokens ``start:stop``, of which there may be none; all before ``stop`` are settled then.
+        """
+        first = min(self.sinks, held)
+        begin = max(rounded, first)
+        if self.residual == 0:
+            return begin, held
+        if self.flush == "all":
+            return (first, held) if rounded < 0 or held - begin >= self.residual else (begin, begin)
+        stop = first + (held - first) // self.residual * self.residual if whole_blocks else held - self.residual
+        return begin, max(begin, stop)
+
     def __str__(self) -> str:
-        reads = "" if self.prefill_reads == "rounded" else ", prefill reads exact"
-        return f"{self.where}, scales of the {self.scales}{reads}"
+        parts = [f"{self.where}, scales of the {self.scales}"]
+        if self.prefill_reads == "exact":
+            parts.append("prefill reads exact")
+        if self.residual:
+            parts.append(f"{self.residual} tokens wait" + ("" if self.flush == "oldest" else ", then all are rounded anew"))
+        if self.sinks:
+            parts.append(f"{self.sinks} sinks")
+        return ", ".join(parts)
