@@ -187,7 +187,9 @@ class HFModel:
         ids : sequence of int
             The new tokens.
         cache : EditedCache, optional
-            What came before, and the edit that applies; an empty, unedited one by default.
+            What came before, and the edit that applies; an empty, unedited one by default. An edit may ask
+            (``last_apart``) that the last token of a prompt is run on its own, as some engines do; a pass that is watched
+            or edited by one of the hooks below, or asked for all logits, stays one pass.
         all_logits : bool
             Logits of every new token instead of the last alone.
         on_resid : callable (layer, Tensor[1, new tokens, d_model]) -> None, optional
@@ -211,6 +213,10 @@ class HFModel:
         """
         cache = self.new_cache() if cache is None else cache
         past = cache.layers[start[0] if start else 0].get_seq_length()
+        watched = all_logits or any((on_resid, on_rotation, on_query, edit_resid, start))
+        if past == 0 and len(ids) > 1 and not watched and getattr(cache.edit, "last_apart", False):
+            self.forward(ids[:-1], cache)
+            return self.forward(ids[-1:], cache)
         tokens = torch.tensor([list(ids)], device=self.device)
         positions = torch.arange(past, past + tokens.shape[1], device=self.device)[None]
         with self._observed(on_query, edit_resid, start):

@@ -21,9 +21,10 @@ class Placement:
         later token is rounded (and saturates) with them, as in a cache that must store a token when it
         comes. ``call``: each forward call sets its own, so that a lone decoded token gets a scale per
         channel and no error at all.
-    prefill_reads : {"rounded", "exact"}
+    prefill_reads : {"rounded", "exact", "last"}
         Whether the prompt's own attention reads what is stored, or the values before rounding (as engines
-        do that quantize after prefill). Only where rounding happens in the cache.
+        do that quantize after prefill). ``last``: all but the last prompt token read exactly, because the engine feeds
+        that one as its first decode step (MLX-LM). Only where rounding happens in the cache.
     residual : int
         Tokens that may wait in full precision until they are rounded. 0: each is rounded when it comes, and read
         so. Otherwise a new token is always read exactly, and rounding comes after. What is rounded together then sets
@@ -43,7 +44,7 @@ class Placement:
 
     where: Literal["cache", "projection"] = "cache"
     scales: Literal["prompt", "call"] = "prompt"
-    prefill_reads: Literal["rounded", "exact"] = "rounded"
+    prefill_reads: Literal["rounded", "exact", "last"] = "rounded"
     residual: int = 0
     flush: Literal["oldest", "all"] = "oldest"
     sinks: int = 0
@@ -107,8 +108,8 @@ class Placement:
 
     def __str__(self) -> str:
         parts = [f"{self.where}, scales of the {self.scales}"]
-        if self.prefill_reads == "exact":
-            parts.append("prefill reads exact")
+        if self.prefill_reads != "rounded":
+            parts.append("prefill reads exact" + (", its last token rounded" if self.prefill_reads == "last" else ""))
         if self.residual:
             parts.append(f"{self.residual} tokens wait" + ("" if self.flush == "oldest" else ", then all are rounded anew"))
         if self.sinks:

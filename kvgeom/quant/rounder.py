@@ -63,7 +63,12 @@ class Rounder:
     @property
     def prefill_reads_exact(self) -> bool:
         """Whether the prompt's own attention reads unrounded values."""
-        return self.placement.prefill_reads == "exact"
+        return self.placement.prefill_reads != "rounded"
+
+    @property
+    def last_apart(self) -> bool:
+        """Whether the last prompt token is fed on its own, after the prompt has been rounded."""
+        return self.placement.prefill_reads == "last"
 
     @property
     def windowed(self) -> bool:
