@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicLayer
 
+from kvgeom.errors import InputError
+
 
 class Edit(Protocol):
     """What is done to keys and values on their way into a cache.
@@ -200,6 +202,10 @@ class EditedCache(Cache):
     @classmethod
     def stack(cls, caches: Sequence[Self]) -> Self:
         """One batch out of caches of single sequences, padded on the left to the longest."""
+        if not all(type(layer) is EditedLayer for cache in caches for layer in cache.layers):
+            raise InputError(
+                "packed caches were to be put into a batch, but each holds one sequence; feed their tokens with forward"
+            )
         edits = [cache.edit for cache in caches if cache.edit is not None]
         edit = edits[0].stack(edits) if edits and not is_windowed(edits[0]) else None
         if edits and edit is None:  # tokens wait in each sequence for itself

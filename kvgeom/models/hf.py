@@ -214,10 +214,10 @@ class HFModel:
         cache = self.new_cache() if cache is None else cache
         past = cache.layers[start[0] if start else 0].get_seq_length()
         watched = all_logits or any((on_resid, on_rotation, on_query, edit_resid, start))
-        if past == 0 and len(ids) > 1 and not watched and getattr(cache.edit, "last_apart", False):
-            self.forward(ids[:-1], cache)
-            return self.forward(ids[-1:], cache)
         tokens = torch.tensor([list(ids)], device=self.device)
+        if past == 0 and len(ids) > 1 and not watched and getattr(cache.edit, "last_apart", False):
+            self._run(tokens[:, :-1], cache, torch.arange(len(ids) - 1, device=self.device)[None], None, 1)
+            past, tokens = len(ids) - 1, tokens[:, -1:]
         positions = torch.arange(past, past + tokens.shape[1], device=self.device)[None]
         with self._observed(on_query, edit_resid, start):
             return self._run(

@@ -51,10 +51,12 @@ def channel_statistics(model: Model, prompts: Sequence[str]) -> ChannelStatistic
     tokens, rotary_dim = 0, 0
     for prompt in model.encode(prompts):
         rotations: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def see(layer: int, cos: Tensor, sin: Tensor, seen: dict[int, tuple[Tensor, Tensor]] = rotations) -> None:
+            seen[layer] = (cos, sin)
+
         cache = model.new_cache()
-        model.forward(
-            prompt.ids, cache, on_rotation=lambda layer, cos, sin, seen=rotations: seen.__setitem__(layer, (cos, sin))
-        )
+        model.forward(prompt.ids, cache, on_rotation=see)
         tokens += len(prompt)
         for index, layer in enumerate(cache.layers):
             keys = unrotate(layer.keys, *rotations[index]) if index in rotations else layer.keys

@@ -138,13 +138,13 @@ class Fp4Grid(Grid):
         bounds = torch.tensor(_E2M1_BOUNDS, dtype=blocks.dtype, device=blocks.device)
         bounds[1::2] = torch.nextafter(bounds[1::2], torch.zeros_like(bounds[1::2]))
         levels = torch.tensor(_E2M1_LEVELS, dtype=blocks.dtype, device=blocks.device)
-        magnitude = levels[torch.bucketize(scaled.abs(), bounds)]
+        magnitude = levels[torch.bucketize(scaled.abs().contiguous(), bounds)]
         codes = torch.where(scaled.isnan(), scaled, magnitude.copysign(scaled))
         return codes, Scales(step, torch.zeros_like(step))
 
     def to_bytes(self, codes: Tensor) -> Tensor:
         levels = torch.tensor(_E2M1_LEVELS, dtype=codes.dtype, device=codes.device)
-        return (torch.bucketize(codes.abs(), levels) + 8 * torch.signbit(codes)).to(torch.uint8)
+        return (torch.bucketize(codes.abs().contiguous(), levels) + 8 * torch.signbit(codes)).to(torch.uint8)
 
     def from_bytes(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
         levels = torch.tensor(_E2M1_LEVELS, dtype=dtype, device=numbers.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from kvgeom.quant.grids import Scales, grid
@@ -28,20 +29,21 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """
     if bits == 8:
         return codes
-    rows = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8)).long()
+    rows = rearrange(torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8)), "... (n c) -> ... n c", c=8).long()
     places = torch.arange(8, device=codes.device)
     words = (rows << (bits * places)).sum(-1, keepdim=True)
-    return ((words >> (8 * places[:bits])) & 255).to(torch.uint8).flatten(-2)
+    return rearrange(((words >> (8 * places[:bits])) & 255).to(torch.uint8), "... n c -> ... (n c)")
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """Inverse of :func:`pack_bits`: the first ``count`` codes of every row."""
     if bits == 8:
         return packed
-    rows = packed.unflatten(-1, (-1, bits)).long()
+    rows = rearrange(packed, "... (n c) -> ... n c", c=bits).long()
     places = torch.arange(8, device=packed.device)
     words = (rows << (8 * places[:bits])).sum(-1, keepdim=True)
-    return ((words >> (bits * places)) & ((1 << bits) - 1)).to(torch.uint8).flatten(-2)[..., :count]
+    codes = ((words >> (bits * places)) & ((1 << bits) - 1)).to(torch.uint8)
+    return rearrange(codes, "... n c -> ... (n c)")[..., :count]
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Packed:
         Shape and dtype of the values before the way back (on the "meta" device: it holds nothing).
     dtype : torch.dtype
         Of the cache.
+    borrowed : bool
+        Whether the scales are held with tokens that came before.
     """
 
     codes: Tensor
@@ -73,6 +77,7 @@ class Packed:
     row: int
     like: Tensor
     dtype: torch.dtype
+    borrowed: bool
 
     @classmethod
     def of(cls, encoded: Encoded, scheme: Scheme, frame: Frame, y: Tensor, dtype: torch.dtype) -> Packed:
@@ -87,6 +92,7 @@ class Packed:
             row=encoded.codes.shape[-1],
             like=torch.empty_like(y, device="meta"),
             dtype=dtype,
+            borrowed=encoded.borrowed,
         )
 
     def unpack(self) -> Tensor:
@@ -98,8 +104,8 @@ class Packed:
         offset = torch.zeros_like(step) if self.offset is None else self.offset.to(working)
         return self.frame.leave(decode(Encoded(codes, Scales(step, offset)), self.scheme, self.like)).to(self.dtype)
 
-    def nbytes(self, counted: set[int]) -> int:
-        """Bytes of codes, scales and offsets; what is held at an address in ``counted`` (which grows) is left out."""
-        parts = [x for x in (self.codes, self.step, self.offset) if x is not None and x.data_ptr() not in counted]
-        counted |= {x.data_ptr() for x in parts}
-        return sum(x.numel() * x.element_size() for x in parts)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and offsets; borrowed scales are not counted again."""
+        parts = (self.codes,) if self.borrowed else (self.codes, self.step, self.offset)
+        return sum(x.nbytes for x in parts if x is not None)

@@ -52,6 +52,10 @@ class Placement:
     def __post_init__(self) -> None:
         if self.residual < 0 or self.sinks < 0:
             raise InputError(f"residual={self.residual} and sinks={self.sinks} were asked; give 0 or more tokens")
+        if self.flush == "all" and self.residual == 0:
+            raise InputError(
+                "flush='all' was asked without a residual window, so that nothing waits; give residual=1 or more"
+            )
         if self.windowed and self.where == "projection":
             raise InputError(
                 "a residual window or sink tokens were asked at the projection, which keeps no tokens; use where='cache'"
@@ -111,7 +115,9 @@ class Placement:
         if self.prefill_reads != "rounded":
             parts.append("prefill reads exact" + (", its last token rounded" if self.prefill_reads == "last" else ""))
         if self.residual:
-            parts.append(f"{self.residual} tokens wait" + ("" if self.flush == "oldest" else ", then all are rounded anew"))
+            parts.append(
+                f"{self.residual} tokens wait" + ("" if self.flush == "oldest" else ", then all are rounded anew")
+            )
         if self.sinks:
             parts.append(f"{self.sinks} sinks")
         return ", ".join(parts)

@@ -191,8 +191,7 @@ def scheme_rows(kv_heads: int = 8, head_dim: int = 128, tokens: int = 4096) -> l
         scheme = Scheme.parse(text)
         rows.append(_row("format", text, scheme.bits, Engine(text, scheme, scheme, Placement()), shape, note))
     for known in presets():
-        for width in known.widths:
-            rows.append(_row("preset", known.name, width, known.at(width), shape, known.engine))
+        rows += [_row("preset", known.name, width, known.at(width), shape, known.engine) for width in known.widths]
     return rows
 
 
@@ -212,7 +211,7 @@ _INTEGER = {
 }
 _FORMATS = {
     **{f"int4-asym-{granularity}": f"2-8 bits, sym or asym; {note}" for granularity, note in _INTEGER.items()},
-    **{name: "cast, saturating; with -tensor, -token, -head, ...: scaled first" for name in FLOAT_FORMATS},
+    **dict.fromkeys(FLOAT_FORMATS, "cast, saturating; with -tensor, -token, -head, ...: scaled first"),
     **{name: f"blocks of {size} channels" for name, (_, size) in BLOCK_FORMATS.items()},
     "mlx4-group64": "MLX's own grid; 2, 3, 4, 5, 6 or 8 bits",
     "hqq4-group64": "HQQ's solver; 2, 3, 4 or 8 bits",

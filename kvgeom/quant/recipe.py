@@ -95,7 +95,9 @@ class Recipe:
         if not schemes:
             return "exact"
         where = "" if len(self.touched) == len(self) else f" in layers {','.join(map(str, self.touched))}"
-        known = [f"{name} {statics}" for name, statics in (("offsets", self.offsets), ("factors", self.factors)) if statics]
+        known = [
+            f"{name} {statics}" for name, statics in (("offsets", self.offsets), ("factors", self.factors)) if statics
+        ]
         return " + ".join(schemes) + where + (f" ({', '.join(known)})" if known else "")
 
 

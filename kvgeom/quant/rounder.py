@@ -116,6 +116,10 @@ class Rounder:
         found, parts = self._encoded((layer, site), scheme, x, start)
         return [Packed.of(encoded, scheme, found, y, x.dtype) for y, encoded in parts]
 
+    def packs(self, layer: int, site: Site) -> bool:
+        """Whether a site holds codes at all."""
+        return self.recipe.scheme(layer, site) is not None
+
     # --- tokens that wait in full precision ---
 
     def settle(self, layer: int, site: Site, stored: Tensor, new: int) -> Tensor:
@@ -126,7 +130,9 @@ class Rounder:
             return stored
         before = stored.shape[2] - self._held[layer, site]  # padding, or tokens that another edit has settled
         head, due, tail = stored.tensor_split((before + start, before + stop), dim=2)
-        return torch.cat([head, self._restored(due, scheme, *self._encoded((layer, site), scheme, due, start)), tail], dim=2)
+        return torch.cat(
+            [head, self._restored(due, scheme, *self._encoded((layer, site), scheme, due, start)), tail], dim=2
+        )
 
     def due(self, layer: int, site: Site, new: int) -> tuple[int, int]:
         """Count ``new`` tokens, and say which tokens ``start:stop`` are to be rounded now."""
@@ -155,9 +161,7 @@ class Rounder:
             vector = self._vector(key)
         found = frame(scheme, vector, x)
         y = found.enter(x if x.dtype == torch.float64 else x.float())
-        if self.waits:  # what settles together shares scales
-            return found, [(y, rounding.encode(y, scheme))]
-        if not (scheme.spans_tokens or scheme.format == "hqq"):
+        if self.waits or not (scheme.spans_tokens or scheme.format == "hqq"):  # what settles together shares scales
             return found, [(y, rounding.encode(y, scheme))]
         return found, self._by_prompt(key, scheme, y)
 
@@ -168,7 +172,7 @@ class Rounder:
         prompt = y.shape[2] if self.prompt_tokens is None or not first else self.prompt_tokens
         remembers = self.placement.scales == "prompt" and scheme.format != "hqq"
         if not remembers:
-            cuts = [y[:, :, :prompt], *y[:, :, prompt:].split(1, dim=2)]
+            cuts = [y[:, :, :prompt], *torch.split(y[:, :, prompt:], 1, dim=2)]
             return [(part, rounding.encode(part, scheme)) for part in cuts if part.shape[2]]
         parts = []
         if key not in self._scales:
@@ -188,14 +192,18 @@ class Rounder:
         """Offset or factors of a layer and site; None where there are Statics, but none for it."""
         statics = self.recipe.factors
         if statics is None:
-            raise InputError("a scheme with equalize was asked of a recipe without factors; recipe.with_statics(factors=...)")
+            raise InputError(
+                "a scheme with equalize was asked of a recipe without factors; recipe.with_statics(factors=...)"
+            )
         return statics.vectors.get(key)
 
     def _offset(self, key: Key, tokens: int) -> Tensor:
         """What ``center`` subtracts from the tokens that come now, ``[batch or 1, kv_heads, tokens, head_dim]``."""
         statics = self.recipe.offsets
         if statics is None:
-            raise InputError("a scheme with center was asked of a recipe without offsets; recipe.with_statics(offsets=...)")
+            raise InputError(
+                "a scheme with center was asked of a recipe without offsets; recipe.with_statics(offsets=...)"
+            )
         vector = statics.vectors.get(key)
         if vector is None:
             return torch.zeros(1, 1, tokens, 1)

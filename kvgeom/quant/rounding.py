@@ -32,10 +32,11 @@ _SHARED_AXES: dict[str, Axes] = {
 
 @dataclass(frozen=True)
 class Encoded:
-    """Codes, in the shape of the blocks they lie in, and their scales."""
+    """Codes, in the shape of the blocks they lie in, and their scales, which may be those of tokens before."""
 
     codes: Tensor
     scales: Scales
+    borrowed: bool = False
 
 
 def fit(x: Tensor, scheme: Scheme) -> Scales:
@@ -50,7 +51,7 @@ def encode(x: Tensor, scheme: Scheme, scales: Scales | None = None) -> Encoded:
     if scales is not None:
         # One group of tokens, whose scales tokens that came later must do with: they broadcast.
         lone = scheme.granularity == "channel-group" and scales.step.ndim == 4
-        return Encoded(own.encode(_working(x) if lone else _blocks(_working(x), scheme)[0], scales), scales)
+        return Encoded(own.encode(_working(x) if lone else _blocks(_working(x), scheme)[0], scales), scales, True)
     return Encoded(*own.quantize(*_blocks(_working(x), scheme)))
 
 

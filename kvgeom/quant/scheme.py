@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from kvgeom.errors import InputError
 
@@ -166,8 +166,9 @@ class Scheme:
     @classmethod
     def _parsed(cls, match: re.Match[str]) -> Scheme | None:
         kind, size = match["format"], match["size"]
-        granularity, sign = match["granularity"], match["sign"]
-        common = {
+        granularity: Any = match["granularity"]  # checked on construction
+        sign = match["sign"]
+        common: dict[str, Any] = {
             "channels": _channels(match["channels"]) if match["channels"] else None,
             "transform": match["transform"] or "none",
             "scales": match["scales"] or "f32",

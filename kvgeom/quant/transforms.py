@@ -130,8 +130,7 @@ def pair_factors(largest: Tensor, rotary_dim: int) -> Tensor:
 def hadamard_matrix(size: int) -> Tensor:
     """Orthonormal and symmetric: Sylvester's matrix of the largest power of two that divides ``size``, along the diagonal."""
     block = size & -size
-    one = torch.from_numpy(sylvester(block)).double() / block**0.5
-    return torch.block_diag(*[one] * (size // block))
+    return torch.kron(torch.eye(size // block).double(), torch.from_numpy(sylvester(block)).double() / block**0.5)
 
 
 @lru_cache(32)
