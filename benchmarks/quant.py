@@ -23,7 +23,9 @@ from kvgeom.quant.rounder import Rounder
 from kvgeom.quant.rounding import round_kv
 from kvgeom.quant.scheme import Scheme
 
-SCHEMES = [f"int4-asym-{name}" for name in ("tensor", "token", "channel", "head", "token-head", "group64", "channel-group32")]
+SCHEMES = [
+    f"int4-asym-{name}" for name in ("tensor", "token", "channel", "head", "token-head", "group64", "channel-group32")
+]
 OTHERS = ["int4-sym-tensor", "fp8_e4m3", "q8_0", "q4_0", "iq4_nl", "nvfp4", "mxfp4", "int4-asym-token-head+hadamard"]
 NEW_TOKENS, REPEATS = 16, 5
 
@@ -44,7 +46,7 @@ def ratio(work: Callable[[], object], plain: Callable[[], object], repeats: int 
 def cache_cost(name: str) -> None:
     model = kvgeom.load(name)
     layers = model.geometry.layers
-    prompt = model.encode(["Explain in some detail how a bicycle stays upright. " * 12])[0].ids
+    prompt = model.encode(["Explain in some detail how a bicycle stays upright. " * 8])[0].ids
     ids = torch.tensor([list(prompt)])
 
     def call(tokens: torch.Tensor, cache: object, past: int) -> None:
@@ -67,9 +69,8 @@ def cache_cost(name: str) -> None:
         return steps
 
     print(f"{model!r}, prompt of {len(prompt)} tokens, {NEW_TOKENS} new; over transformers' DynamicCache")
-    engines = [resolve(text) for text in (*SCHEMES, *OTHERS)] + [
-        known.at() for known in presets() if known.at().placement.where == "cache"
-    ]
+    engines = [resolve(text) for text in (*SCHEMES, *OTHERS)]
+    engines += [known.at() for known in presets() if known.placement.windowed and known.name != "hf-hqq"]
     for engine in engines:
 
         def simulated(engine: object = engine) -> object:
@@ -85,7 +86,10 @@ def cache_cost(name: str) -> None:
 
 def tensor_cost() -> None:
     x = torch.randn(1, 8, 4096, 128)
-    ours = {text: lambda text=text: round_kv(x, Scheme.parse(text)) for text in (*SCHEMES, "int4-sym-tensor", "hqq4-group64")}
+    ours = {
+        text: lambda text=text: round_kv(x, Scheme.parse(text))
+        for text in (*SCHEMES, "int4-sym-tensor", "hqq4-group64")
+    }
     theirs: dict[str, Callable[[], object]] = {}
     if find_spec("optimum"):
         from optimum.quanto import MaxOptimizer, qint4, quantize_weight

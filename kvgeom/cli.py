@@ -83,7 +83,38 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     audit.add_argument("--quiet", action="store_true", help="no progress bars")
     audit.set_defaults(run=_audit)
+
+    schemes = commands.add_parser(
+        "schemes",
+        help="list formats and presets of engines, with bits per element",
+        description="List formats and presets of engines, with the bits that an element of the cache takes, scales included.",
+    )
+    schemes.add_argument(
+        "--heads", metavar="N", type=int, default=8, help="KV heads of the cache (default: %(default)s)"
+    )
+    schemes.add_argument(
+        "--head-dim", metavar="N", type=int, default=128, help="channels of a head (default: %(default)s)"
+    )
+    schemes.add_argument("--tokens", metavar="N", type=int, default=4096, help="tokens held (default: %(default)s)")
+    schemes.set_defaults(run=_schemes)
     return parser
+
+
+def _schemes(arguments: argparse.Namespace) -> int:
+    from kvgeom.quant.presets import scheme_rows
+
+    shape = (arguments.heads, arguments.head_dim, arguments.tokens)
+    if min(shape) < 1:
+        raise InputError(
+            f"a cache of {shape[0]} heads, {shape[1]} channels and {shape[2]} tokens was asked; give 1 or more"
+        )
+    rows = scheme_rows(*shape)
+    for kind in ("format", "preset"):
+        print(f"{kind + 's':<28}{'bits':>4}  {'per element':>11}")
+        for row in (row for row in rows if row["kind"] == kind):
+            print(f"  {row['name']:<26}{row['bits']:>4}  {row['bits_per_element']:>11.3f}  {row['note']}")
+        print()
+    return 0
 
 
 def _audit(arguments: argparse.Namespace) -> int:

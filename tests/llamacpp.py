@@ -90,7 +90,9 @@ class LlamaCpp:
         buffer = (ctypes.c_uint8 * size)()
         self.library.llama_state_seq_get_data(self.context, buffer, size, 0)
         state = bytes(buffer)
-        mark = int(self.kind).to_bytes(4, "little") + row.to_bytes(8, "little")  # type and row size stand before the rows
+        mark = int(self.kind).to_bytes(4, "little") + row.to_bytes(
+            8, "little"
+        )  # type and row size stand before the rows
         begin = state.index(mark) + len(mark)
         return np.frombuffer(state, np.uint8, self.position * row, begin).reshape(self.position, row)
 

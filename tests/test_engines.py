@@ -63,7 +63,9 @@ def run_transformers(model: HFModel, cache: Any, prompt: Sequence[int], forced: 
 
 
 @pytest.mark.parametrize("residual", [1, 5, 8, 128])
-@pytest.mark.parametrize(("name", "bits"), [("hf-quanto", 4), ("hf-quanto", 2), ("hf-hqq", 4), ("hf-hqq", 8), ("hf-fp8", 8)])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("hf-quanto", 4), ("hf-quanto", 2), ("hf-hqq", 4), ("hf-hqq", 8), ("hf-fp8", 8)]
+)
 def test_transformers_caches_bit_for_bit(name: str, bits: int, residual: int) -> None:
     model, engine = wide_model(), preset(name, bits)
     if name != "hf-fp8":
@@ -151,7 +153,13 @@ def compare(demo: HFModel, path: Path, kind: str, rotation: bool, new_tokens: in
     [("f32", True, 1.0, 2.0), ("q8_0", True, 0.97, 0.5), ("q8_0", False, 0.95, 0.5), ("q4_0", True, 0.8, 0.45)],
 )
 def test_llamacpp_itself(
-    demo: HFModel, demo_gguf: Path, kind: str, rotation: bool, agreement: float, share: float, capsys: pytest.CaptureFixture[str]
+    demo: HFModel,
+    demo_gguf: Path,
+    kind: str,
+    rotation: bool,
+    agreement: float,
+    share: float,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """They differ by far less than rounding costs: llama.cpp also rounds the query (to 8 bits) and adds up otherwise."""
     needs("llama_cpp")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import Cache, DynamicLayer
 
+from kvgeom.cli import main
 from kvgeom.errors import InputError
 from kvgeom.models.hf import HFModel
 from kvgeom.quant import presets as module
@@ -198,3 +199,13 @@ def test_projection_presets_need_no_cache_window() -> None:
     assert tiny_model().geometry.head_dim == 8  # too small for blocks of 32: an error, not a wrong number
     with pytest.raises(InputError, match="do not divide"):
         tiny_model().forward(IDS, tiny_model().new_cache(Rounder(preset("llamacpp-q4_0").recipe(3))))
+
+
+def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schemes", "--heads", "2", "--head-dim", "64", "--tokens", "100"]) == 0
+    listed = capsys.readouterr().out
+    for row in scheme_rows(2, 64, 100):
+        assert f"{row['name']} " in listed
+        assert f"{row['bits_per_element']:.3f}" in listed
+    assert main(["schemes", "--tokens", "0"]) == 2
+    assert "give 1 or more" in capsys.readouterr().err

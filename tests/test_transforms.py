@@ -51,7 +51,7 @@ class _Coarse(Rounder):
 @pytest.mark.parametrize(
     "placement", [Placement(), Placement(where="projection"), Placement(residual=4), Placement(sinks=2)]
 )
-@pytest.mark.parametrize("transform", ["center", "hadamard", "rht", "equalize"])
+@pytest.mark.parametrize("transform", ["center", "hadamard", "hadamard64", "rht", "equalize"])
 def test_transforms_leave_full_precision_attention_unchanged(
     biased: HFModel, transform: str, placement: Placement
 ) -> None:
@@ -168,6 +168,8 @@ def test_hadamard_is_scipys(size: int) -> None:
 
 @given(st.sampled_from([4, 6, 12, 40, 80, 96, 112]))
 def test_hadamard_of_any_size_is_orthonormal_and_symmetric(size: int) -> None:
+    matrix = hadamard_matrix(size, 16).numpy()
+    assert (matrix != 0).sum(0).max() == min(16, size & -size)
     matrix = hadamard_matrix(size).numpy()
     np.testing.assert_allclose(matrix @ matrix, np.eye(size), atol=1e-12)
     np.testing.assert_array_equal(matrix, matrix.T)

@@ -330,6 +330,12 @@ _add(
     _both("vllm4-token-head+rht"),
     "engine-vllm.md",
 )
+
+
+def _rotated_blocks(kind: str) -> Callable[[int], Schemes]:
+    return lambda _: (Scheme.parse(f"{kind}+hadamard"), Scheme.parse(f"{kind}+hadamard64"))
+
+
 for _kind, _bits in (("q8_0", 8), ("q4_0", 4)):
     _add(
         f"llamacpp-{_kind}",
@@ -337,7 +343,7 @@ for _kind, _bits in (("q8_0", 8), ("q4_0", 4)):
         "https://github.com/ggml-org/llama.cpp (src/llama-kv-cache.cpp, ggml/src/ggml-quants.c)",
         "its blocks bit for bit (gguf package); the engine itself in greedy tokens and logits",
         (_bits,),
-        _both(f"{_kind}+hadamard"),
+        _rotated_blocks(_kind),
         "engine-llamacpp.md",
     )
 for _bits in (4, 8):

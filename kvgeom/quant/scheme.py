@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from kvgeom.errors import InputError
 
 Granularity = Literal["tensor", "token", "channel", "group", "head", "token-head", "channel-group", "none"]
-Transform = Literal["none", "center", "equalize", "hadamard", "rht"]
+Transform = Literal["none", "center", "equalize", "hadamard", "hadamard64", "rht"]
 Precision = Literal["f32", "f16", "bf16"]
 BITS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -39,7 +39,7 @@ _SIZED = ("group", "channel-group")
 _SPELLING = re.compile(
     r"(?P<format>fp8_e4m3|fp8_e5m2|i?q\d_\w+|mxfp4|nvfp4|[a-z]+)(?P<bits>\d*)(?:-(?P<sign>sym|asym))?"
     r"(?:-(?P<granularity>[a-z]+(?:-[a-z]+)?)(?P<size>\d*))?(?:/(?P<scales>f16|bf16))?"
-    r"(?:\+(?P<transform>[a-z]+))?(?:@(?P<channels>[\d,-]+))?"
+    r"(?:\+(?P<transform>[a-z]+\d*))?(?:@(?P<channels>[\d,-]+))?"
 )
 
 
@@ -78,7 +78,7 @@ class Scheme:
         ``int``; ``fp8_e4m3`` and ``fp8_e5m2`` (saturating); the blocks of GGML ``q8_0``, ``q5_0``, ``q5_1``, ``q4_0``,
         ``q4_1``, ``iq4_nl``; the block floats ``mxfp4`` and ``nvfp4``; the integer grids of engines ``mlx``, ``hqq`` and
         ``vllm``, which differ from ``int`` in how they choose and apply a scale.
-    transform : {"none", "center", "equalize", "hadamard", "rht"}
+    transform : {"none", "center", "equalize", "hadamard", "hadamard64", "rht"}
         What is done to the values before rounding, and undone after; see :mod:`kvgeom.quant.transforms`.
     scales : {"f32", "f16", "bf16"}
         Precision in which the scales (and offsets) of an integer grid are held.

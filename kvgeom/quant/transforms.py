@@ -1,4 +1,4 @@
-"""What is done to keys and values before rounding and undone after: ``center``, ``equalize``, ``hadamard``, ``rht``.
+"""What is done to keys and values before rounding and undone after: ``center``, ``equalize``, and rotations of heads.
 
 None of them changes what attention computes in full precision, and none costs memory per token: offsets and factors are
 constants of the model, rotations are fixed.
@@ -92,7 +92,7 @@ def frame(scheme: Scheme, vector: Tensor | None, like: Tensor) -> Frame:
     like : Tensor [batch, kv_heads, tokens, head_dim]
         What is to be rounded, for its device and head_dim.
     """
-    if scheme.transform in ("hadamard", "rht"):
+    if scheme.transform in ("hadamard", "hadamard64", "rht"):
         return _rotation(scheme.transform, like.shape[-1], like.device)
     if vector is None:
         return Frame(lambda x: x, lambda x: x)
@@ -127,16 +127,19 @@ def pair_factors(largest: Tensor, rotary_dim: int) -> Tensor:
     return (logs - logs.mean(1, keepdim=True)).exp()
 
 
-def hadamard_matrix(size: int) -> Tensor:
-    """Orthonormal and symmetric: Sylvester's matrix of the largest power of two that divides ``size``, along the diagonal."""
-    block = size & -size
+def hadamard_matrix(size: int, largest: int | None = None) -> Tensor:
+    """Orthonormal and symmetric: Sylvester's matrix of the largest power of two that divides ``size``, along the diagonal.
+
+    With ``largest``, a power of two, blocks are no larger than that.
+    """
+    block = min(size & -size, largest or size)
     return torch.kron(torch.eye(size // block).double(), torch.from_numpy(sylvester(block)).double() / block**0.5)
 
 
 @lru_cache(32)
 def _rotation(kind: str, size: int, device: torch.device) -> Frame:
-    exact = hadamard_matrix(size)
-    if kind == "hadamard":
+    exact = hadamard_matrix(size, 64 if kind == "hadamard64" else None)
+    if kind != "rht":
         turned = {dtype: exact.to(device, dtype) for dtype in (torch.float32, torch.float64)}
         return Frame(lambda x: x @ turned[x.dtype], lambda x: x @ turned[x.dtype])
     # vLLM's randomized one: signs of a fixed seed, then the matrix of plus and minus ones, not normalized.
