@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvgeom.quant.grids import Axes, Grid, Scales
+from kvgeom.quant.grids import Axes, FloatGrid, Grid, HqqGrid, IntGrid, MlxGrid, Scales, VllmGrid
 from kvgeom.quant.scheme import Scheme
 
 _IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -151,7 +151,13 @@ class Fp4Grid(Grid):
         return torch.cat([levels, -levels])[numbers.long()]
 
 
-BLOCKS: dict[str, Callable[[Scheme], Grid]] = {
+FORMATS: dict[str, Callable[[Scheme], Grid]] = {
+    "int": IntGrid,
+    "fp8_e4m3": FloatGrid,
+    "fp8_e5m2": FloatGrid,
+    "mlx": MlxGrid,
+    "hqq": HqqGrid,
+    "vllm": VllmGrid,
     "q8_0": Q8Grid,
     "q5_0": SignedGrid,
     "q4_0": SignedGrid,
@@ -161,3 +167,8 @@ BLOCKS: dict[str, Callable[[Scheme], Grid]] = {
     "mxfp4": Fp4Grid,
     "nvfp4": Fp4Grid,
 }
+
+
+def grid(scheme: Scheme) -> Grid:
+    """The format of a scheme."""
+    return FORMATS[scheme.format](scheme)

@@ -6,14 +6,14 @@ multiplied; :mod:`kvgeom.quant.packing` makes bits of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kvgeom.quant.scheme import BLOCK_FORMATS, FLOAT_FORMATS, Scheme
+from kvgeom.quant.scheme import Scheme
 
 Axes = tuple[int, ...]
 PRECISIONS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -269,17 +269,3 @@ class VllmGrid(Grid):
 def _half_away(x: Tensor) -> Tensor:
     """Nearest whole number, ties away from zero, as ``trunc(x + 0.5)`` computes it."""
     return (x + torch.where(x >= 0, 0.5, -0.5).to(x.dtype)).trunc_()
-
-
-def grid(scheme: Scheme) -> Grid:
-    """The format of a scheme."""
-    if scheme.format in FLOAT_FORMATS:
-        return FloatGrid(scheme)
-    if scheme.format in BLOCK_FORMATS:
-        from kvgeom.quant.blocks import BLOCKS
-
-        return BLOCKS[scheme.format](scheme)
-    return _GRIDS[scheme.format](scheme)
-
-
-_GRIDS: dict[str, Callable[[Scheme], Grid]] = {"int": IntGrid, "mlx": MlxGrid, "hqq": HqqGrid, "vllm": VllmGrid}

@@ -21,7 +21,7 @@ def scheme_bytes(scheme: Scheme | None, kv_heads: int, head_dim: int, tokens: in
         return 0
     if scheme is None:
         return kv_heads * head_dim * tokens * exact_bytes
-    from kvgeom.quant.grids import grid
+    from kvgeom.quant.blocks import grid
 
     form = grid(scheme.plain)
     blocks, row = _blocks(scheme, kv_heads, head_dim, tokens)

@@ -8,7 +8,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from kvgeom.quant.grids import Scales, grid
+from kvgeom.quant.blocks import grid
+from kvgeom.quant.grids import Scales
 from kvgeom.quant.rounding import Encoded, decode
 from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.transforms import Frame

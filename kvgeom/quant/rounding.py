@@ -6,7 +6,6 @@ Tensors are ``[batch, kv_heads, tokens, head_dim]``. Arithmetic is in float32 at
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from einops import rearrange
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from kvgeom.errors import InputError
 from kvgeom.quant import transforms
-from kvgeom.quant.grids import Axes, Grid, Scales, grid
+from kvgeom.quant.blocks import grid
+from kvgeom.quant.grids import Axes, Scales
 from kvgeom.quant.scheme import Scheme
 
 __all__ = ["Encoded", "Scales", "apply", "decode", "encode", "fit", "last_scales", "only_channels", "round_kv"]
@@ -42,12 +42,12 @@ class Encoded:
 def fit(x: Tensor, scheme: Scheme) -> Scales:
     """Scales that ``x`` itself sets; for an integer grid the smallest that covers ``x`` without clipping."""
     blocks, axes = _blocks(_working(x), scheme)
-    return _grid(scheme.plain).fit(blocks, axes)
+    return grid(scheme.plain).fit(blocks, axes)
 
 
 def encode(x: Tensor, scheme: Scheme, scales: Scales | None = None) -> Encoded:
     """Codes of ``x`` under ``scales``, or under its own; the scheme's transform and channels are not looked at."""
-    own = _grid(scheme.plain)
+    own = grid(scheme.plain)
     if scales is not None:
         # One group of tokens, whose scales tokens that came later must do with: they broadcast.
         lone = scheme.granularity == "channel-group" and scales.step.ndim == 4
@@ -57,7 +57,7 @@ def encode(x: Tensor, scheme: Scheme, scales: Scales | None = None) -> Encoded:
 
 def decode(encoded: Encoded, scheme: Scheme, like: Tensor) -> Tensor:
     """Values of codes, in shape and dtype of ``like``."""
-    values = _grid(scheme.plain).decode(encoded.codes, encoded.scales)
+    values = grid(scheme.plain).decode(encoded.codes, encoded.scales)
     return _unblocked(values, scheme, like).to(like.dtype)
 
 
@@ -112,11 +112,6 @@ def only_channels(x: Tensor, rounded: Tensor, scheme: Scheme) -> Tensor:
     chosen = torch.zeros(heads * head_dim, dtype=torch.bool, device=x.device)
     chosen[list(scheme.channels)] = True
     return torch.where(rearrange(chosen, "(h d) -> h 1 d", h=heads), rounded, x)
-
-
-@lru_cache(256)
-def _grid(scheme: Scheme) -> Grid:
-    return grid(scheme)
 
 
 def _working(x: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal, get_args
 
 from kvgeom.errors import InputError
@@ -190,10 +189,11 @@ class Scheme:
         """The same scheme, rounding nothing but some channels."""
         return replace(self, channels=tuple(sorted({int(channel) for channel in channels})))
 
-    @cached_property
+    @property
     def plain(self) -> Scheme:
         """The grid alone: no transform, all channels."""
-        return replace(self, channels=None, transform="none")
+        bare = self.channels is None and self.transform == "none"
+        return self if bare else replace(self, channels=None, transform="none")
 
     @property
     def spans_tokens(self) -> bool:

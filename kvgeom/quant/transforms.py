@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -93,7 +92,7 @@ def frame(scheme: Scheme, vector: Tensor | None, like: Tensor) -> Frame:
         What is to be rounded, for its device and head_dim.
     """
     if scheme.transform in ("hadamard", "hadamard64", "rht"):
-        return _rotation(scheme.transform, like.shape[-1], like.device)
+        return _rotation(scheme.transform, like.shape[-1])
     if vector is None:
         return Frame(lambda x: x, lambda x: x)
     vector = vector.to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
@@ -136,19 +135,28 @@ def hadamard_matrix(size: int, largest: int | None = None) -> Tensor:
     return torch.kron(torch.eye(size // block).double(), torch.from_numpy(sylvester(block)).double() / block**0.5)
 
 
-@lru_cache(32)
-def _rotation(kind: str, size: int, device: torch.device) -> Frame:
-    exact = hadamard_matrix(size, 64 if kind == "hadamard64" else None)
+#: Matrices that were asked before. A plain dict: an edit must travel to where a remote model runs.
+_MATRICES: dict[tuple[str, int, torch.device, torch.dtype], Tensor] = {}
+
+
+def _matrix(kind: str, like: Tensor) -> Tensor:
+    """Orthonormal; for ``rht`` of ones and minus ones."""
+    size = like.shape[-1]
+    key = (kind, size, like.device, like.dtype)
+    if key not in _MATRICES:
+        matrix = hadamard_matrix(size, 64 if kind == "hadamard64" else None)
+        matrix = matrix.sign() if kind == "rht" else matrix
+        _MATRICES[key] = matrix.to(like.device, like.dtype)
+    return _MATRICES[key]
+
+
+def _rotation(kind: str, size: int) -> Frame:
     if kind != "rht":
-        turned = {dtype: exact.to(device, dtype) for dtype in (torch.float32, torch.float64)}
-        return Frame(lambda x: x @ turned[x.dtype], lambda x: x @ turned[x.dtype])
+        return Frame(lambda x: x @ _matrix(kind, x), lambda x: x @ _matrix(kind, x))
     # vLLM's randomized one: signs of a fixed seed, then the matrix of plus and minus ones, not normalized.
-    block = size & -size
     seeded = torch.Generator().manual_seed(0x9E3779B9)
-    signs = (2 * torch.bernoulli(torch.full((size,), 0.5), generator=seeded) - 1).to(device)
-    whole = (exact * block**0.5).round().to(device)
-    matrices = {dtype: whole.to(dtype) for dtype in (torch.float32, torch.float64)}
+    signs = 2 * torch.bernoulli(torch.full((size,), 0.5), generator=seeded) - 1
     return Frame(
-        lambda x: (x * signs.to(x.dtype)) @ matrices[x.dtype],
-        lambda x: (x @ matrices[x.dtype]) * signs.to(x.dtype) / block,
+        lambda x: (x * signs.to(x)) @ _matrix(kind, x),
+        lambda x: (x @ _matrix(kind, x)) * signs.to(x) / (size & -size),
     )
