@@ -156,9 +156,9 @@ def test_mxfp4_ties_go_to_even_and_large_values_saturate() -> None:
     assert found == [6.0, 0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, -0.0, -1.0, -4.0]
 
 
-def test_vllms_eight_bits_are_cut_off_and_its_four_saturate_blocks_of_one_sign() -> None:
-    x = torch.tensor([127.0, 1.9, -1.9, 0.99]).reshape(1, 1, 1, 4)
-    assert round_kv(x, Scheme.parse("vllm8-token-head")).flatten().tolist() == [127.0, 1.0, -1.0, 0.0]
+def test_vllms_ties_go_away_from_zero_and_its_four_bits_saturate_blocks_of_one_sign() -> None:
+    x = torch.tensor([127.0, 1.5, -2.5, 0.49]).reshape(1, 1, 1, 4)
+    assert round_kv(x, Scheme.parse("vllm8-token-head")).flatten().tolist() == [127.0, 2.0, -3.0, 0.0]
     # From 10 to 25 a step of 1 would do, but the zero point cannot be negative: everything from 15 on is 15.
     x = torch.arange(10.0, 26.0).reshape(1, 1, 1, 16)
     found = round_kv(x, Scheme.parse("vllm4-token-head")).flatten()

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import hadamard
 
+import kvgeom
 from kvgeom.errors import InputError
 from kvgeom.models.hf import HFModel
 from kvgeom.models.rope import rotate
@@ -19,7 +20,7 @@ from kvgeom.quant.rounder import Rounder
 from kvgeom.quant.rounding import round_kv
 from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.transforms import Statics, frame, hadamard_matrix, pair_factors
-from tests.tiny import tiny_model
+from tests.tiny import tiny_hf_model, tiny_model, tiny_tokenizer
 
 IDS = [1, *range(40, 66)]
 
@@ -255,3 +256,25 @@ def test_what_is_missing_is_said(biased: HFModel) -> None:
         Statics.of("key bias", {})
     with pytest.raises(InputError, match="finite"):
         Statics.of("key bias", {(0, "k"): torch.full((1, 2), torch.nan)})
+
+
+@pytest.mark.parametrize("backend", ["lens", "nnsight"])
+@pytest.mark.parametrize("kind", ["qwen2", "gpt_neox"])
+def test_center_under_other_backends(kind: str, backend: str) -> None:
+    """They too say how positions turn the keys that come."""
+    held = []
+    for name in ("hf", backend):
+        hf_model = tiny_hf_model(kind)
+        hf_model.set_attn_implementation("eager")  # as TransformerLens runs it: kernels differ in the last digit
+        with torch.no_grad():
+            for weight_name, weight in hf_model.named_parameters():
+                if weight_name.endswith("bias"):
+                    weight.copy_(5 * torch.linspace(-1, 1, weight.numel()).view_as(weight))
+        model = kvgeom.load(hf_model, tokenizer=tiny_tokenizer(), backend=name)
+        statics = Statics.of("key bias", model.key_biases(), rotary=True)  # type: ignore[attr-defined]
+        recipe = Recipe.uniform(3, Scheme(8, transform="center")).with_statics(offsets=statics)
+        cache = model.new_cache(Rounder(recipe))
+        model.forward(IDS, cache)
+        held.append(cache.layers[0].keys)
+    # Values halfway between levels may fall to either side.
+    assert ((held[0] - held[1]).abs() > 1e-4).float().mean() < 0.01

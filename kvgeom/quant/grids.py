@@ -234,10 +234,10 @@ class HqqGrid(Grid):
 
 @dataclass(frozen=True)
 class VllmGrid(Grid):
-    """vLLM's per-token-head integers: 8 bits symmetric and cut off towards zero, 4 bits with a whole zero point.
+    """vLLM's per-token-head integers: 8 bits symmetric, 4 bits with a whole zero point; ties go away from zero.
 
-    Source: ``_reshape_cache_per_token_head`` (a float stored into int8 loses its fraction) and
-    ``_reshape_cache_int4_kernel`` (the zero point lies in the four lowest bits of the scale) of vLLM 0.28.
+    Source: ``_reshape_cache_per_token_head`` and ``_reshape_cache_int4_kernel`` (the zero point lies in the four lowest
+    bits of the scale) of vLLM 0.28.
     """
 
     step_dtype: ClassVar[torch.dtype | None] = torch.float32
@@ -250,7 +250,7 @@ class VllmGrid(Grid):
     def quantize(self, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
         if self.scheme.bits == 8:
             step = (blocks.abs().amax(axes, keepdim=True) / 127).clamp_min(1e-6)
-            return (blocks * (1.0 / step)).clamp_(-128, 127).trunc_(), Scales(step, torch.zeros_like(step))
+            return _half_away(blocks * (1.0 / step)).clamp_(-128, 127), Scales(step, torch.zeros_like(step))
         low, high = blocks.amin(axes, keepdim=True), blocks.amax(axes, keepdim=True)
         step = ((high - low) / 15.0).clamp_min(1e-6)
         zero = _half_away(-low / step).clamp_(0, 15)
