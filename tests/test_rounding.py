@@ -225,6 +225,14 @@ def test_one_pass_is_token_by_token(x: torch.Tensor, scheme: Scheme, prompt: int
     parts = [stream(0, "k", x[:, :, :prompt])]
     parts += [stream(0, "k", x[:, :, n : n + 1]) for n in range(prompt, x.shape[2])]
     assert torch.equal(at_once, torch.cat(parts, dim=2))
+    for sinks in (1, 2, 4):
+        kept = replace(placement, sinks=sinks)
+        whole = Rounder(recipe, kept, prompt_tokens=prompt).settle(0, "k", x, x.shape[2])
+        stream, held = Rounder(recipe, kept), x[:, :, :0]
+        for first, stop in zip((0, *range(prompt, x.shape[2])), range(prompt, x.shape[2] + 1), strict=True):
+            held = stream.settle(0, "k", torch.cat([held, x[:, :, first:stop]], dim=2), stop - first)
+        assert torch.equal(whole, held)
+        assert torch.equal(whole[:, :, :sinks], x[:, :, :sinks])
 
 
 @given(st.integers(0, 40), st.integers(0, 12), st.integers(0, 5), st.sampled_from(["oldest", "all"]), st.booleans())

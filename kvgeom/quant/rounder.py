@@ -163,13 +163,14 @@ class Rounder:
         y = found.enter(x if x.dtype == torch.float64 else x.float())
         if self.waits or not (scheme.spans_tokens or scheme.format == "hqq"):  # what settles together shares scales
             return found, [(y, rounding.encode(y, scheme))]
-        return found, self._by_prompt(key, scheme, y)
+        return found, self._by_prompt(key, scheme, y, start or 0)
 
-    def _by_prompt(self, key: Key, scheme: Scheme, y: Tensor) -> list[tuple[Tensor, Encoded]]:
+    def _by_prompt(self, key: Key, scheme: Scheme, y: Tensor, start: int) -> list[tuple[Tensor, Encoded]]:
         """The prompt sets scales; later tokens use them, or (``scales="call"``, or none to use) come one by one."""
         first = key not in self._seen
         self._seen.add(key)
-        prompt = y.shape[2] if self.prompt_tokens is None or not first else self.prompt_tokens
+        # If the prompt is all sinks, the first token after them sets the scales.
+        prompt = y.shape[2] if self.prompt_tokens is None or not first else max(self.prompt_tokens - start, 1)
         remembers = self.placement.scales == "prompt" and scheme.format != "hqq"
         if not remembers:
             cuts = [y[:, :, :prompt], *torch.split(y[:, :, prompt:], 1, dim=2)]
