@@ -105,6 +105,39 @@ def test_mlx_bit_for_bit(bits: int, group: int) -> None:
     assert torch.equal(round_kv(x, Scheme.parse(f"mlx{bits}-group{group}")), torch.from_numpy(np.array(theirs)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_mlx_lm_itself(demo: HFModel, bits: int) -> None:
+    """Its own generation loop on the same float32 weights, both fed with the exact model's tokens."""
+    mx, mlx_lm = needs("mlx.core"), needs("mlx_lm")
+    from mlx_lm.generate import generate_step
+
+    from kvgeom.models.demo import demo_model_dir
+
+    theirs_model, _ = mlx_lm.load(str(demo_model_dir(progress=False)))
+    prompt = demo.encode(REQUESTS[:1])[0].ids
+    cache = demo.new_cache()
+    logits, forced = [demo.forward(prompt, cache)[-1]], list[int]()
+    for _ in range(11):
+        forced.append(int(logits[-1].argmax()))
+        logits.append(demo.forward(forced[-1:], cache)[-1])
+    exact = torch.stack(logits).log_softmax(-1)
+    tokens = iter([*forced, 0, 0])
+    steps = generate_step(
+        mx.array(list(prompt)),
+        theirs_model,
+        max_tokens=len(exact),
+        sampler=lambda _: mx.array([next(tokens)]),
+        kv_bits=bits,
+        kv_group_size=64,
+        quantized_kv_start=0,
+    )
+    theirs = torch.stack([torch.from_numpy(np.array(step[1].astype(mx.float32))) for step in steps])
+    ours = step_by_step(demo, preset("mlx-4bit-g64", bits), prompt, forced).log_softmax(-1)
+    assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+    assert (ours - theirs).abs().mean() < 0.2 * (theirs - exact).abs().mean()
+
+
 @pytest.mark.parametrize("kind", BLOCK_FORMATS)
 def test_blocks_of_the_compiled_ggml(kind: str) -> None:
     """Those that the gguf package does not write too. Codes at an exact tie may differ, for compilers fuse operations."""

@@ -155,7 +155,7 @@ _add(
     "mlx-4bit-g64",
     "MLX-LM (MLX 0.32), kv_bits=4, kv_group_size=64, quantized_kv_start=0",
     "https://github.com/ml-explore/mlx-lm (mlx_lm/models/cache.py), mx.quantize",
-    "mx.quantize itself, bit for bit",
+    "mx.quantize bit for bit; MLX-LM itself in greedy tokens and logits",
     (4, 2, 3, 6, 8),
     _both("mlx{bits}-group64"),
     "engine-mlx.md",
