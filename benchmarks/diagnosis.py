@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 import kvgeom
-from kvgeom.diagnosis.diagnose import BITS
 from kvgeom.diagnosis.drafts import generated
 from kvgeom.diagnosis.evaluate import evaluate
 from kvgeom.quant.placement import Placement
@@ -38,9 +37,7 @@ def main() -> None:
 
     spent, ran = Clock(model), Recipes()
     begin = time.perf_counter()
-    found = kvgeom.diagnose(
-        model, prompts, max_new_tokens=asked.new_tokens, geometry=False, progress=False, curve_bits=BITS
-    )
+    found = kvgeom.diagnose(model, prompts, max_new_tokens=asked.new_tokens, geometry=False, progress=False)
     fast = time.perf_counter() - begin
     spent.stop()
     recipes = ran.stop()

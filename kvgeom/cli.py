@@ -65,6 +65,19 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=short, description=long)
         _add_options(command, name)
         command.set_defaults(run=run)
+    schemes = commands.add_parser(
+        "schemes",
+        help="list formats and presets of engines, with bits per element",
+        description="List formats and presets of engines, with the bits that an element of the cache takes, scales included.",
+    )
+    schemes.add_argument(
+        "--heads", metavar="N", type=int, default=8, help="KV heads of the cache (default: %(default)s)"
+    )
+    schemes.add_argument(
+        "--head-dim", metavar="N", type=int, default=128, help="channels of a head (default: %(default)s)"
+    )
+    schemes.add_argument("--tokens", metavar="N", type=int, default=4096, help="tokens held (default: %(default)s)")
+    schemes.set_defaults(run=_schemes)
     return parser
 
 
@@ -88,15 +101,14 @@ def _add_options(command: argparse.ArgumentParser, name: str) -> None:
         command.add_argument(
             "--scheme",
             default="asym-token",
-            help="rounding of the curve, e.g. sym-tensor, asym-group64 (default: %(default)s)",
+            help="rounding of the curve, e.g. sym-tensor, asym-group64, kivi; kvgeom schemes lists them (default: %(default)s)",
         )
         command.add_argument(
             "--bits",
             metavar="B",
             type=int,
             nargs="+",
-            default=[8, 6, 5, 4, 3, 2],
-            help="widths of the curve (default: 8 6 5 4 3 2)",
+            help="widths of the curve (default: 8 6 5 4 3 2, or those that the scheme offers)",
         )
         command.add_argument("--text", metavar="FILE", help="plain text for perplexity (default: a short one)")
     if name == "sweep":
@@ -120,8 +132,7 @@ def _add_options(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument(
         "--placement",
         choices=("cache", "paper"),
-        default="cache",
-        help="cache: as a real cache holds it; paper: as the released code simulates it (default: %(default)s)",
+        help="cache: as a real cache holds it; paper: as the released code simulates it (default: the engine's, or cache)",
     )
     command.add_argument(
         "--new-tokens", metavar="N", type=int, default=24, help="longest response (default: %(default)s)"
@@ -139,10 +150,10 @@ def _add_options(command: argparse.ArgumentParser, name: str) -> None:
 
 def _checked(arguments: argparse.Namespace) -> dict[str, Any]:
     """Options of the Python functions. What is wrong is said before torch is imported and a model loaded."""
-    from kvgeom.quant.scheme import Scheme, check_bits
+    from kvgeom.quant.scheme import check_bits
 
     options: dict[str, Any] = {}
-    for bits in (*getattr(arguments, "bits", ()), getattr(arguments, "scan_bits", 3)):
+    for bits in (*(getattr(arguments, "bits", None) or ()), getattr(arguments, "scan_bits", 3)):
         check_bits(bits)
     if getattr(arguments, "scan_bits", 3) == 16:
         raise InputError("--scan-bits 16 was asked, but 16 bits round nothing; give 2-8")
@@ -150,7 +161,7 @@ def _checked(arguments: argparse.Namespace) -> dict[str, Any]:
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(arguments, name)} was asked; give a positive number")
     if "scheme" in arguments:
-        options["scheme"], options["curve_bits"] = Scheme.parse(f"int4-{arguments.scheme}"), tuple(arguments.bits)
+        options["scheme"], options["curve_bits"] = arguments.scheme, arguments.bits
         options["text"] = _read(arguments.text) if arguments.text else None
     if "scan_bits" in arguments:
         options["bits"] = arguments.scan_bits
@@ -158,7 +169,12 @@ def _checked(arguments: argparse.Namespace) -> dict[str, Any]:
     options["prompts"] = prompts if arguments.limit is None else prompts.take(arguments.limit)
     from kvgeom.quant.placement import Placement
 
-    options["placement"] = Placement.paper() if arguments.placement == "paper" else Placement()
+    placements = {None: None, "cache": Placement(), "paper": Placement.paper()}
+    options["placement"] = placements[arguments.placement]
+    if "scheme" in arguments:
+        from kvgeom.diagnosis.curve import at_widths
+
+        at_widths(arguments.scheme, arguments.bits, options["placement"])
     options |= {
         "max_new_tokens": arguments.new_tokens,
         "batch_size": arguments.batch_size,
@@ -185,6 +201,23 @@ def _journal(arguments: argparse.Namespace) -> Path | None:
     from kvgeom.paths import writable_folder
 
     return writable_folder(arguments.out) / "journal.jsonl"
+
+
+def _schemes(arguments: argparse.Namespace) -> int:
+    from kvgeom.quant.presets import scheme_rows
+
+    shape = (arguments.heads, arguments.head_dim, arguments.tokens)
+    if min(shape) < 1:
+        raise InputError(
+            f"a cache of {shape[0]} heads, {shape[1]} channels and {shape[2]} tokens was asked; give 1 or more"
+        )
+    rows = scheme_rows(*shape)
+    for kind in ("format", "preset"):
+        print(f"{kind + 's':<28}{'bits':>4}  {'per element':>11}")
+        for row in (row for row in rows if row["kind"] == kind):
+            print(f"  {row['name']:<26}{row['bits']:>4}  {row['bits_per_element']:>11.3f}  {row['note']}")
+        print()
+    return 0
 
 
 def _audit(arguments: argparse.Namespace) -> int:

@@ -90,7 +90,9 @@ def test_parity_on_the_demo(demo: HFModel, backend: str) -> None:
     try:
         prompts = demo.encode(kvgeom.calibration().harmful[:2])
         recipe = Recipe.uniform(demo.geometry.layers, Scheme(8))
-        other = kvgeom.load(demo.hf_model, tokenizer=demo.tokenizer, backend=backend)
+        # A model of its own: TransformerLens replaces the modules of what it wraps.
+        own = kvgeom.load("demo", progress=False, attn_implementation="eager")
+        other = kvgeom.load(own.hf_model, tokenizer=own.tokenizer, backend=backend)
         seen: list[Any] = []
         for model in (demo, other):
             assert isinstance(model, HFModel)

@@ -54,10 +54,22 @@ def test_greedy_generation_is_transformers_own(model: HFModel) -> None:
         assert response == [token for token in theirs if token not in model.stop_tokens]
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "token", "channel", "head"])
-def test_streaming_is_one_teacher_forced_pass(model: HFModel, granularity: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "int4-asym-tensor",
+        "int4-asym-token",
+        "int4-asym-channel",
+        "int4-asym-head",
+        "int4-asym-token-head",
+        "int4-asym-channel-group7",
+        "fp8_e4m3-tensor",
+        "int4-sym-group8+hadamard",
+    ],
+)
+def test_streaming_is_one_teacher_forced_pass(model: HFModel, text: str) -> None:
     """Step by step, or at once with the prompt's scales: the cache holds the same."""
-    recipe = Recipe.uniform(model.geometry.layers, Scheme(4, granularity=granularity))  # type: ignore[arg-type]
+    recipe = Recipe.uniform(model.geometry.layers, Scheme.parse(text))
     prompt, response = IDS[:20], IDS[20:]
     stepwise = model.new_cache(Rounder(recipe))
     logits = [model.forward(prompt, stepwise)[-1]]
@@ -145,11 +157,15 @@ def test_suffix_reuse_is_exact(model: HFModel) -> None:
 def test_stacked_sequences_do_not_see_each_other(lengths: list[int], batch_size: int, random) -> None:  # type: ignore[no-untyped-def]
     """Whatever the neighbours, the padding and the batch: responses under rounding are the same."""
     model = STACKED
-    recipe = Recipe.uniform(model.geometry.layers, Scheme(4, granularity=random.choice(["tensor", "token", "channel"])))
+    texts = ["int4-asym-tensor", "int4-asym-token", "int4-asym-channel", "int4-asym-channel-group5", "fp8_e4m3-head"]
+    recipe = Recipe.uniform(model.geometry.layers, Scheme.parse(random.choice(texts)))
+    placement = random.choice(
+        [Placement(), Placement(sinks=2), Placement(residual=3), Placement(residual=2, flush="all")]
+    )
     prompts = [[random.randrange(3, 259) for _ in range(length)] for length in lengths]
 
     def prefill(ids: list[int]) -> tuple[EditedCache, int]:
-        cache = model.new_cache(Rounder(recipe))
+        cache = model.new_cache(Rounder(recipe, placement))
         return cache, int(model.forward(ids, cache)[-1].argmax())
 
     filled = [prefill(ids) for ids in prompts]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kvgeom.errors import InputError
+from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
-from kvgeom.quant.rounding import apply, fit, round_kv
+from kvgeom.quant.rounder import Rounder
+from kvgeom.quant.rounding import apply, encode, fit, round_kv
 from kvgeom.quant.scheme import Scheme
 
 SHAPES = st.tuples(*(st.integers(1, n) for n in (2, 3, 5, 6)))
@@ -19,8 +23,8 @@ SHAPES = st.tuples(*(st.integers(1, n) for n in (2, 3, 5, 6)))
 
 @st.composite
 def schemes(draw: st.DrawFn) -> Scheme:
-    granularity = draw(st.sampled_from(["tensor", "token", "channel", "group", "head"]))
-    size = draw(st.integers(1, 9)) if granularity == "group" else None
+    granularity = draw(st.sampled_from(["tensor", "token", "channel", "group", "head", "token-head", "channel-group"]))
+    size = draw(st.integers(1, 9)) if granularity.endswith("group") else None
     return Scheme(draw(st.integers(2, 8)), draw(st.booleans()), granularity, size)
 
 
@@ -44,6 +48,8 @@ def reference(x: np.ndarray, scheme: Scheme) -> np.ndarray:
             "channel": lambda h, t, d: (h, d),
             "head": lambda h, t, d: h,
             "group": lambda h, t, d: (t, (h * dim + d) // (scheme.group_size or channels)),
+            "token-head": lambda h, t, d: (t, h),
+            "channel-group": lambda h, t, d: (h, d, t // (scheme.group_size or 1)),
         }[scheme.granularity]
         grouped: dict[object, list[tuple[int, int, int]]] = {}
         for index in every:
@@ -79,9 +85,13 @@ def test_agrees_with_numpy(x: torch.Tensor, scheme: Scheme) -> None:
 
 def _steps(x: torch.Tensor, scheme: Scheme) -> np.ndarray:
     step = fit(x.double(), scheme).step
+    if scheme.granularity == "channel-group":
+        return step.expand(-1, -1, -1, scheme.group_size or 1, -1).flatten(2, 3)[:, :, : x.shape[2]].numpy()
     if scheme.granularity != "group":
         return step.numpy()
     size = scheme.group_size or 1
+    if step.ndim == 5:
+        return step.expand(*step.shape[:-1], size).flatten(-2).numpy()
     flat = step.expand(*step.shape[:-1], size).flatten(-2)[..., : x.shape[1] * x.shape[3]]
     return flat.unflatten(-1, (x.shape[1], x.shape[3])).transpose(1, 2).numpy()
 
@@ -137,7 +147,7 @@ def test_spelling_round_trip(scheme: Scheme) -> None:
         lambda: Scheme(4, granularity="row"),  # type: ignore[arg-type]
         lambda: Scheme(4, granularity="group"),
         lambda: Scheme(4, group_size=8),
-        lambda: Scheme.parse("q4_0"),
+        lambda: Scheme.parse("q4_0-token"),
         lambda: Recipe.uniform(4, Scheme(4), layers=[4]),
     ],
 )
@@ -176,3 +186,87 @@ def test_bad_channels() -> None:
         Scheme(4).only([])
     with pytest.raises(InputError, match="spell"):
         Scheme.parse("int4-asym-token@3-,")
+
+
+@given(tensors(), schemes(), st.sampled_from([np.nan, np.inf, -np.inf]), st.data())
+def test_what_is_not_finite_spoils_its_block_alone(
+    x: torch.Tensor, scheme: Scheme, bad: float, data: st.DataObject
+) -> None:
+    """Blocks without it come out as they would otherwise; its own is NaN all over."""
+    index = tuple(data.draw(st.integers(0, n - 1)) for n in x.shape)
+    marked, spoilt = torch.zeros_like(x), x.clone()
+    marked[index], spoilt[index] = 1.0, bad
+    block = torch.from_numpy(np.broadcast_to(_steps(marked, replace(scheme, symmetric=True)), x.shape) > 0)
+    found = round_kv(spoilt, scheme)
+    assert found[block].isnan().all()
+    assert torch.equal(found[~block], round_kv(x, scheme)[~block])
+
+
+@given(tensors(), schemes())
+def test_codes_stay_in_range(x: torch.Tensor, scheme: Scheme) -> None:
+    """Under their own scales, and under those of smaller values, where they saturate."""
+    lowest = -(2 ** (scheme.bits - 1)) + 1 if scheme.symmetric else 0
+    highest = 2 ** (scheme.bits - 1) - 1 if scheme.symmetric else 2**scheme.bits - 1
+    for scales in (None, fit(x / 3, scheme)):
+        codes = encode(x, scheme, scales).codes
+        assert codes.min() >= lowest
+        assert codes.max() <= highest
+        assert torch.equal(codes, codes.round())
+
+
+@given(tensors(), schemes(), st.integers(1, 5), st.booleans())
+def test_one_pass_is_token_by_token(x: torch.Tensor, scheme: Scheme, prompt: int, per_call: bool) -> None:
+    """Scales of the prompt, or of each call: a pass that knows its prompt holds what a streaming cache holds."""
+    placement = Placement(scales="call" if per_call else "prompt")
+    prompt = min(prompt, x.shape[2])
+    recipe = Recipe.uniform(1, scheme)
+    at_once = Rounder(recipe, placement, prompt_tokens=prompt)(0, "k", x)
+    stream = Rounder(recipe, placement)
+    parts = [stream(0, "k", x[:, :, :prompt])]
+    parts += [stream(0, "k", x[:, :, n : n + 1]) for n in range(prompt, x.shape[2])]
+    assert torch.equal(at_once, torch.cat(parts, dim=2))
+    for sinks in (1, 2, 4):
+        kept = replace(placement, sinks=sinks)
+        whole = Rounder(recipe, kept, prompt_tokens=prompt).settle(0, "k", x, x.shape[2])
+        stream, held = Rounder(recipe, kept), x[:, :, :0]
+        for first, stop in zip((0, *range(prompt, x.shape[2])), range(prompt, x.shape[2] + 1), strict=True):
+            held = stream.settle(0, "k", torch.cat([held, x[:, :, first:stop]], dim=2), stop - first)
+        assert torch.equal(whole, held)
+        assert torch.equal(whole[:, :, :sinks], x[:, :, :sinks])
+
+
+@given(st.integers(0, 40), st.integers(0, 12), st.integers(0, 5), st.sampled_from(["oldest", "all"]), st.booleans())
+def test_what_is_due(prompt: int, residual: int, sinks: int, flush: str, whole: bool) -> None:
+    """Tokens are settled in order, none twice (but with flush="all"), and as many wait as may."""
+    placement = Placement(residual=residual, sinks=sinks, flush=flush if residual else "oldest")  # type: ignore[arg-type]
+    settled, held, exact = -1, 0, 0
+    for new in (prompt, *[1] * 30):
+        held += new
+        first_call = settled < 0
+        start, stop = placement.due(settled, held, whole)
+        assert min(sinks, held) <= start <= stop <= held
+        if placement.flush == "oldest":
+            assert start == max(settled, min(sinks, held))
+        elif start < stop:
+            assert (start, stop) == (min(sinks, held), held)
+        settled = stop
+        exact = held - stop
+        if residual == 0 or (first_call and placement.flush == "all"):
+            assert exact == 0
+        else:
+            assert exact < residual if whole or placement.flush == "all" else exact <= max(residual, 0)
+
+
+def test_windows_cannot_go_in_one_pass() -> None:
+    for placement in (Placement(residual=4), Placement(prefill_reads="exact")):
+        with pytest.raises(InputError, match="token by token"):
+            Rounder(Recipe.uniform(1, Scheme(4)), placement, prompt_tokens=3)
+
+
+@given(tensors())
+def test_sixteen_bits_are_the_identity(x: torch.Tensor) -> None:
+    recipe = Recipe.exact(1)
+    for placement in (Placement(), Placement.paper(), Placement(residual=3, sinks=1)):
+        rounder = Rounder(recipe, placement)
+        assert rounder(0, "k", x) is x
+        assert rounder.settle(0, "v", x, x.shape[2]) is x

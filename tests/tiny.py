@@ -68,6 +68,17 @@ def tiny_model(kind: str = "llama", seed: int = 0, layers: int = 3) -> HFModel:
     return HFModel(tiny_hf_model(kind, seed, layers), tiny_tokenizer(), name=f"tiny-{kind}")
 
 
+def wide_model() -> HFModel:
+    """Two KV heads of 64 channels, which the block formats of engines divide, and a key bias."""
+    torch.manual_seed(0)
+    config = tiny_config("qwen2") | {"hidden_size": 128, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **config)).float().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_() if name.endswith("k_proj.bias") else weight.mul_(4.0) if weight.ndim > 1 else None
+    return HFModel(model, tiny_tokenizer(), name="tiny-wide")
+
+
 def write_tiny_gguf(path: Path) -> None:
     """A whole tiny llama, with tokenizer and template, as a GGUF file."""
     hf, tokenizer = tiny_hf_model(), tiny_tokenizer()

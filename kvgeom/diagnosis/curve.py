@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, ClassVar
@@ -13,8 +14,9 @@ import xarray as xr
 from kvgeom.diagnosis.evaluate import EXACT, Baseline, Outcomes, evaluate
 from kvgeom.diagnosis.perplexity import perplexity
 from kvgeom.progress import track
+from kvgeom.quant.engine import Engine
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.presets import offers, resolve
 from kvgeom.quant.scheme import Scheme, check_bits
 from kvgeom.results import Result
 from kvgeom.stats import mcnemar, wilson
@@ -120,8 +122,8 @@ def bit_width_curve(
     base: Baseline,
     text: str,
     *,
-    bits: Sequence[int] = (8, 6, 5, 4, 3, 2),
-    scheme: Scheme | None = None,
+    bits: Sequence[int] | None = None,
+    scheme: Scheme | str | None = None,
     placement: Placement | None = None,
     exact: bool = False,
     progress: bool = True,
@@ -134,11 +136,13 @@ def bit_width_curve(
         The unquantized model on the prompts; all of them are run, not only the refused ones.
     text : str
         Plain text for the perplexity ratio.
-    bits : sequence of int
-        2 to 8; 16 is always part of the curve.
-    scheme : Scheme, optional
-        Its bits are ignored. Asymmetric per-token by default.
+    bits : sequence of int, optional
+        16 is always part of the curve. By default 8, 6, 5, 4, 3, 2, as far as the scheme offers them.
+    scheme : Scheme or str, optional
+        Asymmetric per-token by default; the bits of a Scheme are ignored. A name is that of an engine's preset
+        (``"kivi"``) or a spelling (``"asym-group64"``, ``"q4_0"``); see :func:`kvgeom.quant.presets.resolve`.
     placement : Placement, optional
+        That of the preset, or decode-faithful, by default.
     exact : bool
         Generate every response in full, as a classifier needs them.
 
@@ -148,9 +152,9 @@ def bit_width_curve(
         The outcomes hold each response, by recipe ``"8-bit"``, ``"6-bit"``, ...
     """
     model, n_layers = base.model, base.model.geometry.layers
-    widths = sorted({check_bits(b) for b in bits} - {16}, reverse=True)
-    scheme = scheme or Scheme(4)
-    recipes = {f"{b}-bit": Recipe.uniform(n_layers, replace(scheme, bits=b)) for b in widths}
+    engines = at_widths(scheme, bits, placement)
+    recipes = {f"{b}-bit": engine.recipe(n_layers) for b, engine in engines.items()}
+    placement = next((engine.placement for engine in engines.values()), placement)
     outcomes = evaluate(
         model, recipes, base, placement=placement, exact=exact, progress=progress, title="responses by bit-width"
     )
@@ -161,10 +165,39 @@ def bit_width_curve(
         )
         for recipe in track([None, *recipes.values()], "perplexity by bit-width", len(recipes) + 1, progress)
     ]
-    return curve_of(outcomes, perplexities, scheme), outcomes
+    return curve_of(outcomes, perplexities, _name(scheme)), outcomes
 
 
-def curve_of(outcomes: Outcomes, perplexities: Sequence[float], scheme: Scheme) -> Curve:
+#: Widths of a curve where none are given.
+WIDTHS = (8, 6, 5, 4, 3, 2)
+
+
+def at_widths(
+    scheme: Scheme | str | None, bits: Sequence[int] | None = None, placement: Placement | None = None
+) -> dict[int, Engine]:
+    """What is done to the cache at each width, widest first; see :func:`bit_width_curve`.
+
+    Raises
+    ------
+    InputError
+        For a scheme or width that there is not.
+    """
+    name = _name(scheme)
+    if bits is None:
+        offered = offers(name)
+        bits = [b for b in WIDTHS if b in offered] or list(offered)
+    widths = sorted({check_bits(b) for b in bits} - {16}, reverse=True)
+    return {b: resolve(name, b, placement) for b in widths}
+
+
+def _name(scheme: Scheme | str | None) -> str:
+    """A scheme as :func:`kvgeom.quant.presets.resolve` takes it, without its width where that is free."""
+    text = "asym-token" if scheme is None else str(scheme)
+    found = re.match(r"int\d-((?:a?sym)-.*)", text)
+    return found[1] if found and not isinstance(scheme, str) else text
+
+
+def curve_of(outcomes: Outcomes, perplexities: Sequence[float], scheme: str) -> Curve:
     """The curve that follows from responses at each width.
 
     Parameters
@@ -173,8 +206,8 @@ def curve_of(outcomes: Outcomes, perplexities: Sequence[float], scheme: Scheme) 
         By recipe ``"8-bit"``, ``"6-bit"``, ..., widest first.
     perplexities : sequence of float
         Unquantized, then by recipe.
-    scheme : Scheme
-        Its bits are ignored.
+    scheme : str
+        What it is called, without bits.
     """
     names = [str(name) for name in outcomes.data.recipe.values]
     counts = [outcomes.counts(name) for name in names]
@@ -196,7 +229,7 @@ def curve_of(outcomes: Outcomes, perplexities: Sequence[float], scheme: Scheme) 
     }
     meta = {
         **outcomes.made_by,
-        "scheme": str(scheme).split("-", 1)[1],
+        "scheme": scheme,
         "prompts": outcomes.data.sizes["prompt"],
         "baseline_refused": refused,
         "baseline_perplexity": perplexities[0],
@@ -237,8 +270,8 @@ class OverRefusal(Result):
 def over_refusal(
     base: Baseline,
     *,
-    bits: Sequence[int] = (8, 6, 5, 4, 3, 2),
-    scheme: Scheme | None = None,
+    bits: Sequence[int] | None = None,
+    scheme: Scheme | str | None = None,
     placement: Placement | None = None,
     progress: bool = True,
 ) -> OverRefusal:
@@ -251,9 +284,9 @@ def over_refusal(
     bits, scheme, placement
         As in :func:`bit_width_curve`.
     """
-    widths = sorted({check_bits(b) for b in bits} - {16}, reverse=True)
-    scheme = scheme or Scheme(4)
-    recipes = {f"{b}-bit": Recipe.uniform(base.model.geometry.layers, replace(scheme, bits=b)) for b in widths}
+    engines = at_widths(scheme, bits, placement)
+    recipes = {f"{b}-bit": engine.recipe(base.model.geometry.layers) for b, engine in engines.items()}
+    placement = next((engine.placement for engine in engines.values()), placement)
     outcomes = evaluate(base.model, recipes, base, placement=placement, progress=progress, title="harmless requests")
     labels = outcomes.data.label.values
     refused, n = labels == "refused", len(base.prompts)
@@ -268,8 +301,8 @@ def over_refusal(
     }
     meta = {
         **outcomes.made_by,
-        "scheme": str(scheme).split("-", 1)[1],
+        "scheme": _name(scheme),
         "prompts": n,
     }
-    data = xr.Dataset({name: ("bits", values) for name, values in columns.items()}, coords={"bits": [16, *widths]})
+    data = xr.Dataset({name: ("bits", values) for name, values in columns.items()}, coords={"bits": [16, *engines]})
     return OverRefusal(data, meta)

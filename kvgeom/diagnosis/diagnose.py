@@ -18,7 +18,7 @@ from kvgeom.diagnosis.ablation import (
     is_channel_subset,
     whole_cache,
 )
-from kvgeom.diagnosis.curve import Curve, bit_width_curve, curve_of
+from kvgeom.diagnosis.curve import Curve, at_widths, bit_width_curve, curve_of
 from kvgeom.diagnosis.evaluate import Baseline, Outcomes, baseline, evaluate
 from kvgeom.diagnosis.pcr import PCR, pcr_of
 from kvgeom.diagnosis.scan import Scan, scan_of, single_layers
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 #: Name of the recipe that keeps the worst layer.
 SPARED = "worst layer kept"
-#: Bit-widths of the curve.
-BITS = (8, 6, 5, 4, 3, 2)
 
 
 @dataclass(frozen=True)
@@ -101,10 +99,9 @@ class Diagnosis:
         """
         outcomes, parts, paper = (part.relabel(judge) for part in (self.outcomes, self.parts, self.paper))
         ratio, first = self.curve.data.perplexity_ratio.values, self.curve.meta["baseline_perplexity"]
-        scheme = Scheme.parse(f"int4-{self.curve.meta['scheme']}")
         return _concluded(
             self.baseline,
-            curve_of(outcomes, [first * float(r) for r in ratio], scheme),
+            curve_of(outcomes, [first * float(r) for r in ratio], self.curve.meta["scheme"]),
             outcomes,
             parts,
             paper,
@@ -138,8 +135,8 @@ def diagnose(
     model: Any,
     prompts: PromptSet | None = None,
     *,
-    scheme: Scheme | None = None,
-    curve_bits: Sequence[int] = BITS,
+    scheme: Scheme | str | None = None,
+    curve_bits: Sequence[int] | None = None,
     bits: int = 3,
     placement: Placement | None = None,
     judge: Judge | None = None,
@@ -161,13 +158,14 @@ def diagnose(
     prompts : PromptSet, optional
         Its harmful requests are asked; the calibration set by default. The subspace is found on the same set
         if it has harmless requests too, else on the calibration set.
-    scheme : Scheme, optional
-        Of the curve (its bits are ignored); asymmetric per-token by default.
-    curve_bits : sequence of int
+    scheme : Scheme or str, optional
+        Of the curve: asymmetric per-token by default; also an engine's preset, such as ``"kivi"``.
+    curve_bits : sequence of int, optional
+        Widths of the curve; see :func:`~kvgeom.diagnosis.curve.bit_width_curve`.
     bits : int
         Of layer scan, ablations and PCR, which round symmetric per-tensor as the paper's released code does.
     placement : Placement, optional
-        Decode-faithful by default.
+        Decode-faithful by default; for the curve that of the preset, if it is one.
     judge : Judge, optional
     text : str, optional
         Plain text for perplexity; a short one is shipped.
@@ -189,6 +187,7 @@ def diagnose(
         If the model, the prompts, the bits or the journal cannot be used.
     """
     tensor = Scheme(bits, symmetric=True, granularity="tensor")
+    at_widths(scheme, curve_bits, placement)  # what is wrong with these is said before any work
     prompts = prompts or calibration()
     loaded = load(model, **load_options)
     n_layers = loaded.geometry.layers

@@ -171,9 +171,15 @@ def generated(
     work: Mapping[int, Sequence[str]],
     recipes: Mapping[str, Recipe],
     placement: Placement,
+    *,
+    whole: bool = True,
 ) -> Iterator[Answer]:
-    """The same answers, each generated in full: a prefill for every prompt and recipe, then decoding in batches."""
+    """The same answers, each generated: a prefill for every prompt and recipe, then decoding in batches.
+
+    With ``whole`` to the end, else until the label is settled.
+    """
     model = base.model
+    stop = None if whole else lambda _row, tokens: _settled(base, tokens)
     for name in recipes:
         chosen = [index for index, names in work.items() if name in names]
         for begin in range(0, len(chosen), base.batch_size):
@@ -182,7 +188,7 @@ def generated(
             prefilled = [model.forward(base.prompts[i].ids, cache)[-1] for i, cache in zip(part, caches, strict=True)]
             first = torch.stack(prefilled)
             responses = model.generate(
-                caches, first.argmax(-1).tolist(), base.max_new_tokens, batch_size=base.batch_size
+                caches, first.argmax(-1).tolist(), base.max_new_tokens, batch_size=base.batch_size, stop=stop
             )
             margins = base.margins(first)
             for row, (index, tokens) in enumerate(zip(part, responses, strict=True)):

@@ -391,11 +391,15 @@ def evaluate(
 
     def key(name: str, index: int) -> tuple[Any, ...]:
         layers = [[str(scheme) if scheme else None for scheme in pair] for pair in recipes[name]]
-        return ("response", layers, str(placement), exact, index)
+        statics = [str(found) for found in (recipes[name].offsets, recipes[name].factors) if found is not None]
+        return ("response", layers, *statics, str(placement), exact, index)
 
     todo = {i: names for i in chosen if (names := [name for name in recipes if key(name, i) not in base.journal])}
     done = len(recipes) * len(chosen) - sum(map(len, todo.values()))
-    answers = (generated if exact else verified)(base, todo, recipes, placement)
+    if exact or not placement.follows_drafts:
+        answers = generated(base, todo, recipes, placement, whole=exact)
+    else:
+        answers = verified(base, todo, recipes, placement)
     with bar(title, len(recipes) * len(chosen), progress, initial=done) as shown:
         for answer in answers:
             text, label, reason = base.judged(answer.prompt, answer.tokens)

@@ -12,6 +12,9 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.rounder import Rounder
 
+#: Tokens that are read one by one where one pass would round nothing.
+STEPS = 64
+
 
 def perplexity(
     model: Model,
@@ -21,9 +24,11 @@ def perplexity(
     placement: Placement | None = None,
     max_tokens: int = 384,
 ) -> float:
-    """``exp`` of the mean negative log-likelihood of a text, read in one pass through the cache.
+    """``exp`` of the mean negative log-likelihood of a text, read through the cache.
 
-    Every token attends to rounded keys and values, as a prompt does.
+    Every token attends to rounded keys and values, as a prompt does. Where a placement rounds only after tokens were read
+    exactly, one pass would round nothing: then all but the last :data:`STEPS` tokens are the prompt, the others come one by
+    one, and it is they that count (for the unquantized cache of that placement too).
 
     Parameters
     ----------
@@ -40,11 +45,17 @@ def perplexity(
     InputError
         If the text has fewer than two tokens.
     """
+    placement = placement or Placement()
     tokens = model.tokens(text)[: min(max_tokens, model.max_context)]
     if len(tokens) < 2:
         raise InputError(f"a text of {len(tokens)} tokens was given; perplexity needs at least two")
     cache = model.new_cache(Rounder(recipe, placement) if recipe else None)
-    logits = model.forward(tokens, cache, all_logits=True)
-    targets = torch.tensor(tokens[1:], device=logits.device)
-    loss = torch.nn.functional.cross_entropy(logits[:-1], targets)
+    if placement.one_pass:
+        logits = model.forward(tokens, cache, all_logits=True)[:-1]
+    else:
+        prompt = max(1, len(tokens) - STEPS)
+        parts = [tokens[:prompt], *([token] for token in tokens[prompt:-1])]
+        logits = torch.cat([model.forward(part, cache) for part in parts])
+    targets = torch.tensor(tokens[-len(logits) :], device=logits.device)
+    loss = torch.nn.functional.cross_entropy(logits, targets)
     return math.exp(min(float(loss), 700.0))  # beyond 700 nats exp would overflow, and nobody would tell the difference

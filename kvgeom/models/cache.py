@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, Self
+from functools import partial
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicLayer
+
+from kvgeom.errors import InputError
 
 
 class Edit(Protocol):
     """What is done to keys and values on their way into a cache.
 
     ``where`` says whether it sees them as stored (``"cache"``, keys after RoPE) or as projected
-    (``"projection"``, keys before RoPE).
+    (``"projection"``, keys before RoPE). An edit may also have what :class:`WindowedEdit` and :class:`TurnedEdit` have.
     """
 
     @property
@@ -38,6 +41,37 @@ class Edit(Protocol):
 
     @staticmethod
     def stack(parts: Sequence[Any]) -> Edit: ...
+
+
+@runtime_checkable
+class WindowedEdit(Protocol):
+    """An edit that (if ``windowed``) keeps tokens as they come and changes them later, or never."""
+
+    windowed: bool
+    waits: bool
+
+    def settle(self, layer: int, site: Literal["k", "v"], stored: Tensor, new: int) -> Tensor:
+        """Return what to keep of ``stored``, one sequence's tokens so far, the last ``new`` of which have just come.
+
+        With ``waits``, attention of this call still reads ``stored`` itself.
+        """
+        ...
+
+
+@runtime_checkable
+class TurnedEdit(Protocol):
+    """An edit that (if ``needs_rotation``) must know how positions turn the keys that come next."""
+
+    needs_rotation: bool
+
+    def turned(self, layer: int, turn: Callable[[Tensor], Tensor]) -> None:
+        """``turn`` makes ``[batch or 1, kv_heads, tokens, head_dim]`` of vectors ``[kv_heads, head_dim]``."""
+        ...
+
+
+def is_windowed(edit: Edit | None) -> bool:
+    """Whether an edit keeps some tokens as they come."""
+    return isinstance(edit, WindowedEdit) and edit.windowed
 
 
 @dataclass(frozen=True)
@@ -79,14 +113,50 @@ class Together:
 
     def __call__(self, layer: int, site: Literal["k", "v"], x: Tensor) -> Tensor:
         """Every row through its own edit."""
-        edited, first = [], 0
+        return torch.cat([x[at] if part is None else part(layer, site, x[at]) for part, at in self._places(len(x))])
+
+    @property
+    def windowed(self) -> bool:
+        """Whether one of the parts is."""
+        return any(is_windowed(part) for part in self.parts)
+
+    @property
+    def waits(self) -> bool:
+        """That of the parts."""
+        return any(getattr(part, "waits", False) for part in self.parts)
+
+    def settle(self, layer: int, site: Literal["k", "v"], stored: Tensor, new: int) -> Tensor:
+        """Every row through its own edit."""
+        return torch.cat(
+            [
+                part.settle(layer, site, stored[at], new) if isinstance(part, WindowedEdit) else stored[at]
+                for part, at in self._places(len(stored))
+            ]
+        )
+
+    @property
+    def needs_rotation(self) -> bool:
+        """Whether one of the parts does."""
+        return any(isinstance(part, TurnedEdit) and part.needs_rotation for part in self.parts)
+
+    def turned(self, layer: int, turn: Callable[[Tensor], Tensor]) -> None:
+        """Tell every part about its own rows."""
+
+        def own(vectors: Tensor, at: slice) -> Tensor:
+            turned = turn(vectors)
+            return turned if len(turned) == 1 else turned[at]  # one for all: every row is at the same positions
+
+        for part, at in self._places(sum(self.sizes)):
+            if isinstance(part, TurnedEdit):
+                part.turned(layer, partial(own, at=at))
+
+    def _places(self, rows: int) -> Iterator[tuple[Edit | None, slice]]:
+        """Every part that has rows among the first ``rows``, and which."""
+        first = 0
         for part, size in zip(self.parts, self.sizes, strict=True):
-            rows = x[first : first + size]
+            if first < rows:
+                yield part, slice(first, first + size)
             first += size
-            if not len(rows):
-                break
-            edited.append(rows if part is None else part(layer, site, rows))
-        return torch.cat(edited)
 
     def rows(self, rows: Tensor) -> Together:
         """The edits of some rows, in the order of the batch."""
@@ -161,6 +231,13 @@ class EditedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if edit is None or edit.where != "cache":
             return super().update(key_states, value_states, *args, **kwargs)
         first_call = self.get_seq_length() == 0
+        if is_windowed(edit):
+            stored = super().update(key_states, value_states, *args, **kwargs)
+            new = key_states.shape[-2]
+            self.keys = edit.settle(self.index, "k", self.keys, new)  # type: ignore[attr-defined]
+            self.values = edit.settle(self.index, "v", self.values, new)  # type: ignore[attr-defined]
+            reads_stored = edit.prefill_reads_exact if first_call else edit.waits  # type: ignore[attr-defined]
+            return stored if reads_stored else (self.keys, self.values)
         stored = super().update(edit(self.index, "k", key_states), edit(self.index, "v", value_states), *args, **kwargs)
         return (key_states, value_states) if first_call and edit.prefill_reads_exact else stored
 
@@ -186,8 +263,15 @@ class EditedCache(Cache):
     @classmethod
     def stack(cls, caches: Sequence[Self]) -> Self:
         """One batch out of caches of single sequences, padded on the left to the longest."""
+        if not all(type(layer) is EditedLayer for cache in caches for layer in cache.layers):
+            raise InputError(
+                "packed caches were to be put into a batch, but each holds one sequence; feed their tokens with forward"
+            )
         edits = [cache.edit for cache in caches if cache.edit is not None]
-        merged = cls(len(caches[0].layers), edits[0].stack(edits) if edits else None)
+        edit = edits[0].stack(edits) if edits and not is_windowed(edits[0]) else None
+        if edits and edit is None:  # tokens wait in each sequence for itself
+            edit = Together(tuple(edit.rows(torch.tensor([0])) for edit in edits))
+        merged = cls(len(caches[0].layers), edit)
         longest = max(cache.get_seq_length() for cache in caches)
         for index, layer in enumerate(merged.layers):
             parts = [cache.layers[index] for cache in caches]

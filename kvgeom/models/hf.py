@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvgeom.errors import InputError, ModelError
-from kvgeom.models.cache import Edit, EditedCache, Leaves, Together
+from kvgeom.models.cache import Edit, EditedCache, Leaves, Together, TurnedEdit
 from kvgeom.models.model import AttentionRule, EncodedPrompt, Gradients
 from kvgeom.models.modules import (
     Projection,
@@ -21,11 +21,13 @@ from kvgeom.models.modules import (
     attention_rule,
     attention_write,
     decoder_layers,
+    key_bias,
     projections,
     read_geometry,
     stop_tokens,
     weights_fingerprint,
 )
+from kvgeom.models.rope import rotate
 
 if TYPE_CHECKING:
     from kvgeom.models.model import QueryHook, ResidEdit, ResidHook, RotationHook
@@ -167,6 +169,14 @@ class HFModel:
         """Scale, window and soft cap of a layer's attention scores."""
         return attention_rule(self._layers[layer], self._config, self.geometry)
 
+    def key_biases(self) -> dict[tuple[int, Literal["k", "v"]], Tensor]:
+        """Bias of every layer's key projection, ``[kv_heads, head_dim]`` by ``(layer, "k")``; empty without one.
+
+        It is a constant part of all keys (before their rotary embedding), unless they are normalized after.
+        """
+        found = (key_bias(layer, self.geometry, self.name) for layer in self._layers)
+        return {(index, "k"): bias for index, bias in enumerate(found) if bias is not None}
+
     @torch.inference_mode()
     def forward(
         self,
@@ -187,7 +197,9 @@ class HFModel:
         ids : sequence of int
             The new tokens.
         cache : EditedCache, optional
-            What came before, and the edit that applies; an empty, unedited one by default.
+            What came before, and the edit that applies; an empty, unedited one by default. An edit may ask
+            (``last_apart``) that the last token of a prompt is run on its own, as some engines do; a pass that is watched
+            or edited by one of the hooks below, or asked for all logits, stays one pass.
         all_logits : bool
             Logits of every new token instead of the last alone.
         on_resid : callable (layer, Tensor[1, new tokens, d_model]) -> None, optional
@@ -211,7 +223,11 @@ class HFModel:
         """
         cache = self.new_cache() if cache is None else cache
         past = cache.layers[start[0] if start else 0].get_seq_length()
+        watched = all_logits or any((on_resid, on_rotation, on_query, edit_resid, start))
         tokens = torch.tensor([list(ids)], device=self.device)
+        if past == 0 and len(ids) > 1 and not watched and getattr(cache.edit, "last_apart", False):
+            self._run(tokens[:, :-1], cache, torch.arange(len(ids) - 1, device=self.device)[None], None, 1)
+            past, tokens = len(ids) - 1, tokens[:, -1:]
         positions = torch.arange(past, past + tokens.shape[1], device=self.device)[None]
         with self._observed(on_query, edit_resid, start):
             return self._run(
@@ -423,6 +439,7 @@ class HFModel:
             for handle in (
                 *self._resid_hooks(on_resid),
                 *self._rotation_hooks(on_rotation),
+                *self._turning_hooks(cache.edit),
                 *self._projection_hooks(cache.edit),
             ):
                 stack.callback(handle.remove)
@@ -471,6 +488,26 @@ class HFModel:
 
         for layer, module in enumerate(self._layers if on_rotation else ()):
             yield attention_of(module).register_forward_pre_hook(hook(layer, on_rotation), with_kwargs=True)  # type: ignore[arg-type]
+
+    def _turning_hooks(self, edit: Edit | None) -> Iterator[RemovableHandle]:
+        """Tell an edit that asks for it how the positions of the new tokens turn vectors, before each layer's keys come."""
+        if not isinstance(edit, TurnedEdit) or not edit.needs_rotation:
+            return
+
+        def hook(layer: int) -> Callable[..., None]:
+            def before(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+                cos, sin = (part[:, None] for part in kwargs["position_embeddings"])
+                rows, _, tokens, _ = cos.shape
+
+                def turn(vectors: Tensor) -> Tensor:
+                    return rotate(vectors[None, :, None].to(cos).expand(rows, -1, tokens, -1), cos, sin)
+
+                edit.turned(layer, turn)
+
+            return before
+
+        for layer, module in enumerate(self._layers):
+            yield attention_of(module).register_forward_pre_hook(hook(layer), with_kwargs=True)
 
     def _query_hooks(self, on_query: QueryHook | None) -> Iterator[RemovableHandle]:
         for layer, module in enumerate(self._layers if on_query else ()):

@@ -79,6 +79,18 @@ def projections(layer: nn.Module, geometry: KVGeometry, name: str) -> dict[str, 
     return {site: Projection(module, heads[site], part) for site, part in zip(("q", "k", "v"), parts, strict=True)}
 
 
+def key_bias(layer: nn.Module, geometry: KVGeometry, name: str) -> Tensor | None:
+    """Bias of a layer's keys, ``[kv_heads, head_dim]``, or None if there is none or a norm of the keys comes after it."""
+    if hasattr(attention_of(layer), "k_norm"):
+        return None
+    projection = projections(layer, geometry, name)["k"]
+    biases = [weight for part, weight in projection.module.named_parameters() if part.rpartition(".")[2] == "bias"]
+    if not biases:
+        return None
+    own = biases[0].detach()[projection.channels.to(biases[0].device)]
+    return rearrange(own, "(h d) -> h d", h=geometry.kv_heads)
+
+
 def decoder_layers(model: nn.Module, count: int, name: str) -> list[nn.Module]:
     """The decoder layers, first to last.
 

@@ -106,7 +106,7 @@ class NNsightModel(HFModel):
             self._refuse_remote("rounding at the projection")
         inputs = {"attention_mask": mask} if mask is not None else {}
         with ExitStack() as stack:
-            for handle in self._projection_hooks(cache.edit):
+            for handle in (*self._turning_hooks(cache.edit), *self._projection_hooks(cache.edit)):
                 stack.callback(handle.remove)
             rotations, resids = [], []
             with self.nnsight_model.trace(

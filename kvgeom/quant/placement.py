@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kvgeom.errors import InputError
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -19,9 +21,20 @@ class Placement:
         later token is rounded (and saturates) with them, as in a cache that must store a token when it
         comes. ``call``: each forward call sets its own, so that a lone decoded token gets a scale per
         channel and no error at all.
-    prefill_reads : {"rounded", "exact"}
+    prefill_reads : {"rounded", "exact", "last"}
         Whether the prompt's own attention reads what is stored, or the values before rounding (as engines
-        do that quantize after prefill). Only where rounding happens in the cache.
+        do that quantize after prefill). ``last``: all but the last prompt token read exactly, because the engine feeds
+        that one as its first decode step (MLX-LM). Only where rounding happens in the cache.
+    residual : int
+        Tokens that may wait in full precision until they are rounded. 0: each is rounded when it comes, and read
+        so. Otherwise a new token is always read exactly, and rounding comes after. What is rounded together then sets
+        its own scales, and a scheme whose scales span tokens waits for ``residual`` of them.
+    flush : {"oldest", "all"}
+        What happens when more tokens wait than may. ``oldest``: those that waited longest are rounded (KIVI).
+        ``all``: the whole prompt is rounded when it has come; later, when ``residual`` tokens wait, everything is
+        rounded anew, what was rounded before included (the quantized caches of transformers).
+    sinks : int
+        First tokens of a sequence that stay in full precision for good.
 
     Notes
     -----
@@ -31,7 +44,22 @@ class Placement:
 
     where: Literal["cache", "projection"] = "cache"
     scales: Literal["prompt", "call"] = "prompt"
-    prefill_reads: Literal["rounded", "exact"] = "rounded"
+    prefill_reads: Literal["rounded", "exact", "last"] = "rounded"
+    residual: int = 0
+    flush: Literal["oldest", "all"] = "oldest"
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        if self.residual < 0 or self.sinks < 0:
+            raise InputError(f"residual={self.residual} and sinks={self.sinks} were asked; give 0 or more tokens")
+        if self.flush == "all" and self.residual == 0:
+            raise InputError(
+                "flush='all' was asked without a residual window, so that nothing waits; give residual=1 or more"
+            )
+        if self.windowed and self.where == "projection":
+            raise InputError(
+                "a residual window or sink tokens were asked at the projection, which keeps no tokens; use where='cache'"
+            )
 
     @classmethod
     def cache(cls) -> Placement:
@@ -43,6 +71,61 @@ class Placement:
         """The paper's simulation: projection outputs, fresh scales in every forward call."""
         return cls(where="projection", scales="call")
 
+    @property
+    def windowed(self) -> bool:
+        """Whether some tokens are kept in full precision, for a while or for good."""
+        return self.residual > 0 or self.sinks > 0
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether one teacher-forced pass over prompt and response reads what the step-by-step cache reads.
+
+        Not so where a token is read exactly first and rounded later: then go step by step.
+        """
+        return self.residual == 0 and self.prefill_reads == "rounded"
+
+    @property
+    def follows_drafts(self) -> bool:
+        """Whether a response can be checked token by token in passes over prompt and response, and cut off anywhere.
+
+        Not so where tokens wait for others, or the last prompt token is fed apart.
+        """
+        return not self.windowed and self.prefill_reads != "last"
+
+    def due(self, rounded: int, held: int, whole_blocks: bool) -> tuple[int, int]:
+        """Which tokens are to be rounded now.
+
+        Parameters
+        ----------
+        rounded : int
+            Tokens settled so far, counted from the first, sinks included; -1: none have come before.
+        held : int
+            Tokens in the cache.
+        whole_blocks : bool
+            Whether the scheme's scales span tokens.
+
+        Returns
+        -------
+        start, stop : int
+            The tokens ``start:stop``, of which there may be none; all before ``stop`` are settled then.
+        """
+        first = min(self.sinks, held)
+        begin = max(rounded, first)
+        if self.residual == 0:
+            return begin, held
+        if self.flush == "all":
+            return (first, held) if rounded < 0 or held - begin >= self.residual else (begin, begin)
+        stop = first + (held - first) // self.residual * self.residual if whole_blocks else held - self.residual
+        return begin, max(begin, stop)
+
     def __str__(self) -> str:
-        reads = "" if self.prefill_reads == "rounded" else ", prefill reads exact"
-        return f"{self.where}, scales of the {self.scales}{reads}"
+        parts = [f"{self.where}, scales of the {self.scales}"]
+        if self.prefill_reads != "rounded":
+            parts.append("prefill reads exact" + (", its last token rounded" if self.prefill_reads == "last" else ""))
+        if self.residual:
+            parts.append(
+                f"{self.residual} tokens wait" + ("" if self.flush == "oldest" else ", then all are rounded anew")
+            )
+        if self.sinks:
+            parts.append(f"{self.sinks} sinks")
+        return ", ".join(parts)

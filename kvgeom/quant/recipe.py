@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from kvgeom.errors import InputError
 from kvgeom.quant.scheme import Scheme
+
+if TYPE_CHECKING:
+    from kvgeom.quant.transforms import Statics
 
 Site = Literal["k", "v"]
 Schemes = tuple[Scheme | None, Scheme | None]
@@ -21,6 +24,8 @@ class Recipe:
     ----------
     layers : tuple of (Scheme or None, Scheme or None)
         One pair (k, v) per layer, layer 0 first.
+    offsets, factors : Statics or None
+        What schemes with ``center`` subtract, and what schemes with ``equalize`` divide by.
 
     Examples
     --------
@@ -33,6 +38,8 @@ class Recipe:
     """
 
     layers: tuple[Schemes, ...]
+    offsets: Statics | None = None
+    factors: Statics | None = None
 
     @classmethod
     def exact(cls, n_layers: int) -> Recipe:
@@ -57,7 +64,16 @@ class Recipe:
     def keep(self, layers: Iterable[int]) -> Recipe:
         """The same recipe with ``layers`` kept in full precision."""
         kept = _check(layers, len(self))
-        return Recipe(tuple((None, None) if layer in kept else pair for layer, pair in enumerate(self.layers)))
+        remaining = tuple((None, None) if layer in kept else pair for layer, pair in enumerate(self.layers))
+        return replace(self, layers=remaining)
+
+    def keep_ends(self, first: int = 0, last: int = 0) -> Recipe:
+        """The same recipe with the first and last layers kept in full precision."""
+        return self.keep([*range(first), *range(len(self) - last, len(self))])
+
+    def with_statics(self, *, offsets: Statics | None = None, factors: Statics | None = None) -> Recipe:
+        """The same recipe, with what ``center`` or ``equalize`` need to know of the model."""
+        return replace(self, offsets=offsets or self.offsets, factors=factors or self.factors)
 
     @property
     def touched(self) -> tuple[int, ...]:
@@ -79,7 +95,10 @@ class Recipe:
         if not schemes:
             return "exact"
         where = "" if len(self.touched) == len(self) else f" in layers {','.join(map(str, self.touched))}"
-        return " + ".join(schemes) + where
+        known = [
+            f"{name} {statics}" for name, statics in (("offsets", self.offsets), ("factors", self.factors)) if statics
+        ]
+        return " + ".join(schemes) + where + (f" ({', '.join(known)})" if known else "")
 
 
 def _check(layers: Iterable[int], n_layers: int) -> frozenset[int]:

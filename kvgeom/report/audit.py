@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -79,7 +79,7 @@ class Audit:
         """Plain JSON types, NaN as null; the layout is described in docs/schema.md."""
         scheme = self.curve.meta["scheme"]
         curve = [
-            {**_ci(row), "scheme": f"int{int(row['bits'])}-{scheme}" if row["bits"] < 16 else "exact"}
+            {**_ci(row), "scheme": _at_width(scheme, int(row["bits"]))}
             for row in self.curve.to_frame().to_dict("records")
         ]
         layers = [_ci(row) for row in self.scan.to_frame().to_dict("records")]
@@ -139,8 +139,8 @@ def audit(
     out: str | Path | None = None,
     *,
     prompts: PromptSet | None = None,
-    scheme: Scheme | None = None,
-    curve_bits: tuple[int, ...] | None = None,
+    scheme: Scheme | str | None = None,
+    curve_bits: Sequence[int] | None = None,
     bits: int = 3,
     placement: Placement | None = None,
     judge: Judge | None = None,
@@ -178,7 +178,6 @@ def audit(
     if not prompts.harmful:
         raise InputError(f"prompt set {prompts.name!r} was asked, but it has no harmful requests; an audit needs some")
     loaded = load(model, progress=progress, **load_options)
-    options: dict[str, Any] = {"curve_bits": curve_bits} if curve_bits else {}
     found = diagnose(
         loaded,
         prompts,
@@ -192,7 +191,7 @@ def audit(
         batch_size=batch_size,
         progress=progress,
         seed=seed,
-        **options,
+        curve_bits=curve_bits,
     )
     made = _audit(loaded, prompts, found, seed=seed, seconds=time.monotonic() - started)
     if out is not None:
@@ -281,6 +280,11 @@ def _write_whole(path: Path, text: str) -> Path:
         os.unlink(partial)
         raise
     return path
+
+
+def _at_width(scheme: str, bits: int) -> str:
+    """How a row of the curve is rounded: a spelling with its width, or the name of a preset."""
+    return "exact" if bits == 16 else f"int{bits}-{scheme}" if scheme.startswith(("sym-", "asym-")) else scheme
 
 
 def _records(ablation: Ablation) -> list[dict[Any, Any]]:

@@ -1,0 +1,134 @@
+"""A cache that really holds codes: slow, small, and equal to the simulated one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from kvgeom.errors import InputError
+from kvgeom.models.cache import Edit, EditedCache, EditedLayer
+
+Site = Literal["k", "v"]
+
+
+class Codes(Protocol):
+    """Some tokens as codes."""
+
+    def unpack(self) -> Tensor:
+        """Their values, ``[1, kv_heads, tokens, head_dim]``."""
+        ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class PackingEdit(Protocol):
+    """An edit whose results can be held as codes; see :class:`kvgeom.quant.rounder.Rounder`."""
+
+    where: str
+    prefill_reads_exact: bool
+    waits: bool
+
+    def packs(self, layer: int, site: Site) -> bool: ...
+
+    def due(self, layer: int, site: Site, new: int) -> tuple[int, int]: ...
+
+    def pack(self, layer: int, site: Site, x: Tensor, start: int | None = None) -> Sequence[Codes]: ...
+
+
+class _Store:
+    """One site of one layer of one sequence: first tokens, codes, and last tokens that wait."""
+
+    def __init__(self, layer: int, site: Site, edit: PackingEdit) -> None:
+        self.layer, self.site, self.edit = layer, site, edit
+        self.head: Tensor | None = None
+        self.codes: list[Codes] = []
+        self.tail: Tensor | None = None
+        self.tokens = 0
+
+    def values(self) -> Tensor:
+        parts = [self.head, *(codes.unpack() for codes in self.codes), self.tail]
+        return torch.cat([part for part in parts if part is not None], dim=2)
+
+    def add(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Take new tokens; returns all before and after some of them have been rounded."""
+        self.tail = x if self.tail is None else torch.cat([self.tail, x], dim=2)
+        self.tokens += x.shape[2]
+        before = self.values()
+        if not self.edit.packs(self.layer, self.site):
+            return before, before
+        start, stop = self.edit.due(self.layer, self.site, x.shape[2])
+        coded = self.tokens - self.tail.shape[2]
+        if start < coded and start < stop:  # all anew
+            self.codes, coded = [], start
+        if start > coded and not self.codes:  # tokens that stay as they are
+            sinks = before[:, :, :start]
+            self.head, coded = sinks, start
+        if start < stop:
+            self.codes += self.edit.pack(self.layer, self.site, before[:, :, start:stop], start)
+            coded = stop
+        self.tail = before[:, :, coded:].clone()
+        return before, self.values()
+
+    @property
+    def nbytes(self) -> int:
+        exact = sum(x.nbytes for x in (self.head, self.tail) if x is not None)
+        return exact + sum(codes.nbytes for codes in self.codes)
+
+
+class PackedLayer(EditedLayer):  # type: ignore[no-untyped-call]
+    """One layer of a :class:`PackedCache`; its values exist only while attention reads them."""
+
+    def __init__(self, index: int, edit: Any) -> None:
+        super().__init__(index, edit)
+        self.stores = {site: _Store(index, site, edit) for site in ("k", "v")}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new keys and values as codes, and return all that attention is to read."""
+        if key_states.shape[0] != 1:
+            raise InputError(f"a packed cache holds one sequence, but {key_states.shape[0]} came; run them one by one")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        first_call = self.get_seq_length() == 0
+        (k, k_held), (v, v_held) = self.stores["k"].add(key_states), self.stores["v"].add(value_states)
+        edit: Any = self.edit
+        return (k, v) if (edit.prefill_reads_exact if first_call else edit.waits) else (k_held, v_held)
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.stores["k"].tokens
+
+
+class PackedCache(EditedCache):
+    """A cache of one sequence that holds codes and scales, and decodes them whenever attention reads.
+
+    It returns what an :class:`~kvgeom.models.cache.EditedCache` with the same edit returns, bit for bit.
+
+    Parameters
+    ----------
+    n_layers : int
+    edit : PackingEdit
+        A :class:`~kvgeom.quant.rounder.Rounder` that rounds in the cache.
+
+    Raises
+    ------
+    InputError
+        If the edit rounds at the projection, where nothing is stored.
+    """
+
+    def __init__(self, n_layers: int, edit: Edit | None = None) -> None:
+        if edit is None or edit.where != "cache" or not hasattr(edit, "pack"):
+            raise InputError(
+                "a packed cache was asked without an edit that rounds in the cache; give a Rounder of this kind"
+            )
+        super().__init__(n_layers)
+        self.layers = [PackedLayer(index, edit) for index in range(n_layers)]
+        self.edit = edit
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales, offsets and waiting tokens; scales that tokens share are counted once."""
+        return sum(store.nbytes for layer in self.layers for store in layer.stores.values())  # type: ignore[attr-defined]

@@ -1,0 +1,147 @@
+"""What a cache takes: codes, scales, offsets, and the tokens that wait in full precision."""
+
+from __future__ import annotations
+
+from kvgeom.quant.placement import Placement
+from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.scheme import Scheme
+
+
+def scheme_bytes(scheme: Scheme | None, kv_heads: int, head_dim: int, tokens: int, exact_bytes: int = 2) -> int:
+    """Bytes of one site of one layer for tokens that are rounded together.
+
+    Parameters
+    ----------
+    scheme : Scheme or None
+    kv_heads, head_dim, tokens : int
+    exact_bytes : int
+        Of an element without a scheme.
+    """
+    if tokens == 0:
+        return 0
+    if scheme is None:
+        return kv_heads * head_dim * tokens * exact_bytes
+    from kvgeom.quant.blocks import grid
+
+    form = grid(scheme.plain)
+    blocks, row = _blocks(scheme, kv_heads, head_dim, tokens)
+    scale = sum(dtype.itemsize for dtype in (form.step_dtype, form.offset_dtype) if dtype is not None)
+    rows, length = row
+    return rows * (length if scheme.bits == 8 else -(-length // 8) * scheme.bits) + blocks * scale
+
+
+def _blocks(scheme: Scheme, heads: int, dim: int, tokens: int) -> tuple[int, tuple[int, int]]:
+    """How many scales there are; and in how many rows of which length the codes lie."""
+    size = scheme.group_size or 1
+    match scheme.granularity:
+        case "tensor" | "none":
+            scales = 1
+        case "token":
+            scales = tokens
+        case "channel":
+            scales = heads * dim
+        case "head":
+            scales = heads
+        case "token-head":
+            scales = tokens * heads
+        case "group":
+            scales = tokens * -(-heads * dim // size)
+            return scales, (scales, size)
+        case "channel-group":
+            groups = -(-tokens // size)
+            return groups * heads * dim, (heads * groups * size, dim)
+    return scales, (heads * tokens, dim)
+
+
+def cache_bytes(
+    recipe: Recipe,
+    placement: Placement,
+    kv_heads: int,
+    head_dim: int,
+    prompt: int,
+    generated: int = 0,
+    *,
+    exact_bytes: int = 2,
+) -> int:
+    """Bytes that the cache of one sequence takes, when its prompt and then token after token have come.
+
+    Scales that the prompt has set are held once. What a model computes anyway (offsets, factors, rotations) is not
+    counted. Rounding at the projection is counted as if the cache held codes.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    placement : Placement
+    kv_heads, head_dim : int
+        Of the cache of one layer.
+    prompt, generated : int
+        Tokens that come at once, and then one by one.
+    exact_bytes : int
+        Of an element in full precision.
+    """
+    sites: dict[Scheme | None, int] = {}
+    for pair in recipe:
+        for scheme in pair:
+            sites[scheme] = sites.get(scheme, 0) + 1
+    return sum(
+        count * _site_bytes(scheme, placement, (kv_heads, head_dim), (prompt, generated), exact_bytes)
+        for scheme, count in sites.items()
+    )
+
+
+def _site_bytes(
+    scheme: Scheme | None, placement: Placement, shape: tuple[int, int], come: tuple[int, int], exact_bytes: int
+) -> int:
+    prompt, generated = come
+    if scheme is None:
+        return scheme_bytes(None, *shape, prompt + generated, exact_bytes)
+    once = scheme.spans_tokens and placement.residual == 0 and placement.scales == "prompt"
+    parts, settled, held = list[int](), -1, 0
+    for new in (prompt, *[1] * generated):
+        held += new
+        start, stop = placement.due(settled, held, scheme.spans_tokens)
+        if placement.flush == "all" and stop > start:
+            parts = []
+        settled = stop
+        parts.append(stop - start)
+    exact = held - sum(parts)
+    total = scheme_bytes(None, *shape, exact, exact_bytes)
+    for index, tokens in enumerate(part for part in parts if part):
+        total += scheme_bytes(scheme, *shape, tokens, exact_bytes)
+        if once and index:
+            total -= scheme_bytes(scheme, *shape, tokens) - _codes_alone(scheme, shape, tokens)
+    return total
+
+
+def _codes_alone(scheme: Scheme, shape: tuple[int, int], tokens: int) -> int:
+    heads, dim = shape
+    rows = heads * tokens  # later tokens of a group lie as they come
+    return rows * (dim if scheme.bits == 8 else -(-dim // 8) * scheme.bits)
+
+
+def bytes_per_token(
+    recipe: Recipe,
+    placement: Placement | None = None,
+    kv_heads: int = 8,
+    head_dim: int = 128,
+    tokens: int = 4096,
+    *,
+    exact_bytes: int = 2,
+) -> float:
+    """Bytes per token of all layers together, scales, offsets and waiting tokens included, of a prompt of ``tokens``.
+
+    Examples
+    --------
+    >>> from kvgeom.quant.scheme import Scheme
+    >>> bytes_per_token(Recipe.uniform(1, Scheme.parse("q4_0")), kv_heads=1, head_dim=64)
+    72.0
+    """
+    return cache_bytes(recipe, placement or Placement(), kv_heads, head_dim, tokens, exact_bytes=exact_bytes) / tokens
+
+
+def bits_per_element(
+    recipe: Recipe, placement: Placement | None = None, kv_heads: int = 8, head_dim: int = 128, tokens: int = 4096
+) -> float:
+    """Mean bits of an element of keys and values; 16 where nothing is rounded."""
+    total = bytes_per_token(recipe, placement, kv_heads, head_dim, tokens)
+    return 8 * total / (2 * len(recipe) * kv_heads * head_dim)
