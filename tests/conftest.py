@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings
 
 from kvgeom.models.model import Model
-from tests.tiny import write_tiny_gguf
+from tests.tiny import tiny_hf_model, tiny_tokenizer, write_tiny_gguf
 
 # A property that takes long once, because torch warms up, has not failed.
 settings.register_profile("kvgeom", deadline=None, print_blob=True)
@@ -36,6 +36,15 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     write_tiny_gguf(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with its tokenizer on disk."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_hf_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

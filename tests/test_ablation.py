@@ -25,7 +25,6 @@ from kvgeom.quant.scheme import Scheme
 from kvgeom.report.terminal import ablation_table, curve_table, diagnosis_text, scan_table, table
 from kvgeom.stats import mcnemar
 from tests.test_evaluate import REQUESTS, TINY, ArbitraryJudge
-from tests.tiny import tiny_hf_model, tiny_tokenizer
 
 TENSOR = Scheme(3, True, "tensor")
 
@@ -168,14 +167,6 @@ def test_the_mode_card() -> None:
     assert "&lt;3&gt;" in dots.y[0]
     assert list(bars.x) == [0.9, 0.1]
     assert list(diamonds.x) == [1.0, 0.0]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_hf_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("command", ["diagnose", "sweep", "scan"])

@@ -121,6 +121,7 @@ PLAIN = Evidence(
     5,
     sure(0.9),
     sure(0.8),
+    sure(0.95),
     sure(0.9),
     sure(0.1),
     sure(0.7),
@@ -197,7 +198,9 @@ def test_every_evidence_has_a_mode_and_says_why(
     spared: Estimate | None,
 ) -> None:
     pattern, layers = pattern_of(len(critical), 8), tuple(sorted(critical))
-    evidence = Evidence(refused, 3, loss, None, pattern, layers, min(layers, default=None), value, group64, spared)
+    evidence = Evidence(
+        refused, 3, loss, None, pattern, layers, min(layers, default=None), value, group64, None, spared
+    )
     found = classify(evidence)
     assert found.reason
     if refused == 0:
@@ -217,7 +220,17 @@ def table(
     layers = np.zeros((n, 6), dtype=bool)
     layers[:, 2] = rows < alone
     return FlipTable(
-        3, 2, rows < whole, rows < 1, rows < group, layers, rows < channel, rows < spared, rows < 1, rows < others
+        3,
+        2,
+        rows < whole,
+        rows < 1,
+        rows < group,
+        layers,
+        rows < 2,
+        rows < channel,
+        rows < spared,
+        rows < 1,
+        rows < others,
     )
 
 
@@ -232,6 +245,8 @@ def test_evidence_of_a_table_by_hand() -> None:
     assert found.group64.value == pytest.approx(1 - 5 / 50)
     assert found.spared is not None
     assert found.spared.value == pytest.approx(1 - 3 / 50)
+    assert found.channel is not None
+    assert found.channel.value == pytest.approx(1 - 2 / 50)
     assert classify(found).name == "outlier-crushes-safety"
 
 

@@ -30,6 +30,7 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.rounder import Rounder
 from kvgeom.quant.scheme import Scheme
+from kvgeom.quant.transforms import Statics
 from kvgeom.refusal.judge import KeywordJudge, Label, Verdict, reading
 from tests.tiny import KINDS, tiny_model
 
@@ -95,6 +96,41 @@ def test_drafts_give_what_generation_gives(
             assert one.margin.item() == pytest.approx(other.margin.item(), abs=1e-3, nan_ok=True)
             assert one.kl.item() == pytest.approx(other.kl.item(), abs=1e-3)
             assert int(one.tokens) <= int(other.tokens)
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [
+        Placement(),
+        Placement(prefill_reads="exact"),
+        Placement(prefill_reads="last"),
+        Placement(residual=4, prefill_reads="exact"),
+        Placement(residual=4, prefill_reads="exact", flush="all"),
+        Placement(sinks=3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["center", "hadamard", "fp8_e4m3", "int3-asym-channel-group4"])
+def test_drafts_under_what_engines_do(name: str, placement: Placement) -> None:
+    """Offsets that turn with their position, blocks, windows and sinks: fast and full agree on every label."""
+    model = TINY["qwen2"]
+    scheme = Scheme.parse(
+        {"center": "int4-asym-token+center", "hadamard": "int3-asym-token-head+hadamard"}.get(name, name)
+    )
+    offsets = Statics.of("key bias", model.key_biases(), rotary=True)
+    made = {
+        "all": Recipe.uniform(3, scheme).with_statics(offsets=offsets),
+        "one": Recipe.uniform(3, scheme, layers=[1]).with_statics(offsets=offsets),
+        "plain": Recipe.uniform(3, Scheme(3)),
+    }
+    base = baseline(model, REQUESTS, judge=CountingJudge(6), max_new_tokens=8, progress=False)
+    fast, full = (evaluate(model, made, base, placement=placement, exact=e, progress=False).data for e in (False, True))
+    assert (fast.label.values == full.label.values).all()
+    assert (fast.divergence.values == full.divergence.values).all()
+    np.testing.assert_allclose(fast.margin.values, full.margin.values, atol=1e-3)
+    if placement.follows_drafts and name == "center":
+        plain, centred = (float(abs(fast.kl.sel(recipe=r)).mean()) for r in ("plain", "all"))
+        assert plain != centred
 
 
 def test_every_path_is_taken() -> None:

@@ -258,9 +258,10 @@ def test_what_is_due(prompt: int, residual: int, sinks: int, flush: str, whole: 
 
 
 def test_windows_cannot_go_in_one_pass() -> None:
-    for placement in (Placement(residual=4), Placement(prefill_reads="exact")):
-        with pytest.raises(InputError, match="token by token"):
-            Rounder(Recipe.uniform(1, Scheme(4)), placement, prompt_tokens=3)
+    assert not Placement(prefill_reads="exact").one_pass
+    assert not Placement(residual=4).one_pass
+    with pytest.raises(InputError, match="token by token"):
+        Rounder(Recipe.uniform(1, Scheme(4)), Placement(residual=4), prompt_tokens=3)
 
 
 @given(tensors())

@@ -274,6 +274,7 @@ def _flip_table(outcomes: Outcomes, bits: int, n_layers: int, worst: int | None,
     alone = [flipped(f"layer {layer} tensor") for layer in range(n_layers)]
     broken = flipped("all layers", "degenerate")
     table = FlipTable(bits, worst, flipped("all layers"), broken, flipped("group-64"), np.stack(alone, axis=1))
+    table = replace(table, everywhere=flipped("per-channel"))
     if worst is None:
         return table
     table = replace(table, channel=flipped(f"layer {worst} channel"))

@@ -78,6 +78,8 @@ class Evidence:
         Per-channel reduction at that layer; None where it is undefined.
     group64 : Estimate or None
         Share of the flips of all layers that group-64 scales take away.
+    channel : Estimate or None
+        Share of them that per-channel scales in all layers take away.
     spared : Estimate or None
         Share of them that keeping the worst layer in 16 bits takes away.
     outliers, others : Estimate or None
@@ -96,6 +98,7 @@ class Evidence:
     worst_layer: int | None = None
     pcr: Estimate | None = None
     group64: Estimate | None = None
+    channel: Estimate | None = None
     spared: Estimate | None = None
     outliers: Estimate | None = None
     others: Estimate | None = None
@@ -289,6 +292,7 @@ def _refusals_for(bound: float) -> int:
 
 LOSS, KIND, SPREAD, PCR_NAME = "All layers, per-tensor", "Kind of loss", "Single layers", "PCR"
 GROUP, SPARED, CHANNELS, GEOMETRY = "Group-64 in all layers", "Worst layer kept", "Outlier channels", "Geometry of keys"
+EVERYWHERE = "Per-channel scales in all layers"
 _CRUSH: tuple[ModeName, ...] = ("outlier-crushes-safety",)
 _AS: tuple[ModeName, ...] = ("outlier-as-safety",)
 _SPREAD: tuple[ModeName, ...] = ("multi-layer dilution",)
@@ -321,6 +325,9 @@ def _findings(found: Evidence, at: Thresholds) -> list[Finding]:
         e = found.group64
         speaks = _CRUSH if e.low > at.rescue else _AS if e.high < at.rescue else ()
         said.append(Finding(GROUP, f"takes away {e} of the flips", speaks))
+    if found.channel is not None:
+        e = found.channel
+        said.append(Finding(EVERYWHERE, f"take away {e} of the flips", _CRUSH if e.low > at.rescue else ()))
     if found.outliers is not None and found.others is not None:
         one, other = found.outliers, found.others
         speaks = _AS if one.low > other.high else _CRUSH if other.low > one.high else ()

@@ -36,6 +36,8 @@ class FlipTable:
         All layers rounded per-tensor, the flips among these that end in broken text, and all layers with group-64 scales.
     layers : bool array [prompts, layers]
         Each layer alone, per-tensor.
+    everywhere : bool array [prompts] or None
+        All layers rounded per-channel.
     channel, spared, outliers, others : bool array [prompts] or None
         The worst layer alone per-channel; all layers but the worst; only the outlier channels, only the others, of the
         worst layer. None without a worst layer.
@@ -47,6 +49,7 @@ class FlipTable:
     broken: Flips
     group64: Flips
     layers: Flips
+    everywhere: Flips | None = None
     channel: Flips | None = None
     spared: Flips | None = None
     outliers: Flips | None = None
@@ -90,6 +93,7 @@ def _evidence(
         worst_layer=table.worst,
         pcr=None if table.worst is None else reduction(table.layers[:, table.worst], table.channel),
         group64=reduction(table.whole, table.group64),
+        channel=reduction(table.whole, table.everywhere),
         spared=reduction(table.whole, table.spared),
         outliers=rate(table.outliers),
         others=rate(table.others),
