@@ -142,7 +142,7 @@ def diagnose(
     judge: Judge | None = None,
     text: str | None = None,
     max_new_tokens: int = 24,
-    batch_size: int = 32,
+    batch_size: int = 64,
     geometry: bool = True,
     whole: bool = False,
     journal: str | Path | None = None,

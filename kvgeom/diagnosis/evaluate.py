@@ -224,7 +224,7 @@ def baseline(
     *,
     judge: Judge | None = None,
     max_new_tokens: int = 24,
-    batch_size: int = 32,
+    batch_size: int = 64,
     journal: str | Path | None = None,
     progress: bool = True,
 ) -> Baseline:
@@ -328,7 +328,7 @@ def evaluate(
     exact: bool = False,
     judge: Judge | None = None,
     max_new_tokens: int = 24,
-    batch_size: int = 32,
+    batch_size: int = 64,
     journal: str | Path | None = None,
     progress: bool = True,
     title: str = "responses under recipes",

@@ -13,7 +13,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 #: More rows at once make nothing faster.
-MOST_ROWS = 32
+MOST_ROWS = 64
 #: A batch may take this share of the memory that is free: estimates err, and others live there too.
 SHARE = 0.25
 
