@@ -63,7 +63,7 @@ def ablation_bars(ablation: Ablation) -> go.Figure:
     if np.isfinite(whole):
         figure.add_vline(x=whole, line={"color": ACCENT, "width": 1, "dash": "dot"})
         figure.add_annotation(
-            x=whole, y=1, yref="paper", yanchor="bottom", showarrow=False, font={"size": 11, "color": MUTED},
+            x=whole, y=1, yref="paper", xanchor="right" if whole > 0.5 else "left", yanchor="bottom", showarrow=False, font={"size": 11, "color": MUTED},
             text=f"{plain(reference)} {percent(whole)}",
         )  # fmt: skip
     figure.update_xaxes(title_text=f"share of {n} refusals lost", tickformat=".0%", range=[0, 1.02])

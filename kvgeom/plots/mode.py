@@ -37,7 +37,7 @@ def mode_card(mode: Mode) -> go.Figure:
     height = max(1, len(findings))
     figure = make_subplots(rows=2, cols=1, row_heights=[height, 3], vertical_spacing=0.16)
     panel_title(figure, f"Evidence: {mode.name}", row=1)
-    labels = [wrapped(f"{finding.name} {finding.value}", 62) for finding in findings]
+    labels = [wrapped(f"{finding.name}: {finding.value}", 62) for finding in findings]
     figure.add_scatter(  # every cell, so that rows that decide nothing are there too
         x=[name for _ in findings for name in SPOKEN],
         y=[label for label in labels for _ in SPOKEN],
@@ -63,8 +63,17 @@ def mode_card(mode: Mode) -> go.Figure:
         col=1,
     )
     figure.update_yaxes(autorange="reversed", row=1, col=1)
-    figure.update_xaxes(side="top", categoryarray=list(SPOKEN), row=1, col=1, showgrid=False)
-    panel_title(figure, "How sure: share in which each mode comes out", row=2)
+    names_in_lines = [name.replace("-", "-<br>", 1).replace(" ", "<br>") for name in SPOKEN]
+    figure.update_xaxes(
+        categoryarray=list(SPOKEN),
+        tickvals=list(SPOKEN),
+        ticktext=names_in_lines,
+        tickangle=0,
+        showgrid=False,
+        row=1,
+        col=1,
+    )
+    panel_title(figure, "How sure", row=2)
     names: Sequence[str] = [n for n in get_args(ModeName) if any(n in share for share in mode.shares.values())]
     prompts, moved = (mode.shares.get(kind, {}) for kind in ("prompts", "thresholds"))
     figure.add_bar(
@@ -88,7 +97,13 @@ def mode_card(mode: Mode) -> go.Figure:
         row=2,
         col=1,
     )
-    figure.update_xaxes(tickformat=".0%", range=[0, 1.05], row=2, col=1, title={"font": {"color": MUTED}})
+    figure.update_xaxes(
+        tickformat=".0%",
+        range=[0, 1.05],
+        row=2,
+        col=1,
+        title={"text": "share in which it comes out", "font": {"color": MUTED}},
+    )
     figure.update_yaxes(autorange="reversed", row=2, col=1)
     figure.update_layout(legend={"y": 0, "yanchor": "bottom"})
     return finish(figure, 300 + 44 * height)
