@@ -171,8 +171,10 @@ def _frame(
     _, _, found = torch.linalg.svd(bench.values.all(layer, head) @ free, full_matrices=True)
     usable = size - len(carrier.basis)
     reach = (bench.values.all(layer, head) @ found.T).abs().amax(0)[:usable]
-    heard = max(int((reach > 0.6 * reach[0]).sum()), extra + 2)
-    first = 0 if loud else min(1, heard - extra)
+    # Never among what lies in the carrier itself, which comes last, and never the anchor a second time.
+    room = usable - anchor
+    heard = min(max(int((reach > 0.6 * reach[0]).sum()), extra + 2), room)
+    first = 0 if loud else max(0, min(1, heard - extra))
     chosen = bench.rng.sample(range(first, heard), extra)
     if anchor:
         chosen[-1] = usable - 1
