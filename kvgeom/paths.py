@@ -48,3 +48,26 @@ def writable_folder(out: str | Path) -> Path:
             f"output folder {out} was asked, but it cannot be written: {error.strerror}; choose another"
         ) from error
     return folder
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write a text file, whole or not at all; returns its path.
+
+    Raises
+    ------
+    InputError
+        If its folder cannot be written.
+    """
+    try:
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}; choose another folder") from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+    return path

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -36,6 +38,20 @@ class Result:
     def to_frame(self) -> pd.DataFrame:
         """The numbers as a pandas frame, one row for each combination of coordinates."""
         return self.data.to_dataframe().reset_index()
+
+    def records(self) -> list[dict[str, Any]]:
+        """The numbers as one dict for each combination of coordinates."""
+        return [{str(name): value for name, value in row.items()} for row in self.to_frame().to_dict("records")]
+
+    @classmethod
+    def of_records(cls, rows: Sequence[Mapping[str, Any]], meta: dict[str, Any], dims: Sequence[str]) -> Self:
+        """The inverse of :meth:`records`, with null for NaN; ``dims`` are the coordinates."""
+        import pandas as pd
+        import xarray as xr
+
+        frame = pd.DataFrame([{k: float("nan") if v is None else v for k, v in row.items()} for row in rows])
+        order = {dim: list(dict.fromkeys(frame[dim])) for dim in dims}
+        return cls(xr.Dataset.from_dataframe(frame.set_index(list(dims))).reindex(order), meta)
 
     def plot(self) -> go.Figure:
         """The figure that belongs to this result."""
@@ -85,3 +101,16 @@ class Result:
 
     def _repr_html_(self) -> str:
         return f"<p><b>{type(self).__name__}</b> {html.escape(self.summary())}</p>{self.to_frame().head(12).to_html()}"
+
+
+def plain(value: Any) -> Any:
+    """The same as JSON types: numpy scalars unpacked, tuples as lists, NaN and infinities null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 
 import kvgeom
+from kvgeom.paths import write_whole
 from kvgeom.prompts.sets import PromptSet
-from kvgeom.report.audit import Audit, _write_whole
+from kvgeom.report.audit import Audit
 from kvgeom.report.page import render
 from tests.test_evaluate import TINY, ArbitraryJudge
 from tests.tiny import tiny_hf_model, tiny_tokenizer
@@ -196,9 +197,9 @@ def test_a_set_without_harmless_requests_borrows_the_calibration_set() -> None:
 
 def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
     path = tmp_path / "audit.json"
-    _write_whole(path, "old")
+    write_whole(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        _write_whole(path, "x" * 100_000 + "\ud800")
+        write_whole(path, "x" * 100_000 + "\ud800")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["audit.json"]
 

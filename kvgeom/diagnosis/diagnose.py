@@ -38,6 +38,7 @@ from kvgeom.refusal.judge import Judge
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from kvgeom.mitigation.plan import Plan
     from kvgeom.refusal.classifiers import ClassifierJudge
 
 #: Name of the recipe that keeps the worst layer.
@@ -109,6 +110,50 @@ class Diagnosis:
             self.scan.critical_layer,
             self.sensitivity,
             seed=0,
+        )
+
+    def prescribe(
+        self,
+        *,
+        memory: float = 0.02,
+        scheme: str | None = None,
+        bits: int | None = None,
+        placement: Placement | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Plan:
+        """Find a cache that keeps the refusals: what the paper's decision tree says, and what a measured search finds.
+
+        About 40 caches answer the calibration prompts that are refused unquantized; layers are ranked by the refusal
+        margin that they cost, and that is compared with other rules at equal memory.
+
+        Parameters
+        ----------
+        memory : float
+            Budget: the share by which the cache may exceed the unmitigated one, scales and offsets counted.
+        scheme : str, optional
+            The cache to mend, a spelling or an engine's preset; that of the curve by default.
+        bits : int, optional
+            Its width; that of the diagnosis by default.
+        placement : Placement, optional
+            That of the preset, or decode-faithful, by default.
+        seed : int
+            Of layers drawn at random.
+
+        Returns
+        -------
+        Plan
+            A claim, until :meth:`~kvgeom.mitigation.plan.Plan.verify` has run it on other prompts.
+
+        Raises
+        ------
+        InputError
+            If the model refuses nothing, or the scheme or budget cannot be used.
+        """
+        from kvgeom.mitigation.prescribe import prescribe
+
+        return prescribe(
+            self, memory=memory, scheme=scheme, bits=bits, placement=placement, seed=seed, progress=progress
         )
 
     def summary(self) -> str:

@@ -390,11 +390,21 @@ def evaluate(
     chosen = base.refused if refused_only else tuple(range(len(base.prompts)))
 
     def key(name: str, index: int) -> tuple[Any, ...]:
-        layers = [[str(scheme) if scheme else None for scheme in pair] for pair in recipes[name]]
-        statics = [str(found) for found in (recipes[name].offsets, recipes[name].factors) if found is not None]
-        return ("response", layers, *statics, str(placement), exact, index)
+        recipe = recipes[name]
+        layers = [[str(scheme) if scheme else None for scheme in pair] for pair in recipe]
+        more = [str(found) for found in (recipe.offsets, recipe.factors) if found is not None]
+        more += [] if recipe.scatter is None else [f"scattered {recipe.scatter}"]
+        return ("response", layers, *more, str(placement), exact, index)
 
-    todo = {i: names for i in chosen if (names := [name for name in recipes if key(name, i) not in base.journal])}
+    def missing(index: int) -> list[str]:
+        """Names of what is not known yet; recipes that are the same go by the first of their names."""
+        first: dict[str, str] = {}
+        for name in recipes:
+            if key(name, index) not in base.journal:
+                first.setdefault(json.dumps(key(name, index)), name)
+        return list(first.values())
+
+    todo = {index: names for index in chosen if (names := missing(index))}
     done = len(recipes) * len(chosen) - sum(map(len, todo.values()))
     if exact or not placement.follows_drafts:
         answers = generated(base, todo, recipes, placement, whole=exact)

@@ -39,6 +39,9 @@ class Memory:
             self[key] = measure()
         return self[key]
 
+    def reopen(self) -> None:
+        """Nothing was let go of."""
+
     def close(self) -> None:
         """Nothing to let go of."""
 
@@ -67,6 +70,9 @@ class Journal(Memory):
         self._about = {"kvgeom_journal": FORMAT, **json.loads(json.dumps(dict(about)))}
         super().__init__()
         self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        self._open()
+
+    def _open(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
@@ -95,6 +101,11 @@ class Journal(Memory):
     def __setitem__(self, key: tuple[Any, ...], value: Any) -> None:
         super().__setitem__(key, value)
         self._append({"key": key, "value": value})
+
+    def reopen(self) -> None:
+        """Take hold of the file again, after :meth:`close`; raises as the constructor does."""
+        if self._file.closed:
+            self._open()
 
     def close(self) -> None:
         """Let go of the file."""

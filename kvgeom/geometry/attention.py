@@ -132,6 +132,46 @@ def attention_error(
     return AttentionError(data, meta)
 
 
+def attention_to_request(model: Model, prompts: Sequence[EncodedPrompt]) -> NDArray[np.float64]:
+    """Attention that the last prompt token, which begins the response, pays to the tokens of the request, by layer.
+
+    Costs one forward pass a prompt.
+
+    Parameters
+    ----------
+    model : Model
+    prompts : sequence of EncodedPrompt
+
+    Returns
+    -------
+    array [layers]
+        Share of the attention, mean over query heads and prompts.
+
+    Raises
+    ------
+    InputError
+        Without prompts.
+    """
+    if not prompts:
+        raise InputError("attention to requests was asked without prompts; give at least one")
+    shares = np.zeros(model.geometry.layers)
+    for prompt in prompts:
+        queries: dict[int, Tensor] = {}
+        rotations: dict[int, tuple[Tensor, Tensor]] = {}
+        cache = model.new_cache()
+        model.forward(prompt.ids, cache, on_query=queries.__setitem__, on_rotation=_into(rotations))
+        for layer, stored in enumerate(cache.layers):
+            turn = rotations.get(layer)
+            q, k = queries[layer][0].float(), stored.keys[0].float()
+            q = (rotate(q, *turn) if turn else q)[:, -1:]
+            rule = model.attention(layer)
+            scores = _scores(q, k.repeat_interleave(q.shape[0] // k.shape[0], 0), rule)[:, 0]
+            if rule.window is not None:
+                scores[:, : -rule.window] = -torch.inf
+            shares[layer] += float(scores.softmax(-1)[:, prompt.instruction].sum(-1).mean())
+    return shares / len(prompts)
+
+
 def _into(rotations: dict[int, tuple[Tensor, Tensor]]) -> Callable[[int, Tensor, Tensor], None]:
     return lambda layer, cos, sin: rotations.__setitem__(layer, (cos, sin))
 

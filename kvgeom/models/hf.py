@@ -26,6 +26,7 @@ from kvgeom.models.modules import (
     read_geometry,
     stop_tokens,
     weights_fingerprint,
+    weights_identity,
 )
 from kvgeom.models.rope import rotate
 
@@ -76,6 +77,7 @@ class HFModel:
         self._layers = decoder_layers(model, int(self._config.num_hidden_layers), name)
         self.geometry = read_geometry(model, self._config, self._layers, name)
         self.fingerprint = weights_fingerprint(model, self.template)
+        self.identity = weights_identity(model)
         self.vocabulary = int(self._config.vocab_size)
         self.max_context = int(getattr(self._config, "max_position_embeddings", None) or 2**31)
         self.stop_tokens = stop_tokens(model, tokenizer)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvgeom.errors import ModelError
 from kvgeom.models.hf import HFModel
-from kvgeom.models.modules import weights_fingerprint
+from kvgeom.models.modules import weights_fingerprint, weights_identity
 
 
 class LensModel(HFModel):
@@ -53,6 +53,7 @@ class LensModel(HFModel):
             hf_model.config.architectures = [type(hf_model).__name__]
         # Before the bridge splits fused projections, so that a model has one fingerprint on all backends.
         fingerprint = weights_fingerprint(hf_model, template or tokenizer.chat_template or "")
+        identity = weights_identity(hf_model)
         # The bridge makes a tokenizer with a BOS token out of the one it gets, which must know its own name for that.
         theirs = copy.deepcopy(tokenizer)
         theirs.init_kwargs.setdefault("name_or_path", tokenizer.name_or_path or name)
@@ -63,7 +64,7 @@ class LensModel(HFModel):
                 f"backend 'lens' was asked, but TransformerLens cannot wrap {name} ({error}); use backend='hf'"
             ) from error
         model = cls(bridge, name=name, tokenizer=tokenizer, template=template)
-        model.fingerprint = fingerprint
+        model.fingerprint, model.identity = fingerprint, identity
         return model
 
     def _call(self, tokens: Tensor, **inputs: Any) -> Tensor:

@@ -123,7 +123,8 @@ class Model(Protocol):
     backend: str
     branches_late: bool  # whether a branch may join a pass above layer 0
     geometry: KVGeometry
-    fingerprint: str
+    fingerprint: str  # of weights as they are held, and chat template
+    identity: str  # of weights, in whatever floating-point type they are held
     vocabulary: int
     max_context: int
     stop_tokens: frozenset[int]
@@ -159,6 +160,10 @@ class Model(Protocol):
 
     def attention(self, layer: int) -> AttentionRule:
         """How a layer turns queries and keys into attention scores."""
+        ...
+
+    def key_biases(self) -> dict[tuple[int, Literal["k", "v"]], Tensor]:
+        """Constant part of every layer's keys; see :meth:`kvgeom.models.hf.HFModel.key_biases`."""
         ...
 
     def forward(

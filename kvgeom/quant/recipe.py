@@ -26,6 +26,9 @@ class Recipe:
         One pair (k, v) per layer, layer 0 first.
     offsets, factors : Statics or None
         What schemes with ``center`` subtract, and what schemes with ``equalize`` divide by.
+    scatter : int or None
+        A control: the seed by which every rounding error is moved to other channels, with other signs. The damage then
+        is that of a random perturbation which has, token by token, the size of the rounding error.
 
     Examples
     --------
@@ -40,6 +43,7 @@ class Recipe:
     layers: tuple[Schemes, ...]
     offsets: Statics | None = None
     factors: Statics | None = None
+    scatter: int | None = None
 
     @classmethod
     def exact(cls, n_layers: int) -> Recipe:
@@ -75,6 +79,10 @@ class Recipe:
         """The same recipe, with what ``center`` or ``equalize`` need to know of the model."""
         return replace(self, offsets=offsets or self.offsets, factors=factors or self.factors)
 
+    def scattered(self, seed: int) -> Recipe:
+        """The control of this recipe: errors of the same size in random directions; see the class."""
+        return replace(self, scatter=seed)
+
     @property
     def touched(self) -> tuple[int, ...]:
         """Layers in which something is rounded."""
@@ -98,6 +106,7 @@ class Recipe:
         known = [
             f"{name} {statics}" for name, statics in (("offsets", self.offsets), ("factors", self.factors)) if statics
         ]
+        known += [] if self.scatter is None else [f"errors scattered {self.scatter}"]
         return " + ".join(schemes) + where + (f" ({', '.join(known)})" if known else "")
 
 

@@ -13,6 +13,7 @@ from kvgeom.quant.packing import Packed
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Site
 from kvgeom.quant.rounding import Encoded, Scales
+from kvgeom.quant.scatter import scattered
 from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.transforms import Frame, Turn, frame
 
@@ -98,7 +99,7 @@ class Rounder:
     def __call__(self, layer: int, site: Site, x: Tensor) -> Tensor:
         """What the cache holds of ``x``, ``[batch, kv_heads, new tokens, head_dim]``, in ``layer``."""
         scheme = self.recipe.scheme(layer, site)
-        return x if scheme is None else self._restored(x, scheme, *self._encoded((layer, site), scheme, x, None))
+        return x if scheme is None else self._restored((layer, site), x, scheme, None)
 
     def pack(self, layer: int, site: Site, x: Tensor, start: int | None = None) -> list[Packed]:
         """Codes and scales of ``x``, which decode to what :meth:`__call__` (or :meth:`settle`) returns of it.
@@ -113,10 +114,10 @@ class Rounder:
         Raises
         ------
         InputError
-            If only some channels are rounded: codes of the others do not exist.
+            If only some channels are rounded, or errors are scattered: there are no codes of that.
         """
         scheme = self.recipe.scheme(layer, site)
-        if scheme is None or scheme.channels is not None:
+        if scheme is None or scheme.channels is not None or self.recipe.scatter is not None:
             raise InputError(f"packed codes of layer {layer}, {site} were asked, but its scheme there is {scheme}")
         found, parts = self._encoded((layer, site), scheme, x, start)
         return [Packed.of(encoded, scheme, found, y, x.dtype) for y, encoded in parts]
@@ -135,9 +136,7 @@ class Rounder:
             return stored
         before = stored.shape[2] - self._held[layer, site]  # padding, or tokens that another edit has settled
         head, due, tail = stored.tensor_split((before + start, before + stop), dim=2)
-        return torch.cat(
-            [head, self._restored(due, scheme, *self._encoded((layer, site), scheme, due, start)), tail], dim=2
-        )
+        return torch.cat([head, self._restored((layer, site), due, scheme, start), tail], dim=2)
 
     def due(self, layer: int, site: Site, new: int) -> tuple[int, int]:
         """Count ``new`` tokens, and say which tokens ``start:stop`` are to be rounded now."""
@@ -191,10 +190,12 @@ class Rounder:
             parts.append((y, rounding.encode(y, scheme, self._scales[key])))
         return parts
 
-    def _restored(self, x: Tensor, scheme: Scheme, found: Frame, parts: list[tuple[Tensor, Encoded]]) -> Tensor:
+    def _restored(self, key: Key, x: Tensor, scheme: Scheme, start: int | None) -> Tensor:
+        found, parts = self._encoded(key, scheme, x, start)
         values = [rounding.decode(encoded, scheme, y) for y, encoded in parts]
         rounded = found.leave(values[0] if len(values) == 1 else torch.cat(values, dim=2))
-        return rounding.only_channels(x, rounded.to(x.dtype), scheme)
+        rounded = rounding.only_channels(x, rounded.to(x.dtype), scheme)
+        return rounded if self.recipe.scatter is None else x + scattered(rounded - x, self.recipe.scatter, *key)
 
     def _vector(self, key: Key) -> Tensor | None:
         """Offset or factors of a layer and site; None where there are Statics, but none for it."""

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
-import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,12 +21,13 @@ from kvgeom.errors import InputError
 from kvgeom.geometry.sensitivity import Sensitivity
 from kvgeom.models.load import load
 from kvgeom.models.model import Model
-from kvgeom.paths import writable_folder
+from kvgeom.paths import writable_folder, write_whole
 from kvgeom.prompts.sets import PromptSet, calibration
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.scheme import Scheme, check_bits
 from kvgeom.refusal.judge import Judge
 from kvgeom.report.verdict import Verdict, conclude
+from kvgeom.results import plain
 
 #: Version of the layout of audit.json; docs/schema.md describes it.
 SCHEMA_VERSION = 1  # also in audit.schema.json
@@ -87,7 +85,7 @@ class Audit:
             row["margin_ci"] = [row.pop("margin_low"), row.pop("margin_high")]
         names = [name for name, variable in self.sensitivity.data.items() if variable.dims == ("layer", "site")]
         sensitivity = self.sensitivity.data[names].to_dataframe().reset_index().to_dict("records")
-        plain: dict[str, Any] = _json(
+        content: dict[str, Any] = plain(
             {
                 "schema_version": SCHEMA_VERSION,
                 "verdict": self.verdict.to_dict(),
@@ -108,7 +106,7 @@ class Audit:
                 "responses": list(self.responses),
             }
         )
-        return plain
+        return content
 
     def _channels(self) -> list[dict[str, Any]]:
         """The channels of keys and values at the layer that the report shows."""
@@ -127,8 +125,8 @@ class Audit:
         from kvgeom.report.page import render
 
         folder = writable_folder(out)
-        _write_whole(folder / "audit.json", json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-        return _write_whole(folder / "report.html", render(self))
+        write_whole(folder / "audit.json", json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        return write_whole(folder / "report.html", render(self))
 
     def __repr__(self) -> str:
         return f"<Audit {self.verdict.headline}>"
@@ -269,19 +267,6 @@ def _examples(found: Diagnosis, per_width: int = 3) -> tuple[dict[str, Any], ...
     return tuple(examples)
 
 
-def _write_whole(path: Path, text: str) -> Path:
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
-    return path
-
-
 def _at_width(scheme: str, bits: int) -> str:
     """How a row of the curve is rounded: a spelling with its width, or the name of a preset."""
     return "exact" if bits == 16 else f"int{bits}-{scheme}" if scheme.startswith(("sym-", "asym-")) else scheme
@@ -294,16 +279,3 @@ def _records(ablation: Ablation) -> list[dict[Any, Any]]:
 
 def _ci(row: Mapping[Any, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in row.items() if k not in ("ci_low", "ci_high")}, "ci": [row["ci_low"], row["ci_high"]]}
-
-
-def _json(value: Any) -> Any:
-    """JSON types only: numpy scalars unpacked, NaN and infinities null, whole floats of counts as they are."""
-    if isinstance(value, dict):
-        return {str(key): _json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(item) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -1,0 +1,206 @@
+"""Caches that might keep the refusals that a quantized cache loses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from kvgeom.errors import InputError
+from kvgeom.models.model import KVGeometry, Model
+from kvgeom.models.statistics import channel_statistics
+from kvgeom.quant.engine import Engine
+from kvgeom.quant.memory import bytes_per_token
+from kvgeom.quant.placement import Placement
+from kvgeom.quant.recipe import Recipe, Schemes, Site
+from kvgeom.quant.scheme import Scheme, Transform
+from kvgeom.quant.transforms import Statics, pair_factors
+
+Family = Literal["unmitigated", "center", "equalize", "hadamard", "refine", "protect", "combined"]
+#: The cache as the engine makes it.
+UNMITIGATED = "unmitigated"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A cache, and what it does differently.
+
+    Attributes
+    ----------
+    name : str
+    family : str
+        One of :data:`Family`.
+    recipe : Recipe
+    words : str
+        What it does, in a sentence.
+    """
+
+    name: str
+    family: Family
+    recipe: Recipe
+    words: str
+
+    def bytes_per_token(self, geometry: KVGeometry, placement: Placement) -> float:
+        """Memory of a token in all layers, scales and offsets included, of a prompt of 4,096 tokens."""
+        return bytes_per_token(self.recipe, placement, geometry.kv_heads, geometry.head_dim)
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What ``center`` and ``equalize`` need to know of a model; made by :func:`constants`.
+
+    Attributes
+    ----------
+    keys, both : Statics
+        Offsets of keys alone, and of keys and values. Those of keys are the bias of their projection, or where a model
+        has none the calibration mean, freed of the rotary embedding; those of values are the calibration mean.
+    factors : Statics
+        Channel sizes over the calibration prompts; the two channels of a rotary pair share one.
+    """
+
+    keys: Statics
+    both: Statics
+    factors: Statics
+
+
+def constants(model: Model, prompts: Sequence[str]) -> Constants:
+    """Measure offsets and sizes of channels. Costs one pass a prompt.
+
+    Raises
+    ------
+    InputError
+        Without prompts.
+    """
+    seen = channel_statistics(model, prompts)
+    biases = model.key_biases()
+    source = "key bias" if biases else "mean key"
+    keys = biases or {key: mean for key, mean in seen.mean.items() if key[1] == "k"}
+    values = {key: mean for key, mean in seen.mean.items() if key[1] == "v"}
+    sizes = {(n, s): pair_factors(top, seen.rotary_dim if s == "k" else 0) for (n, s), top in seen.largest.items()}
+    return Constants(
+        Statics.of(source, keys, rotary=seen.rotary_dim > 0),
+        Statics.of(f"{source} and mean value", {**keys, **values}, rotary=seen.rotary_dim > 0),
+        Statics.of("channel sizes", sizes),
+    )
+
+
+def whole_cache(engine: Engine, n_layers: int, known: Constants) -> list[Candidate]:
+    """All candidates that treat every layer alike: the engine itself, transforms, finer scales, and both.
+
+    Those that an engine's format cannot express are left out: one that transforms already keeps its own transform, and
+    only an integer grid gets other scales.
+    """
+    base = (engine.k, engine.v)
+    bias = "bias of the key projection" if known.keys.name == "key bias" else "mean key of the calibration prompts"
+    found = [Candidate(UNMITIGATED, "unmitigated", _recipe(base, n_layers, known.keys), f"{engine.name}, as it is")]
+
+    def add(name: str, family: Family, schemes: Schemes, words: str, *, offsets: Statics = known.keys) -> None:
+        if schemes != base and all(candidate.recipe.layers[0] != schemes for candidate in found):
+            found.append(Candidate(name, family, _recipe(schemes, n_layers, offsets, known.factors), words))
+
+    add("center", "center", _transformed(base, "center", None), f"takes the {bias} out before rounding")
+    add(
+        "center keys and values",
+        "center",
+        _transformed(base, "center", "center"),
+        f"takes the {bias} and the mean value out before rounding",
+        offsets=known.both,
+    )
+    add("equalize", "equalize", _transformed(base, "equalize", "equalize"), "divides every channel by its size")
+    add("hadamard", "hadamard", _transformed(base, "hadamard", "hadamard"), "rotates every head before rounding")
+    add(
+        "center keys, rotate values",
+        "combined",
+        _transformed(base, "center", "hadamard"),
+        f"takes the {bias} out of keys and rotates values",
+    )
+    finer: dict[str, tuple[Schemes, str]] = {
+        "per-channel keys": (_finer(base, "channel", ("k",)), "gives every channel of the keys a scale"),
+        "group-64": (_finer(base, "group", ("k", "v"), 64), "gives every 64 channels of a token a scale"),
+        "group-32": (_finer(base, "group", ("k", "v"), 32), "gives every 32 channels of a token a scale"),
+        "per-channel keys, group-64 values": (
+            _finer(_finer(base, "channel", ("k",)), "group", ("v",), 64),
+            "gives every channel of the keys and every 64 channels of a token's values a scale",
+        ),
+    }
+    for name, (schemes, words) in finer.items():
+        add(name, "refine", schemes, words)
+    for name in ("group-64", "group-32"):
+        schemes, words = finer[name]
+        if schemes != base:
+            also = f"takes the {bias} out before rounding and {words}"
+            add(f"center, {name}", "combined", _transformed(schemes, "center", None), also)
+            add(f"hadamard, {name}", "combined", _transformed(schemes, "hadamard", "hadamard"), f"rotates and {words}")
+    return found
+
+
+def protect(
+    candidate: Candidate, layers: Iterable[int], sites: Iterable[Site] = ("k", "v"), how: str = ""
+) -> Candidate:
+    """The same with some layers in 16 bits, or only their keys or values.
+
+    Parameters
+    ----------
+    candidate : Candidate
+    layers : iterable of int
+    sites : iterable of {"k", "v"}
+    how : str
+        Why these layers, as part of the name.
+    """
+    kept, sites = sorted({*layers}), tuple(sites)
+    if not kept or max(kept) >= len(candidate.recipe):
+        raise InputError(
+            f"layers {kept} were to be kept in 16 bits, but the cache has layers 0 to {len(candidate.recipe) - 1}"
+        )
+    what = "keys and values" if len(sites) == 2 else "keys" if sites == ("k",) else "values"
+    pairs = tuple(
+        (None if "k" in sites else k, None if "v" in sites else v) if layer in kept else (k, v)
+        for layer, (k, v) in enumerate(candidate.recipe)
+    )
+    label = f"{'' if len(sites) == 2 else what + ' of '}{how + ' ' if how else ''}{_listed(kept)} in 16 bits"
+    alone = candidate.family == "unmitigated"
+    return Candidate(
+        label if alone else f"{candidate.name}; {label}",
+        "protect" if alone else "combined",
+        replace(candidate.recipe, layers=pairs),
+        f"keeps {what} of {_listed(kept)} in 16 bits" + ("" if alone else f" and {candidate.words}"),
+    )
+
+
+def _recipe(schemes: Schemes, n_layers: int, offsets: Statics, factors: Statics | None = None) -> Recipe:
+    """Every layer alike, with only those constants that its schemes use."""
+    used = {scheme.transform for scheme in schemes if scheme is not None}
+    return Recipe(
+        (schemes,) * n_layers,
+        offsets=offsets if "center" in used else None,
+        factors=factors if "equalize" in used else None,
+    )
+
+
+def _transformed(schemes: Schemes, keys: Transform | None, values: Transform | None) -> Schemes:
+    """The same grids after other transforms; what is transformed already, or not rounded, stays as it is."""
+
+    def one(scheme: Scheme | None, transform: Transform | None) -> Scheme | None:
+        if scheme is None or transform is None or scheme.transform != "none":
+            return scheme
+        return replace(scheme, transform=transform)
+
+    return one(schemes[0], keys), one(schemes[1], values)
+
+
+def _finer(
+    schemes: Schemes, granularity: Literal["channel", "group"], sites: Iterable[Site], size: int | None = None
+) -> Schemes:
+    """The same widths with other scales, on some sites."""
+
+    def one(site: Site, scheme: Scheme | None) -> Scheme | None:
+        if scheme is None or site not in sites or scheme.format != "int":
+            return scheme
+        return replace(scheme, granularity=granularity, group_size=size)
+
+    k, v = (one(site, scheme) for site, scheme in zip(get_args(Site), schemes, strict=True))
+    return k, v
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"

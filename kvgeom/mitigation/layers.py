@@ -1,0 +1,155 @@
+"""Which layers to keep in 16 bits: by what they cost the refusal margin, against simpler rules at equal memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from kvgeom.diagnosis.evaluate import Baseline, Outcomes
+from kvgeom.geometry.attention import attention_to_request
+from kvgeom.geometry.causal import patch_layers
+from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, protect
+from kvgeom.models.model import KVGeometry
+from kvgeom.quant.placement import Placement
+from kvgeom.quant.scheme import Scheme
+from kvgeom.results import Result
+from kvgeom.stats import mcnemar, wilson
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+#: Orders drawn at random, to compare with.
+RANDOM_ORDERS = 3
+
+
+@dataclass(frozen=True, repr=False)
+class LayerSelection(Result):
+    """Flips that remain when the same number of layers is kept in 16 bits, chosen by different rules.
+
+    ``data`` has the dimensions ``rule`` and ``kept`` (number of layers) and the variables ``flips`` (of the refused
+    calibration prompts), ``flip_rate`` with its Wilson interval ``ci_low``, ``ci_high``, ``p`` (exact McNemar p-value
+    against ``"causal"`` at the same number), ``layers`` (which, as text) and ``bytes_per_token``. The rules are
+
+    - ``causal``: the layers that, rounded alone, take most of the refusal margin;
+    - ``first``: the first ones;
+    - ``attention``: where the last prompt token attends most to the request;
+    - ``random 1``, ...: drawn.
+
+    ``meta`` holds ``order`` (every layer by every rule, best first), ``prompts`` and ``unmitigated`` (flips without any).
+    """
+
+    kind: ClassVar[str] = "layer-selection"
+
+    def summary(self) -> str:
+        kept = int(self.data.kept[-1])
+        flips = ", ".join(f"{rule} {int(self.data.flips.sel(rule=rule, kept=kept))}" for rule in self.data.rule.values)
+        return f"{kept} layers in 16 bits, flips left of {self.meta['unmitigated']}: {flips}"
+
+    def plot(self) -> go.Figure:
+        """Flips left against layers kept, by rule."""
+        from kvgeom.plots.mitigation import layer_selection
+
+        return layer_selection(self)
+
+
+def layer_orders(
+    base: Baseline, schemes: tuple[Scheme | None, Scheme | None], placement: Placement, *, seed: int, progress: bool
+) -> dict[str, list[int]]:
+    """Every layer by every rule of :class:`LayerSelection`, best first.
+
+    Margins are those of the first response token. Under a placement whose prompt reads exact values they could not
+    change, so they are measured there as if it read rounded ones.
+
+    Costs, per refused prompt, two passes and half a pass for every layer (and twice that if keys and values have
+    schemes of their own).
+    """
+    model, n_layers = base.model, base.model.geometry.layers
+    placement = placement if placement.one_pass else Placement()
+    prompts = [base.prompts[index] for index in base.refused]
+    named = {str(scheme): scheme for scheme in schemes if scheme is not None}
+    patched = patch_layers(
+        model,
+        prompts,
+        named,
+        base.refusal_tokens,
+        placement=placement,
+        progress=progress,
+        title="layers by margin lost",
+    )
+    drop = patched.margin_drop.mean(("prompt", "scheme")).values
+    rng = np.random.default_rng(seed)
+    return {
+        "causal": _descending(drop),
+        "first": list(range(n_layers)),
+        "attention": _descending(attention_to_request(model, prompts)),
+        **{f"random {n + 1}": [int(x) for x in rng.permutation(n_layers)] for n in range(RANDOM_ORDERS)},
+    }
+
+
+def counts(n_layers: int) -> tuple[int, ...]:
+    """How many layers are kept in the comparison: about a twelfth, a sixth and a third of all."""
+    return tuple(sorted({max(1, round(n_layers / part)) for part in (12, 6, 3)}))
+
+
+def protections(
+    base: Candidate, orders: Mapping[str, Sequence[int]], kept: Sequence[int]
+) -> dict[tuple[str, int], Candidate]:
+    """A candidate for every rule and number of layers."""
+    return {(rule, n): protect(base, order[:n], how=rule) for rule, order in orders.items() for n in kept}
+
+
+def selection_of(
+    outcomes: Outcomes,
+    tried: Mapping[tuple[str, int], Candidate],
+    orders: Mapping[str, Sequence[int]],
+    geometry: KVGeometry,
+    placement: Placement,
+) -> LayerSelection:
+    """The comparison that follows from responses under the candidates of :func:`protections`, among others.
+
+    Parameters
+    ----------
+    outcomes : Outcomes
+        Of the refused prompts.
+    tried : mapping of (rule, number of layers) to Candidate
+    orders : mapping of rule to layers
+    geometry : KVGeometry
+    placement : Placement
+    """
+    rules, kept = list(orders), sorted({n for _, n in tried})
+    n = outcomes.data.sizes["prompt"]
+    flipped = {key: outcomes.flipped(candidate.name) for key, candidate in tried.items()}
+
+    def grid(values: Mapping[tuple[str, int], object], dtype: type = float) -> NDArray[np.generic]:
+        return np.array([[values[rule, count] for count in kept] for rule in rules], dtype=dtype)
+
+    flips = {key: int(rows.sum()) for key, rows in flipped.items()}
+    intervals = {key: wilson(count, n) for key, count in flips.items()}
+    columns = {
+        "flips": grid(flips, int),
+        "flip_rate": grid({key: count / n if n else np.nan for key, count in flips.items()}),
+        "ci_low": grid({key: low for key, (low, _) in intervals.items()}),
+        "ci_high": grid({key: high for key, (_, high) in intervals.items()}),
+        "p": grid({(rule, k): mcnemar(rows, flipped["causal", k]) for (rule, k), rows in flipped.items()}),
+        "layers": grid({(rule, k): ", ".join(map(str, sorted(orders[rule][:k]))) for rule, k in tried}, object),
+        "bytes_per_token": grid({key: c.bytes_per_token(geometry, placement) for key, c in tried.items()}),
+    }
+    data = xr.Dataset(
+        {name: (("rule", "kept"), values) for name, values in columns.items()}, coords={"rule": rules, "kept": kept}
+    )
+    meta = {
+        **outcomes.made_by,
+        "order": {rule: list(order) for rule, order in orders.items()},
+        "prompts": n,
+        "unmitigated": int(outcomes.flipped(UNMITIGATED).sum()),
+    }
+    return LayerSelection(data, meta)
+
+
+def _descending(values: NDArray[np.floating]) -> list[int]:
+    return [int(layer) for layer in np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")]

@@ -1,0 +1,398 @@
+"""A plan: the cache that is advised, the one that the paper would advise, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvgeom.diagnosis.evaluate import Baseline, baseline
+from kvgeom.errors import InputError
+from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
+from kvgeom.mitigation.layers import LayerSelection
+from kvgeom.mitigation.search import Search
+from kvgeom.mitigation.verify import CHOSEN, PAPER, Verification, prove
+from kvgeom.models.load import load
+from kvgeom.models.model import KVGeometry, Model
+from kvgeom.models.modules import weights_identity
+from kvgeom.paths import writable_folder, write_whole
+from kvgeom.prompts.sets import PromptSet, held_out, perplexity_text
+from kvgeom.quant.placement import Placement
+from kvgeom.quant.recorded import recipe_from_json, recipe_to_json, statics_from_json
+from kvgeom.results import plain
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from kvgeom.models.packed import PackedCache
+
+#: Version of the layout of plan.json; docs/mitigation.md describes it.
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do about a model's cache; made by :meth:`kvgeom.diagnosis.diagnose.Diagnosis.prescribe`.
+
+    It is a claim about the calibration prompts until :meth:`verify` has run it on others.
+
+    Attributes
+    ----------
+    model, identity : str
+        The model that it was made for, and a hash of its weights that is the same in all floating-point types.
+    geometry : KVGeometry
+    scheme : str
+        The cache that is to be mended: a scheme or preset.
+    placement : Placement
+    mode : str
+        Failure mode of the diagnosis.
+    chosen : Candidate
+        What the measured search found within the memory budget.
+    paper : Candidate
+        What the decision tree of arXiv:2606.09864 advises for that mode, whatever it takes.
+    candidates : tuple of Candidate
+        All that were tried, the unmitigated cache first.
+    reasons : tuple of str
+        Why these, in words.
+    search : Search
+    selection : LayerSelection
+    judge : str
+        That labelled the responses.
+    max_new_tokens : int
+    calibration : tuple of str
+        Hashes of the requests that chose it.
+    verified : dict or None
+        What :meth:`verify` found, if it has been asked and kept (:meth:`with_verification`).
+    """
+
+    model: str
+    identity: str
+    geometry: KVGeometry
+    scheme: str
+    placement: Placement
+    mode: str
+    chosen: Candidate
+    paper: Candidate
+    candidates: tuple[Candidate, ...]
+    reasons: tuple[str, ...]
+    search: Search = field(repr=False)
+    selection: LayerSelection | None = field(repr=False)
+    judge: str
+    max_new_tokens: int
+    calibration: tuple[str, ...] = field(repr=False)
+    verified: dict[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def unmitigated(self) -> Candidate:
+        """The cache that is to be mended."""
+        return self.candidates[0]
+
+    @property
+    def memory_overhead(self) -> float:
+        """Share by which the chosen cache exceeds the unmitigated one."""
+        return self._overhead(self.chosen)
+
+    def _overhead(self, candidate: Candidate) -> float:
+        sizes = [c.bytes_per_token(self.geometry, self.placement) for c in (candidate, self.unmitigated)]
+        return sizes[0] / sizes[1] - 1
+
+    def candidate(self, name: str) -> Candidate:
+        """One of those that were tried, by name.
+
+        Raises
+        ------
+        InputError
+            If there is none of that name.
+        """
+        for found in (*self.candidates, self.paper):
+            if found.name == name:
+                return found
+        known = ", ".join(repr(found.name) for found in self.candidates)
+        raise InputError(f"candidate {name!r} was asked, but the plan has only {known}")
+
+    def verify(
+        self,
+        model: Any,
+        prompts: PromptSet | None = None,
+        *,
+        text: str | None = None,
+        controls: int = 3,
+        batch_size: int = 64,
+        journal: str | Path | None = None,
+        progress: bool = True,
+        seed: int = 0,
+        **load_options: Any,
+    ) -> Verification:
+        """Run the plan on prompts that were not used to choose it.
+
+        The unmitigated cache, the chosen one and the paper's prescription answer the harmful prompts and the harmless
+        ones, and perplexity is measured. The controls say what a perturbation of equal size but random direction does.
+
+        Parameters
+        ----------
+        model : anything that :func:`kvgeom.load` takes
+            The model that the plan was made for.
+        prompts : PromptSet, optional
+            The held-out set written for this project by default.
+        text : str, optional
+            Plain text for perplexity; a short one is shipped.
+        controls : int
+            Draws of random directions for the chosen and for the unmitigated cache; 0 for none.
+        batch_size : int
+        journal : str or Path, optional
+            As in :func:`kvgeom.baseline`; harmless prompts have one of their own beside it, ``*-harmless.jsonl``.
+        progress : bool
+        seed : int
+
+        Raises
+        ------
+        InputError
+            If the model is another one, there are no harmful prompts, or one of them chose the plan.
+        """
+        prompts = prompts or held_out()
+        loaded = load(model, progress=progress, **load_options)
+        self.check(loaded)
+        if not prompts.harmful:
+            raise InputError(
+                f"prompt set {prompts.name!r} was asked, but it has no harmful requests to lose refusals of"
+            )
+        used = [request for request in prompts.harmful if request_hash(request) in set(self.calibration)]
+        if used:
+            raise InputError(
+                f"{len(used)} of {len(prompts.harmful)} prompts of {prompts.name!r} chose the plan, the first {used[0]!r}; a "
+                "plan is proven on others: give those"
+            )
+        options: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "batch_size": batch_size,
+            "progress": progress,
+        }
+        with (
+            _asked(loaded, prompts.harmful, journal, "", options) as base,
+            _asked(loaded, prompts.harmless, journal, "-harmless", options) as harmless,
+        ):
+            assert base is not None  # noqa: S101  # there are harmful prompts
+            return prove(
+                base,
+                {UNMITIGATED: self.unmitigated, CHOSEN: self.chosen, PAPER: self.paper},
+                self.placement,
+                harmless=harmless,
+                text=text or perplexity_text(),
+                controls=controls,
+                source=prompts.name,
+                seed=seed,
+                progress=progress,
+            )
+
+    def with_verification(self, found: Verification) -> Plan:
+        """The same plan, with its proof for ``plan.json``."""
+        return replace(self, verified=found.to_dict())
+
+    def check(self, model: Any) -> None:
+        """Refuse a model that the plan was not made for.
+
+        Parameters
+        ----------
+        model : Model or PreTrainedModel
+
+        Raises
+        ------
+        InputError
+            If its weights are others.
+        """
+        identity = getattr(model, "identity", None) or weights_identity(model)
+        if identity != self.identity:
+            name = getattr(model, "name", type(model).__name__)
+            raise InputError(
+                f"a plan for {self.model} (weights {self.identity}) was given {name} (weights {identity}); make a plan for "
+                "this model with kvgeom fix"
+            )
+
+    # --- as a file ---
+
+    def to_dict(self) -> dict[str, Any]:
+        """Content of ``plan.json``; docs/mitigation.md describes it."""
+        statics: dict[str, Any] = {}
+
+        def spelled(candidate: Candidate) -> dict[str, Any]:
+            return {
+                "name": candidate.name,
+                "family": candidate.family,
+                "words": candidate.words,
+                "recipe": recipe_to_json(candidate.recipe, statics),
+                "memory_overhead": self._overhead(candidate),
+                "bytes_per_token": candidate.bytes_per_token(self.geometry, self.placement),
+            }
+
+        return {
+            "plan_version": PLAN_VERSION,
+            "model": {"name": self.model, "identity": self.identity, **dataclasses.asdict(self.geometry)},
+            "scheme": self.scheme,
+            "placement": dataclasses.asdict(self.placement),
+            "mode": self.mode,
+            "chosen": spelled(self.chosen),
+            "paper": spelled(self.paper),
+            "reasons": list(self.reasons),
+            "verified": self.verified,
+            "judge": self.judge,
+            "max_new_tokens": self.max_new_tokens,
+            "candidates": [spelled(candidate) for candidate in self.candidates],
+            "search": {"meta": self.search.meta, "records": self.search.records()},
+            "selection": self.selection and {"meta": self.selection.meta, "records": self.selection.records()},
+            "calibration": list(self.calibration),
+            "statics": statics,
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write ``plan.json`` (into a folder, or to a path that ends in .json), whole or not at all."""
+        path = Path(path)
+        path = path if path.suffix == ".json" else path / "plan.json"
+        writable_folder(path.parent)
+        return write_whole(path, json.dumps(plain(self.to_dict()), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan that :meth:`save` wrote (the file, or its folder).
+
+        Raises
+        ------
+        InputError
+            If there is none, or it cannot be read.
+        """
+        path = Path(path)
+        path = path if path.suffix == ".json" else path / "plan.json"
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            version = record["plan_version"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"plan {path} was asked, but it cannot be read ({error}); give a file of kvgeom fix"
+            ) from error
+        if version != PLAN_VERSION:
+            raise InputError(f"plan {path} has layout {version}, but this kvgeom reads {PLAN_VERSION}; make it anew")
+        try:
+            return cls._of_record(record)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"plan {path} is not whole: {error!r}; make it anew with kvgeom fix") from error
+
+    @classmethod
+    def _of_record(cls, record: dict[str, Any]) -> Plan:
+        statics = {key: statics_from_json(value, key) for key, value in record["statics"].items()}
+
+        def candidate(spelled: dict[str, Any]) -> Candidate:
+            recipe = recipe_from_json(spelled["recipe"], statics)
+            return Candidate(spelled["name"], spelled["family"], recipe, spelled["words"])
+
+        shape = {f.name: record["model"][f.name] for f in dataclasses.fields(KVGeometry)}
+        selection = record["selection"]
+        return cls(
+            model=record["model"]["name"],
+            identity=record["model"]["identity"],
+            geometry=KVGeometry(**shape),
+            scheme=record["scheme"],
+            placement=Placement(**record["placement"]),
+            mode=record["mode"],
+            chosen=candidate(record["chosen"]),
+            paper=candidate(record["paper"]),
+            candidates=tuple(candidate(spelled) for spelled in record["candidates"]),
+            reasons=tuple(record["reasons"]),
+            search=Search.of_records(record["search"]["records"], record["search"]["meta"], ["candidate"]),
+            selection=selection
+            and LayerSelection.of_records(selection["records"], selection["meta"], ["rule", "kept"]),
+            judge=record["judge"],
+            max_new_tokens=record["max_new_tokens"],
+            calibration=tuple(record["calibration"]),
+            verified=record["verified"],
+        )
+
+    # --- deployment ---
+
+    def cache(self, model: Any, candidate: str | None = None) -> PackedCache:
+        """A cache for one sequence, really packed: ``model.generate(**inputs, past_key_values=plan.cache(model))``.
+
+        Parameters
+        ----------
+        model : PreTrainedModel or HFModel
+            The model that the plan was made for.
+        candidate : str, optional
+            Another one than the chosen.
+
+        Raises
+        ------
+        InputError
+            If the model is another one, or the placement rounds where no cache does.
+        """
+        from kvgeom.mitigation.export.transformers import quantized_cache
+
+        self.check(model)
+        recipe = (self.candidate(candidate) if candidate else self.chosen).recipe
+        return quantized_cache(model, recipe, self.placement)
+
+    def save_checkpoint(self, directory: str | Path, model: Any, candidate: str | None = None) -> Path:
+        """Write a standard checkpoint with what of a candidate can be folded into weights.
+
+        Its unquantized logits are those of the model; under the plain cache of any engine it behaves as the model does
+        under the candidate.
+
+        Parameters
+        ----------
+        directory : str or Path
+        model : PreTrainedModel or HFModel
+            The model that the plan was made for.
+        candidate : str, optional
+            Another one than the chosen, for instance ``"equalize"`` or ``"hadamard"``.
+
+        Raises
+        ------
+        InputError
+            If the model is another one, or nothing of the candidate can be folded.
+        ModelError
+            If the weights cannot be edited without changing what the model computes.
+        """
+        from kvgeom.mitigation.export.checkpoint import save_checkpoint
+
+        loaded = load(model)
+        self.check(loaded)
+        return save_checkpoint(loaded, (self.candidate(candidate) if candidate else self.chosen).recipe, directory)
+
+    # --- words and figures ---
+
+    def summary(self) -> str:
+        """What is advised, in a line."""
+        return f"{self.mode}: {self.chosen.name} at {self.memory_overhead:+.1%} memory; {self.chosen.words}"
+
+    def __repr__(self) -> str:
+        return f"<Plan {self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<li>{escape(reason)}</li>" for reason in self.reasons)
+        return f"<p><b>{escape(self.summary())}</b></p><ul>{rows}</ul>"
+
+    def plot(self) -> go.Figure:
+        """Flips against bytes per token of all candidates."""
+        return self.search.plot()
+
+
+def request_hash(request: str) -> str:
+    """Names a request without holding it."""
+    return hashlib.sha256(request.strip().encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _asked(
+    model: Model, requests: Sequence[str], journal: str | Path | None, suffix: str, options: dict[str, Any]
+) -> Iterator[Baseline | None]:
+    """The unquantized model on some requests; None without any. Its journal is closed at the end."""
+    if not requests:
+        yield None
+        return
+    path = None if journal is None else Path(journal).with_name(Path(journal).stem + suffix + Path(journal).suffix)
+    found = baseline(model, requests, journal=path, **options)
+    with closing(found.journal):
+        yield found

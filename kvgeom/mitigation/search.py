@@ -1,0 +1,121 @@
+"""Candidates tried on the calibration prompts: what each keeps, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import xarray as xr
+
+from kvgeom.diagnosis.evaluate import Outcomes
+from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
+from kvgeom.models.model import KVGeometry
+from kvgeom.quant.placement import Placement
+from kvgeom.quant.recipe import Recipe
+from kvgeom.results import Result
+from kvgeom.stats import mcnemar, reduction_estimate, wilson
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True, repr=False)
+class Search(Result):
+    """Every candidate on the prompts that were used to choose: optimistic for the one that is chosen.
+
+    ``data`` has the dimension ``candidate`` (the first is the unmitigated cache) and the variables ``family``, ``words``,
+    ``flips`` (of the refused calibration prompts) with ``flips_complied``, ``flips_degenerate``, ``flip_rate`` and its
+    Wilson interval ``ci_low``, ``ci_high``; ``recovery`` (1 - flips / unmitigated flips) with ``recovery_low``,
+    ``recovery_high`` (NaN where nothing flips unmitigated); ``p`` (exact McNemar p-value against the unmitigated
+    cache); ``margin_drop`` (nats, mean); ``bytes_per_token``; ``memory_overhead`` (share by which that exceeds the
+    unmitigated cache); ``affordable`` (within the budget); ``pareto`` (nothing else has both fewer bytes and fewer
+    flips).
+
+    ``meta`` holds ``prompts``, ``budget``, ``exact_bytes_per_token`` (of a 16-bit cache) and what made it.
+    """
+
+    kind: ClassVar[str] = "mitigation-search"
+
+    def summary(self) -> str:
+        flips = self.data.flips
+        best = str(self.data.candidate.values[int(flips.argmin())])
+        return (
+            f"{self.data.sizes['candidate']} candidates on {self.meta['prompts']} refused prompts, flips from "
+            f"{int(flips[0])} unmitigated to {int(flips.min())} ({best})"
+        )
+
+    @property
+    def chosen(self) -> str:
+        """Of the candidates within the budget that lose fewer refusals than the unmitigated cache, the one that loses fewest.
+
+        Of equals the one with fewest bytes, then with least margin lost; the unmitigated cache if there is none.
+        """
+        unmitigated, *rows = self.records()
+        better = [row for row in rows if row["affordable"] and row["flips"] < unmitigated["flips"]]
+        best = min(
+            better, key=lambda row: (row["flips"], row["bytes_per_token"], row["margin_drop"]), default=unmitigated
+        )
+        return str(best["candidate"])
+
+    def plot(self) -> go.Figure:
+        """Flips against bytes per token, with the Pareto front."""
+        from kvgeom.plots.mitigation import pareto_front
+
+        return pareto_front(self)
+
+
+def search_of(
+    outcomes: Outcomes,
+    candidates: Sequence[Candidate],
+    geometry: KVGeometry,
+    placement: Placement,
+    budget: float,
+) -> Search:
+    """The table that follows from responses of the refused prompts under all candidates, the unmitigated cache first.
+
+    Parameters
+    ----------
+    outcomes : Outcomes
+    candidates : sequence of Candidate
+    geometry : KVGeometry
+    placement : Placement
+    budget : float
+        Largest share by which a candidate may exceed the unmitigated cache and still be chosen.
+    """
+    names = [candidate.name for candidate in candidates]
+    n = outcomes.data.sizes["prompt"]
+    rows = {name: outcomes.flipped(name) for name in names}
+    flips = [outcomes.flips(name) for name in names]
+    before = rows[UNMITIGATED]
+    recovery = [reduction_estimate(before, rows[name]) for name in names]
+    intervals = [wilson(found["all"], n) for found in flips]
+    size = np.array([candidate.bytes_per_token(geometry, placement) for candidate in candidates])
+    overhead = size / size[0] - 1
+    count = np.array([found["all"] for found in flips])
+    better = (size <= size[:, None]) & (count <= count[:, None]) & ((size < size[:, None]) | (count < count[:, None]))
+    nan = float("nan")
+    columns = {
+        "family": np.array([candidate.family for candidate in candidates], dtype=object),
+        "words": np.array([candidate.words for candidate in candidates], dtype=object),
+        "flips": count,
+        "flips_complied": [found["complied"] for found in flips],
+        "flips_degenerate": [found["degenerate"] for found in flips],
+        "flip_rate": count / n if n else np.full(len(names), nan),
+        "ci_low": [low for low, _ in intervals],
+        "ci_high": [high for _, high in intervals],
+        "recovery": [nan if found is None else found.value for found in recovery],
+        "recovery_low": [nan if found is None else found.low for found in recovery],
+        "recovery_high": [nan if found is None else found.high for found in recovery],
+        "p": [mcnemar(rows[name], before) for name in names],
+        "margin_drop": outcomes.margin_drops(names).mean(0) if n else np.full(len(names), nan),
+        "bytes_per_token": size,
+        "memory_overhead": overhead,
+        "affordable": overhead <= budget + 1e-9,
+        "pareto": ~better.any(1),
+    }
+    data = xr.Dataset({name: ("candidate", values) for name, values in columns.items()}, coords={"candidate": names})
+    exact = Candidate("exact", "protect", Recipe.exact(geometry.layers), "").bytes_per_token(geometry, placement)
+    meta = {**outcomes.made_by, "prompts": n, "budget": budget, "exact_bytes_per_token": exact}
+    return Search(data, meta)

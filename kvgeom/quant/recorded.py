@@ -1,0 +1,84 @@
+"""Recipes as JSON and back, constants of the model included."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvgeom.errors import InputError
+from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.scheme import Scheme
+from kvgeom.quant.transforms import Statics
+
+
+def recipe_to_json(recipe: Recipe, statics: dict[str, Any]) -> dict[str, Any]:
+    """Plain types. Constants go into ``statics`` by their fingerprint, where several recipes can share them."""
+    for found in (recipe.offsets, recipe.factors):
+        if found is not None:
+            statics.setdefault(found.fingerprint, _statics_to_json(found))
+    return {
+        "layers": [[None if scheme is None else str(scheme) for scheme in pair] for pair in recipe],
+        "offsets": recipe.offsets and recipe.offsets.fingerprint,
+        "factors": recipe.factors and recipe.factors.fingerprint,
+        "scatter": recipe.scatter,
+    }
+
+
+def recipe_from_json(record: Mapping[str, Any], statics: Mapping[str, Statics]) -> Recipe:
+    """The inverse of :func:`recipe_to_json`.
+
+    Raises
+    ------
+    InputError
+        If a scheme cannot be read, or constants are missing.
+    """
+
+    def known(name: str) -> Statics | None:
+        fingerprint = record.get(name)
+        if fingerprint is not None and fingerprint not in statics:
+            raise InputError(
+                f"{name} {fingerprint} of a recipe were asked, but they are not in the file; it is not whole"
+            )
+        return None if fingerprint is None else statics[fingerprint]
+
+    layers = tuple(
+        (None if k is None else Scheme.parse(k), None if v is None else Scheme.parse(v)) for k, v in record["layers"]
+    )
+    return Recipe(layers, known("offsets"), known("factors"), record.get("scatter"))
+
+
+def _statics_to_json(statics: Statics) -> dict[str, Any]:
+    vectors = {
+        f"{layer}.{site}": {"shape": list(vector.shape), "float32": _encoded(vector)}
+        for (layer, site), vector in sorted(statics.vectors.items())
+    }
+    return {"name": statics.name, "rotary": statics.rotary, "vectors": vectors}
+
+
+def statics_from_json(record: Mapping[str, Any], fingerprint: str) -> Statics:
+    """Constants as they were written.
+
+    Raises
+    ------
+    InputError
+        If they are not those of the fingerprint.
+    """
+    vectors: dict[Any, torch.Tensor] = {}
+    for key, value in record["vectors"].items():
+        layer, site = key.split(".")
+        numbers = np.frombuffer(base64.b64decode(value["float32"]), dtype="<f4").reshape(value["shape"])
+        vectors[int(layer), site] = torch.from_numpy(numbers.copy())
+    found = Statics.of(record["name"], vectors, rotary=bool(record["rotary"]))
+    if found.fingerprint != fingerprint:
+        raise InputError(
+            f"constants {record['name']!r} were read, but their content is not that of {fingerprint}; the file was changed"
+        )
+    return found
+
+
+def _encoded(vector: torch.Tensor) -> str:
+    return base64.b64encode(vector.detach().float().cpu().numpy().astype("<f4").tobytes()).decode()
