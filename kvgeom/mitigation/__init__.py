@@ -1,0 +1,1 @@
+"""Mitigations: what keeps refusals under a quantized cache, chosen, proven and exported."""
