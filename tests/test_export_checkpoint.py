@@ -140,6 +140,16 @@ def test_plain_transformers_loads_it(name: str, tmp_path: Path) -> None:
     assert about["transforms"] == ["equalize of keys", "some of values"]
 
 
+def test_a_checkpoint_in_another_precision(tmp_path: Path) -> None:
+    model = tiny_model()
+    folder = save_checkpoint(model, tmp_path / "half", dtype=torch.bfloat16)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.dtype == torch.bfloat16
+    assert model.dtype == torch.float32
+    for name, weight in model.hf_model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), weight.to(torch.bfloat16))
+
+
 def test_offsets_of_values_need_a_class_with_that_bias() -> None:
     for name in sorted(set(KINDS) - set(BIASED)):
         model = tiny_model(name)
