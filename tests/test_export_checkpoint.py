@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -140,9 +141,11 @@ def test_plain_transformers_loads_it(name: str, tmp_path: Path) -> None:
     assert about["transforms"] == ["equalize of keys", "some of values"]
 
 
-def test_a_checkpoint_in_another_precision(tmp_path: Path) -> None:
+def test_a_checkpoint_with_another_precision_and_template(tmp_path: Path) -> None:
     model = tiny_model()
-    folder = save_checkpoint(model, tmp_path / "half", dtype=torch.bfloat16)
+    own = HFModel(model.hf_model, model.tokenizer, name="tiny", template="{{ messages[0].content }}")
+    folder = save_checkpoint(own, tmp_path / "half", dtype=torch.bfloat16)
+    assert AutoTokenizer.from_pretrained(folder).chat_template == own.template
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.dtype == torch.bfloat16
     assert model.dtype == torch.float32
@@ -221,13 +224,16 @@ def test_what_no_change_of_queries_or_biases_undoes(seed: int, rotated: int) -> 
     what is the same at all distances.
     """
     generator = torch.Generator().manual_seed(seed)
-    q, b = torch.randn(2, 8, generator=generator, dtype=torch.float64)
-    distances = torch.arange(-40, 40)
-    unit = torch.eye(8, dtype=torch.float64)[:, None].expand(-1, 80, -1)
+    b = torch.randn(8, generator=generator, dtype=torch.float64)
+    q = 0.5 + torch.rand(8, generator=generator, dtype=torch.float64)  # some of every pair
+    distances = torch.arange(-4000, 4000, 37)
+    unit = torch.eye(8, dtype=torch.float64)[:, None].expand(-1, len(distances), -1)
     can = rotate(unit, *angles(distances, rotated)) @ q  # what each entry of a bias adds, [8, distances]
-    added = rotate(b.expand(80, -1), *angles(distances, rotated)) @ q
-    weights = torch.linalg.lstsq((can - can.mean(1, keepdim=True)).T, (added - added.mean())[:, None]).solution[:, 0]
-    torch.testing.assert_close(weights[:rotated], b[:rotated], atol=1e-6, rtol=1e-6)
+    added = rotate(b.expand(len(distances), -1), *angles(distances, rotated)) @ q
+    seen = (can - can.mean(1, keepdim=True)).numpy()
+    np.testing.assert_allclose(seen[rotated:], 0, atol=1e-9)
+    weights, *_ = np.linalg.lstsq(seen[:rotated].T, (added - added.mean()).numpy())
+    np.testing.assert_allclose(weights, b[:rotated].numpy(), atol=1e-6)
 
 
 def test_the_key_bias_of_a_rotated_model_is_no_constant_of_attention() -> None:
