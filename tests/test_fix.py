@@ -298,6 +298,11 @@ def test_controls_in_words(drawn: tuple[int, ...], says: str) -> None:
     assert says in size_or_direction(verification(controls=((), drawn)))
 
 
+def test_controls_of_few_flips_decide_nothing() -> None:
+    assert "undetermined" in size_or_direction(verification((2, 0, 0), controls=((), (0, 0, 0))))
+    assert "nothing for controls" in size_or_direction(verification((0, 0, 0), controls=((), (0, 1, 0))))
+
+
 @pytest.mark.parametrize(
     ("attention", "says"),
     [

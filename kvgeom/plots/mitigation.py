@@ -170,7 +170,7 @@ def layer_selection(selection: LayerSelection) -> go.Figure:
         ticktext=[
             f"{k} ({float(b):,.0f})" for k, b in zip(kept, data.bytes_per_token.mean("rule").values, strict=True)
         ],
-        range=[-0.35, at[-1] + 0.35],
+        range=[-0.35, at[-1] + 0.5],  # room for what the dotted line is
         showgrid=False,
     )
     figure.update_yaxes(title_text=f"lost, of {n} refusals", range=[-0.045 * max(n, 1), 1.09 * max(n, 1)])

@@ -8,7 +8,7 @@ from kvgeom.mitigation.candidates import UNMITIGATED
 from kvgeom.mitigation.layers import LayerSelection
 from kvgeom.mitigation.plan import Plan
 from kvgeom.mitigation.verify import CHOSEN, PAPER, Verification
-from kvgeom.stats import Estimate
+from kvgeom.stats import Estimate, wilson
 
 #: Columns of :func:`before_and_after`.
 COLUMNS = (
@@ -91,22 +91,23 @@ def _what(plan: Plan, found: Verification) -> str:
 def size_or_direction(found: Verification) -> str:
     """The controls in words: whether the unmitigated error loses refusals by its direction or by its size.
 
-    It is direction if every draw of random directions flips less than the Wilson interval of the cache's own flips, size
-    if none does.
+    It is direction if the 95 % interval of the largest draw of random directions lies below that of the cache's own flips,
+    size if no draw lies below it.
     """
     drawn, own = found.controls(UNMITIGATED), found.data.sel(recipe=UNMITIGATED)
     refused, before = found.meta["refused"], int(own.flips)
+    if before == 0:
+        return "The unmitigated cache loses nothing, so that there is nothing for controls to explain."
     if not drawn:
         return "No controls were run, so that size and direction of the error cannot be told apart."
-    least = float(own.ci_low) * refused
-    below = sum(flips < least for flips in drawn)
+    least = float(own.ci_low)
     counted = (
         f"Errors as large as those of the unmitigated cache, but in random directions, lose {_span(drawn)} of {refused}, its own "
         f"{before}"
     )
-    if below == len(drawn):
+    if wilson(max(drawn), refused)[1] < least:
         return f"{counted}: the direction of the error loses refusals, and not its size alone."
-    if below == 0:
+    if min(drawn) >= least * refused:
         return f"{counted}: the size of the error matters, not its direction, and whatever makes it smaller helps."
     return f"{counted}: whether its size or its direction matters is undetermined."
 
@@ -122,8 +123,8 @@ def left_by_chance(found: Verification) -> str:
 def rules_compared(selection: LayerSelection) -> str:
     """What was found of the rules that choose layers, beside the paper's claim that choosing by attention fails.
 
-    Read at the largest number of layers: it fails if it loses significantly more than the causal rule, or no less than a
-    random draw; it does not if it loses less than all draws.
+    Read at the largest number of layers: it fails if it loses significantly more than the causal rule, or no less than
+    all random draws; it does not if it loses less than each of them.
     """
     at = selection.data.isel(kept=-1)
     flips = {str(rule): int(at.flips.sel(rule=rule)) for rule in at.rule.values}
