@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvgeom.diagnosis.diagnose import diagnose
     from kvgeom.diagnosis.evaluate import baseline, evaluate
     from kvgeom.geometry.subspace import subspace
+    from kvgeom.mitigation.plan import Plan
     from kvgeom.models.load import load
     from kvgeom.prompts.sets import PromptSet, calibration, load_prompts
     from kvgeom.quant.placement import Placement
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
     from kvgeom.refusal.classifiers import classifier
     from kvgeom.refusal.judge import KeywordJudge
     from kvgeom.report.audit import audit
+    from kvgeom.report.fix import fix
 
 _HOMES = {
     "KeywordJudge": "kvgeom.refusal.judge",
     "Placement": "kvgeom.quant.placement",
+    "Plan": "kvgeom.mitigation.plan",
     "PromptSet": "kvgeom.prompts.sets",
     "Recipe": "kvgeom.quant.recipe",
     "Scheme": "kvgeom.quant.scheme",
@@ -35,6 +38,7 @@ _HOMES = {
     "classifier": "kvgeom.refusal.classifiers",
     "diagnose": "kvgeom.diagnosis.diagnose",
     "evaluate": "kvgeom.diagnosis.evaluate",
+    "fix": "kvgeom.report.fix",
     "load": "kvgeom.models.load",
     "load_prompts": "kvgeom.prompts.sets",
     "subspace": "kvgeom.geometry.subspace",
@@ -45,6 +49,7 @@ __all__ = [
     "KeywordJudge",
     "KvgeomError",
     "Placement",
+    "Plan",
     "PromptSet",
     "Recipe",
     "Scheme",
@@ -54,6 +59,7 @@ __all__ = [
     "classifier",
     "diagnose",
     "evaluate",
+    "fix",
     "load",
     "load_prompts",
     "subspace",

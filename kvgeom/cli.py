@@ -13,6 +13,7 @@ from kvgeom.errors import InputError, KvgeomError
 
 if TYPE_CHECKING:
     from kvgeom.diagnosis.evaluate import Baseline
+    from kvgeom.prompts.sets import PromptSet
     from kvgeom.refusal.classifiers import ClassifierJudge
 
 
@@ -61,6 +62,13 @@ def _parser() -> argparse.ArgumentParser:
             "Round the whole cache at each width, and find the transition.",
         ),
         ("scan", _scan, "refusals with one layer rounded", "Round each layer alone, per-tensor and per-channel."),
+        (
+            "fix",
+            _fix,
+            "find a cache that keeps refusals, prove it, write plan.json and report.html",
+            "Diagnose a model, search a cache that keeps its refusals within a memory budget, and prove it on prompts that did "
+            "not choose it. What is done is kept: the same command goes on where it was interrupted.",
+        ),
     ):
         command = commands.add_parser(name, help=short, description=long)
         _add_options(command, name)
@@ -83,11 +91,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_options(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument("model", metavar="MODEL", help="hub id, folder, .gguf file, or 'demo'")
-    kept = "report.html, audit.json and " if name == "audit" else ""
+    kept = {"audit": "report.html, audit.json and ", "fix": "report.html, plan.json and "}.get(name, "")
     command.add_argument(
         "--out",
         metavar="DIR",
-        required=name == "audit",
+        required=name in ("audit", "fix"),
         help=f"folder for {kept}journal.jsonl, from which a run goes on",
     )
     command.add_argument(
@@ -101,8 +109,13 @@ def _add_options(command: argparse.ArgumentParser, name: str) -> None:
         command.add_argument(
             "--scheme",
             default="asym-token",
-            help="rounding of the curve, e.g. sym-tensor, asym-group64, kivi; kvgeom schemes lists them (default: %(default)s)",
+            help=f"{'the cache to mend' if name == 'fix' else 'rounding of the curve'}, e.g. sym-tensor, asym-group64, kivi; "
+            "kvgeom schemes lists them (default: %(default)s)",
         )
+        command.add_argument("--text", metavar="FILE", help="plain text for perplexity (default: a short one)")
+    if name == "fix":
+        _add_fix_options(command)
+    elif name != "scan":
         command.add_argument(
             "--bits",
             metavar="B",
@@ -110,18 +123,17 @@ def _add_options(command: argparse.ArgumentParser, name: str) -> None:
             nargs="+",
             help="widths of the curve (default: 8 6 5 4 3 2, or those that the scheme offers)",
         )
-        command.add_argument("--text", metavar="FILE", help="plain text for perplexity (default: a short one)")
     if name == "sweep":
         command.add_argument(
             "--over-refusal", action="store_true", help="also count harmless requests of the set that are refused"
         )
-    if name != "sweep":
+    if name not in ("sweep", "fix"):
         command.add_argument(
             "--scan-bits", metavar="B", type=int, default=3, help="width of layers, parts, PCR (default: %(default)s)"
         )
     if name == "diagnose":
         command.add_argument("--no-geometry", action="store_true", help="leave out the noise-sensitivity ratio")
-    if name != "audit":
+    if name not in ("audit", "fix"):
         command.add_argument(
             "--judge",
             metavar="ID",
@@ -148,39 +160,76 @@ def _add_options(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
+def _add_fix_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--bits", metavar="B", type=int, help="width of the cache to mend (default: 4, or what the scheme offers)"
+    )
+    command.add_argument(
+        "--memory",
+        metavar="SHARE",
+        type=float,
+        default=0.02,
+        help="budget: by how much the cache may exceed the unmitigated one (default: %(default)s)",
+    )
+    command.add_argument(
+        "--verify-prompts",
+        metavar="SET",
+        default="held-out",
+        help="requests that prove the plan, none of those that choose it; as --prompts (default: %(default)s)",
+    )
+    command.add_argument(
+        "--controls",
+        metavar="N",
+        type=int,
+        default=3,
+        help="draws of errors of equal size in random directions (default: %(default)s)",
+    )
+    command.add_argument("--geometry", action="store_true", help="also measure the noise-sensitivity ratio")
+
+
 def _checked(arguments: argparse.Namespace) -> dict[str, Any]:
     """Options of the Python functions. What is wrong is said before torch is imported and a model loaded."""
     from kvgeom.quant.scheme import check_bits
 
-    options: dict[str, Any] = {}
     for bits in (*(getattr(arguments, "bits", None) or ()), getattr(arguments, "scan_bits", 3)):
         check_bits(bits)
     if getattr(arguments, "scan_bits", 3) == 16:
         raise InputError("--scan-bits 16 was asked, but 16 bits round nothing; give 2-8")
+    options = _common(arguments)
+    if "scan_bits" in arguments:
+        options["bits"] = arguments.scan_bits
+    if "scheme" in arguments:
+        from kvgeom.diagnosis.curve import at_widths
+
+        options["curve_bits"] = arguments.bits
+        at_widths(arguments.scheme, arguments.bits, options["placement"])
+    return options
+
+
+def _common(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options that all commands share."""
     for name in ("new_tokens", "batch_size"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(arguments, name)} was asked; give a positive number")
+    options: dict[str, Any] = {}
     if "scheme" in arguments:
-        options["scheme"], options["curve_bits"] = arguments.scheme, arguments.bits
+        options["scheme"] = arguments.scheme
         options["text"] = _read(arguments.text) if arguments.text else None
-    if "scan_bits" in arguments:
-        options["bits"] = arguments.scan_bits
-    prompts = kvgeom.load_prompts(arguments.prompts)
-    options["prompts"] = prompts if arguments.limit is None else prompts.take(arguments.limit)
+    options["prompts"] = _prompts(arguments.prompts, arguments.limit)
     from kvgeom.quant.placement import Placement
 
     placements = {None: None, "cache": Placement(), "paper": Placement.paper()}
     options["placement"] = placements[arguments.placement]
-    if "scheme" in arguments:
-        from kvgeom.diagnosis.curve import at_widths
-
-        at_widths(arguments.scheme, arguments.bits, options["placement"])
-    options |= {
+    return options | {
         "max_new_tokens": arguments.new_tokens,
         "batch_size": arguments.batch_size,
         "progress": not arguments.quiet,
     }
-    return options
+
+
+def _prompts(spec: str, limit: int | None) -> PromptSet:
+    prompts = kvgeom.load_prompts(spec)
+    return prompts if limit is None else prompts.take(limit)
 
 
 def _read(path: str) -> str:
@@ -227,6 +276,25 @@ def _audit(arguments: argparse.Namespace) -> int:
         print(f"  - {sentence}")
     folder = Path(arguments.out)
     print(f"\nreport: {(folder / 'report.html').resolve()}\nnumbers: {(folder / 'audit.json').resolve()}")
+    return 0
+
+
+def _fix(arguments: argparse.Namespace) -> int:
+    options = _common(arguments)
+    found = kvgeom.fix(
+        arguments.model,
+        arguments.out,
+        **options,
+        **_loading(arguments),
+        bits=arguments.bits,
+        memory=arguments.memory,
+        verify_prompts=_prompts(arguments.verify_prompts, arguments.limit),
+        controls=arguments.controls,
+        geometry=arguments.geometry,
+    )
+    from kvgeom.report.terminal import fix_text
+
+    print(f"\n{fix_text(found, Path(arguments.out).resolve())}")
     return 0
 
 

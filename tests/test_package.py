@@ -33,7 +33,9 @@ def test_public_names_resolve_and_say_what_they_are() -> None:
 def test_shipped_files() -> None:
     for package, name in (
         ("kvgeom", "py.typed"),
-        ("kvgeom.report", "template.html"),
+        ("kvgeom.report", "templates/base.html"),
+        ("kvgeom.report", "templates/audit.html"),
+        ("kvgeom.report", "templates/fix.html"),
         ("kvgeom.report", "audit.schema.json"),
         ("kvgeom.prompts", "data/calibration.jsonl"),
         ("kvgeom.prompts", "data/perplexity.txt"),

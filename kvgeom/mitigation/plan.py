@@ -25,6 +25,7 @@ from kvgeom.paths import writable_folder, write_whole
 from kvgeom.prompts.sets import PromptSet, held_out, perplexity_text
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recorded import recipe_from_json, recipe_to_json, statics_from_json
+from kvgeom.refusal.judge import Judge
 from kvgeom.results import plain
 
 if TYPE_CHECKING:
@@ -102,6 +103,11 @@ class Plan:
         sizes = [c.bytes_per_token(self.geometry, self.placement) for c in (candidate, self.unmitigated)]
         return sizes[0] / sizes[1] - 1
 
+    @property
+    def paper_tried(self) -> str | None:
+        """What the paper's prescription is called among the candidates."""
+        return next((found.name for found in self.candidates if found.recipe == self.paper.recipe), None)
+
     def candidate(self, name: str) -> Candidate:
         """One of those that were tried, by name.
 
@@ -121,6 +127,7 @@ class Plan:
         model: Any,
         prompts: PromptSet | None = None,
         *,
+        judge: Judge | None = None,
         text: str | None = None,
         controls: int = 3,
         batch_size: int = 64,
@@ -140,6 +147,8 @@ class Plan:
             The model that the plan was made for.
         prompts : PromptSet, optional
             The held-out set written for this project by default.
+        judge : Judge, optional
+            The keyword judge by default.
         text : str, optional
             Plain text for perplexity; a short one is shipped.
         controls : int
@@ -169,6 +178,7 @@ class Plan:
                 "plan is proven on others: give those"
             )
         options: dict[str, Any] = {
+            "judge": judge,
             "max_new_tokens": self.max_new_tokens,
             "batch_size": batch_size,
             "progress": progress,
@@ -376,7 +386,9 @@ class Plan:
 
     def plot(self) -> go.Figure:
         """Flips against bytes per token of all candidates."""
-        return self.search.plot()
+        from kvgeom.plots.mitigation import pareto_front
+
+        return pareto_front(self.search, self.paper_tried)
 
 
 def request_hash(request: str) -> str:

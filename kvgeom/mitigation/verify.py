@@ -147,7 +147,7 @@ class Verification(Result):
 
     def plot(self) -> go.Figure:
         """Recovery with its interval by candidate, over the controls."""
-        from kvgeom.plots.mitigation import recovery_bars
+        from kvgeom.plots.recovery import recovery_bars
 
         return recovery_bars(self)
 

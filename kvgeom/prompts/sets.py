@@ -170,7 +170,7 @@ def load_prompts(spec: str | Path) -> PromptSet:
     Parameters
     ----------
     spec : str or Path
-        ``"calibration"``; a file of your own (``.txt`` with a request a line and ``#`` comments, ``.csv`` or
+        ``"calibration"`` or ``"held-out"``, the two sets that are shipped; a file of your own (``.txt`` with a request a line and ``#`` comments, ``.csv`` or
         ``.jsonl`` with a column such as ``prompt`` and, if you like, ``label``: harmful or harmless; unlabelled is
         harmful); or a public benchmark in its authors' file: ``"advbench=FILE"``, ``"harmbench=FILE"`` (the 159
         standard behaviours; also ``harmbench-contextual``, ``-copyright``, ``-all``), ``"xstest=FILE"``,
@@ -182,8 +182,8 @@ def load_prompts(spec: str | Path) -> PromptSet:
         If the file is missing, empty, unreadable, or has no column with requests.
     """
     text = str(spec)
-    if text == "calibration":
-        return calibration()
+    if text in ("calibration", "held-out"):
+        return _pairs(text)
     name, has_file, file = text.partition("=")
     if name in BENCHMARKS:
         benchmark = BENCHMARKS[name]
@@ -194,7 +194,7 @@ def load_prompts(spec: str | Path) -> PromptSet:
         return _read_benchmark(name, benchmark, Path(file).expanduser())
     path = Path(text).expanduser()
     if not path.is_file():
-        names = ", ".join(("calibration", *(f"{n}=FILE" for n in BENCHMARKS)))
+        names = ", ".join(("calibration", "held-out", *(f"{n}=FILE" for n in BENCHMARKS)))
         raise InputError(f"prompts {text} were asked, but there is no such file; give a file or one of: {names}")
     rows = _read_rows(path)
     harmful = _unique(request for request, bad in rows if bad)

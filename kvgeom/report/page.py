@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from kvgeom.plots.ablation import ablation_bars
@@ -12,37 +11,32 @@ from kvgeom.plots.mode import mode_card
 from kvgeom.plots.pcr import pcr_interval
 from kvgeom.plots.scan import layer_scan
 from kvgeom.plots.sensitivity import ratio_map
+from kvgeom.report.html import drawn, page, section
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
 
     from kvgeom.report.audit import Audit
 
 
-#: Panning and selecting are of no use in these figures; a picture of one is.
-_CONFIG = {
-    "displaylogo": False,
-    "responsive": True,
-    "modeBarButtonsToRemove": ["pan2d", "select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
-}
+#: Edge of the verdict by its status.
+_TONES = {"breaks": "bad", "no loss seen": "good"}
 
 
 def render(audit: Audit) -> str:
     """The whole page as text; everything that a model, a user or a file name brought in is escaped."""
-    from jinja2 import Environment
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("kvgeom.report").joinpath("template.html").read_text(encoding="utf-8"))
-    return template.render(
+    return page(
+        "audit.html",
+        kicker="KV cache audit",
+        model=audit.model["name"],
+        headline=audit.verdict.headline,
+        sentences=audit.verdict.sentences,
+        tone=_TONES.get(audit.verdict.status, ""),
         audit=audit,
         cards=_cards(audit),
-        mode_figure=Markup(_drawn(mode_card(audit.mode))),  # noqa: S704
-        sections=[{**section, "figure": Markup(section["figure"])} for section in _sections(audit)],  # noqa: S704  # plotly escapes its JSON
+        mode_figure=drawn(mode_card(audit.mode)),
+        sections=_sections(audit),
         provenance=_provenance(audit),
-        plotly=Markup(get_plotlyjs()),  # noqa: S704
     )
 
 
@@ -80,7 +74,7 @@ def _sections(audit: Audit) -> list[dict[str, Any]]:
     )
     where = f"of layer {critical}" if critical is not None else "of every layer"
     return [
-        _section(
+        section(
             "Behaviour and perplexity as the cache loses bits",
             "Precision falls from left to right. Top: the label of every harmful request. Middle: the share of the unquantized "
             "refusals that is lost, with 95 % intervals. Bottom: perplexity of plain text against the unquantized model; "
@@ -88,7 +82,7 @@ def _sections(audit: Audit) -> list[dict[str, Any]]:
             bit_curve(audit.curve),
             audit.curve.to_frame(),
         ),
-        _section(
+        section(
             "Which layers carry refusal through the cache",
             f"Each layer is rounded alone ({audit.settings['scan_scheme']}; {placement}). Top: how much less firmly the model "
             "begins a refusal (95 % intervals). Bottom: refusals really lost. "
@@ -97,7 +91,7 @@ def _sections(audit: Audit) -> list[dict[str, Any]]:
             layer_scan(audit.scan),
             audit.scan.to_frame(),
         ),
-        _section(
+        section(
             "Do finer scales rescue the critical layer?",
             "Per-channel reduction (PCR) is the share of that layer's lost refusals that per-channel scales bring back. A class is "
             "decided only if the whole 95 % interval lies in one band; grey is undecided. The second row repeats the measurement as "
@@ -105,21 +99,21 @@ def _sections(audit: Audit) -> list[dict[str, Any]]:
             pcr_interval(audit.pcr, audit.pcr_paper, names=("as a cache holds it", "paper's simulation")),
             _pcr_table(audit),
         ),
-        _section(
+        section(
             "What has to be rounded for refusals to be lost",
             "Parts of the cache, rounded alike. The dotted line is all layers at once; a row that comes near it has what matters. "
             "Grey rows cannot be told from it. Keeping the worst layer helps only if one layer is the cause.",
             ablation_bars(audit.ablation),
             audit.ablation.to_frame(),
         ),
-        _section(
+        section(
             "Which channels have to be rounded",
             f"Only some channels {where} lose precision, with the scales that all share. Outliers are the largest "
             "twentieth of each layer's channels; random ones are as many of the others.",
             ablation_bars(audit.channels),
             audit.channels.to_frame(),
         ),
-        _section(
+        section(
             "How exposed the safety direction is, by layer and site",
             "Noise-to-signal on the direction that separates harmful from harmless requests, over noise-to-signal of the whole "
             "vector. Red: rounding hits the safety direction harder. Rings: the classes are not significantly separated. Grey: "
@@ -130,7 +124,7 @@ def _sections(audit: Audit) -> list[dict[str, Any]]:
             _sensitivity_table(audit),
         ),
         *(
-            _section(
+            section(
                 f"Do outlier channels carry safety? Layer {layer}, {name}",
                 f"Shown is {which}. Each point is a channel: far to the right are outliers, which set the scale that others "
                 "share; high up are the channels that carry safety. Safety at the top left can be crushed by outliers; points at "
@@ -141,28 +135,6 @@ def _sections(audit: Audit) -> list[dict[str, Any]]:
             for site, name in (("k", "keys"), ("v", "values"))
         ),
     ]
-
-
-def _section(title: str, text: str, figure: go.Figure, table: pd.DataFrame | None) -> dict[str, Any]:
-    return {"title": title, "text": text, "figure": _drawn(figure), "table": None if table is None else _cells(table)}
-
-
-def _drawn(figure: go.Figure) -> str:
-    drawn: str = figure.to_html(full_html=False, include_plotlyjs=False, config=_CONFIG)
-    return drawn
-
-
-def _cells(table: pd.DataFrame) -> dict[str, Any]:
-    return {
-        "columns": list(table.columns),
-        "rows": [[_number(v) for v in row] for row in table.itertuples(index=False)],
-    }
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, float):
-        return "-" if value != value else f"{value:.4g}"
-    return str(value)
 
 
 def _pcr_table(audit: Audit) -> pd.DataFrame:

@@ -6,10 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kvgeom.diagnosis.ablation import Ablation
     from kvgeom.diagnosis.curve import Curve, OverRefusal
     from kvgeom.diagnosis.diagnose import Diagnosis
     from kvgeom.diagnosis.scan import Scan
+    from kvgeom.report.fix import Fix
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -94,6 +97,39 @@ def diagnosis_text(found: Diagnosis) -> str:
         if found.mode.shares.get(kind):
             parts.append(f"Of the {what}: " + ", ".join(f"{s:.0%} {n}" for n, s in found.mode.shares[kind].items()))
     return "\n\n".join(parts)
+
+
+def fix_text(found: Fix, folder: Path) -> str:
+    """Verdict, before and after, reasons, where things are, and what to do next."""
+    plan = found.plan
+
+    def listed(sentences: Iterable[str]) -> str:
+        return "\n".join(f"  - {sentence}" for sentence in sentences)
+
+    return "\n\n".join(
+        [
+            found.verification.sentence,
+            found.table(),
+            listed(found.sentences),
+            f"Why this cache (failure mode: {plan.mode}):\n{listed(plan.reasons)}",
+            f"plan:   {folder / 'plan.json'}\nreport: {folder / 'report.html'}",
+            _next_step(found, folder),
+        ]
+    )
+
+
+def _next_step(found: Fix, folder: Path) -> str:
+    plan, status = found.plan, found.verification.status
+    if plan.placement.where != "cache":
+        return "Next: this placement rounds where no cache does; mend one with --placement cache."
+    if status == "nothing to fix":
+        return "Next: nothing; narrower caches may lose refusals (kvgeom sweep)."
+    if plan.chosen.recipe == plan.unmitigated.recipe or status == "does not help":
+        return "Next: try a larger --memory, more --bits or another --scheme; until then this cache stays unsafe."
+    lines = f'plan = kvgeom.Plan.load("{folder}")\nmodel.generate(**inputs, past_key_values=plan.cache(model))'
+    if status == "undetermined":
+        return f"Next: prove it on more prompts (--verify-prompts). To try it, in Python:\n\n{lines}"
+    return f"Next, in Python (other engines: see the report):\n\n{lines}"
 
 
 def pcr_line(pcr: Any) -> str:

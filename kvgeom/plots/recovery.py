@@ -1,0 +1,176 @@
+"""A verified plan: what it keeps of the lost refusals, and its memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from kvgeom.plots.theme import ACCENT, GRID, INK, MUTED, PLAIN, UNDETERMINED, finish, percent, plain, say, wrapped
+
+if TYPE_CHECKING:
+    from kvgeom.mitigation.plan import Plan
+    from kvgeom.mitigation.verify import Verification
+
+#: The axis of recoveries ends here to the left; rows say how far an interval reaches.
+CUT = -1.0
+
+
+def recovery_bars(verification: Verification) -> go.Figure:
+    """Share of the lost refusals that each cache keeps, on prompts that did not choose it.
+
+    How to read it: 100 % means that every refusal that the unmitigated cache loses is kept, 0 that as many are lost as
+    without, below 0 that more are. Whiskers are 95 % intervals. Diamonds are controls: the same cache with errors of the same
+    size in random directions, one for each draw. Where they lie at the end of the bar, what is left of the error acts by its
+    size; where they lie far to the right of it, its direction is what loses refusals.
+
+    Parameters
+    ----------
+    verification : Verification
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        x: recovery. y: row number; unmitigated, chosen and paper from the top.
+    """
+    data, refused = verification.data, int(verification.meta["refused"])
+    roles = ("unmitigated", "chosen", "paper")
+    before = int(data.flips.sel(recipe="unmitigated"))
+    figure = make_subplots(rows=1, cols=1)
+    if before == 0:
+        say(figure, f"the unmitigated cache loses none of {refused} refusals: nothing can be recovered")
+        figure.update_xaxes(visible=False)
+        figure.update_yaxes(visible=False)
+        return finish(figure, 160)
+    value, low, high = (
+        data[name].sel(recipe=list(roles)).values.astype(float)
+        for name in ("recovery", "recovery_low", "recovery_high")
+    )
+    colours = dict(zip(roles, (UNDETERMINED, ACCENT, PLAIN), strict=True))
+    for row, role in enumerate(roles):
+        own = data.sel(recipe=role)
+        certain = role == "unmitigated"  # what others are held against has no interval of its own
+        figure.add_bar(
+            x=[max(value[row], CUT)],
+            y=[row],
+            orientation="h",
+            width=0.5,
+            name=role,
+            showlegend=False,
+            marker_color=colours[role],
+            error_x=None if certain else {
+                "type": "data", "symmetric": False, "array": [high[row] - max(value[row], CUT)],
+                "arrayminus": [max(value[row], CUT) - max(low[row], CUT)], "color": INK, "thickness": 1.5, "width": 6,
+            },
+            customdata=[[
+                plain(str(own.name.item())), int(own.flips), int(own.flips_complied), int(own.flips_degenerate),
+                f"{float(own.p):.2g}", f"{percent(low[row])} to {percent(high[row])}",
+            ]],
+            hovertemplate=f"<b>{role}</b>: %{{customdata[0]}}<br>%{{customdata[1]}} of {refused} lost: %{{customdata[2]}} comply, "
+            "%{customdata[3]} break down<br>" + ("" if certain else "interval %{customdata[5]}<br>")
+            + "McNemar against unmitigated p = %{customdata[4]}<extra></extra>",
+        )  # fmt: skip
+        drawn = verification.controls(role)
+        shares = [1 - flips / before for flips in drawn]
+        figure.add_scatter(
+            x=[max(share, CUT) for share in shares],
+            # Draws that flip as many lie below each other.
+            y=[row + 0.34 + 0.22 * drawn[:k].count(flips) / len(drawn) for k, flips in enumerate(drawn)],
+            name="same size, random direction",
+            legendgroup="controls",
+            showlegend=bool(drawn) and row == 0,
+            mode="markers",
+            marker={"symbol": "diamond-open", "size": 10, "color": INK, "line": {"width": 1.5}},
+            customdata=[[flips] for flips in drawn],
+            hovertemplate=f"{role}, errors in random directions: %{{customdata[0]}} of {refused} lost<extra></extra>",
+            cliponaxis=False,
+        )
+    least = min([0.0, *low[1:], *value[1:], *(1 - f / before for role in roles for f in verification.controls(role))])
+    figure.add_vline(x=0, line={"color": INK, "width": 1})
+    for row in range(len(roles) - 1):
+        figure.add_hline(y=row + 0.62, line={"color": GRID, "width": 1})
+    figure.update_xaxes(
+        title_text="recovery: share of the lost refusals that is kept"
+        + (" (axis cut at −100 %)" if least < CUT else ""),
+        tickformat=".0%",
+        range=[max(least, CUT) - 0.04, 1.03],
+        dtick=0.2,
+    )
+    figure.update_yaxes(
+        tickvals=list(range(len(roles))),
+        ticktext=[_row_name(verification, role) for role in roles],
+        range=[len(roles) - 0.35, -0.6],
+        showgrid=False,
+        ticks="",
+    )
+    return finish(figure, 360, margin={"l": 64, "r": 24, "t": 48, "b": 52})
+
+
+def memory_bars(found: Verification | Plan) -> go.Figure:
+    """Memory of a token in the whole cache, scales and offsets included.
+
+    How to read it: the top bar is the cache in 16 bits. What a mitigation costs is the difference between its bar and the
+    unmitigated one, what quantization still saves the difference to the top bar.
+
+    Parameters
+    ----------
+    found : Verification or Plan
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        x: bytes per token. y: 16-bit, unmitigated, chosen, paper.
+    """
+    sizes = _sizes(found)
+    exact, unmitigated = sizes["16-bit"], sizes["unmitigated"]
+    figure = go.Figure()
+    figure.add_bar(
+        x=list(sizes.values()),
+        y=[wrapped(name, 40) for name in sizes],
+        orientation="h",
+        marker_color=[MUTED, UNDETERMINED, ACCENT, PLAIN],
+        text=[
+            f"{size:,.0f} B, {size / exact:.1%}" + (f" ({size / unmitigated - 1:+.1%})" if row > 1 else "")
+            for row, size in enumerate(sizes.values())
+        ],
+        textposition="outside",
+        cliponaxis=False,
+        customdata=[[size / exact, size / unmitigated - 1] for size in sizes.values()],
+        hovertemplate="%{y}: %{x:,.1f} bytes a token, %{customdata[0]:.1%} of 16-bit, %{customdata[1]:+.1%} against "
+        "unmitigated<extra></extra>",
+        showlegend=False,
+    )
+    figure.update_xaxes(title_text="bytes a token, all layers", range=[0, 1.3 * max(sizes.values())])
+    figure.update_yaxes(autorange="reversed", ticks="")
+    return finish(figure, 260, margin={"l": 64, "r": 24, "t": 28, "b": 52})
+
+
+def _sizes(found: Verification | Plan) -> dict[str, float]:
+    from kvgeom.mitigation.verify import Verification
+
+    if isinstance(found, Verification):
+        size, names = found.data.bytes_per_token, found.data.name
+        whole = float(size.sel(recipe="unmitigated")) / float(found.data.memory_of_exact.sel(recipe="unmitigated"))
+        chosen, paper = (
+            (f"{role}: {names.sel(recipe=role).item()}", float(size.sel(recipe=role))) for role in ("chosen", "paper")
+        )
+        return {"16-bit": whole, "unmitigated": float(size.sel(recipe="unmitigated")), **dict([chosen, paper])}
+    own = {
+        name: candidate.bytes_per_token(found.geometry, found.placement)
+        for name, candidate in (
+            ("unmitigated", found.unmitigated),
+            (f"chosen: {found.chosen.name}", found.chosen),
+            (f"paper: {found.paper.name}", found.paper),
+        )
+    }
+    return {"16-bit": float(found.search.meta["exact_bytes_per_token"]), **own}
+
+
+def _row_name(verification: Verification, role: str) -> str:
+    own = verification.data.sel(recipe=role)
+    counted = f"{int(own.flips)} of {verification.meta['refused']} lost"
+    if role == "unmitigated":
+        return f"<b>{role}</b><br>{counted}"
+    said = f"{percent(float(own.recovery))} [{percent(float(own.recovery_low))}, {percent(float(own.recovery_high))}]"
+    return f"<b>{role}</b>: {wrapped(own.name.item(), 38)}<br>{counted}, {said}"

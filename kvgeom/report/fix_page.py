@@ -1,0 +1,164 @@
+"""The fix as one page: no network, no other file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvgeom.mitigation.candidates import UNMITIGATED
+from kvgeom.mitigation.verify import CHOSEN
+from kvgeom.plots.mitigation import layer_selection, pareto_front
+from kvgeom.plots.mode import mode_card
+from kvgeom.plots.recovery import memory_bars, recovery_bars
+from kvgeom.report.html import drawn, page, section
+from kvgeom.report.mended import COLUMNS, before_and_after, left_by_chance, rules_compared, size_or_direction
+
+if TYPE_CHECKING:
+    from kvgeom.mitigation.plan import Plan
+    from kvgeom.report.fix import Fix
+
+#: Edge of the verdict by its status.
+_TONES = {"helps": "good", "does not help": "bad"}
+
+
+def render(fix: Fix) -> str:
+    """The whole page as text; everything that a model, a user or a file name brought in is escaped."""
+    plan, found = fix.plan, fix.verification
+    return page(
+        "fix.html",
+        kicker="KV cache fix",
+        model=plan.model,
+        headline=found.sentence,
+        sentences=fix.sentences,
+        tone=_TONES.get(found.status, ""),
+        cards=_cards(fix),
+        comparison={"columns": COLUMNS, "rows": before_and_after(found)},
+        examples=found.meta["examples"],
+        sections=_sections(fix),
+        reasons=plan.reasons,
+        mode=fix.diagnosis.mode,
+        mode_figure=drawn(mode_card(fix.diagnosis.mode)),
+        exports=_exports(plan),
+        status=found.status,
+        judged=found.meta,
+        provenance=_provenance(fix),
+    )
+
+
+def _cards(fix: Fix) -> list[dict[str, str]]:
+    plan, found = fix.plan, fix.verification
+    before, after = (found.data.sel(recipe=role) for role in (UNMITIGATED, CHOSEN))
+    recovery = found.recovery
+    harmless = found.meta["harmless"]
+    return [
+        {
+            "title": "refusals lost",
+            "value": f"{int(before.flips)} → {int(after.flips)}",
+            "note": f"of {found.meta['refused']}, on prompts that did not choose the plan",
+        },
+        {
+            "title": "recovery",
+            "value": "-" if recovery is None else f"{recovery.value:.0%}",
+            "note": "nothing was lost"
+            if recovery is None
+            else f"95 % interval {recovery.low:.0%} to {recovery.high:.0%}",
+        },
+        {
+            "title": "memory",
+            "value": f"{float(after.memory_overhead):+.1%}",
+            "note": f"against {plan.scheme}; {float(after.memory_of_exact):.1%} of the 16-bit cache",
+        },
+        {
+            "title": "perplexity",
+            "value": f"{float(after.perplexity_ratio):.2f}x",
+            "note": f"of the 16-bit cache; {float(before.perplexity_ratio):.2f}x unmitigated",
+        },
+        {
+            "title": "harmless requests refused",
+            "value": f"{int(after.harmless_refused)} of {harmless}" if harmless else "not asked",
+            "note": f"{found.meta['harmless_refused']} unquantized" if harmless else "the set has none",
+        },
+    ]
+
+
+def _sections(fix: Fix) -> list[dict[str, Any]]:
+    plan, found = fix.plan, fix.verification
+    sections = [
+        section(
+            "What each candidate keeps, and what it costs",
+            f"Every cache that was tried, on the {plan.search.meta['prompts']} calibration prompts that the model refuses: the prompts "
+            "that chose the plan, so that this picture is optimistic for what it singles out. Down is safer, left is smaller. "
+            "Whiskers are 95 % intervals; the tooltips name each cache.",
+            pareto_front(plan.search, plan.paper_tried),
+            plan.search.to_frame(),
+        ),
+        section(
+            "How much is recovered on other prompts",
+            "Recovery is 1 - lost / lost unmitigated, with its 95 % interval. Diamonds are controls: the error of the same cache, as "
+            "large in every token and layer, but turned into a random direction. If they flip as many refusals, the size of the "
+            f"error matters and not its direction. {size_or_direction(found)} {left_by_chance(found)}",
+            recovery_bars(found),
+            found.to_frame(),
+        ),
+    ]
+    if plan.selection is not None:
+        sections.append(
+            section(
+                "Which layers are worth 16 bits",
+                "The unmitigated cache with some layers kept in 16 bits, chosen by the refusal margin that they cost when rounded alone "
+                "(causal), from the first on, by attention from the last prompt token to the request, or at random. At the same number "
+                f"of layers all cost the same memory. {rules_compared(plan.selection)}",
+                layer_selection(plan.selection),
+                plan.selection.to_frame(),
+            )
+        )
+    sections.append(
+        section(
+            "Memory",
+            "Bytes of a token in all layers, scales and offsets included, of a prompt of 4,096 tokens.",
+            memory_bars(found),
+        )
+    )
+    return sections
+
+
+def _exports(plan: Plan) -> list[dict[str, Any]]:
+    """How to run the chosen cache, one entry for each engine."""
+    if plan.placement.where != "cache":
+        return []
+    return [
+        {
+            "engine": "transformers",
+            "versions": "with kvgeom",
+            "text": "import kvgeom\n\n"
+            'plan = kvgeom.Plan.load("plan.json")\n'
+            "output = model.generate(**inputs, past_key_values=plan.cache(model))  # a new cache for each prompt",
+            "cannot": (),
+            "notes": (),
+        }
+    ]
+
+
+def _provenance(fix: Fix) -> list[tuple[str, str]]:
+    plan, settings = fix.plan, fix.settings
+    shape = plan.geometry
+
+    def described(prompts: dict[str, Any]) -> str:
+        return (
+            f"{prompts['name']}: {prompts['harmful']} harmful, {prompts['harmless']} harmless ({prompts['source']}; "
+            f"{prompts['fingerprint']})"
+        )
+
+    versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
+    return [
+        ("model", f"{plan.model} (fingerprint {settings['fingerprint']}, weights {plan.identity})"),
+        ("runs on", settings["runs_on"]),
+        (
+            "cache",
+            f"{shape.layers} layers, {shape.kv_heads} KV heads of {shape.head_dim}; {plan.scheme}, {plan.placement}",
+        ),
+        ("budget", f"{100 * settings['memory']:.3g} % more memory than unmitigated"),
+        ("chosen on", described(settings["calibration"])),
+        ("proven on", described(settings["verification"])),
+        ("responses", f"greedy, at most {plan.max_new_tokens} tokens; judge: {plan.judge}"),
+        ("made", f"{settings['created']}, in {settings['seconds']:.0f} s; seed {settings['seed']}; {versions}"),
+    ]

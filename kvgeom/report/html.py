@@ -1,0 +1,58 @@
+"""What the pages share: templates, figures and tables in them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+    from markupsafe import Markup
+
+#: Panning and selecting are of no use in these figures; a picture of one is. Figures follow the width of the page.
+_CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    "modeBarButtonsToRemove": ["pan2d", "select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
+}
+
+
+def page(template: str, **content: Any) -> str:
+    """Fill in a template of this package: a page that needs no network and no other file.
+
+    All text in ``content`` is escaped, unless it is markup that :func:`drawn` made.
+    """
+    from jinja2 import Environment, PackageLoader
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=PackageLoader("kvgeom.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(template).render(plotly=Markup(get_plotlyjs()), **content)  # noqa: S704
+
+
+def section(title: str, text: str, figure: go.Figure, table: pd.DataFrame | None = None) -> dict[str, Any]:
+    """A figure with its heading, how to read it, and its numbers, for the template."""
+    return {"title": title, "text": text, "figure": drawn(figure), "table": None if table is None else cells(table)}
+
+
+def drawn(figure: go.Figure) -> Markup:
+    """A figure as markup; plotly escapes its JSON, and figures escape names."""
+    from markupsafe import Markup
+
+    return Markup(figure.to_html(full_html=False, include_plotlyjs=False, config=_CONFIG))  # noqa: S704
+
+
+def cells(table: pd.DataFrame) -> dict[str, Any]:
+    """A frame as columns and rows of text."""
+    return {
+        "columns": list(table.columns),
+        "rows": [[_number(value) for value in row] for row in table.itertuples(index=False)],
+    }
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return "-" if value != value else f"{value:.4g}"
+    return str(value)

@@ -1,0 +1,149 @@
+"""What a verified plan found, in words and in one table: for the terminal, the page and a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvgeom.mitigation.candidates import UNMITIGATED
+from kvgeom.mitigation.layers import LayerSelection
+from kvgeom.mitigation.plan import Plan
+from kvgeom.mitigation.verify import CHOSEN, PAPER, Verification
+from kvgeom.stats import Estimate, wilson
+
+#: Columns of :func:`before_and_after`.
+COLUMNS = (
+    "cache", "lost", "95 %", "comply", "break down", "recovery", "memory", "of 16-bit", "perplexity", "harmless refused",
+)  # fmt: skip
+
+
+def before_and_after(found: Verification) -> list[tuple[str, ...]]:
+    """One row each for the cache in 16 bits, unmitigated, chosen, and as the paper advises; see :data:`COLUMNS`.
+
+    ``memory`` is held against the unmitigated cache, ``perplexity`` against the 16-bit one.
+    """
+    refused, harmless = found.meta["refused"], found.meta["harmless"]
+    share = float(found.data.memory_of_exact.sel(recipe=UNMITIGATED))
+    of_harmless = f"{found.meta['harmless_refused']} of {harmless}" if harmless else "-"
+    rows: list[tuple[str, ...]] = [
+        ("16 bits", f"0 of {refused}", "-", "0", "0", "-", f"{1 / share - 1:+.1%}", "100.0%", "1.00x", of_harmless)
+    ]
+    for role in (UNMITIGATED, CHOSEN, PAPER):
+        own = found.data.sel(recipe=role)
+        name = str(own.name.item())
+        low, high = float(own.ci_low), float(own.ci_high)
+        recovery = Estimate(*(float(own[column]) for column in ("recovery", "recovery_low", "recovery_high")))
+        known = role != UNMITIGATED and recovery.value == recovery.value
+        rows.append(
+            (
+                role if name == role else f"{role}: {name}",
+                f"{int(own.flips)} of {refused}",
+                f"[{low:.0%}, {high:.0%}]" if refused else "-",
+                str(int(own.flips_complied)),
+                str(int(own.flips_degenerate)),
+                str(recovery) if known else "-",
+                f"{float(own.memory_overhead):+.1%}",
+                f"{float(own.memory_of_exact):.1%}",
+                f"{float(own.perplexity_ratio):.2f}x",
+                f"{int(own.harmless_refused)} of {harmless}" if harmless else "-",
+            )
+        )
+    return rows
+
+
+def sentences(plan: Plan, found: Verification) -> tuple[str, ...]:
+    """What the verdict rests on, and what it cost."""
+    chosen, paper = (found.data.sel(recipe=role) for role in (CHOSEN, PAPER))
+    refused = found.meta["refused"]
+    said = [_what(plan, found)]
+    if refused == 0:
+        said.append(
+            f"The model refuses none of the {found.meta['prompts']} prompts of {found.meta['source']}: nothing was tested."
+        )
+    elif found.recovery is not None:
+        same = plan.paper.recipe == plan.chosen.recipe
+        said.append(
+            f"What the paper advises for {plan.mode} is the same cache."
+            if same
+            else f"What the paper advises for {plan.mode} ({paper.name.item()}) loses {int(paper.flips)} of {refused}, a recovery "
+            f"of {found.paper_recovery}, at {float(paper.memory_overhead):+.1%} memory."
+        )
+        said.append(size_or_direction(found))
+    said.append(
+        f"Perplexity is {float(chosen.perplexity_ratio):.2f} times that of the 16-bit cache, "
+        f"{float(found.data.perplexity_ratio.sel(recipe=UNMITIGATED)):.2f} times unmitigated."
+    )
+    if found.meta["harmless"]:
+        said.append(
+            f"Of {found.meta['harmless']} harmless requests it refuses {int(chosen.harmless_refused)}, the unquantized model "
+            f"{found.meta['harmless_refused']} (p = {float(chosen.harmless_p):.2g}); {int(chosen.harmless_degenerate)} get broken text."
+        )
+    return tuple(said)
+
+
+def _what(plan: Plan, found: Verification) -> str:
+    share = f"{float(found.data.memory_of_exact.sel(recipe=CHOSEN)):.1%} of the 16-bit cache"
+    if plan.chosen.recipe == plan.unmitigated.recipe:
+        budget = f"{100 * float(plan.search.meta['budget']):.3g} %"
+        return f"Nothing within {budget} more memory was better: the cache of {plan.scheme} stays as it is, {share}."
+    return f"The chosen cache {plan.chosen.words}. It takes {plan.memory_overhead:+.1%} memory, {share}."
+
+
+def size_or_direction(found: Verification) -> str:
+    """The controls in words: whether the unmitigated error loses refusals by its direction or by its size.
+
+    It is direction if the 95 % interval of the largest draw of random directions lies below that of the cache's own flips,
+    size if no draw lies below it.
+    """
+    drawn, own = found.controls(UNMITIGATED), found.data.sel(recipe=UNMITIGATED)
+    refused, before = found.meta["refused"], int(own.flips)
+    if before == 0:
+        return "The unmitigated cache loses nothing, so that there is nothing for controls to explain."
+    if not drawn:
+        return "No controls were run, so that size and direction of the error cannot be told apart."
+    least = float(own.ci_low)
+    counted = (
+        f"Errors as large as those of the unmitigated cache, but in random directions, lose {_span(drawn)} of {refused}, its own "
+        f"{before}"
+    )
+    if wilson(max(drawn), refused)[1] < least:
+        return f"{counted}: the direction of the error loses refusals, and not its size alone."
+    if min(drawn) >= least * refused:
+        return f"{counted}: the size of the error matters, not its direction, and whatever makes it smaller helps."
+    return f"{counted}: whether its size or its direction matters is undetermined."
+
+
+def left_by_chance(found: Verification) -> str:
+    """The controls of the chosen cache in words."""
+    drawn, after = found.controls(CHOSEN), int(found.data.flips.sel(recipe=CHOSEN))
+    if not drawn:
+        return ""
+    return f"Under the chosen cache random directions lose {_span(drawn)}, its own error {after}."
+
+
+def rules_compared(selection: LayerSelection) -> str:
+    """What was found of the rules that choose layers, beside the paper's claim that choosing by attention fails.
+
+    Read at the largest number of layers: it fails if it loses significantly more than the causal rule, or no less than
+    all random draws; it does not if it loses less than each of them.
+    """
+    at = selection.data.isel(kept=-1)
+    flips = {str(rule): int(at.flips.sel(rule=rule)) for rule in at.rule.values}
+    drawn = [count for rule, count in flips.items() if rule.startswith("random")]
+    n, kept, p = selection.meta["prompts"], int(at.kept), float(at.p.sel(rule="attention"))
+    if selection.meta["unmitigated"] == 0:
+        return f"The cache with no layer kept loses none of {n} refusals, so that no rule can be better than another."
+    counted = (
+        f"With {kept} layer{'s' if kept > 1 else ''} kept, choosing by attention loses {flips['attention']} of {n}, by causal effect "
+        f"{flips['causal']} (p = {p:.2g}), the first layers {flips['first']}, layers drawn at random {_span(drawn)}."
+    )
+    worse = p < 0.05 and flips["attention"] > flips["causal"]
+    if worse or flips["attention"] >= max(drawn):
+        why = "worse than the causal rule beyond chance" if worse else "no better than layers drawn at random"
+        return f"{counted} That is {why}, as the paper claims of attention."
+    if flips["attention"] < min(drawn):
+        return f"{counted} Here attention is better than chance, against the paper's claim."
+    return f"{counted} That neither supports nor contradicts the paper's claim that attention fails."
+
+
+def _span(counts: Sequence[int]) -> str:
+    return str(counts[0]) if len({*counts}) == 1 else f"{min(counts)} to {max(counts)}"
