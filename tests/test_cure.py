@@ -92,12 +92,13 @@ def test_what_the_mode_rules_out_does_not(case: Case) -> None:
 
 
 def test_the_public_verdict_on_what_is_ruled_out(case: Case) -> None:
-    ruled_out = {
-        "outlier-as-safety": case.plan.candidate("group-64"),
-        "multi-layer dilution": protect(case.plan.unmitigated, case.organism.layers[:1]),
-    }.get(case.organism.mode)
-    if ruled_out is None:
-        return
+    match case.organism.mode:
+        case "outlier-as-safety":
+            ruled_out = case.plan.candidate("group-64")
+        case "multi-layer dilution":
+            ruled_out = protect(case.plan.unmitigated, case.organism.layers[:1])
+        case _:
+            return
     found = replace(case.plan, chosen=ruled_out).verify(case.organism.model, HELD_OUT, controls=0, progress=False)
     assert found.status == "does not help"
     assert ruled_out.name in found.sentence
@@ -115,32 +116,30 @@ def test_without_a_byte_of_memory(case: Case) -> None:
     assert found.status == "helps"
     assert plan.chosen.family in ("center", "equalize", "hadamard")
     assert any(plan.chosen.name in reason for reason in plan.reasons)
-    # What the mode rules out is not what the search has found either.
-    assert (plan.chosen.name == "center keys and values") == (case.organism.mode == "outlier-as-safety")
+    if case.organism.mode == "outlier-as-safety":
+        assert plan.chosen.name == "center keys and values"
     # An error of the same size in another direction than that of the rounding flips much less.
     (control,) = found.controls(UNMITIGATED)
     assert control <= 0.2 * int(found.data.flips.sel(recipe=UNMITIGATED))
 
 
 def test_refusals_are_not_bought_with_harmless_requests(case: Case) -> None:
-    """Values centred on harmful requests alone round to "harmful": everything is refused, and that is no cure."""
-    if case.organism.mode != "outlier-as-safety":
+    """In this organism, centred values round to "harmful": everything is refused, and that is no cure."""
+    if case.organism.mode != "outlier-crushes-safety":
         return
-    from kvgeom.mitigation.candidates import constants, whole_cache
-    from kvgeom.quant.presets import resolve
-
-    model = case.organism.model
-    known = constants(model, SIZE.prompts("train").take(16).harmful)
-    named = {c.name: c for c in whole_cache(resolve("sym-tensor", case.organism.bits), model.geometry, known)}
-    plan = replace(case.plan, chosen=named["center keys and values"])
-    found = plan.verify(model, HELD_OUT, controls=0, progress=False)
+    plan = replace(case.plan, chosen=case.plan.candidate("center keys and values"))
+    found = plan.verify(case.organism.model, HELD_OUT, controls=0, progress=False)
+    row = found.data.sel(recipe="chosen")
     assert found.recovery is not None
     assert found.recovery.low > 0.5
+    assert int(row.harmless_refused) >= 15
     assert found.spoils
     assert found.status == "does not help"
-    row = found.data.sel(recipe="chosen")
     assert f"{int(row.harmless_lost)} of 20 harmless requests" in found.sentence
     assert found.to_dict()["harmless"]["spoiled"] is True
+    # The search has seen that, or never came to look, because something better was found first.
+    names = case.plan.search.ranked(within_budget=True)
+    assert names[0] == case.plan.chosen.name != plan.chosen.name
 
 
 def test_a_plan_travels(case: Case, tmp_path: Path) -> None:
