@@ -18,9 +18,9 @@ from kvgeom.models.statistics import channel_statistics
 from kvgeom.quant.memory import cache_bytes
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.recorded import load_recipe, save_recipe
 from kvgeom.quant.rounder import Rounder
 from kvgeom.quant.scheme import Scheme
-from kvgeom.quant.stored import load_recipe, save_recipe
 from kvgeom.quant.transforms import Statics, pair_factors
 from tests.tiny import KINDS, tiny_config, tiny_hf_model, tiny_model, tiny_tokenizer
 
@@ -208,7 +208,7 @@ def test_pasted_lines_run(tmp_path: Any) -> None:
     model = shifted(tiny_model("qwen2"))
     named = recipes(model)
     plain = Recipe(((None, None), *((Scheme.parse("int4-asym-group8"), Scheme.parse("fp8_e5m2")),) * 2))
-    file = tmp_path / "recipe.safetensors"
+    file = tmp_path / "recipe.json"
     save_recipe(file, named["mixed"], WAITING)
     for made, recipe, placement in (
         (export.export(plain, Placement(sinks=1)), plain, Placement(sinks=1)),
@@ -228,7 +228,7 @@ def test_pasted_lines_run(tmp_path: Any) -> None:
 
 
 def test_recipes_as_files(tmp_path: Any, model: HFModel) -> None:
-    file = tmp_path / "r.safetensors"
+    file = tmp_path / "r.json"
     for recipe in (*recipes(model).values(), Recipe.exact(2)):
         save_recipe(file, recipe, WAITING)
         read, placement = load_recipe(file)
@@ -239,7 +239,7 @@ def test_recipes_as_files(tmp_path: Any, model: HFModel) -> None:
             for key in old.vectors if old else ():
                 assert torch.equal(old.vectors[key], new.vectors[key])
     model.hf_model.save_pretrained(tmp_path / "other")
-    for wrong, message in ((tmp_path / "none", "cannot be read"), (tmp_path / "other/model.safetensors", "no recipe")):
+    for wrong, message in ((tmp_path / "none", "cannot be read"), (tmp_path / "other/config.json", "cannot be read")):
         with pytest.raises(InputError, match=message):
             load_recipe(wrong)
 

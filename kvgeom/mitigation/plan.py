@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
@@ -29,6 +30,7 @@ from kvgeom.results import plain
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from kvgeom.mitigation.export.engine import Export
     from kvgeom.models.packed import PackedCache
 
 #: Version of the layout of plan.json; docs/mitigation.md describes it.
@@ -102,6 +104,15 @@ class Plan:
         return sizes[0] / sizes[1] - 1
 
     @property
+    def runners_up(self) -> tuple[str, ...]:
+        """The best within the budget of each family but that of the chosen: what a proof may want beside it."""
+        families = {candidate.name: candidate.family for candidate in self.candidates}
+        best: dict[str, str] = {}
+        for name in self.search.ranked(within_budget=True):
+            best.setdefault(families[name], name)
+        return tuple(name for name in best.values() if name != self.chosen.name)
+
+    @property
     def paper_tried(self) -> str | None:
         """What the paper's prescription is called among the candidates."""
         return next((found.name for found in self.candidates if found.recipe == self.paper.recipe), None)
@@ -125,6 +136,7 @@ class Plan:
         model: Any,
         prompts: PromptSet | None = None,
         *,
+        also: Sequence[str] = (),
         judge: Judge | None = None,
         text: str | None = None,
         controls: int = 3,
@@ -145,6 +157,8 @@ class Plan:
             The model that the plan was made for.
         prompts : PromptSet, optional
             The held-out set written for this project by default.
+        also : sequence of str
+            Names of other candidates to run beside these (:attr:`runners_up`, for instance).
         judge : Judge, optional
             The one that the plan was made with, where that is not the keyword judge.
         text : str, optional
@@ -167,6 +181,7 @@ class Plan:
             raise InputError(
                 f"a plan that judge {self.judge!r} has chosen was to be verified by {judge.name!r}; give the same with judge="
             )
+        others = {name: self.candidate(name) for name in also}
         loaded = load(model, progress=progress, **load_options)
         self.check(loaded)
         if not prompts.harmful:
@@ -193,7 +208,7 @@ class Plan:
             assert base is not None  # noqa: S101  # there are harmful prompts
             return prove(
                 base,
-                {UNMITIGATED: self.unmitigated, CHOSEN: self.chosen, PAPER: self.paper},
+                {UNMITIGATED: self.unmitigated, CHOSEN: self.chosen, PAPER: self.paper, **others},
                 self.placement,
                 harmless=harmless,
                 text=text or perplexity_text(),
@@ -368,11 +383,44 @@ class Plan:
         ModelError
             If the weights cannot be edited without changing what the model computes.
         """
-        from kvgeom.mitigation.export.checkpoint import save_checkpoint
+        from kvgeom.mitigation.export.checkpoint import fold, foldable, save_checkpoint
+        from kvgeom.models.hf import HFModel
 
         loaded = load(model)
         self.check(loaded)
-        return save_checkpoint(loaded, (self.candidate(candidate) if candidate else self.chosen).recipe, directory)
+        found = self.candidate(candidate) if candidate else self.chosen
+        sites = foldable(found.recipe)
+        if not sites or not isinstance(loaded, HFModel):
+            able = ", ".join(repr(c.name) for c in self.candidates if foldable(c.recipe))
+            raise InputError(
+                f"a checkpoint of {found.name!r} was asked, but nothing of it can be folded into weights; give one of {able} as "
+                "candidate=, or run the plan in a cache (plan.cache)"
+            )
+        folded = fold(loaded, found.recipe, sites)
+        return save_checkpoint(folded, directory, [f"{found.name}, {' and '.join(sites)}"])
+
+    def exports(self, file: str | Path = "plan.json") -> tuple[Export, ...]:
+        """How to run the chosen cache in transformers, vLLM, MLX-LM and llama.cpp, and what each cannot do.
+
+        Parameters
+        ----------
+        file : str or Path
+            Where the plan is (or will be) saved.
+
+        Raises
+        ------
+        InputError
+            If the placement rounds where no cache does.
+        """
+        from kvgeom.mitigation.export import llamacpp, mlx, transformers, vllm
+
+        if self.placement.where != "cache":
+            raise InputError(
+                f"an export was asked under '{self.placement}', but no engine rounds there: it can be measured and not be run"
+            )
+        own = () if self.placement.prefill_reads == "last" else (transformers.export_plan(file),)
+        nearest = (engine.export(self.chosen.recipe, self.placement, self.geometry) for engine in (vllm, mlx, llamacpp))
+        return (*own, *nearest)
 
     # --- words and figures ---
 

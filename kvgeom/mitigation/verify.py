@@ -31,8 +31,9 @@ CHOSEN, PAPER = "chosen", "paper"
 class Verification(Result):
     """What a plan keeps of the refusals that the unmitigated cache loses, on prompts not used to choose it.
 
-    ``data`` has the dimension ``recipe`` (``"unmitigated"``, ``"chosen"``, ``"paper"``, and the controls ``"chosen,
-    scattered 1"``, ``"unmitigated, scattered 1"``, ...: errors of the same size in random directions) and the variables
+    ``data`` has the dimension ``recipe`` (``"unmitigated"``, ``"chosen"``, ``"paper"``, other candidates by name, and the
+    controls ``"chosen, scattered 1"``, ``"unmitigated, scattered 1"``, ...: errors of the same size in random directions)
+    and the variables
 
     - ``name``: of the candidate;
     - ``flips`` (of the prompts refused unquantized), ``flips_complied``, ``flips_degenerate``, ``flip_rate`` with its
@@ -114,6 +115,11 @@ class Verification(Result):
                 said = f"There is nothing to fix: the unmitigated cache loses none of {refused} refusals."
         return said if name == UNMITIGATED or self.status == "nothing to fix" else f"{said[:-1]} ({name})."
 
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """All recipes but the controls."""
+        return tuple(name for name in map(str, self.data.recipe.values) if ", scattered " not in name)
+
     def controls(self, role: str) -> list[int]:
         """Flips under errors of the same size in random directions, one number a draw."""
         names = [str(name) for name in self.data.recipe.values if str(name).startswith(f"{role}, scattered")]
@@ -188,7 +194,7 @@ def prove(
     ----------
     base : Baseline
         The unquantized model on the harmful prompts.
-    roles : mapping of ``"unmitigated"``, ``"chosen"``, ``"paper"`` to Candidate
+    roles : mapping of ``"unmitigated"``, ``"chosen"``, ``"paper"`` and other names to Candidate
     placement : Placement
     harmless : Baseline or None
         The unquantized model on harmless prompts.

@@ -32,10 +32,10 @@ def recovery_bars(verification: Verification) -> go.Figure:
     Returns
     -------
     plotly.graph_objects.Figure
-        x: recovery. y: row number; unmitigated, chosen and paper from the top.
+        x: recovery. y: row number; unmitigated, chosen, paper and other candidates from the top.
     """
     data, refused = verification.data, int(verification.meta["refused"])
-    roles = ("unmitigated", "chosen", "paper")
+    roles = verification.roles
     before = int(data.flips.sel(recipe="unmitigated"))
     figure = make_subplots(rows=1, cols=1)
     if before == 0:
@@ -47,7 +47,7 @@ def recovery_bars(verification: Verification) -> go.Figure:
         data[name].sel(recipe=list(roles)).values.astype(float)
         for name in ("recovery", "recovery_low", "recovery_high")
     )
-    colours = dict(zip(roles, (UNDETERMINED, ACCENT, PLAIN), strict=True))
+    colours = {"unmitigated": UNDETERMINED, "chosen": ACCENT, "paper": PLAIN}
     for row, role in enumerate(roles):
         own = data.sel(recipe=role)
         certain = role == "unmitigated"  # what others are held against has no interval of its own
@@ -58,7 +58,7 @@ def recovery_bars(verification: Verification) -> go.Figure:
             width=0.5,
             name=role,
             showlegend=False,
-            marker_color=colours[role],
+            marker_color=colours.get(role, MUTED),
             error_x=None if certain else {
                 "type": "data", "symmetric": False, "array": [high[row] - max(value[row], CUT)],
                 "arrayminus": [max(value[row], CUT) - max(low[row], CUT)], "color": INK, "thickness": 1.5, "width": 6,
@@ -104,7 +104,7 @@ def recovery_bars(verification: Verification) -> go.Figure:
         showgrid=False,
         ticks="",
     )
-    return finish(figure, 360, margin={"l": 64, "r": 24, "t": 48, "b": 52})
+    return finish(figure, 120 + 80 * len(roles), margin={"l": 64, "r": 24, "t": 48, "b": 52})
 
 
 def memory_bars(found: Verification | Plan) -> go.Figure:
@@ -173,4 +173,9 @@ def _row_name(verification: Verification, role: str) -> str:
     if role == "unmitigated":
         return f"<b>{role}</b><br>{counted}"
     said = f"{percent(float(own.recovery))} [{percent(float(own.recovery_low))}, {percent(float(own.recovery_high))}]"
-    return f"<b>{role}</b>: {wrapped(own.name.item(), 38)}<br>{counted}, {said}"
+    label = (
+        f"<b>{role}</b>: {wrapped(own.name.item(), 38)}"
+        if role in ("chosen", "paper")
+        else f"<b>{wrapped(role, 38)}</b>"
+    )
+    return f"{label}<br>{counted}, {said}"

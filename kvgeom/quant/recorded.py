@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from kvgeom.errors import InputError
+from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.transforms import Statics
+
+#: Version of the layout of a recipe's own file.
+RECIPE_VERSION = 1
 
 
 def recipe_to_json(recipe: Recipe, statics: dict[str, Any]) -> dict[str, Any]:
@@ -82,3 +89,45 @@ def statics_from_json(record: Mapping[str, Any], fingerprint: str) -> Statics:
 
 def _encoded(vector: torch.Tensor) -> str:
     return base64.b64encode(vector.detach().float().cpu().numpy().astype("<f4").tobytes()).decode()
+
+
+def save_recipe(path: str | Path, recipe: Recipe, placement: Placement | None = None) -> None:
+    """Write a recipe, its constants and a placement into one JSON file.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> recipe = Recipe.uniform(4, Scheme(4)).keep([0])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_recipe(folder + "/recipe.json", recipe)
+    ...     load_recipe(folder + "/recipe.json") == (recipe, Placement())
+    True
+    """
+    statics: dict[str, Any] = {}
+    record = {
+        "recipe_version": RECIPE_VERSION,
+        "recipe": recipe_to_json(recipe, statics),
+        "placement": asdict(placement or Placement()),
+        "statics": statics,
+    }
+    Path(path).write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def load_recipe(path: str | Path) -> tuple[Recipe, Placement]:
+    """Read what :func:`save_recipe` has written.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, or it holds something else.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        if record["recipe_version"] != RECIPE_VERSION:
+            raise InputError(f"{path} has layout {record['recipe_version']}, but this kvgeom reads {RECIPE_VERSION}")
+        statics = {key: statics_from_json(value, key) for key, value in record["statics"].items()}
+        return recipe_from_json(record["recipe"], statics), Placement(**record["placement"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"a recipe was asked of {path}, which cannot be read ({error!r}); give a file that save_recipe has written"
+        ) from error

@@ -164,6 +164,7 @@ def fix(
     proof = plan.verify(
         loaded,
         verify_prompts,
+        also=plan.runners_up,
         controls=controls,
         journal=None if folder is None else folder / "verify.jsonl",
         **running,

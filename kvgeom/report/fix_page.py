@@ -13,7 +13,6 @@ from kvgeom.report.html import drawn, page, section
 from kvgeom.report.mended import COLUMNS, before_and_after, left_by_chance, rules_compared, size_or_direction
 
 if TYPE_CHECKING:
-    from kvgeom.mitigation.plan import Plan
     from kvgeom.report.fix import Fix
 
 #: Edge of the verdict by its status.
@@ -37,7 +36,7 @@ def render(fix: Fix) -> str:
         reasons=plan.reasons,
         mode=fix.diagnosis.mode,
         mode_figure=drawn(mode_card(fix.diagnosis.mode)),
-        exports=_exports(plan),
+        exports=plan.exports() if plan.placement.where == "cache" else (),
         status=found.status,
         judged=found.meta,
         provenance=_provenance(fix),
@@ -119,23 +118,6 @@ def _sections(fix: Fix) -> list[dict[str, Any]]:
         )
     )
     return sections
-
-
-def _exports(plan: Plan) -> list[dict[str, Any]]:
-    """How to run the chosen cache, one entry for each engine."""
-    if plan.placement.where != "cache":
-        return []
-    return [
-        {
-            "engine": "transformers",
-            "versions": "with kvgeom",
-            "text": "import kvgeom\n\n"
-            'plan = kvgeom.Plan.load("plan.json")\n'
-            "output = model.generate(**inputs, past_key_values=plan.cache(model))  # a new cache for each prompt",
-            "cannot": (),
-            "notes": (),
-        }
-    ]
 
 
 def _provenance(fix: Fix) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ COLUMNS = (
 
 
 def before_and_after(found: Verification) -> list[tuple[str, ...]]:
-    """One row each for the cache in 16 bits, unmitigated, chosen, and as the paper advises; see :data:`COLUMNS`.
+    """One row each for the cache in 16 bits, unmitigated, chosen, as the paper advises, and others; see :data:`COLUMNS`.
 
     ``memory`` is held against the unmitigated cache, ``perplexity`` against the 16-bit one.
     """
@@ -27,7 +27,7 @@ def before_and_after(found: Verification) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         ("16 bits", f"0 of {refused}", "-", "0", "0", "-", f"{1 / share - 1:+.1%}", "100.0%", "1.00x", of_harmless)
     ]
-    for role in (UNMITIGATED, CHOSEN, PAPER):
+    for role in found.roles:
         own = found.data.sel(recipe=role)
         name = str(own.name.item())
         low, high = float(own.ci_low), float(own.ci_high)
@@ -35,7 +35,7 @@ def before_and_after(found: Verification) -> list[tuple[str, ...]]:
         known = role != UNMITIGATED and recovery.value == recovery.value
         rows.append(
             (
-                role if name == role else f"{role}: {name}",
+                role if name == role else f"{role}: {name}",  # another candidate goes by its name
                 f"{int(own.flips)} of {refused}",
                 f"[{low:.0%}, {high:.0%}]" if refused else "-",
                 str(int(own.flips_complied)),

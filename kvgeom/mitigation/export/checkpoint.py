@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from kvgeom.models import edits
 from kvgeom.models.hf import HFModel
 from kvgeom.models.quiet import quiet_transformers
 from kvgeom.quant.recipe import Recipe, Site
-from kvgeom.quant.scheme import Scheme
+from kvgeom.quant.scheme import Scheme, Transform
 from kvgeom.quant.transforms import Statics, frame
 
 #: Which checkpoint this is; only a folder that has it is written again.
@@ -80,6 +80,19 @@ def fold(model: HFModel, recipe: Recipe, sites: Collection[Site] = ("k", "v")) -
     folded = HFModel(edited.hf_model, model.tokenizer, name=edited.name, template=model.template)
     _check_same(model, folded)
     return folded
+
+
+def foldable(recipe: Recipe) -> tuple[Site, ...]:
+    """The sites whose transforms weights can do, whatever the model: not offsets or rotations of rotated keys.
+
+    Offsets of values are among them; :func:`fold` says whether the model's class has a place for them.
+    """
+    found = {
+        site: {s.transform for layer in range(len(recipe)) if (s := recipe.scheme(layer, site)) is not None} - {"none"}
+        for site in get_args(Site)
+    }
+    able: dict[Site, set[Transform]] = {"k": {"equalize"}, "v": {"equalize", "center", "hadamard", "hadamard64", "rht"}}
+    return tuple(site for site, used in found.items() if used and used <= able[site])
 
 
 def plain(recipe: Recipe, sites: Collection[Site] = ("k", "v")) -> Recipe:

@@ -18,6 +18,8 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.rounder import Rounder
 
+_SINGLE = "one sequence, not padded; greedy or sampled, no beams and no draft model"
+
 
 def quantized_cache(
     model: PreTrainedModel | HFModel, recipe: Recipe, placement: Placement | None = None
@@ -91,7 +93,7 @@ def export(recipe: Recipe, placement: Placement, file: str | Path | None = None)
     recipe : Recipe
     placement : Placement
     file : str or Path, optional
-        Where :func:`~kvgeom.quant.stored.save_recipe` has put both. Needed for offsets and factors.
+        Where :func:`~kvgeom.quant.recorded.save_recipe` has put both. Needed for offsets and factors.
 
     Raises
     ------
@@ -101,7 +103,11 @@ def export(recipe: Recipe, placement: Placement, file: str | Path | None = None)
     _check(recipe, placement)
     lines = ["from kvgeom.mitigation.export.transformers import quantized_cache"]
     if file is not None:
-        lines += ["from kvgeom.quant.stored import load_recipe", "", f"recipe, placement = load_recipe({str(file)!r})"]
+        lines += [
+            "from kvgeom.quant.recorded import load_recipe",
+            "",
+            f"recipe, placement = load_recipe({str(file)!r})",
+        ]
     else:
         lines += _spelled(recipe, placement)
     lines += [
@@ -114,9 +120,31 @@ def export(recipe: Recipe, placement: Placement, file: str | Path | None = None)
         text="\n".join(lines),
         versions="5.0 or later, with kvgeom; checked with 5.23",
         cannot=(),
-        notes=("one sequence, not padded; greedy or sampled, no beams and no draft model",),
+        notes=(_SINGLE,),
         recipe=recipe,
         placement=placement,
+    )
+
+
+def export_plan(file: str | Path) -> Export:
+    """Lines of Python that run a plan.
+
+    Parameters
+    ----------
+    file : str or Path
+        Where the plan is saved.
+    """
+    return Export(
+        engine="transformers",
+        text=(
+            "import kvgeom\n\n"
+            f"plan = kvgeom.Plan.load({str(file)!r})\n"
+            "cache = plan.cache(model)  # a new one for each prompt\n"
+            "output = model.generate(**inputs, past_key_values=cache)"
+        ),
+        versions="5.0 or later, with kvgeom; checked with 5.23",
+        cannot=(),
+        notes=(_SINGLE,),
     )
 
 
@@ -124,7 +152,7 @@ def _spelled(recipe: Recipe, placement: Placement) -> list[str]:
     if recipe.offsets is not None or recipe.factors is not None:
         raise InputError(
             "lines of Python were asked for a recipe with offsets or factors, which are tensors; write them with "
-            "kvgeom.quant.stored.save_recipe and give file="
+            "kvgeom.quant.recorded.save_recipe and give file="
         )
     pairs = [tuple(scheme and str(scheme) for scheme in pair) for pair in recipe]
     return [
