@@ -77,6 +77,7 @@ def test_parity(kind: str, options: dict[str, Any]) -> None:
     reference, other = on_backend(kind), on_backend(kind, **options)
     assert other.backend == options["backend"]
     assert (other.geometry, other.fingerprint) == (reference.geometry, reference.fingerprint)
+    assert other.identity == reference.identity
     assert [other.attention(layer) for layer in range(3)] == [reference.attention(layer) for layer in range(3)]
     for (name, ours), (same, theirs) in zip(numbers(reference), numbers(other), strict=True):
         assert name == same

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvgeom.diagnosis.evaluate import EXACT, Outcomes, baseline, evaluate
-from kvgeom.diagnosis.journal import Journal
+from kvgeom.diagnosis.journal import Journal, Memory
 from kvgeom.errors import InputError
 from kvgeom.models import memory
 from kvgeom.models.cache import Together
@@ -340,6 +340,40 @@ def test_another_journal_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "poem").read_text() == "roses are red\n"
     with Journal(tmp_path / "open", {"a": 1}), pytest.raises(InputError, match="in use"):
         Journal(tmp_path / "open", {"a": 1})
+
+
+def test_a_journal_is_taken_up_again(tmp_path: Path) -> None:
+    path, about = tmp_path / "j", {"a": 1}
+    journal = Journal(path, about)
+    journal["one", 1] = [1]
+    journal.reopen()  # it never was closed
+    journal.close()
+    assert not (tmp_path / ".j.lock").exists()
+    with Journal(path, about) as other:
+        other["two", 2] = [2]
+        with pytest.raises(InputError, match="in use"):
+            journal.reopen()
+        assert journal["one", 1] == [1]  # what is known is not lost by that
+    journal.reopen()
+    assert journal["two", 2] == [2]
+    journal["three", 3] = [3]
+    with pytest.raises(InputError, match="in use"):
+        Journal(path, about)
+    journal.close()
+    whole = path.read_bytes()
+    with Journal(path, about) as again:
+        assert again.known == 3
+    path.unlink()
+    journal.reopen()
+    journal.close()
+    assert sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
+    path.write_text(json.dumps({"kvgeom_journal": 1, "a": 2}) + "\n")
+    with pytest.raises(InputError, match="about something else"):
+        journal.reopen()
+    assert not (tmp_path / ".j.lock").exists()
+    memory = Memory()
+    memory.close()
+    memory.reopen()
 
 
 # --- memory ---

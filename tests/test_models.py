@@ -53,6 +53,31 @@ def test_fingerprints_tell_models_apart() -> None:
     assert other.fingerprint != tiny_model().fingerprint
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_identity_in_all_floating_point_types(kind: str) -> None:
+    """Weights that were trained in bfloat16, some too small for float16's normal numbers, wherever they are loaded."""
+
+    def held(dtype: torch.dtype, change: float = 1.0, template: str | None = None) -> HFModel:
+        model = tiny_hf_model(kind)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter[..., ::3] *= 1e-5
+                parameter.copy_(parameter.to(torch.bfloat16))
+            next(model.parameters()).mul_(change)
+        return HFModel(model.to(dtype), tiny_tokenizer(), name="x", template=template)
+
+    first = held(torch.float32)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        other = held(dtype)
+        assert other.identity == first.identity
+        assert other.fingerprint != first.fingerprint
+    assert held(torch.float32, template="{{ messages[0].content }}").identity == first.identity
+    assert held(torch.float32, change=2.0).identity != first.identity
+    assert tiny_model(kind, seed=1).identity != tiny_model(kind, seed=0).identity
+    trained_in_float32 = [tiny_hf_model(kind).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)]
+    assert len({HFModel(model, tiny_tokenizer(), name="x").identity for model in trained_in_float32}) == 1
+
+
 def test_a_loaded_model_is_taken_as_it_is() -> None:
     hf, tokenizer = tiny_hf_model(), tiny_tokenizer()
     model = kvgeom.load(hf, tokenizer=tokenizer)

@@ -84,7 +84,7 @@ class Journal(Memory):
             kept = self._read() if self.path.exists() else 0
             self._file = open(self.path, "r+b" if self.path.exists() else "w+b")  # noqa: SIM115  # closed by close()
         except BaseException as error:
-            self._lock.release()
+            self._unlock()
             if isinstance(error, OSError):
                 raise InputError(f"journal {self.path} cannot be used: {error.strerror}; name another file") from error
             raise
@@ -103,13 +103,27 @@ class Journal(Memory):
         self._append({"key": key, "value": value})
 
     def reopen(self) -> None:
-        """Take hold of the file again, after :meth:`close`; raises as the constructor does."""
-        if self._file.closed:
+        """Take hold of the file again, after :meth:`close`; raises as the constructor does.
+
+        What another run has added meanwhile is taken in. What is known here and no longer in the file is written again.
+        """
+        if not self._file.closed:
+            return
+        known, self._entries = self._entries, {}
+        try:
             self._open()
+        finally:
+            missing = {key: value for key, value in known.items() if key not in self._entries}
+            self._entries.update(missing)
+        for key, value in missing.items():
+            self._append({"key": json.loads(key), "value": value})
 
     def close(self) -> None:
         """Let go of the file."""
         self._file.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
         self._lock.release()
         with contextlib.suppress(OSError):
             os.unlink(self._lock.lock_file)
