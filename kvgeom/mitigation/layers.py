@@ -72,16 +72,20 @@ def layer_orders(
     placement = placement if placement.one_pass else Placement()
     prompts = [base.prompts[index] for index in base.refused]
     named = {str(scheme): scheme for scheme in schemes if scheme is not None}
-    patched = patch_layers(
-        model,
-        prompts,
-        named,
-        base.refusal_tokens,
-        placement=placement,
-        progress=progress,
-        title="layers by margin lost",
-    )
-    drop = patched.margin_drop.mean(("prompt", "scheme")).values
+
+    def measure() -> list[float]:
+        patched = patch_layers(
+            model,
+            prompts,
+            named,
+            base.refusal_tokens,
+            placement=placement,
+            progress=progress,
+            title="layers by margin lost",
+        )
+        return [float(drop) for drop in patched.margin_drop.mean(("prompt", "scheme")).values]
+
+    drop = np.array(base.journal.remember(("layers by margin lost", sorted(named), str(placement)), measure))
     rng = np.random.default_rng(seed)
     return {
         "causal": _descending(drop),
