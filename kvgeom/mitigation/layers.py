@@ -70,16 +70,20 @@ def layer_orders(
     model, n_layers = base.model, base.model.geometry.layers
     placement = placement if placement.one_pass else Placement()
     prompts = [base.prompts[index] for index in base.refused]
-    patched = patch_layers(
-        model,
-        prompts,
-        {UNMITIGATED: recipe},
-        base.refusal_tokens,
-        placement=placement,
-        progress=progress,
-        title="layers by margin lost",
-    )
-    drop = patched.margin_drop.mean(("prompt", "scheme")).values
+
+    def measure() -> list[float]:
+        patched = patch_layers(
+            model,
+            prompts,
+            {UNMITIGATED: recipe},
+            base.refusal_tokens,
+            placement=placement,
+            progress=progress,
+            title="layers by margin lost",
+        )
+        return [float(drop) for drop in patched.margin_drop.mean(("prompt", "scheme")).values]
+
+    drop = np.array(base.journal.remember(("layers by margin lost", str(recipe), str(placement)), measure))
     rng = np.random.default_rng(seed)
     return {
         "causal": _descending(drop),
