@@ -172,7 +172,7 @@ def _checked(arguments: argparse.Namespace) -> dict[str, Any]:
     placements = {None: None, "cache": Placement(), "paper": Placement.paper()}
     options["placement"] = placements[arguments.placement]
     if "scheme" in arguments:
-        from kvgeom.diagnosis.curve import at_widths
+        from kvgeom.diagnosis.widths import at_widths
 
         at_widths(arguments.scheme, arguments.bits, options["placement"])
     options |= {
@@ -254,7 +254,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     options, base = _unquantized(arguments)
     from kvgeom.diagnosis.curve import bit_width_curve, curve_of, over_refusal
     from kvgeom.prompts.sets import perplexity_text
-    from kvgeom.report.terminal import curve_table, over_refusal_table
+    from kvgeom.report.terminal import curve_text, over_refusal_table
 
     how = {name: options[name] for name in ("scheme", "placement", "progress")} | {"bits": options["curve_bits"]}
     curve, outcomes = bit_width_curve(base, options["text"] or perplexity_text(), exact=judge is not None, **how)
@@ -267,8 +267,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
         said.append(over_refusal_table(over_refusal(asked, **how)))
     if judge is not None:
         base.model.release()
-        curve = curve_of(outcomes.relabel(judge), list(curve.data.perplexity_ratio.values), options["scheme"])
-    print("", curve_table(curve), f"Transition: {curve.transition}", *said, sep="\n\n")
+        curve = curve_of(outcomes.relabel(judge), list(curve.data.perplexity_ratio.values), curve.meta)
+    print("", curve_text(curve), *said, sep="\n\n")
     return 0
 
 

@@ -390,9 +390,7 @@ def evaluate(
     chosen = base.refused if refused_only else tuple(range(len(base.prompts)))
 
     def key(name: str, index: int) -> tuple[Any, ...]:
-        layers = [[str(scheme) if scheme else None for scheme in pair] for pair in recipes[name]]
-        statics = [str(found) for found in (recipes[name].offsets, recipes[name].factors) if found is not None]
-        return ("response", layers, *statics, str(placement), exact, index)
+        return ("response", *recipes[name].spelled, str(placement), exact, index)
 
     todo = {i: names for i in chosen if (names := [name for name in recipes if key(name, i) not in base.journal])}
     done = len(recipes) * len(chosen) - sum(map(len, todo.values()))
