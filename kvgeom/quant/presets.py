@@ -115,8 +115,8 @@ def scheme_rows(kv_heads: int = 8, head_dim: int = 128, tokens: int = 4096) -> l
     Returns
     -------
     list of dict
-        ``kind`` (``"format"`` or ``"preset"``), ``name``, ``bits``, ``bits_per_element`` (scales, offsets and waiting
-        tokens at 16 bits included; mean of k and v), ``note``.
+        ``kind`` (``"format"`` or ``"preset"``), ``name``, ``bits``, ``bits_per_element`` (mean of k and v; scales and offsets
+        included as the format holds them, waiting tokens at 16 bits), ``note``.
     """
     rows: list[dict[str, Any]] = []
     shape = (kv_heads, head_dim, tokens)
