@@ -130,11 +130,12 @@ class Placement:
         whole_blocks : bool
             Whether the scheme's scales span tokens.
         """
-        exactly = self.residual > 0 or self.prefill_reads == "exact"  # what comes is read before it is rounded
         settled = -1
-        for length in range(prompt, held + (not exactly)):
-            _, settled = self.due(settled, length, whole_blocks)
-            if settled > min(self.sinks, length):
+        for length in range(prompt, held + 1):
+            before, (_, settled) = settled, self.due(settled, length, whole_blocks)
+            # What comes is read before it is rounded where it waits, and in the prompt where that is read exactly.
+            exactly = self.residual > 0 or (self.prefill_reads == "exact" and length == prompt)
+            if (before if exactly else settled) > self.sinks:
                 return True
         return False
 
