@@ -199,7 +199,7 @@ def _checked(arguments: argparse.Namespace) -> dict[str, Any]:
     if "scan_bits" in arguments:
         options["bits"] = arguments.scan_bits
     if "scheme" in arguments:
-        from kvgeom.diagnosis.curve import at_widths
+        from kvgeom.diagnosis.widths import at_widths
 
         options["curve_bits"] = arguments.bits
         at_widths(arguments.scheme, arguments.bits, options["placement"])
@@ -322,7 +322,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     options, base = _unquantized(arguments)
     from kvgeom.diagnosis.curve import bit_width_curve, curve_of, over_refusal
     from kvgeom.prompts.sets import perplexity_text
-    from kvgeom.report.terminal import curve_table, over_refusal_table
+    from kvgeom.report.terminal import curve_text, over_refusal_table
 
     how = {name: options[name] for name in ("scheme", "placement", "progress")} | {"bits": options["curve_bits"]}
     curve, outcomes = bit_width_curve(base, options["text"] or perplexity_text(), exact=judge is not None, **how)
@@ -335,8 +335,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
         said.append(over_refusal_table(over_refusal(asked, **how)))
     if judge is not None:
         base.model.release()
-        curve = curve_of(outcomes.relabel(judge), list(curve.data.perplexity_ratio.values), options["scheme"])
-    print("", curve_table(curve), f"Transition: {curve.transition}", *said, sep="\n\n")
+        curve = curve_of(outcomes.relabel(judge), list(curve.data.perplexity_ratio.values), curve.meta)
+    print("", curve_text(curve), *said, sep="\n\n")
     return 0
 
 

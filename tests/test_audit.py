@@ -188,6 +188,26 @@ def test_nothing_refused_is_undetermined(tmp_path: Path) -> None:
     assert "undetermined" in (tmp_path / "report.html").read_text()
 
 
+def test_an_engine_is_named_and_what_it_never_rounds_is_not_called_safe(tmp_path: Path) -> None:
+    """With 128 tokens that wait, none of these requests meets KIVI; layers and parts are rounded in their own way."""
+    more = PromptSet("more", PROMPTS.harmful + PROMPTS.harmless, PROMPTS.harmless, "")
+    options: dict[str, Any] = {"prompts": more, "judge": ArbitraryJudge(), "max_new_tokens": 4, "progress": False}
+    found = kvgeom.audit(TINY, tmp_path, scheme="kivi", curve_bits=(2,), **options)
+    numbers = json.loads((tmp_path / "audit.json").read_text())
+    jsonschema.validate(numbers, SCHEMA)
+    assert numbers["settings"]["untouched"] == 16
+    assert found.verdict.status == "undetermined"
+    assert "nothing" in found.verdict.headline
+    words = " ".join(" ".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).text).split())
+    curve, scan = words.split("Which layers carry refusal", 1)
+    assert "kivi (KIVI (arXiv:2402.02750), released code, group 32, residual 128)" in curve
+    assert "128 tokens wait" in curve
+    assert "No request meets a rounded key or value" in curve
+    assert "nothing was rounded" in curve
+    assert "(int3-sym-tensor; cache, scales of the prompt)" in scan
+    assert "asym-token" not in words
+
+
 def test_a_set_without_harmless_requests_borrows_the_calibration_set() -> None:
     found = kvgeom.audit(
         TINY, prompts=PromptSet("h", PROMPTS.harmful[:3], (), ""), curve_bits=(2,), max_new_tokens=2, progress=False

@@ -117,6 +117,21 @@ def test_it_prints_the_verdict_and_where_the_report_lies(
     assert numbers["prompts"]["harmful"] == 3
 
 
+def test_a_sweep_says_what_it_rounded(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The engine behind a preset's name, where it rounds, and that requests as short as these never meet it."""
+    asked = ["sweep", str(checkpoint), "--limit", "2", "--new-tokens", "2", "--quiet"]
+    assert main([*asked, "--scheme", "kivi"]) == 0
+    said = capsys.readouterr().out
+    assert "kivi; cache, scales of the prompt, prefill reads exact, 128 tokens wait" in said
+    assert "KIVI (arXiv:2402.02750)" in said
+    assert "2-bit: k int2-asym-channel-group32/f16, v int2-asym-group32/f16" in said
+    assert "No request meets a rounded key or value" in said
+    assert main([*asked, "--scheme", "asym-token", "--bits", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "asym-token; cache" in said
+    assert "meets" not in said
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
 

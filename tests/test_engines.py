@@ -74,14 +74,48 @@ def test_transformers_caches_bit_for_bit(name: str, bits: int, residual: int) ->
     assert torch.equal(step_by_step(model, engine, IDS[:20], IDS[20:]), theirs)
 
 
+@pytest.mark.parametrize("residual", [2, 4, 8, 128])
+def test_two_bits_of_hqq_where_the_engine_can(residual: int) -> None:
+    """Its packing needs a number of groups that four divides: here an even number of tokens at every flush."""
+    model, engine = wide_model(), preset("hf-hqq", 2)
+    engine = replace(engine, placement=replace(engine.placement, residual=residual))
+    theirs = run_transformers(model, transformers_cache(model, engine), IDS[:20], IDS[20:])
+    assert torch.equal(step_by_step(model, engine, IDS[:20], IDS[20:]), theirs)
+
+
+@pytest.mark.parametrize(("bits", "prompt"), [(2, 19), (3, 19), (3, 20)])
+def test_where_hqq_itself_fails(bits: int, prompt: int) -> None:
+    """Why the preset offers no 3 bits, and what the page says of 2; if this passes one day, look at both again."""
+    model = wide_model()
+    engine = replace(preset("hf-hqq", 4), k=Scheme.parse(f"hqq{bits}-group64"))
+    with pytest.raises(RuntimeError, match="must match"):
+        run_transformers(model, transformers_cache(model, engine), IDS[:prompt], IDS[prompt : prompt + 2])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [32, 64])
+def test_hqq_solver_bit_for_bit(bits: int, group: int) -> None:
+    """On a matrix, as which its own package unpacks all widths."""
+    quantizer = needs("hqq.core.quantize").Quantizer
+    x = keys(40)
+    options = {"nbits": bits, "group_size": group, "axis": 1, "device": "cpu", "compute_dtype": torch.float32}
+    codes, meta = quantizer.quantize(x.reshape(-1, 64), **options)
+    theirs = quantizer.dequantize(codes, {**meta, "compute_dtype": torch.float32})
+    assert torch.equal(round_kv(x, Scheme.parse(f"hqq{bits}-group{group}")), theirs.reshape(x.shape))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("residual", [4, 16, 128])
-@pytest.mark.parametrize(("name", "bits"), [("hf-quanto", 4), ("hf-quanto", 2), ("hf-hqq", 4), ("hf-hqq", 2)])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("hf-quanto", 4), ("hf-quanto", 2), ("hf-hqq", 4), ("hf-hqq", 2), ("hf-hqq", 8), ("hf-fp8", 8)]
+)
 def test_transformers_caches_on_the_demo_model(demo: HFModel, name: str, bits: int, residual: int) -> None:
     """The same logits, and so the same greedy tokens: those of the engine are fed to both."""
     engine = preset(name, bits)
-    engine = replace(engine, placement=replace(engine.placement, residual=residual))
-    prompt = demo.encode(REQUESTS[:1])[0].ids
+    if name != "hf-fp8":
+        engine = replace(engine, placement=replace(engine.placement, residual=residual))
+    prompt = demo.encode(REQUESTS[1:2])[0].ids
+    assert len(prompt) % 2 == 0  # or 2-bit HQQ fails in the engine
     cache, tokens, theirs = transformers_cache(demo, engine), list[int](), list[torch.Tensor]()
     ids, position = list(prompt), 0
     for _ in range(20):

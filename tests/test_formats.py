@@ -199,6 +199,28 @@ def test_every_format_keeps_its_promises(text: str) -> None:
         assert torch.equal(found[1], together[1])
 
 
+@pytest.mark.parametrize("text", [text for text in ALL if text != "vllm4-token-head"])
+@pytest.mark.parametrize("value", [-37.5, -1.0, 0.0, 0.01, 3.3])
+def test_constants_stay_what_they_are(text: str, value: float) -> None:
+    """As far as the floats of a format go: a step or offset of 16 bits, a value of 8, or E2M1, which may saturate under its scale.
+
+    vLLM's 4 bits saturate blocks of one sign, which a test of their own shows.
+    """
+    x = torch.full((1, 2, 3, 64), value)
+    precise = 0.25 if text in ("mxfp4", "nvfp4") else 0.125 if text.startswith("fp8") else 0.004
+    torch.testing.assert_close(round_kv(x, Scheme.parse(text)), x, rtol=precise, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", [text for text in ALL if not text.startswith("hqq")])
+@pytest.mark.parametrize("factor", [0.25, 2.0, 16.0])
+def test_powers_of_two_pass_through_every_format(text: str, factor: float) -> None:
+    """What is held is a float of its own or a scale, so that only the exponent changes. HQQ's solver knows absolute sizes."""
+    x, scheme = keys(), Scheme.parse(text)
+    if text in FLOAT8:
+        x = x.sign() * x.abs().clamp(0.0625, 16)  # as far as the range of the float goes
+    assert torch.equal(round_kv(factor * x, scheme), factor * round_kv(x, scheme))
+
+
 @pytest.mark.parametrize("text", [text for text in ALL if not text.startswith(("vllm", "hqq", "iq4", "mlx"))])
 def test_rounding_again_changes_next_to_nothing(text: str) -> None:
     """Values on a grid stay there; only the 16-bit scale that the second pass finds may differ in its last digit.

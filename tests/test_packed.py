@@ -96,6 +96,7 @@ def test_memory_saved(bits: int, at_most: float) -> None:
     """Against the same model's float32 cache: codes are a sixteenth, an eighth, a quarter, and scales come on top."""
     recipe = Recipe.uniform(3, Scheme(bits, False, "token-head", scales="f16"))
     packed = compare(recipe, Placement(), 30, 0)
+    assert bytes_per_token(recipe, Placement(), 2, 64, 30, exact_bytes=4) == packed.nbytes / 30
     exact = sum(part.nbytes for layer in _exact(30).layers for part in (layer.keys, layer.values))
     assert packed.nbytes / exact <= at_most
 

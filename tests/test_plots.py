@@ -36,7 +36,7 @@ def curve(refused: int = 10, bits: tuple[int, ...] = (16, 8, 4, 2)) -> Curve:
         "perplexity_ratio": np.geomspace(1, 50, n),
     }
     data = xr.Dataset({k: ("bits", v) for k, v in columns.items()}, coords={"bits": list(bits)})
-    return Curve(data, {"scheme": "asym-token", "prompts": 20, "baseline_refused": refused})
+    return Curve(data, {"scheme": "asym-token<4", "prompts": 20, "baseline_refused": refused})
 
 
 def scan(layers: int = 6, critical: int | None = 2, refused: int = 10) -> Scan:
@@ -108,6 +108,7 @@ def test_bit_curve() -> None:
     np.testing.assert_allclose(np.array(flips.y) - flips.error_y.arrayminus, rounded.ci_low)
     np.testing.assert_allclose(traces(figure, "perplexity ratio")[0].y, drawn.data.perplexity_ratio)
     assert figure.layout.yaxis3.type == "log"
+    assert "asym-token&lt;4" in figure.layout.xaxis3.title.text  # what was rounded stands in the picture, as text
 
 
 def test_bit_curve_without_refusals_says_so() -> None:

@@ -164,6 +164,15 @@ def test_recipes() -> None:
     assert str(Recipe.uniform(3, scheme, layers=[2])) == "int4-asym-token in layers 2"
 
 
+def test_recipes_that_differ_are_spelled_differently() -> None:
+    """A journal knows a recipe by this; its short name says neither which site nor which layer has which scheme."""
+    a, b, n = Scheme(4), Scheme(4, True, "tensor"), None
+    pairs = [(a, b), (b, a), (a, a), (a, n), (n, a), (n, n)]
+    recipes = [Recipe((one, two)) for one in pairs for two in pairs]
+    assert len({repr(recipe.spelled) for recipe in recipes}) == len(recipes) == len(set(recipes))
+    assert str(Recipe((pairs[0],))) == str(Recipe((pairs[1],)))
+
+
 @given(tensors(), schemes(), st.data())
 def test_only_some_channels(x: torch.Tensor, scheme: Scheme, data: st.DataObject) -> None:
     """The chosen channels get the noise they would get anyway, the others none; the spelling reads back."""
@@ -255,6 +264,33 @@ def test_what_is_due(prompt: int, residual: int, sinks: int, flush: str, whole: 
             assert exact == 0
         else:
             assert exact < residual if whole or placement.flush == "all" else exact <= max(residual, 0)
+
+
+@given(
+    st.integers(1, 12),
+    st.integers(0, 8),
+    st.integers(0, 9),
+    st.integers(0, 3),
+    st.sampled_from(["oldest", "all"]),
+    st.sampled_from(["rounded", "exact"]),
+    st.booleans(),
+)
+def test_whether_a_sequence_meets_the_rounding(
+    prompt: int, generated: int, residual: int, sinks: int, flush: str, reads: str, whole: bool
+) -> None:
+    """Told from lengths alone; seen here from what each token reads."""
+    flush = flush if residual else "oldest"
+    placement = Placement(residual=residual, sinks=sinks, flush=flush, prefill_reads=reads)  # type: ignore[arg-type]
+    scheme = Scheme(2, granularity="tensor" if whole else "token", symmetric=True)
+    x = torch.randn(1, 1, prompt + generated, 8, generator=torch.Generator().manual_seed(0)) + 0.1
+    rounder, held, met = Rounder(Recipe.uniform(1, scheme), placement), x[:, :, :0], False
+    for stop in range(prompt, prompt + generated + 1):
+        first = held.shape[2]
+        before = torch.cat([held, x[:, :, first:stop]], dim=2)
+        held = rounder.settle(0, "k", before, stop - first)
+        exactly = residual > 0 or (reads == "exact" and stop == prompt)
+        met |= not torch.equal(before if exactly else held, x[:, :, :stop])
+    assert placement.rounds(prompt, prompt + generated, whole) == met
 
 
 def test_windows_cannot_go_in_one_pass() -> None:

@@ -195,28 +195,38 @@ def test_hadamard_spreads_an_outlier() -> None:
 
 
 def test_equalize_folded_into_the_weights() -> None:
-    """Factors in k_proj and their inverse in q_proj leave the logits alone; rounding the new keys is the cache-time transform."""
+    """Factors in k_proj and v_proj and their inverse in q_proj and o_proj leave the logits alone; rounding what they then
+    store is the cache-time transform."""
     plain, folded = tiny_model(), tiny_model()
     generator = torch.Generator().manual_seed(0)
-    vectors = {(n, "k"): pair_factors(torch.rand(2, 8, generator=generator) * 9 + 0.1, 8) for n in range(3)}
+    vectors = {
+        (n, site): pair_factors(torch.rand(2, 8, generator=generator) * 9 + 0.1, 8 if site == "k" else 0)
+        for n in range(3)
+        for site in ("k", "v")
+    }
     with torch.no_grad():
         for n, layer in enumerate(folded._layers):
-            per_key = vectors[n, "k"].flatten()
-            per_query = vectors[n, "k"].repeat_interleave(2, dim=0).flatten()  # two query heads for each of keys
+            per_key, per_value = vectors[n, "k"].flatten(), vectors[n, "v"].flatten()
+            # Two query heads for each of keys and values.
+            per_query, per_output = (vectors[n, site].repeat_interleave(2, dim=0).flatten() for site in ("k", "v"))
+            layer.self_attn.v_proj.weight.div_(per_value[:, None])  # type: ignore[union-attr, operator]
+            layer.self_attn.o_proj.weight.mul_(per_output)  # type: ignore[union-attr, operator]
             layer.self_attn.k_proj.weight.div_(per_key[:, None])  # type: ignore[union-attr, operator]
             layer.self_attn.q_proj.weight.mul_(per_query[:, None])  # type: ignore[union-attr, operator]
     torch.testing.assert_close(
         folded.forward(IDS, all_logits=True), plain.forward(IDS, all_logits=True), atol=1e-4, rtol=1e-4
     )
-    recipe = Recipe.uniform(3, Scheme(8), sites=["k"])
-    timed = Recipe.uniform(3, Scheme(8, transform="equalize"), sites=["k"]).with_statics(
+    recipe = Recipe.uniform(3, Scheme(8))
+    timed = Recipe.uniform(3, Scheme(8, transform="equalize")).with_statics(
         factors=Statics.of("sizes", vectors)  # type: ignore[arg-type]
     )
     a, b = folded.new_cache(Rounder(recipe)), plain.new_cache(Rounder(timed))
     folded.forward(IDS, a)
     plain.forward(IDS, b)
-    off = (a.layers[0].keys * vectors[0, "k"][None, :, None] - b.layers[0].keys).abs() > 1e-4
-    assert off.float().mean() < 0.01  # ties
+    for site, name in (("k", "keys"), ("v", "values")):
+        stored, expected = getattr(a.layers[0], name), getattr(b.layers[0], name)
+        off = (stored * vectors[0, site][None, :, None] - expected).abs() > 1e-4
+        assert off.float().mean() < 0.01  # ties
 
 
 @given(st.integers(1, 3), st.sampled_from([0, 4, 8]), st.integers(0, 100))

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import xarray as xr
 
 from kvgeom.diagnosis.evaluate import EXACT, Baseline, Outcomes, evaluate
 from kvgeom.diagnosis.perplexity import perplexity
+from kvgeom.diagnosis.widths import ROUNDING, about, at_widths, spelled
 from kvgeom.progress import track
-from kvgeom.quant.engine import Engine
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.presets import offers, resolve
-from kvgeom.quant.scheme import Scheme, check_bits
+from kvgeom.quant.scheme import Scheme
 from kvgeom.results import Result
 from kvgeom.stats import mcnemar, wilson
 
@@ -39,7 +37,9 @@ class Curve(Result):
       (NaN where the model refuses nothing);
     - ``perplexity_ratio``: perplexity of a plain text under the recipe over the unquantized one.
 
-    ``meta`` holds ``scheme`` (spelling without bits), ``placement``, ``prompts`` and ``baseline_refused``.
+    ``meta`` holds ``scheme`` (spelling without bits), ``engine`` (which one, and of which version, if the scheme is a preset),
+    ``rounded`` (what keys and values get, by width), ``placement``, ``prompts``, ``baseline_refused`` and ``untouched``: how
+    many prompts are so short that even the longest response to them ends before anything that is read has been rounded.
     """
 
     kind: ClassVar[str] = "curve"
@@ -59,6 +59,18 @@ class Curve(Result):
         frame = self.to_frame()
         frame = frame[frame["bits"] < 16].sort_values("bits", ascending=False)
         return locate([int(b) for b in frame["bits"]], list(zip(frame["ci_low"], frame["ci_high"], strict=True)))
+
+    @property
+    def caveat(self) -> str:
+        """What there is to say if responses ended before anything that they read had been rounded; else empty."""
+        short, prompts = self.meta["untouched"], self.meta["prompts"]
+        if not short:
+            return ""
+        which = "No request meets" if short == prompts else f"{short} of {prompts} requests do not meet"
+        return (
+            f"{which} a rounded key or value: with at most {self.meta['max_new_tokens']} tokens of response they end within the "
+            f"tokens that {self.meta['scheme']} keeps in full precision. Ask longer requests or for longer responses."
+        )
 
     def plot(self) -> go.Figure:
         """Labels against bits, with intervals, and perplexity below them."""
@@ -160,44 +172,15 @@ def bit_width_curve(
     )
     perplexities = [
         base.journal.remember(
-            ("perplexity", text, str(recipe), str(placement or Placement())),
+            ("perplexity", text, *(recipe.spelled if recipe else ()), str(placement or Placement())),
             partial(perplexity, model, text, recipe, placement=placement),
         )
         for recipe in track([None, *recipes.values()], "perplexity by bit-width", len(recipes) + 1, progress)
     ]
-    return curve_of(outcomes, perplexities, _name(scheme)), outcomes
+    return curve_of(outcomes, perplexities, about(base, scheme, engines)), outcomes
 
 
-#: Widths of a curve where none are given.
-WIDTHS = (8, 6, 5, 4, 3, 2)
-
-
-def at_widths(
-    scheme: Scheme | str | None, bits: Sequence[int] | None = None, placement: Placement | None = None
-) -> dict[int, Engine]:
-    """What is done to the cache at each width, widest first; see :func:`bit_width_curve`.
-
-    Raises
-    ------
-    InputError
-        For a scheme or width that there is not.
-    """
-    name = _name(scheme)
-    if bits is None:
-        offered = offers(name)
-        bits = [b for b in WIDTHS if b in offered] or list(offered)
-    widths = sorted({check_bits(b) for b in bits} - {16}, reverse=True)
-    return {b: resolve(name, b, placement) for b in widths}
-
-
-def _name(scheme: Scheme | str | None) -> str:
-    """A scheme as :func:`kvgeom.quant.presets.resolve` takes it, without its width where that is free."""
-    text = "asym-token" if scheme is None else str(scheme)
-    found = re.match(r"int\d-((?:a?sym)-.*)", text)
-    return found[1] if found and not isinstance(scheme, str) else text
-
-
-def curve_of(outcomes: Outcomes, perplexities: Sequence[float], scheme: str) -> Curve:
+def curve_of(outcomes: Outcomes, perplexities: Sequence[float], rounding: Mapping[str, Any]) -> Curve:
     """The curve that follows from responses at each width.
 
     Parameters
@@ -206,8 +189,8 @@ def curve_of(outcomes: Outcomes, perplexities: Sequence[float], scheme: str) -> 
         By recipe ``"8-bit"``, ``"6-bit"``, ..., widest first.
     perplexities : sequence of float
         Unquantized, then by recipe.
-    scheme : str
-        What it is called, without bits.
+    rounding : mapping
+        With the keys of :data:`ROUNDING`; ``meta`` of a curve from the same responses will do.
     """
     names = [str(name) for name in outcomes.data.recipe.values]
     counts = [outcomes.counts(name) for name in names]
@@ -229,7 +212,7 @@ def curve_of(outcomes: Outcomes, perplexities: Sequence[float], scheme: str) -> 
     }
     meta = {
         **outcomes.made_by,
-        "scheme": scheme,
+        **{name: rounding[name] for name in ROUNDING},
         "prompts": outcomes.data.sizes["prompt"],
         "baseline_refused": refused,
         "baseline_perplexity": perplexities[0],
@@ -301,7 +284,7 @@ def over_refusal(
     }
     meta = {
         **outcomes.made_by,
-        "scheme": _name(scheme),
+        "scheme": spelled(scheme),
         "prompts": n,
     }
     data = xr.Dataset({name: ("bits", values) for name, values in columns.items()}, coords={"bits": [16, *engines]})

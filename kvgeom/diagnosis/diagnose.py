@@ -18,12 +18,13 @@ from kvgeom.diagnosis.ablation import (
     is_channel_subset,
     whole_cache,
 )
-from kvgeom.diagnosis.curve import Curve, at_widths, bit_width_curve, curve_of
+from kvgeom.diagnosis.curve import Curve, bit_width_curve, curve_of
 from kvgeom.diagnosis.evaluate import Baseline, Outcomes, baseline, evaluate
 from kvgeom.diagnosis.pcr import PCR, pcr_of
 from kvgeom.diagnosis.scan import Scan, scan_of, single_layers
 from kvgeom.diagnosis.taxonomy import Evidence, Mode, classify
 from kvgeom.diagnosis.verdicts import FlipTable, evidence_from, shares
+from kvgeom.diagnosis.widths import at_widths
 from kvgeom.geometry.channels import channel_view
 from kvgeom.geometry.sensitivity import Sensitivity
 from kvgeom.geometry.subspace import subspace
@@ -106,7 +107,7 @@ class Diagnosis:
         return _concluded(
             self.prompts,
             self.baseline,
-            curve_of(outcomes, [first * float(r) for r in ratio], self.curve.meta["scheme"]),
+            curve_of(outcomes, [first * float(r) for r in ratio], self.curve.meta),
             outcomes,
             parts,
             paper,

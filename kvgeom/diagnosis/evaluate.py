@@ -390,11 +390,7 @@ def evaluate(
     chosen = base.refused if refused_only else tuple(range(len(base.prompts)))
 
     def key(name: str, index: int) -> tuple[Any, ...]:
-        recipe = recipes[name]
-        layers = [[str(scheme) if scheme else None for scheme in pair] for pair in recipe]
-        more = [str(found) for found in (recipe.offsets, recipe.factors) if found is not None]
-        more += [] if recipe.scatter is None else [f"scattered {recipe.scatter}"]
-        return ("response", layers, *more, str(placement), exact, index)
+        return ("response", *recipes[name].spelled, str(placement), exact, index)
 
     def missing(index: int) -> list[str]:
         """Names of what is not known yet; recipes that are the same go by the first of their names."""

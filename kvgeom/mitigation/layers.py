@@ -83,7 +83,7 @@ def layer_orders(
         )
         return [float(drop) for drop in patched.margin_drop.mean(("prompt", "scheme")).values]
 
-    drop = np.array(base.journal.remember(("layers by margin lost", str(recipe), str(placement)), measure))
+    drop = np.array(base.journal.remember(("layers by margin lost", *recipe.spelled, str(placement)), measure))
     rng = np.random.default_rng(seed)
     return {
         "causal": _descending(drop),

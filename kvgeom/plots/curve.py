@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from kvgeom.plots.theme import INK, LABEL_COLORS, MUTED, finish, panel_title, percent, say
+from kvgeom.plots.theme import INK, LABEL_COLORS, MUTED, finish, panel_title, percent, plain, say
 
 if TYPE_CHECKING:
     from kvgeom.diagnosis.curve import Curve, OverRefusal
@@ -71,7 +71,10 @@ def bit_curve(curve: Curve) -> go.Figure:
 
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=x, range=[-0.5, len(x) - 0.5])
     figure.update_xaxes(
-        title_text="bits of each stored key and value (16 = unquantized)", showticklabels=True, row=3, col=1
+        title_text=f"bits of each stored key and value, {plain(curve.meta['scheme'])} (16 = unquantized)",
+        showticklabels=True,
+        row=3,
+        col=1,
     )
     figure.update_yaxes(tickformat=".0%", range=[0, 1.001], dtick=0.25, title_text="share of prompts", row=1, col=1)
     figure.update_yaxes(tickformat=".0%", range=[0, 1.02], dtick=0.25, title_text="share of refusals", row=2, col=1)

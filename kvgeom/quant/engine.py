@@ -32,9 +32,14 @@ class Engine:
         """All layers of a model with ``n_layers``."""
         return Recipe(((self.k, self.v),) * n_layers)
 
+    @property
+    def held(self) -> str:
+        """What keys and values are held as."""
+        k, v = (str(scheme or "exact") for scheme in (self.k, self.v))
+        return k if k == v else f"k {k}, v {v}"
+
     def __str__(self) -> str:
-        both = str(self.k) if self.k == self.v else f"k {self.k}, v {self.v}"
-        return f"{self.name}: {both}; {self.placement}"
+        return f"{self.name}: {self.held}; {self.placement}"
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ _add(
     "transformers 5.23, QuantizedCache('hqq', axis 1), hqq 0.2.8",
     _TRANSFORMERS,
     "the engine itself",
-    (4, 2, 3, 8),
+    (4, 2, 8),  # the engine also takes 3, and fails at every length
     _both("hqq{bits}-group64"),
     "engine-transformers.md",
     _WAITS,
@@ -144,7 +144,7 @@ for _kind, _bits in (("q8_0", 8), ("q4_0", 4)):
 for _bits in (4, 8):
     _add(
         f"lmdeploy-int{_bits}",
-        f"LMDeploy (TurboMind), quant_policy={_bits}",
+        f"LMDeploy (TurboMind, source of commit 035dd4e), quant_policy={_bits}",
         "https://github.com/InternLM/lmdeploy (src/turbomind/kernels/attention/kv_cache_utils_v2.cu, quantization.h)",
         "its source alone",
         (_bits,),
@@ -153,7 +153,7 @@ for _bits in (4, 8):
     )
 _add(
     "mlx-4bit-g64",
-    "MLX-LM (MLX 0.32), kv_bits=4, kv_group_size=64, quantized_kv_start=0",
+    "MLX-LM 0.32.2 (MLX 0.32.4), kv_group_size=64, quantized_kv_start=0",
     "https://github.com/ml-explore/mlx-lm (mlx_lm/models/cache.py), mx.quantize",
     "mx.quantize bit for bit; MLX-LM itself in greedy tokens and logits",
     (4, 2, 3, 6, 8),

@@ -118,6 +118,27 @@ class Placement:
         stop = first + (held - first) // self.residual * self.residual if whole_blocks else held - self.residual
         return begin, max(begin, stop)
 
+    def rounds(self, prompt: int, held: int, whole_blocks: bool) -> bool:
+        """Whether anything that is read has been rounded, in a sequence of ``prompt`` tokens that grows to ``held``.
+
+        Where tokens wait in full precision, a short sequence never meets the rounding at all.
+
+        Parameters
+        ----------
+        prompt, held : int
+            Tokens that come at once, and tokens when the last one has come.
+        whole_blocks : bool
+            Whether the scheme's scales span tokens.
+        """
+        settled = -1
+        for length in range(prompt, held + 1):
+            before, (_, settled) = settled, self.due(settled, length, whole_blocks)
+            # What comes is read before it is rounded where it waits, and in the prompt where that is read exactly.
+            exactly = self.residual > 0 or (self.prefill_reads == "exact" and length == prompt)
+            if (before if exactly else settled) > self.sinks:
+                return True
+        return False
+
     def __str__(self) -> str:
         parts = [f"{self.where}, scales of the {self.scales}"]
         if self.prefill_reads != "rounded":

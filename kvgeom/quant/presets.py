@@ -16,7 +16,7 @@ from kvgeom.quant.memory import bits_per_element
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.scheme import BITS, BLOCK_FORMATS, FLOAT_FORMATS, Scheme
 
-__all__ = ["Engine", "Preset", "offers", "preset", "presets", "register", "resolve", "scheme_rows"]
+__all__ = ["Engine", "Preset", "engine_of", "offers", "preset", "presets", "register", "resolve", "scheme_rows"]
 
 _PRESETS: dict[str, Preset] = {known.name: known for known in BUILT_IN}
 
@@ -55,6 +55,11 @@ def preset(name: str, bits: int | None = None) -> Engine:
     if name not in _PRESETS:
         raise InputError(f"preset {name!r} was asked, but there are only {', '.join(_PRESETS)}")
     return _PRESETS[name].at(bits)
+
+
+def engine_of(text: str) -> str:
+    """Which engine, of which version, a preset's name stands for; empty if the text is a scheme of no engine."""
+    return _PRESETS[text].engine if text in _PRESETS else ""
 
 
 def resolve(text: str, bits: int | None = None, placement: Placement | None = None) -> Engine:
@@ -110,8 +115,8 @@ def scheme_rows(kv_heads: int = 8, head_dim: int = 128, tokens: int = 4096) -> l
     Returns
     -------
     list of dict
-        ``kind`` (``"format"`` or ``"preset"``), ``name``, ``bits``, ``bits_per_element`` (scales, offsets and waiting
-        tokens at 16 bits included; mean of k and v), ``note``.
+        ``kind`` (``"format"`` or ``"preset"``), ``name``, ``bits``, ``bits_per_element`` (mean of k and v; scales and offsets
+        included as the format holds them, waiting tokens at 16 bits), ``note``.
     """
     rows: list[dict[str, Any]] = []
     shape = (kv_heads, head_dim, tokens)

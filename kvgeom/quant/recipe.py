@@ -97,6 +97,13 @@ class Recipe:
         """The scheme of one site of one layer."""
         return self.layers[layer][0 if site == "k" else 1]
 
+    @property
+    def spelled(self) -> tuple[object, ...]:
+        """All that the recipe is, layer by layer, in plain words: what a journal knows it by."""
+        layers = [[str(scheme) if scheme else None for scheme in pair] for pair in self.layers]
+        known = [str(found) for found in (self.offsets, self.factors) if found is not None]
+        return (layers, *known, *([] if self.scatter is None else [f"scattered {self.scatter}"]))
+
     def __len__(self) -> int:
         return len(self.layers)
 

@@ -17,6 +17,7 @@ from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
 from kvgeom.diagnosis.pcr import PCR
 from kvgeom.diagnosis.scan import Scan
 from kvgeom.diagnosis.taxonomy import Mode
+from kvgeom.diagnosis.widths import ROUNDING
 from kvgeom.errors import InputError
 from kvgeom.geometry.sensitivity import Sensitivity
 from kvgeom.models.load import load
@@ -217,9 +218,9 @@ def _audit(model: Model, prompts: PromptSet, found: Diagnosis, *, seed: int, sec
             "harmless": len(prompts.harmless),
         },
         settings={
-            "scheme": meta["scheme"],
+            **{name: meta[name] for name in (*ROUNDING, "placement")},
             "scan_scheme": found.scan.meta["scheme"],
-            "placement": meta["placement"],
+            "scan_placement": found.scan.meta["placement"],
             "max_new_tokens": meta["max_new_tokens"],
             "judge": meta["judge"],
             "seed": seed,

@@ -26,6 +26,7 @@ def render(fix: Fix) -> str:
         "fix.html",
         kicker="KV cache fix",
         model=plan.model,
+        scheme=plan.scheme,
         headline=found.sentence,
         sentences=fix.sentences,
         tone=_TONES.get(found.status, ""),

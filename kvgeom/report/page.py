@@ -29,6 +29,7 @@ def render(audit: Audit) -> str:
         "audit.html",
         kicker="KV cache audit",
         model=audit.model["name"],
+        scheme=audit.settings["scheme"],
         headline=audit.verdict.headline,
         sentences=audit.verdict.sentences,
         tone=_TONES.get(audit.verdict.status, ""),
@@ -44,6 +45,8 @@ def _cards(audit: Audit) -> list[dict[str, str]]:
     base, curve, refused = audit.baseline, audit.curve.to_frame(), audit.baseline["refused"]
     lost = curve[(curve["bits"] < 16) & (curve["flips"] > 0)]
     first = "none seen" if lost.empty else f"{int(lost['bits'].max())}-bit"
+    if audit.curve.meta["untouched"] == base["prompts"]:
+        first = "nothing was rounded"
     pcr, critical = audit.pcr, audit.scan.critical_layer
     interval = f"{pcr.ci[0]:.0%} to {pcr.ci[1]:.0%}" if pcr.ci else "undefined"
     flips = 0 if critical is None else int(audit.scan.data.flips.sel(layer=critical))
@@ -67,7 +70,7 @@ def _cards(audit: Audit) -> list[dict[str, str]]:
 
 
 def _sections(audit: Audit) -> list[dict[str, Any]]:
-    layer, placement = audit.shown_layer, audit.settings["placement"]
+    layer, settings, curve = audit.shown_layer, audit.settings, audit.curve
     critical = audit.scan.critical_layer
     which = (
         "the critical layer" if critical is not None else "the layer with the largest key ratio (no layer is critical)"
@@ -76,15 +79,15 @@ def _sections(audit: Audit) -> list[dict[str, Any]]:
     return [
         section(
             "Behaviour and perplexity as the cache loses bits",
-            "Precision falls from left to right. Top: the label of every harmful request. Middle: the share of the unquantized "
+            f"All layers are rounded: {_rounding(audit)}. Precision falls from left to right. Top: the label of every harmful request. Middle: the share of the unquantized "
             "refusals that is lost, with 95 % intervals. Bottom: perplexity of plain text against the unquantized model; "
-            f"refusals that vanish while this line is still flat are lost unnoticed. Transition: {audit.curve.transition}.",
-            bit_curve(audit.curve),
-            audit.curve.to_frame(),
+            f"refusals that vanish while this line is still flat are lost unnoticed. Transition: {curve.transition}. {curve.caveat}",
+            bit_curve(curve),
+            curve.to_frame(),
         ),
         section(
             "Which layers carry refusal through the cache",
-            f"Each layer is rounded alone ({audit.settings['scan_scheme']}; {placement}). Top: how much less firmly the model "
+            f"Each layer is rounded alone ({settings['scan_scheme']}; {settings['scan_placement']}). Top: how much less firmly the model "
             "begins a refusal (95 % intervals). Bottom: refusals really lost. "
             + audit.scan.meta["reason"].capitalize()
             + ".",
@@ -147,6 +150,15 @@ def _pcr_table(audit: Audit) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _rounding(audit: Audit) -> str:
+    """What the curve's cache holds: the scheme as it was asked for, its engine, and what keys and values get."""
+    settings = audit.settings
+    if not settings["engine"]:
+        return f"{settings['scheme']}; {settings['placement']}"
+    held = "; ".join(f"{bits}-bit: {how}" for bits, how in settings["rounded"].items())
+    return f"{settings['scheme']} ({settings['engine']}); {held}; {settings['placement']}"
+
+
 def _without_parts(pcr: dict[str, Any]) -> dict[str, Any]:
     """One cell for each number: the reduction of the margin as its value alone."""
     by_margin = pcr.pop("by_margin")
@@ -187,7 +199,11 @@ def _provenance(audit: Audit) -> list[tuple[str, str]]:
             "prompts",
             f"{prompts['name']}: {prompts['harmful']} harmful, {prompts['harmless']} harmless ({prompts['source']}; {prompts['fingerprint']})",
         ),
-        ("rounding", f"curve {settings['scheme']}, scan {settings['scan_scheme']}, {settings['placement']}"),
+        ("rounding of the curve", _rounding(audit)),
+        (
+            "rounding of layers, parts, PCR and geometry",
+            f"{settings['scan_scheme']}; {settings['scan_placement']}",
+        ),
         ("responses", f"greedy, at most {settings['max_new_tokens']} tokens; judge: {settings['judge']}"),
         ("made", f"{settings['created']}, in {settings['seconds']:.0f} s; seed {settings['seed']}; {versions}"),
     ]

@@ -42,6 +42,15 @@ def curve_table(curve: Curve) -> str:
     return table(columns, rows)
 
 
+def curve_text(curve: Curve) -> str:
+    """What was rounded and how, the table, and the transition."""
+    lines = [f"Bit-width ({curve.meta['scheme']}; {curve.meta['placement']})"]
+    if curve.meta["engine"]:
+        lines += [f"  {curve.meta['engine']}", *(f"  {bits}-bit: {how}" for bits, how in curve.meta["rounded"].items())]
+    parts = ["\n".join(lines), curve_table(curve), f"Transition: {curve.transition}"]
+    return "\n\n".join([*parts, curve.caveat] if curve.caveat else parts)
+
+
 def over_refusal_table(found: OverRefusal) -> str:
     """One row for each width."""
     n = found.meta["prompts"]
@@ -86,9 +95,8 @@ def ablation_table(*ablations: Ablation) -> str:
 def diagnosis_text(found: Diagnosis) -> str:
     """All tables, the mode, its evidence, and how sure it is."""
     parts = [
-        f"Bit-width ({found.curve.meta['scheme']}, {found.curve.meta['placement']})\n\n{curve_table(found.curve)}",
-        f"Transition: {found.curve.transition}",
-        f"Single layers ({found.scan.meta['scheme']})\n\n{scan_table(found.scan)}",
+        curve_text(found.curve),
+        f"Single layers ({found.scan.meta['scheme']}; {found.scan.meta['placement']})\n\n{scan_table(found.scan)}",
         f"Parts of the cache\n\n{ablation_table(found.ablation, found.channels)}",
         f"PCR as a cache holds it: {pcr_line(found.pcr)}\nPCR as the paper simulates: {pcr_line(found.pcr_paper)}",
         f"Failure mode: {found.mode.name}\n" + "\n".join(f"  - {sentence}" for sentence in found.mode.evidence),
