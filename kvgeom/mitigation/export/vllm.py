@@ -58,7 +58,7 @@ def export(recipe: Recipe, placement: Placement, geometry: KVGeometry) -> Export
     return Export(
         engine="vLLM",
         text=text,
-        versions=f"{since} or later; the sources of 0.28 were read, the engine was not run",
+        versions=f"{since} or later, by its documentation and sources; the engine was not run",
         cannot=differences(recipe, placement, held, Placement()),
         notes=tuple(notes),
         recipe=held,
