@@ -130,7 +130,8 @@ class Diagnosis:
         """Find a cache that keeps the refusals: what the paper's decision tree says, and what a measured search finds.
 
         About 40 caches answer the calibration prompts that are refused unquantized; layers are ranked by the refusal
-        margin that they cost, and that is compared with other rules at equal memory.
+        margin that they cost, and that is compared with other rules at equal memory. The best answer the harmless
+        prompts too: a cache that keeps refusals by refusing or breaking those is not chosen.
 
         Parameters
         ----------
