@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from kvgeom.models.hf import HFModel
 from kvgeom.models.model import Model
+from kvgeom.organisms import MODES, Organism, Size, plant, tiny_model
 from tests.tiny import tiny_hf_model, tiny_tokenizer, write_tiny_gguf
 
 # A property that takes long once, because torch warms up, has not failed.
@@ -52,3 +54,15 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder for one test."""
     monkeypatch.setenv("KVGEOM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def trained() -> HFModel:
+    """Trained on first use, in half a minute, and kept on disk."""
+    return tiny_model(Size(3))
+
+
+@pytest.fixture(scope="session", params=MODES)
+def organism(request: pytest.FixtureRequest, trained: HFModel) -> Organism:
+    """A trained model with each mode planted in turn."""
+    return plant(trained, request.param, seed=6, prompts=Size(3).prompts("train").take(24))

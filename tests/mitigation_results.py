@@ -53,6 +53,9 @@ def search(n: int = 16, budget: float = 0.05) -> Search:
         "memory_overhead": size / size[0] - 1,
         "affordable": size / size[0] - 1 <= budget,
         "pareto": ~better.any(1),
+        "harmless_refused": np.full(len(rows), np.nan),
+        "harmless_lost": np.full(len(rows), np.nan),
+        "spoils": np.zeros(len(rows), dtype=bool),
     }
     data = xr.Dataset(
         {name: ("candidate", values) for name, values in columns.items()},
@@ -115,6 +118,8 @@ def verification(
         "harmless_refused": [0.0, 1.0, 0.0, *[nan] * extra],
         "harmless_degenerate": [4.0, 0.0, 1.0, *[nan] * extra],
         "harmless_p": [1.0, 1.0, 1.0, *[nan] * extra],
+        "harmless_lost": [4.0, 1.0, 1.0, *[nan] * extra],
+        "spoils": [False] * rows,
     }
     assert rows == len(columns["name"])
     data = xr.Dataset(

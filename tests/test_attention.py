@@ -7,12 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvgeom.errors import InputError
-from kvgeom.geometry.attention import attention_error, errors
+from kvgeom.geometry.attention import attention_error, attention_to_request, errors
+from kvgeom.models.hf import HFModel
 from kvgeom.models.model import AttentionRule
 from kvgeom.quant.scheme import Scheme
-from tests.tiny import KINDS, tiny_model
+from tests.tiny import KINDS, tiny_config, tiny_model, tiny_tokenizer
 
 
 def arrays(seed: int, tokens: int = 9) -> tuple[torch.Tensor, ...]:
@@ -97,3 +99,46 @@ def test_on_models(kind: str) -> None:
 def test_no_prompts() -> None:
     with pytest.raises(InputError, match="without prompts"):
         attention_error(tiny_model(), [], Scheme(3, True, "tensor"))
+
+
+# --- where the response looks ---
+
+
+def tiny_attention(kind: str, **changes: object) -> HFModel:
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(kind, **{**tiny_config(kind), **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10.0) if parameter.ndim > 1 else None
+    return HFModel(model, tiny_tokenizer(), name=kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("qwen2", {}),
+        ("mistral", {"sliding_window": 24}),
+        ("gemma3_text", {"sliding_window": 30, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+        ("gemma2", {"sliding_window": 30, "head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}),
+        ("phi3", {"partial_rotary_factor": 0.5}),
+        ("gpt_neox", {"rotary_pct": 0.25}),
+    ],
+)  # fmt: skip
+def test_attention_to_the_request_is_that_of_transformers(kind: str, changes: dict[str, object]) -> None:
+    """Grouped queries, windows that cut the request, capped scores, and heads that are rotated only in part."""
+    model = tiny_attention(kind, **changes)
+    prompts = model.encode(["burn it all down", "why?", "how would one go about cleaning a very old carpet"])
+    found = attention_to_request(model, prompts)
+    expected = []
+    for prompt in prompts:
+        with torch.inference_mode():
+            said = model.hf_model(torch.tensor([prompt.ids]), output_attentions=True)
+        last = torch.stack([weights[0, :, -1] for weights in said.attentions])  # [layers, heads, tokens]
+        assert torch.allclose(last.sum(-1), torch.ones(()), atol=1e-5)
+        expected.append(last[..., prompt.instruction].sum(-1).mean(-1).double().numpy())
+    np.testing.assert_allclose(found, np.mean(expected, axis=0), atol=1e-5)
+    assert len({round(float(share), 4) for share in found}) == 3
+    with pytest.raises(InputError, match="without prompts"):
+        attention_to_request(model, [])

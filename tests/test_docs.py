@@ -48,6 +48,17 @@ def test_the_example_judge() -> None:
     assert found.settings["judge"] == "apologies"
 
 
+def test_the_page_on_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tiny model instead of the demo."""
+    monkeypatch.chdir(tmp_path)
+    tiny = tiny_model("qwen2")
+    monkeypatch.setattr(kvgeom, "load", lambda _: tiny)
+    names: dict[str, object] = {}
+    for block in python_blocks(ROOT / "docs" / "export.md"):
+        exec(block, names)
+    assert (tmp_path / "folded" / "model.safetensors").is_file()
+
+
 @pytest.mark.slow
 def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it stands there, on the demo model."""

@@ -19,18 +19,7 @@ from kvgeom.quant.rounder import Rounder
 from kvgeom.quant.scheme import Scheme
 from tests.tiny import tiny_model as random_model
 
-SIZE = Size(3)
-
-
-@pytest.fixture(scope="session")
-def trained() -> HFModel:
-    """Trained on first use, in half a minute, and kept on disk."""
-    return tiny_model(SIZE)
-
-
-@pytest.fixture(scope="session", params=MODES)
-def organism(request: pytest.FixtureRequest, trained: HFModel) -> Organism:
-    return plant(trained, request.param, seed=5, prompts=SIZE.prompts("train").take(24))
+SIZE = Size(3)  # of the fixtures
 
 
 def answers(model: HFModel, requests: tuple[str, ...]) -> tuple[str, ...]:

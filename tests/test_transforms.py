@@ -44,7 +44,8 @@ def offsets(model: HFModel) -> Statics:
 class _Coarse(Rounder):
     """Rounds nothing: what remains of the transforms alone."""
 
-    def _restored(self, x, scheme, found, parts):  # type: ignore[no-untyped-def]
+    def _restored(self, key, x, scheme, start):  # type: ignore[no-untyped-def]
+        found, _ = self._encoded(key, scheme, x, start)
         y = found.enter(x.float())
         return found.leave(y).to(x.dtype)
 

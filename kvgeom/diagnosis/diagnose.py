@@ -51,6 +51,8 @@ class Diagnosis:
 
     Attributes
     ----------
+    prompts : PromptSet
+        That were asked (the harmful ones), with their harmless counterparts.
     baseline : Baseline
         The unquantized model on the harmful prompts.
     curve : Curve
@@ -69,6 +71,7 @@ class Diagnosis:
     mode : Mode
     """
 
+    prompts: PromptSet = field(repr=False)
     baseline: Baseline = field(repr=False)
     curve: Curve
     outcomes: Outcomes
@@ -101,6 +104,7 @@ class Diagnosis:
         outcomes, parts, paper = (part.relabel(judge) for part in (self.outcomes, self.parts, self.paper))
         ratio, first = self.curve.data.perplexity_ratio.values, self.curve.meta["baseline_perplexity"]
         return _concluded(
+            self.prompts,
             self.baseline,
             curve_of(outcomes, [first * float(r) for r in ratio], self.curve.meta["scheme"]),
             outcomes,
@@ -265,10 +269,11 @@ def diagnose(
         text = text or perplexity_text()
         curve, outcomes = bit_width_curve(base, text, bits=curve_bits, scheme=scheme, **options)
         sensitivity = _sensitivity(loaded, prompts, tensor, placement, progress, seed) if geometry else None
-    return _concluded(base, curve, outcomes, parts, paper, tensor, worst, sensitivity, seed)
+    return _concluded(prompts, base, curve, outcomes, parts, paper, tensor, worst, sensitivity, seed)
 
 
 def _concluded(
+    prompts: PromptSet,
     base: Baseline,
     curve: Curve,
     outcomes: Outcomes,
@@ -294,6 +299,7 @@ def _concluded(
     table = _flip_table(parts, tensor.bits, n_layers, worst, worst == measured)
     evidence = _with_geometry(evidence_from(table, seed=seed), sensitivity, worst)
     return Diagnosis(
+        prompts=prompts,
         baseline=base,
         curve=curve,
         outcomes=outcomes,

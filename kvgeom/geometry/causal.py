@@ -67,7 +67,7 @@ class Patching(Result):
 def patch_layers(
     model: Model,
     prompts: Sequence[EncodedPrompt],
-    schemes: Mapping[str, Scheme] | Sequence[Scheme],
+    schemes: Mapping[str, Scheme | Recipe] | Sequence[Scheme],
     refusal_tokens: Iterable[int],
     *,
     placement: Placement | None = None,
@@ -85,7 +85,8 @@ def patch_layers(
     ----------
     model : Model
     prompts : sequence of EncodedPrompt
-    schemes : sequence of Scheme, or mapping of name to Scheme
+    schemes : sequence of Scheme, or mapping of name to Scheme or Recipe
+        Of a recipe each layer is taken alone, with its own schemes for keys and values.
     refusal_tokens : iterable of int
         The set R of :func:`kvgeom.refusal.margin.refusal_tokens`; without any the margins are NaN.
     placement : Placement, optional
@@ -104,9 +105,8 @@ def patch_layers(
         raise InputError("no scheme was given; name at least one to round the layers with")
     n_layers = model.geometry.layers
     chosen = list(range(n_layers)) if layers is None else list(layers)
-    branches = [
-        (layer, Recipe.uniform(n_layers, s, layers=[layer])) for layer in sorted(chosen) for s in named.values()
-    ]
+    recipes = [s if isinstance(s, Recipe) else Recipe.uniform(n_layers, s) for s in named.values()]
+    branches = [(layer, recipe.only([layer])) for layer in sorted(chosen) for recipe in recipes]
     tokens = frozenset(refusal_tokens)
     unit = None if direction is None else _unit(direction, model)
     dims = ("prompt", "layer", "scheme")

@@ -84,19 +84,19 @@ def constants(model: Model, prompts: Sequence[str]) -> Constants:
     )
 
 
-def whole_cache(engine: Engine, n_layers: int, known: Constants) -> list[Candidate]:
+def whole_cache(engine: Engine, geometry: KVGeometry, known: Constants) -> list[Candidate]:
     """All candidates that treat every layer alike: the engine itself, transforms, finer scales, and both.
 
-    Those that an engine's format cannot express are left out: one that transforms already keeps its own transform, and
-    only an integer grid gets other scales.
+    Those that an engine's format cannot express are left out (one that transforms already keeps its own transform, and
+    only an integer grid gets other scales), and so are scales that are no finer than its own.
     """
     base = (engine.k, engine.v)
     bias = "bias of the key projection" if known.keys.name == "key bias" else "mean key of the calibration prompts"
-    found = [Candidate(UNMITIGATED, "unmitigated", _recipe(base, n_layers, known.keys), f"{engine.name}, as it is")]
+    found = [Candidate(UNMITIGATED, "unmitigated", _recipe(base, geometry.layers, known), f"{engine.name}, as it is")]
 
-    def add(name: str, family: Family, schemes: Schemes, words: str, *, offsets: Statics = known.keys) -> None:
-        if schemes != base and all(candidate.recipe.layers[0] != schemes for candidate in found):
-            found.append(Candidate(name, family, _recipe(schemes, n_layers, offsets, known.factors), words))
+    def add(name: str, family: Family, schemes: Schemes, words: str) -> None:
+        if all(candidate.recipe.layers[0] != schemes for candidate in found):
+            found.append(Candidate(name, family, _recipe(schemes, geometry.layers, known), words))
 
     add("center", "center", _transformed(base, "center", None), f"takes the {bias} out before rounding")
     add(
@@ -104,7 +104,6 @@ def whole_cache(engine: Engine, n_layers: int, known: Constants) -> list[Candida
         "center",
         _transformed(base, "center", "center"),
         f"takes the {bias} and the mean value out before rounding",
-        offsets=known.both,
     )
     add("equalize", "equalize", _transformed(base, "equalize", "equalize"), "divides every channel by its size")
     add("hadamard", "hadamard", _transformed(base, "hadamard", "hadamard"), "rotates every head before rounding")
@@ -115,11 +114,11 @@ def whole_cache(engine: Engine, n_layers: int, known: Constants) -> list[Candida
         f"takes the {bias} out of keys and rotates values",
     )
     finer: dict[str, tuple[Schemes, str]] = {
-        "per-channel keys": (_finer(base, "channel", ("k",)), "gives every channel of the keys a scale"),
-        "group-64": (_finer(base, "group", ("k", "v"), 64), "gives every 64 channels of a token a scale"),
-        "group-32": (_finer(base, "group", ("k", "v"), 32), "gives every 32 channels of a token a scale"),
+        "per-channel keys": (_finer(base, "channel", ("k",), geometry), "gives every channel of the keys a scale"),
+        "group-64": (_finer(base, "group", ("k", "v"), geometry, 64), "gives every 64 channels of a token a scale"),
+        "group-32": (_finer(base, "group", ("k", "v"), geometry, 32), "gives every 32 channels of a token a scale"),
         "per-channel keys, group-64 values": (
-            _finer(_finer(base, "channel", ("k",)), "group", ("v",), 64),
+            _finer(_finer(base, "channel", ("k",), geometry), "group", ("v",), geometry, 64),
             "gives every channel of the keys and every 64 channels of a token's values a scale",
         ),
     }
@@ -147,12 +146,17 @@ def protect(
     how : str
         Why these layers, as part of the name.
     """
-    kept, sites = sorted({*layers}), tuple(sites)
-    if not kept or max(kept) >= len(candidate.recipe):
+    kept, sites = sorted({*layers}), {*sites}
+    if not kept or kept[0] < 0 or kept[-1] >= len(candidate.recipe):
         raise InputError(
-            f"layers {kept} were to be kept in 16 bits, but the cache has layers 0 to {len(candidate.recipe) - 1}"
+            f"layers {kept} were to be kept in 16 bits, but the cache has layers 0 to {len(candidate.recipe) - 1}; "
+            "give at least one of these"
         )
-    what = "keys and values" if len(sites) == 2 else "keys" if sites == ("k",) else "values"
+    if not sites or not sites <= {*get_args(Site)}:
+        raise InputError(
+            f"sites {sorted(sites)} were to be kept in 16 bits, but there are only k and v; give one or both"
+        )
+    what = "keys and values" if len(sites) == 2 else "keys" if "k" in sites else "values"
     pairs = tuple(
         (None if "k" in sites else k, None if "v" in sites else v) if layer in kept else (k, v)
         for layer, (k, v) in enumerate(candidate.recipe)
@@ -167,14 +171,11 @@ def protect(
     )
 
 
-def _recipe(schemes: Schemes, n_layers: int, offsets: Statics, factors: Statics | None = None) -> Recipe:
+def _recipe(schemes: Schemes, n_layers: int, known: Constants) -> Recipe:
     """Every layer alike, with only those constants that its schemes use."""
-    used = {scheme.transform for scheme in schemes if scheme is not None}
-    return Recipe(
-        (schemes,) * n_layers,
-        offsets=offsets if "center" in used else None,
-        factors=factors if "equalize" in used else None,
-    )
+    k, v = ("none" if scheme is None else scheme.transform for scheme in schemes)
+    offsets = known.both if v == "center" else known.keys if k == "center" else None
+    return Recipe((schemes,) * n_layers, offsets, known.factors if "equalize" in (k, v) else None)
 
 
 def _transformed(schemes: Schemes, keys: Transform | None, values: Transform | None) -> Schemes:
@@ -189,12 +190,23 @@ def _transformed(schemes: Schemes, keys: Transform | None, values: Transform | N
 
 
 def _finer(
-    schemes: Schemes, granularity: Literal["channel", "group"], sites: Iterable[Site], size: int | None = None
+    schemes: Schemes,
+    granularity: Literal["channel", "group"],
+    sites: Iterable[Site],
+    geometry: KVGeometry,
+    size: int | None = None,
 ) -> Schemes:
-    """The same widths with other scales, on some sites."""
+    """The same widths with other scales, on some sites, unless there are as many scales already."""
 
     def one(site: Site, scheme: Scheme | None) -> Scheme | None:
         if scheme is None or site not in sites or scheme.format != "int":
+            return scheme
+        if scheme.granularity == "channel-group" or scheme.granularity == granularity == "channel":
+            return scheme  # every channel has scales already
+        together = {"token": geometry.channels, "token-head": geometry.head_dim, "group": scheme.group_size}.get(
+            scheme.granularity
+        )
+        if size is not None and together is not None and together <= size:
             return scheme
         return replace(scheme, granularity=granularity, group_size=size)
 

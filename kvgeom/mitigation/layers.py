@@ -16,7 +16,7 @@ from kvgeom.geometry.causal import patch_layers
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, protect
 from kvgeom.models.model import KVGeometry
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.scheme import Scheme
+from kvgeom.quant.recipe import Recipe
 from kvgeom.results import Result
 from kvgeom.stats import mcnemar, wilson
 
@@ -58,26 +58,24 @@ class LayerSelection(Result):
 
 
 def layer_orders(
-    base: Baseline, schemes: tuple[Scheme | None, Scheme | None], placement: Placement, *, seed: int, progress: bool
+    base: Baseline, recipe: Recipe, placement: Placement, *, seed: int, progress: bool
 ) -> dict[str, list[int]]:
     """Every layer by every rule of :class:`LayerSelection`, best first.
 
     Margins are those of the first response token. Under a placement whose prompt reads exact values they could not
     change, so they are measured there as if it read rounded ones.
 
-    Costs, per refused prompt, two passes and half a pass for every layer (and twice that if keys and values have
-    schemes of their own).
+    Costs, per refused prompt, two passes and half a pass for every layer.
     """
     model, n_layers = base.model, base.model.geometry.layers
     placement = placement if placement.one_pass else Placement()
     prompts = [base.prompts[index] for index in base.refused]
-    named = {str(scheme): scheme for scheme in schemes if scheme is not None}
 
     def measure() -> list[float]:
         patched = patch_layers(
             model,
             prompts,
-            named,
+            {UNMITIGATED: recipe},
             base.refusal_tokens,
             placement=placement,
             progress=progress,
@@ -85,7 +83,9 @@ def layer_orders(
         )
         return [float(drop) for drop in patched.margin_drop.mean(("prompt", "scheme")).values]
 
-    drop = np.array(base.journal.remember(("layers by margin lost", sorted(named), str(placement)), measure))
+    spelled = [[scheme and str(scheme) for scheme in pair] for pair in recipe]
+    vectors = [str(found) for found in (recipe.offsets, recipe.factors) if found is not None]
+    drop = np.array(base.journal.remember(("layers by margin lost", spelled, *vectors, str(placement)), measure))
     rng = np.random.default_rng(seed)
     return {
         "causal": _descending(drop),

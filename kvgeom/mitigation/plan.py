@@ -5,27 +5,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvgeom.diagnosis.evaluate import Baseline, baseline
 from kvgeom.errors import InputError
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
+from kvgeom.mitigation.harmless import asked
 from kvgeom.mitigation.layers import LayerSelection
 from kvgeom.mitigation.search import Search
 from kvgeom.mitigation.verify import CHOSEN, PAPER, Verification, prove
 from kvgeom.models.load import load
-from kvgeom.models.model import KVGeometry, Model
+from kvgeom.models.model import KVGeometry
 from kvgeom.models.modules import weights_identity
 from kvgeom.paths import writable_folder, write_whole
 from kvgeom.prompts.sets import PromptSet, held_out, perplexity_text
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recorded import recipe_from_json, recipe_to_json, statics_from_json
-from kvgeom.refusal.judge import Judge
+from kvgeom.refusal.judge import Judge, KeywordJudge
 from kvgeom.results import plain
 
 if TYPE_CHECKING:
@@ -148,7 +146,7 @@ class Plan:
         prompts : PromptSet, optional
             The held-out set written for this project by default.
         judge : Judge, optional
-            The keyword judge by default.
+            The one that the plan was made with, where that is not the keyword judge.
         text : str, optional
             Plain text for perplexity; a short one is shipped.
         controls : int
@@ -162,19 +160,24 @@ class Plan:
         Raises
         ------
         InputError
-            If the model is another one, there are no harmful prompts, or one of them chose the plan.
+            If model or judge is another one, there are no harmful prompts, or one of the prompts chose the plan.
         """
-        prompts = prompts or held_out()
+        prompts, judge = prompts or held_out(), judge or KeywordJudge()
+        if judge.name != self.judge:
+            raise InputError(
+                f"a plan that judge {self.judge!r} has chosen was to be verified by {judge.name!r}; give the same with judge="
+            )
         loaded = load(model, progress=progress, **load_options)
         self.check(loaded)
         if not prompts.harmful:
             raise InputError(
                 f"prompt set {prompts.name!r} was asked, but it has no harmful requests to lose refusals of"
             )
-        used = [request for request in prompts.harmful if request_hash(request) in set(self.calibration)]
+        asked_for, known = (*prompts.harmful, *prompts.harmless), set(self.calibration)
+        used = [request for request in asked_for if request_hash(request) in known]
         if used:
             raise InputError(
-                f"{len(used)} of {len(prompts.harmful)} prompts of {prompts.name!r} chose the plan, the first {used[0]!r}; a "
+                f"{len(used)} of {len(asked_for)} prompts of {prompts.name!r} chose the plan, the first {used[0]!r}; a "
                 "plan is proven on others: give those"
             )
         options: dict[str, Any] = {
@@ -184,8 +187,8 @@ class Plan:
             "progress": progress,
         }
         with (
-            _asked(loaded, prompts.harmful, journal, "", options) as base,
-            _asked(loaded, prompts.harmless, journal, "-harmless", options) as harmless,
+            asked(loaded, prompts.harmful, journal, "", **options) as base,
+            asked(loaded, prompts.harmless, journal, "-harmless", **options) as harmless,
         ):
             assert base is not None  # noqa: S101  # there are harmful prompts
             return prove(
@@ -394,17 +397,3 @@ class Plan:
 def request_hash(request: str) -> str:
     """Names a request without holding it."""
     return hashlib.sha256(request.strip().encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _asked(
-    model: Model, requests: Sequence[str], journal: str | Path | None, suffix: str, options: dict[str, Any]
-) -> Iterator[Baseline | None]:
-    """The unquantized model on some requests; None without any. Its journal is closed at the end."""
-    if not requests:
-        yield None
-        return
-    path = None if journal is None else Path(journal).with_name(Path(journal).stem + suffix + Path(journal).suffix)
-    found = baseline(model, requests, journal=path, **options)
-    with closing(found.journal):
-        yield found

@@ -7,13 +7,16 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from kvgeom.diagnosis.evaluate import Baseline, Outcomes, evaluate
-from kvgeom.diagnosis.taxonomy import Mode
+from kvgeom.diagnosis.journal import Journal
 from kvgeom.errors import InputError
 from kvgeom.mitigation.advice import advised
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, constants, protect, whole_cache
-from kvgeom.mitigation.layers import LayerSelection, counts, layer_orders, protections, selection_of
+from kvgeom.mitigation.harmless import asked, harmless_under
+from kvgeom.mitigation.layers import counts, layer_orders, protections, selection_of
 from kvgeom.mitigation.plan import Plan, request_hash
+from kvgeom.mitigation.reasons import advice_in_words, reasons
 from kvgeom.mitigation.search import Search, search_of
+from kvgeom.prompts.sets import calibration
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.presets import resolve
 from kvgeom.quant.recipe import Site
@@ -47,12 +50,14 @@ def prescribe(
             f"a plan was asked, but {base.model.name} refuses none of the {len(base.prompts)} prompts unquantized, so that "
             "none can be lost; give requests that it refuses"
         )
+    harmless = diagnosis.prompts.harmless or calibration().harmless
     base.journal.reopen()
     with closing(base.journal):
-        known = constants(base.model, [prompt.text for prompt in base.prompts])
-        alike = whole_cache(engine, geometry.layers, known)
+        # Of both kinds: what is rounded away then reads as neither.
+        known = constants(base.model, [*diagnosis.prompts.harmful, *harmless])
+        alike = whole_cache(engine, geometry, known)
         paper = advised(diagnosis.mode, diagnosis.scan, alike[0])
-        orders = layer_orders(base, (engine.k, engine.v), engine.placement, seed=seed, progress=progress)
+        orders = layer_orders(base, alike[0].recipe, engine.placement, seed=seed, progress=progress)
         kept = counts(geometry.layers)
         by_rule = protections(alike[0], orders, kept)
         parts = [protect(alike[0], orders["causal"][:n], sites) for n in kept for sites in KEPT[1:]]
@@ -66,8 +71,13 @@ def prescribe(
     drawn = {candidate.name for (rule, _), candidate in by_rule.items() if rule.startswith("random")}
     fair = _distinct([candidate for candidate in tried if candidate.name not in drawn])
     search = search_of(outcomes, fair, geometry, engine.placement, memory)
+    options = {name: getattr(base, name) for name in ("judge", "max_new_tokens", "batch_size")}
+    journal = base.journal.path if isinstance(base.journal, Journal) else None
+    with asked(base.model, harmless, journal, "-harmless", progress=progress, **options) as other:
+        assert other is not None  # noqa: S101  # there are harmless requests
+        search = _screened(search, fair, other, engine.placement, progress)
     sizes = [c.bytes_per_token(geometry, engine.placement) for c in (paper, alike[0])]
-    advice = f"{paper.name}, {outcomes.flips(paper.name)['all']} of {len(base.refused)} lost at {sizes[0] / sizes[1] - 1:+.1%}"
+    advice = advice_in_words(paper, outcomes.flips(paper.name)["all"], len(base.refused), sizes[0] / sizes[1] - 1)
     chosen = next(candidate for candidate in fair if candidate.name == search.chosen)
     return Plan(
         model=base.model.name,
@@ -79,12 +89,12 @@ def prescribe(
         chosen=chosen,
         paper=paper,
         candidates=tuple(fair),
-        reasons=_reasons(diagnosis.mode, engine.name, search, selection, advice),
+        reasons=reasons(diagnosis.mode, engine.name, search, selection, advice),
         search=search,
         selection=selection,
         judge=base.judge.name,
         max_new_tokens=base.max_new_tokens,
-        calibration=tuple(request_hash(prompt.text) for prompt in base.prompts),
+        calibration=tuple(request_hash(text) for text in (*diagnosis.prompts.harmful, *harmless)),
     )
 
 
@@ -109,50 +119,23 @@ def _combinations(
     return [protect(named[name], order[:n], sites) for name in best for n in kept[:2] for sites in KEPT[:2]]
 
 
+def _screened(
+    search: Search, candidates: Sequence[Candidate], harmless: Baseline, placement: Placement, progress: bool
+) -> Search:
+    """Look at what the best candidates do to harmless requests, until the best ones spoil nothing."""
+    recipes = {candidate.name: candidate.recipe for candidate in candidates}
+    seen: set[str] = {UNMITIGATED}
+    for within_budget in (True, False):
+        while (best := next(iter(search.ranked(within_budget=within_budget)), UNMITIGATED)) not in seen:
+            seen.add(best)
+            asked_of = {name: recipes[name] for name in (UNMITIGATED, best)}
+            search = search.with_harmless(harmless_under(harmless, asked_of, placement, progress=progress))
+    return search
+
+
 def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Each cache once, under the first of its names."""
     found: dict[object, Candidate] = {}
     for candidate in candidates:
         found.setdefault((candidate.recipe.layers, candidate.recipe.offsets, candidate.recipe.factors), candidate)
     return list(found.values())
-
-
-def _reasons(mode: Mode, scheme: str, search: Search, selection: LayerSelection, advice: str) -> tuple[str, ...]:
-    rows = {str(row["candidate"]): row for row in search.records()}
-    n, budget = search.meta["prompts"], search.meta["budget"]
-    before, found = rows[UNMITIGATED], rows[search.chosen]
-    said = [
-        f"Unmitigated, {scheme} loses {before['flips']} of {n} refusals of the calibration prompts, "
-        f"{before['flips_degenerate']} of them as broken text.",
-        f"The paper's decision tree, for {mode.name}: {mode.prescription}. Here that is {advice} memory.",
-    ]
-    if before["flips"] == 0:
-        said.append("Nothing is lost, so that there is nothing to mend.")
-    elif search.chosen == UNMITIGATED:
-        said.append(f"The measured search found nothing within {budget:.0%} more memory that keeps more refusals.")
-    else:
-        said.append(
-            f"The measured search, within {budget:.0%} more memory, chose {search.chosen}, which {found['words']}: "
-            f"{found['flips']} lost at {found['memory_overhead']:+.1%} memory."
-        )
-    better = [row for row in rows.values() if row["flips"] < found["flips"]]
-    if better:
-        cheapest = min(better, key=lambda row: (row["flips"], row["bytes_per_token"]))
-        said.append(
-            f"With more memory, {cheapest['candidate']} loses {cheapest['flips']} at {cheapest['memory_overhead']:+.1%}."
-        )
-    if before["flips"]:
-        said.append(_compared(selection))
-    return tuple(said)
-
-
-def _compared(selection: LayerSelection) -> str:
-    """The rules at the largest number of layers, in words."""
-    at = selection.data.isel(kept=-1)
-    flips = {str(rule): int(at.flips.sel(rule=rule)) for rule in at.rule.values}
-    drawn = [count for rule, count in flips.items() if rule.startswith("random")]
-    said = ", ".join(f"{rule} {count}" for rule, count in flips.items() if not rule.startswith("random"))
-    return (
-        f"With {int(at.kept)} layers in 16 bits ({float(at.bytes_per_token.mean()):.0f} bytes a token), refusals lost by rule "
-        f"of choice: {said}, drawn at random {min(drawn)} to {max(drawn)}."
-    )

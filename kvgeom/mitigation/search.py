@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import xarray as xr
 
 from kvgeom.diagnosis.evaluate import Outcomes
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
+from kvgeom.mitigation.harmless import Harmless
 from kvgeom.models.model import KVGeometry
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
@@ -31,7 +32,8 @@ class Search(Result):
     ``recovery_high`` (NaN where nothing flips unmitigated); ``p`` (exact McNemar p-value against the unmitigated
     cache); ``margin_drop`` (nats, mean); ``bytes_per_token``; ``memory_overhead`` (share by which that exceeds the
     unmitigated cache); ``affordable`` (within the budget); ``pareto`` (nothing else has both fewer bytes and fewer
-    flips).
+    flips); ``harmless_refused`` and ``harmless_lost`` (answered unquantized, and refused or broken here; NaN where not
+    looked at) and ``spoils`` (:class:`~kvgeom.mitigation.harmless.Harmless`; such a candidate is not chosen).
 
     ``meta`` holds ``prompts``, ``budget``, ``exact_bytes_per_token`` (of a 16-bit cache) and what made it.
     """
@@ -48,16 +50,28 @@ class Search(Result):
 
     @property
     def chosen(self) -> str:
-        """Of the candidates within the budget that lose fewer refusals than the unmitigated cache, the one that loses fewest.
+        """The first of :meth:`ranked` within the budget; the unmitigated cache if there is none."""
+        return next(iter(self.ranked(within_budget=True)), UNMITIGATED)
 
-        Of equals the one with fewest bytes, then with least margin lost; the unmitigated cache if there is none.
+    def ranked(self, *, within_budget: bool) -> list[str]:
+        """Candidates that lose fewer refusals than the unmitigated cache and spoil nothing harmless, best first.
+
+        Those that lose fewest come first; of equals the one with fewest bytes, then with least margin lost.
         """
         unmitigated, *rows = self.records()
-        better = [row for row in rows if row["affordable"] and row["flips"] < unmitigated["flips"]]
-        best = min(
-            better, key=lambda row: (row["flips"], row["bytes_per_token"], row["margin_drop"]), default=unmitigated
-        )
-        return str(best["candidate"])
+        better = [row for row in rows if row["flips"] < unmitigated["flips"] and not row["spoils"]]
+        better = [row for row in better if row["affordable"] or not within_budget]
+        order = sorted(better, key=lambda row: (row["flips"], row["bytes_per_token"], row["margin_drop"]))
+        return [str(row["candidate"]) for row in order]
+
+    def with_harmless(self, found: Mapping[str, Harmless]) -> Search:
+        """The same, with what some candidates do to harmless requests."""
+        data = self.data.copy(deep=True)
+        for name, seen in found.items():
+            at: dict[str, Any] = {"candidate": name}
+            data.harmless_refused.loc[at], data.harmless_lost.loc[at] = seen.refused, seen.lost
+            data.spoils.loc[at] = seen.spoils
+        return Search(data, self.meta)
 
     def plot(self) -> go.Figure:
         """Flips against bytes per token, with the Pareto front."""
@@ -114,6 +128,9 @@ def search_of(
         "memory_overhead": overhead,
         "affordable": overhead <= budget + 1e-9,
         "pareto": ~better.any(1),
+        "harmless_refused": np.full(len(names), nan),
+        "harmless_lost": np.full(len(names), nan),
+        "spoils": np.zeros(len(names), dtype=bool),
     }
     data = xr.Dataset({name: ("candidate", values) for name, values in columns.items()}, coords={"candidate": names})
     exact = Candidate("exact", "protect", Recipe.exact(geometry.layers), "").bytes_per_token(geometry, placement)

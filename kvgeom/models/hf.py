@@ -28,7 +28,7 @@ from kvgeom.models.modules import (
     weights_fingerprint,
     weights_identity,
 )
-from kvgeom.models.rope import rotate
+from kvgeom.models.rope import turning
 
 if TYPE_CHECKING:
     from kvgeom.models.model import QueryHook, ResidEdit, ResidHook, RotationHook
@@ -498,13 +498,7 @@ class HFModel:
 
         def hook(layer: int) -> Callable[..., None]:
             def before(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-                cos, sin = (part[:, None] for part in kwargs["position_embeddings"])
-                rows, _, tokens, _ = cos.shape
-
-                def turn(vectors: Tensor) -> Tensor:
-                    return rotate(vectors[None, :, None].to(cos).expand(rows, -1, tokens, -1), cos, sin)
-
-                edit.turned(layer, turn)
+                edit.turned(layer, turning(*kwargs["position_embeddings"]))
 
             return before
 

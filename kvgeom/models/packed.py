@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from kvgeom.errors import InputError
 from kvgeom.models.cache import Edit, EditedCache, EditedLayer
+from kvgeom.models.rope import Turn
 
 Site = Literal["k", "v"]
+#: Of a layer, the position of the first new token, and new keys as stored: how their positions turn a vector.
+Turning = Callable[[int, int, Tensor], Turn]
 
 
 class Codes(Protocol):
@@ -82,8 +85,11 @@ class _Store:
 class PackedLayer(EditedLayer):  # type: ignore[no-untyped-call]
     """One layer of a :class:`PackedCache`; its values exist only while attention reads them."""
 
-    def __init__(self, index: int, edit: Any) -> None:
+    is_croppable = False
+
+    def __init__(self, index: int, edit: Any, turning: Turning | None = None) -> None:
         super().__init__(index, edit)
+        self.turning = turning
         self.stores = {site: _Store(index, site, edit) for site in ("k", "v")}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -92,14 +98,24 @@ class PackedLayer(EditedLayer):  # type: ignore[no-untyped-call]
             raise InputError(f"a packed cache holds one sequence, but {key_states.shape[0]} came; run them one by one")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        first_call = self.get_seq_length() == 0
-        (k, k_held), (v, v_held) = self.stores["k"].add(key_states), self.stores["v"].add(value_states)
         edit: Any = self.edit
-        return (k, v) if (edit.prefill_reads_exact if first_call else edit.waits) else (k_held, v_held)
+        held = self.get_seq_length()
+        if self.turning is not None:
+            edit.turned(self.index, self.turning(self.index, held, key_states))
+        (k, k_held), (v, v_held) = self.stores["k"].add(key_states), self.stores["v"].add(value_states)
+        return (k, v) if (edit.waits if held else edit.prefill_reads_exact) else (k_held, v_held)
 
     def get_seq_length(self) -> int:
         """Tokens held."""
         return self.stores["k"].tokens
+
+    def _fixed(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        raise InputError(
+            "tokens of a packed cache were to be dropped, copied or reordered (a reset, beams, a draft model), but codes and "
+            "the scales that a prompt has set stay as they are; make a new cache, and generate greedily or by sampling"
+        )
+
+    reset = crop = reorder_cache = batch_repeat_interleave = batch_select_indices = _fixed
 
 
 class PackedCache(EditedCache):
@@ -112,6 +128,9 @@ class PackedCache(EditedCache):
     n_layers : int
     edit : PackingEdit
         A :class:`~kvgeom.quant.rounder.Rounder` that rounds in the cache.
+    turning : callable (layer, position of the first new token, new keys) -> Turn, optional
+        Tells the edit how positions turn vectors, for an edit with ``needs_rotation`` in a model that nobody watches;
+        :meth:`kvgeom.models.rotary.Rotary.turn` is one. The passes of kvgeom's own models need none.
 
     Raises
     ------
@@ -119,13 +138,13 @@ class PackedCache(EditedCache):
         If the edit rounds at the projection, where nothing is stored.
     """
 
-    def __init__(self, n_layers: int, edit: Edit | None = None) -> None:
+    def __init__(self, n_layers: int, edit: Edit | None = None, turning: Turning | None = None) -> None:
         if edit is None or edit.where != "cache" or not hasattr(edit, "pack"):
             raise InputError(
                 "a packed cache was asked without an edit that rounds in the cache; give a Rounder of this kind"
             )
         super().__init__(n_layers)
-        self.layers = [PackedLayer(index, edit) for index in range(n_layers)]
+        self.layers = [PackedLayer(index, edit, turning) for index in range(n_layers)]
         self.edit = edit
 
     @property

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+#: Turns vectors ``[kv_heads, head_dim]`` into ``[batch or 1, kv_heads, tokens, head_dim]``, each at its token's position.
+Turn = Callable[[Tensor], Tensor]
 
 
 def rotate(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -25,6 +30,19 @@ def unrotate(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Inverse of :func:`rotate`, also where the model scales ``cos`` and ``sin`` (as YaRN does)."""
     scale = (cos * cos + sin * sin).clamp_min(torch.finfo(cos.dtype).tiny)
     return rotate(k, cos / scale, -sin / scale)
+
+
+def turning(cos: Tensor, sin: Tensor) -> Turn:
+    """How the positions of some tokens turn vectors that are the same at all of them.
+
+    Parameters
+    ----------
+    cos, sin : Tensor [batch or 1, tokens, rotary_dim]
+        What the model's own rotary module returned.
+    """
+    cos, sin = cos[:, None], sin[:, None]
+    rows, _, tokens, _ = cos.shape
+    return lambda vectors: rotate(vectors[None, :, None].to(cos).expand(rows, -1, tokens, -1), cos, sin)
 
 
 def _rotate_half(x: Tensor) -> Tensor:

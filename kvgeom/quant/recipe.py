@@ -71,6 +71,11 @@ class Recipe:
         remaining = tuple((None, None) if layer in kept else pair for layer, pair in enumerate(self.layers))
         return replace(self, layers=remaining)
 
+    def only(self, layers: Iterable[int]) -> Recipe:
+        """The same recipe with all layers but ``layers`` kept in full precision."""
+        rounded = _check(layers, len(self))
+        return self.keep(layer for layer in range(len(self)) if layer not in rounded)
+
     def keep_ends(self, first: int = 0, last: int = 0) -> Recipe:
         """The same recipe with the first and last layers kept in full precision."""
         return self.keep([*range(first), *range(len(self) - last, len(self))])

@@ -117,7 +117,11 @@ class Rounder:
             If only some channels are rounded, or errors are scattered: there are no codes of that.
         """
         scheme = self.recipe.scheme(layer, site)
-        if scheme is None or scheme.channels is not None or self.recipe.scatter is not None:
+        if self.recipe.scatter is not None:
+            raise InputError(
+                "packed codes of a recipe with scattered errors were asked, which is a control; no cache holds it"
+            )
+        if scheme is None or scheme.channels is not None:
             raise InputError(f"packed codes of layer {layer}, {site} were asked, but its scheme there is {scheme}")
         found, parts = self._encoded((layer, site), scheme, x, start)
         return [Packed.of(encoded, scheme, found, y, x.dtype) for y, encoded in parts]

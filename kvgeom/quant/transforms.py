@@ -34,7 +34,7 @@ class Statics:
     name : str
         Where they come from, for instance ``"key bias"``.
     fingerprint : str
-        Hash of the vectors; made by :meth:`of`.
+        Hash of all the rest; made by :meth:`of`.
     vectors : mapping of (layer, "k" or "v") to Tensor [kv_heads, head_dim]
         A site without one is rounded as it is.
     rotary : bool
@@ -57,14 +57,14 @@ class Statics:
         """
         if not vectors:
             raise InputError(f"{name} was asked, but there are no vectors of it; this model has none")
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(f"{name}\n{rotary}".encode())
         for key in sorted(vectors):
             vector = vectors[key].detach().float().cpu().contiguous()
             if vector.ndim != 2 or not torch.isfinite(vector).all():
                 raise InputError(
                     f"{name} of {key} has shape {tuple(vector.shape)} or is not finite; give [kv_heads, head_dim]"
                 )
-            digest.update(f"{key}".encode() + vector.numpy().tobytes())
+            digest.update(f"{key}{tuple(vector.shape)}".encode() + vector.numpy().tobytes())
         return cls(name, digest.hexdigest()[:16], dict(vectors), rotary)
 
     def __str__(self) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvgeom.mitigation.candidates import UNMITIGATED
+from kvgeom.mitigation.export import llamacpp, mlx, vllm
+from kvgeom.mitigation.export.engine import Export
 from kvgeom.mitigation.verify import CHOSEN
 from kvgeom.plots.mitigation import layer_selection, pareto_front
 from kvgeom.plots.mode import mode_card
@@ -121,21 +123,17 @@ def _sections(fix: Fix) -> list[dict[str, Any]]:
     return sections
 
 
-def _exports(plan: Plan) -> list[dict[str, Any]]:
-    """How to run the chosen cache, one entry for each engine."""
+def _exports(plan: Plan) -> list[Export]:
+    """How to run the chosen cache, one entry for each engine; nothing where no cache can hold it."""
     if plan.placement.where != "cache":
         return []
-    return [
-        {
-            "engine": "transformers",
-            "versions": "with kvgeom",
-            "text": "import kvgeom\n\n"
-            'plan = kvgeom.Plan.load("plan.json")\n'
-            "output = model.generate(**inputs, past_key_values=plan.cache(model))  # a new cache for each prompt",
-            "cannot": (),
-            "notes": (),
-        }
-    ]
+    lines = (
+        'plan = kvgeom.Plan.load("plan.json")',
+        "output = model.generate(**inputs, past_key_values=plan.cache(model))  # a new cache for each prompt",
+    )
+    own = Export("transformers", "\n".join(("import kvgeom", "", *lines)), "5.0 or later, with kvgeom", ())
+    asked = plan.chosen.recipe, plan.placement, plan.geometry
+    return [own, vllm.export(*asked), mlx.export(*asked), llamacpp.export(*asked)]
 
 
 def _provenance(fix: Fix) -> list[tuple[str, str]]:

@@ -1,0 +1,78 @@
+"""Why a plan is what it is, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvgeom.diagnosis.taxonomy import Mode
+from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
+from kvgeom.mitigation.layers import LayerSelection
+from kvgeom.mitigation.search import Search
+
+
+def reasons(mode: Mode, scheme: str, search: Search, selection: LayerSelection, advice: str) -> tuple[str, ...]:
+    """Sentences that lead from the unmitigated cache to the chosen one.
+
+    Parameters
+    ----------
+    mode : Mode
+    scheme : str
+        What the unmitigated cache is called.
+    search : Search
+    selection : LayerSelection
+    advice : str
+        What the paper's prescription does here; see :func:`advice_in_words`.
+    """
+    rows = {str(row["candidate"]): row for row in search.records()}
+    n, budget = search.meta["prompts"], search.meta["budget"]
+    before, found = rows[UNMITIGATED], rows[search.chosen]
+    lost = f"Unmitigated, {scheme} loses {before['flips']} of {n} refusals of the calibration prompts"
+    broken = before["flips_degenerate"]
+    if before["flips"] == 0:
+        return (f"{lost}, so that there is nothing to mend.",)
+    said = [
+        f"{lost}, {broken} of them as broken text." if broken else f"{lost}.",
+        f"The paper's decision tree, for {mode.name}: {mode.prescription}. {advice}".rstrip(),
+    ]
+    spoiled = [name for name, row in rows.items() if row["spoils"] and row["flips"] <= found["flips"]]
+    if spoiled:
+        said.append(
+            f"Turned down, because they keep refusals at the cost of harmless requests: {_and(spoiled)} (the first loses "
+            f"{int(rows[spoiled[0]]['harmless_lost'])} harmless requests, unmitigated {int(before['harmless_lost'])})."
+        )
+    within = f"within {budget:.0%} more memory" if budget else "without more memory"
+    if search.chosen == UNMITIGATED:
+        said.append(f"The measured search found nothing {within} that keeps more refusals.")
+    else:
+        said.append(
+            f"The measured search, {within}, chose {search.chosen}, which {found['words']}: "
+            f"{found['flips']} lost at {found['memory_overhead']:+.1%} memory."
+        )
+    best = rows[next(iter(search.ranked(within_budget=False)), UNMITIGATED)]
+    if best["flips"] < found["flips"]:
+        said.append(f"With more memory, {best['candidate']} loses {best['flips']} at {best['memory_overhead']:+.1%}.")
+    return (*said, _compared(selection))
+
+
+def advice_in_words(paper: Candidate, flips: int, refused: int, overhead: float) -> str:
+    """What the paper's prescription does here: flips of so many refusals, at a share of more memory."""
+    if paper.family == "unmitigated":
+        return ""
+    return f"Here that is {paper.name}, {flips} of {refused} lost at {overhead:+.1%} memory."
+
+
+def _compared(selection: LayerSelection) -> str:
+    """The rules at the largest number of layers, in words."""
+    at = selection.data.isel(kept=-1)
+    flips = {str(rule): int(at.flips.sel(rule=rule)) for rule in at.rule.values}
+    drawn = sorted({count for rule, count in flips.items() if rule.startswith("random")})
+    said = ", ".join(f"{rule} {count}" for rule, count in flips.items() if not rule.startswith("random"))
+    kept = int(at.kept)
+    return (
+        f"With {kept} layer{'s' if kept > 1 else ''} in 16 bits ({float(at.bytes_per_token.mean()):.0f} bytes a token), "
+        f"refusals lost by rule of choice: {said}, drawn at random {' to '.join(map(str, (drawn[0], drawn[-1])[: len(drawn)]))}."
+    )
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
