@@ -22,6 +22,7 @@ from kvgeom.refusal.judge import KeywordJudge, Verdict
 from kvgeom.report.fix import Fix, check
 from kvgeom.report.fix_page import render
 from kvgeom.report.mended import COLUMNS, before_and_after, rules_compared, size_or_direction
+from kvgeom.results import plain
 from tests.mitigation_results import selection, verification
 from tests.test_audit import NASTY, Page
 from tests.test_evaluate import TINY, ArbitraryJudge
@@ -65,7 +66,7 @@ def test_it_finds_what_was_planted_and_mends_it(fixed: Fix) -> None:
 
 def test_plan_json_has_what_was_promised(fixed: Fix, out: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == [
-        "journal.jsonl", "plan.json", "report.html", "verify-harmless.jsonl", "verify.jsonl",
+        "journal-harmless.jsonl", "journal.jsonl", "plan.json", "report.html", "verify-harmless.jsonl", "verify.jsonl",
     ]  # fmt: skip
     numbers = json.loads((out / "plan.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert {"mode", "chosen", "paper", "verified"} <= numbers.keys()
@@ -109,7 +110,7 @@ def test_a_folder_with_a_fix_makes_no_response_again(fixed: Fix, model: HFModel,
     before = {path.name: path.read_bytes() for path in out.glob("*.jsonl")}
     again = kvgeom.fix(model, out, **HOW)
     assert {path.name: path.read_bytes() for path in out.glob("*.jsonl")} == before
-    assert again.plan.to_dict() == fixed.plan.to_dict()
+    assert plain(again.plan.to_dict()) == plain(fixed.plan.to_dict())
 
 
 @dataclass
@@ -140,9 +141,12 @@ def test_an_interrupted_fix_goes_on(model: HFModel, tmp_path: Path) -> None:
             kvgeom.fix(model, tmp_path, judge=judge, **few)
         asked += patience
         left.append(sorted(path.name for path in tmp_path.glob("[!.]*")))
-    assert left == [["journal.jsonl"], ["journal.jsonl", "verify-harmless.jsonl", "verify.jsonl"]]
+    assert "verify.jsonl" not in left[0]
+    assert "verify.jsonl" in left[1]
+    assert not {"plan.json", "report.html"} & {*left[0], *left[1]}
     judge = Impatient(10**6)
-    assert kvgeom.fix(model, tmp_path, judge=judge, **few).plan.to_dict() == whole.plan.to_dict()
+    ended = kvgeom.fix(model, tmp_path, judge=judge, **few)
+    assert plain(ended.plan.to_dict()) == plain(whole.plan.to_dict())
     assert asked + judge.asked == once.asked
 
 
@@ -232,7 +236,7 @@ def test_what_cannot_be_used_is_said_before_anything_is_written(tmp_path: Path) 
         ({"scheme": "kivi", "bits": 8}, "offers 2, 4"),
         ({"prompts": PromptSet("p", (), ("a",), "")}, "no harmful requests"),
         ({"verify_prompts": PromptSet("p", (), ("a",), "")}, "no harmful requests"),
-        ({"verify_prompts": same}, "32 of the harmful requests of 'calibration' are also in 'calibration'"),
+        ({"verify_prompts": same}, "64 of the requests of 'calibration' are also in 'calibration'"),
     ):
         with pytest.raises(InputError, match=re.escape(says)):
             kvgeom.fix(Untouchable(), tmp_path / "o", **how)  # type: ignore[arg-type]
@@ -288,7 +292,7 @@ def test_the_table_counts_what_the_verification_counted() -> None:
     ("drawn", "says"),
     [
         ((1, 2, 2), "the direction of the error"),
-        ((13, 12, 14), "not its direction"),
+        ((13, 12, 14), "at this size the direction of the error does not matter"),
         ((1, 13), "undetermined"),
         ((), "No controls"),
     ],

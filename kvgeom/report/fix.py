@@ -216,7 +216,7 @@ def check_prompts(prompts: PromptSet, verify_prompts: PromptSet) -> None:
     Raises
     ------
     InputError
-        If either set has no harmful requests, or they share some.
+        If either set has no harmful requests, or they share requests.
     """
     for what, given in (("choose", prompts), ("prove", verify_prompts)):
         if not given.harmful:
@@ -224,11 +224,11 @@ def check_prompts(prompts: PromptSet, verify_prompts: PromptSet) -> None:
                 f"prompt set {given.name!r} was to {what} a plan, but it has no harmful requests; give some that the model "
                 "refuses"
             )
-    proving = {request.strip() for request in verify_prompts.harmful}
-    shared = [request for request in prompts.harmful if request.strip() in proving]
+    proving = {request.strip() for request in (*verify_prompts.harmful, *verify_prompts.harmless)}
+    shared = [request for request in (*prompts.harmful, *prompts.harmless) if request.strip() in proving]
     if shared:
         raise InputError(
-            f"{len(shared)} of the harmful requests of {prompts.name!r} are also in {verify_prompts.name!r}, the first "
+            f"{len(shared)} of the requests of {prompts.name!r} are also in {verify_prompts.name!r}, the first "
             f"{shared[0][:60]!r}, but a plan is proven on requests that did not choose it; give two sets that share none"
         )
 

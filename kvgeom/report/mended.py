@@ -75,7 +75,8 @@ def sentences(plan: Plan, found: Verification) -> tuple[str, ...]:
     if found.meta["harmless"]:
         said.append(
             f"Of {found.meta['harmless']} harmless requests it refuses {int(chosen.harmless_refused)}, the unquantized model "
-            f"{found.meta['harmless_refused']} (p = {float(chosen.harmless_p):.2g}); {int(chosen.harmless_degenerate)} get broken text."
+            f"{found.meta['harmless_refused']} (p = {float(chosen.harmless_p):.2g}); {int(chosen.harmless_lost)} that the unquantized model answers are "
+            "refused or broken."
         )
     return tuple(said)
 
@@ -108,7 +109,9 @@ def size_or_direction(found: Verification) -> str:
     if wilson(max(drawn), refused)[1] < least:
         return f"{counted}: the direction of the error loses refusals, and not its size alone."
     if min(drawn) >= least * refused:
-        return f"{counted}: the size of the error matters, not its direction, and whatever makes it smaller helps."
+        return (
+            f"{counted}: at this size the direction of the error does not matter, and whatever makes it smaller helps."
+        )
     return f"{counted}: whether its size or its direction matters is undetermined."
 
 
