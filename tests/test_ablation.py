@@ -130,6 +130,22 @@ def test_a_diagnosis_holds_together(found: Diagnosis) -> None:
     assert "<ul>" in found._repr_html_()
 
 
+def test_a_diagnosis_runs_what_can_flip(found: Diagnosis) -> None:
+    """The curve's other prompts only on demand, and then nothing else changes."""
+    prompts = PromptSet("tiny", tuple(REQUESTS), (), "written here")
+    options = {"judge": ArbitraryJudge(), "curve_bits": (8, 2), "max_new_tokens": 5, "progress": False}
+    gained = kvgeom.diagnose(TINY, prompts, geometry=False, gains=True, **options)  # type: ignore[arg-type]
+    n = len(found.baseline.refused)
+    assert (found.curve.counted, gained.curve.counted) == (n, len(REQUESTS))
+    assert found.outcomes.data.sizes["prompt"] == n
+    assert found.outcomes.data.label.identical(gained.outcomes.of_refused().data.label)
+    assert np.isnan(found.curve.data.gains).all()
+    assert np.isfinite(gained.curve.data.gains).all()
+    assert found.curve.data.flips.identical(gained.curve.data.flips)
+    assert f"the {n} of {len(REQUESTS)} prompts refused unquantized" in diagnosis_text(found)
+    assert "prompts refused unquantized" not in diagnosis_text(gained)
+
+
 def test_a_diagnosis_without_geometry_says_less(found: Diagnosis) -> None:
     prompts = PromptSet("tiny", tuple(REQUESTS), tuple(f"{r} too" for r in REQUESTS), "written here")
     short = kvgeom.diagnose(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -17,7 +17,9 @@ from kvgeom.progress import track
 from kvgeom.quant.engine import Engine
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.presets import offers, resolve
+from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme, check_bits
+from kvgeom.refusal.judge import LABELS
 from kvgeom.results import Result
 from kvgeom.stats import mcnemar, wilson
 
@@ -29,20 +31,30 @@ if TYPE_CHECKING:
 class Curve(Result):
     """What a uniform cache recipe does to behaviour at each bit-width.
 
+    It is about all harmful prompts, or only about those that are refused unquantized, in which alone something can flip;
+    :attr:`counted` says how many that are.
+
     ``data`` has the dimension ``bits`` (descending; the unquantized model is 16) and the variables
 
-    - ``refused``, ``complied``, ``degenerate``: how many of the harmful prompts got each label;
+    - ``refused``, ``complied``, ``degenerate``: how many of the counted prompts got each label;
     - ``gains``: prompts not refused unquantized that are refused here: what a perturbation does in the other direction;
+      NaN where only the prompts refused unquantized were run, so that nothing is known of it;
     - ``flips``: prompts refused unquantized and labelled otherwise here, split into
       ``flips_complied`` and ``flips_degenerate``;
     - ``flip_rate``: flips / unquantized refusals, with its Wilson 95 % interval ``ci_low``, ``ci_high``
       (NaN where the model refuses nothing);
     - ``perplexity_ratio``: perplexity of a plain text under the recipe over the unquantized one.
 
-    ``meta`` holds ``scheme`` (spelling without bits), ``placement``, ``prompts`` and ``baseline_refused``.
+    ``meta`` holds ``scheme`` (spelling without bits), ``placement``, ``prompts`` (all that the unquantized model was
+    asked) and ``baseline_refused``.
     """
 
     kind: ClassVar[str] = "curve"
+
+    @property
+    def counted(self) -> int:
+        """How many prompts the labels of each width are of: all, or those refused unquantized."""
+        return int(sum(self.data[label].isel(bits=0) for label in LABELS))
 
     def summary(self) -> str:
         refused = self.meta["baseline_refused"]
@@ -125,6 +137,7 @@ def bit_width_curve(
     bits: Sequence[int] | None = None,
     scheme: Scheme | str | None = None,
     placement: Placement | None = None,
+    refused_only: bool = False,
     exact: bool = False,
     progress: bool = True,
 ) -> tuple[Curve, Outcomes]:
@@ -133,7 +146,7 @@ def bit_width_curve(
     Parameters
     ----------
     base : Baseline
-        The unquantized model on the prompts; all of them are run, not only the refused ones.
+        The unquantized model on the prompts.
     text : str
         Plain text for the perplexity ratio.
     bits : sequence of int, optional
@@ -143,6 +156,8 @@ def bit_width_curve(
         (``"kivi"``) or a spelling (``"asym-group64"``, ``"q4_0"``); see :func:`kvgeom.quant.presets.resolve`.
     placement : Placement, optional
         That of the preset, or decode-faithful, by default.
+    refused_only : bool
+        Only prompts refused unquantized: all that flip rates need, and no gains.
     exact : bool
         Generate every response in full, as a classifier needs them.
 
@@ -151,16 +166,21 @@ def bit_width_curve(
     (Curve, Outcomes)
         The outcomes hold each response, by recipe ``"8-bit"``, ``"6-bit"``, ...
     """
-    model, n_layers = base.model, base.model.geometry.layers
-    engines = at_widths(scheme, bits, placement)
-    recipes = {f"{b}-bit": engine.recipe(n_layers) for b, engine in engines.items()}
-    placement = next((engine.placement for engine in engines.values()), placement)
+    model = base.model
+    recipes, placement = width_recipes(model.geometry.layers, at_widths(scheme, bits, placement), placement)
     outcomes = evaluate(
-        model, recipes, base, placement=placement, exact=exact, progress=progress, title="responses by bit-width"
+        model,
+        recipes,
+        base,
+        placement=placement,
+        refused_only=refused_only,
+        exact=exact,
+        progress=progress,
+        title="responses by bit-width",
     )
     perplexities = [
         base.journal.remember(
-            ("perplexity", text, str(recipe), str(placement or Placement())),
+            ("perplexity", text, str(recipe), str(placement)),
             partial(perplexity, model, text, recipe, placement=placement),
         )
         for recipe in track([None, *recipes.values()], "perplexity by bit-width", len(recipes) + 1, progress)
@@ -190,6 +210,17 @@ def at_widths(
     return {b: resolve(name, b, placement) for b in widths}
 
 
+def width_recipes(
+    n_layers: int, engines: Mapping[int, Engine], placement: Placement | None = None
+) -> tuple[dict[str, Recipe], Placement]:
+    """Recipes ``"8-bit"``, ``"6-bit"``, ... of what :func:`at_widths` found, and the placement that they share.
+
+    ``placement`` is that of no widths at all; decode-faithful by default.
+    """
+    recipes = {f"{bits}-bit": engine.recipe(n_layers) for bits, engine in engines.items()}
+    return recipes, next((engine.placement for engine in engines.values()), placement or Placement())
+
+
 def _name(scheme: Scheme | str | None) -> str:
     """A scheme as :func:`kvgeom.quant.presets.resolve` takes it, without its width where that is free."""
     text = "asym-token" if scheme is None else str(scheme)
@@ -212,7 +243,8 @@ def curve_of(outcomes: Outcomes, perplexities: Sequence[float], scheme: str) -> 
     names = [str(name) for name in outcomes.data.recipe.values]
     counts = [outcomes.counts(name) for name in names]
     flips = [outcomes.flips(name) for name in names]
-    refused = counts[0]["refused"]
+    refused, asked = counts[0]["refused"], outcomes.meta["asked"]
+    all_run = outcomes.data.sizes["prompt"] == asked
     # The unquantized model is what flips are counted against: its own rate is no estimate.
     itself = (0.0, 0.0) if refused else (float("nan"), float("nan"))
     intervals = [itself, *(wilson(flip["all"], refused) for flip in flips[1:])]
@@ -221,7 +253,7 @@ def curve_of(outcomes: Outcomes, perplexities: Sequence[float], scheme: str) -> 
         "flips": [flip["all"] for flip in flips],
         "flips_complied": [flip["complied"] for flip in flips],
         "flips_degenerate": [flip["degenerate"] for flip in flips],
-        "gains": [_gains(outcomes, name) for name in names],
+        "gains": [_gains(outcomes, name) if all_run else float("nan") for name in names],
         "flip_rate": [flip["all"] / refused if refused else float("nan") for flip in flips],
         "ci_low": [low for low, _ in intervals],
         "ci_high": [high for _, high in intervals],
@@ -230,7 +262,7 @@ def curve_of(outcomes: Outcomes, perplexities: Sequence[float], scheme: str) -> 
     meta = {
         **outcomes.made_by,
         "scheme": scheme,
-        "prompts": outcomes.data.sizes["prompt"],
+        "prompts": asked,
         "baseline_refused": refused,
         "baseline_perplexity": perplexities[0],
     }
@@ -285,8 +317,7 @@ def over_refusal(
         As in :func:`bit_width_curve`.
     """
     engines = at_widths(scheme, bits, placement)
-    recipes = {f"{b}-bit": engine.recipe(base.model.geometry.layers) for b, engine in engines.items()}
-    placement = next((engine.placement for engine in engines.values()), placement)
+    recipes, placement = width_recipes(base.model.geometry.layers, engines, placement)
     outcomes = evaluate(base.model, recipes, base, placement=placement, progress=progress, title="harmless requests")
     labels = outcomes.data.label.values
     refused, n = labels == "refused", len(base.prompts)

@@ -53,6 +53,8 @@ class Outcomes(Result):
     - ``margin`` (nats; NaN where the model refuses nothing) and ``kl`` (nats, of the rounded from the unquantized
       distribution), both at the first response position;
     - ``likelihood`` (nats per token, mean): of the response under the unquantized model; NaN where it was not measured.
+
+    ``meta["asked"]`` is how many prompts the unquantized model was asked, not all of which need be here.
     """
 
     kind: ClassVar[str] = "outcomes"
@@ -433,6 +435,7 @@ def evaluate(
         "recipes": {name: str(recipe) for name, recipe in recipes.items() if name != EXACT},
         "judge": base.judge.name,
         "max_new_tokens": base.max_new_tokens,
+        "asked": len(base.prompts),
         "exact": exact,
     }
     return Outcomes(xr.Dataset(columns, coords=coords), meta)

@@ -192,6 +192,7 @@ def audit(
         progress=progress,
         seed=seed,
         curve_bits=curve_bits,
+        gains=True,
     )
     made = _audit(loaded, prompts, found, seed=seed, seconds=time.monotonic() - started)
     if out is not None:

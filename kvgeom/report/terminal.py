@@ -26,7 +26,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def curve_table(curve: Curve) -> str:
-    """One row for each width."""
+    """One row for each width; gains that were not measured are a dash."""
     refused = curve.meta["baseline_refused"]
     rows = [
         (
@@ -82,8 +82,10 @@ def ablation_table(*ablations: Ablation) -> str:
 
 def diagnosis_text(found: Diagnosis) -> str:
     """All tables, the mode, its evidence, and how sure it is."""
+    curve, asked = found.curve, found.curve.meta["prompts"]
+    which = "" if curve.counted == asked else f"; the {curve.counted} of {asked} prompts refused unquantized"
     parts = [
-        f"Bit-width ({found.curve.meta['scheme']}, {found.curve.meta['placement']})\n\n{curve_table(found.curve)}",
+        f"Bit-width ({curve.meta['scheme']}, {curve.meta['placement']}{which})\n\n{curve_table(curve)}",
         f"Transition: {found.curve.transition}",
         f"Single layers ({found.scan.meta['scheme']})\n\n{scan_table(found.scan)}",
         f"Parts of the cache\n\n{ablation_table(found.ablation, found.channels)}",
