@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from kvgeom.diagnosis.evaluate import EXACT, Outcomes, baseline, evaluate
 from kvgeom.diagnosis.journal import Journal
 from kvgeom.errors import InputError
 from kvgeom.models import memory
-from kvgeom.models.cache import Together
+from kvgeom.models.cache import EditedCache, Together
 from kvgeom.models.hf import HFModel
 from kvgeom.models.memory import in_batches
 from kvgeom.prompts.sets import calibration
@@ -141,6 +142,23 @@ def test_every_path_is_taken() -> None:
     assert (divergence == -1).any()
     assert (divergence == 0).any()
     assert (divergence > 0).any()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 256])
+def test_a_pool_is_no_larger_than_asked(batch_size: int) -> None:
+    model, sizes = tiny_model("qwen2", seed=1), list[int]()
+    base = baseline(model, REQUESTS, judge=CountingJudge(6), max_new_tokens=8, batch_size=batch_size, progress=False)
+    generate = model.generate
+
+    def counted(caches: Sequence[EditedCache], *args: Any, **kwargs: Any) -> list[list[int]]:
+        sizes.append(len(caches))
+        return generate(caches, *args, **kwargs)
+
+    model.generate = counted  # type: ignore[method-assign]
+    evaluate(model, recipes(3), base, progress=False)
+    assert base.rows == batch_size
+    assert max(sizes) == min(batch_size, sum(sizes))
+    assert len(sizes) == -(-sum(sizes) // batch_size)
 
 
 def test_divergence_and_kl_by_hand() -> None:

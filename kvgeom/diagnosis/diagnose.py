@@ -142,7 +142,7 @@ def diagnose(
     judge: Judge | None = None,
     text: str | None = None,
     max_new_tokens: int = 24,
-    batch_size: int = 64,
+    batch_size: int = 512,
     geometry: bool = True,
     gains: bool = False,
     whole: bool = False,

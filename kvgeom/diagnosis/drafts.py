@@ -75,7 +75,7 @@ def verified(
     recipes : mapping of name to Recipe
     placement : Placement
     """
-    diverged: list[_Diverged] = []
+    rows, diverged = base.rows, list[_Diverged]()
     for index, names in work.items():
         for found in _drafted(base, index, {name: recipes[name] for name in names}, placement):
             if isinstance(found, Answer):
@@ -84,8 +84,8 @@ def verified(
                 diverged.append(found)
         # Neighbours of one recipe are rounded as one batch.
         diverged.sort(key=lambda row: row.answer.recipe)
-        while len(diverged) >= base.batch_size:
-            batch, diverged = diverged[: base.batch_size], diverged[base.batch_size :]
+        while len(diverged) >= rows:
+            batch, diverged = diverged[:rows], diverged[rows:]
             yield from _continued(base, batch)
     yield from _continued(base, diverged)
 
@@ -156,7 +156,7 @@ def _continued(base: Baseline, diverged: Sequence[_Diverged]) -> Iterator[Answer
             stop=stop,
         )
 
-    for part, responses in in_batches(diverged, base.batch_size, run):
+    for part, responses in in_batches(diverged, base.rows, run):
         for row, tokens in zip(part, responses, strict=True):
             yield Answer(**{**row.answer.__dict__, "tokens": (*row.answer.tokens, *tokens)})
 
@@ -178,17 +178,17 @@ def generated(
 
     With ``whole`` to the end, else until the label is settled.
     """
-    model = base.model
+    model, rows = base.model, base.rows
     stop = None if whole else lambda _row, tokens: _settled(base, tokens)
     for name in recipes:
         chosen = [index for index, names in work.items() if name in names]
-        for begin in range(0, len(chosen), base.batch_size):
-            part = chosen[begin : begin + base.batch_size]
+        for begin in range(0, len(chosen), rows):
+            part = chosen[begin : begin + rows]
             caches = [model.new_cache(Rounder(recipes[name], placement)) for _ in part]
             prefilled = [model.forward(base.prompts[i].ids, cache)[-1] for i, cache in zip(part, caches, strict=True)]
             first = torch.stack(prefilled)
             responses = model.generate(
-                caches, first.argmax(-1).tolist(), base.max_new_tokens, batch_size=base.batch_size, stop=stop
+                caches, first.argmax(-1).tolist(), base.max_new_tokens, batch_size=rows, stop=stop
             )
             margins = base.margins(first)
             for row, (index, tokens) in enumerate(zip(part, responses, strict=True)):

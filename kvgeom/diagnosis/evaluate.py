@@ -155,7 +155,9 @@ class Baseline:
         Whether the model ended the response there.
     labels, reasons : tuple of str
     judge : Judge
-    max_new_tokens, batch_size : int
+    max_new_tokens : int
+    batch_size : int
+        Most responses that are decoded together.
     journal : Memory
         Where everything that is measured against this baseline is written down.
     """
@@ -176,6 +178,12 @@ class Baseline:
     def refused(self) -> tuple[int, ...]:
         """Indices of the prompts that are refused; a flip can only happen here."""
         return tuple(index for index, label in enumerate(self.labels) if label == "refused")
+
+    @property
+    def rows(self) -> int:
+        """How many responses can be decoded together now: ``batch_size``, or what memory holds."""
+        longest = max(map(len, self.prompts)) + self.max_new_tokens
+        return rows_that_fit(self.model, longest, 1, self.batch_size)
 
     @cached_property
     def refusal_tokens(self) -> frozenset[int]:
@@ -226,7 +234,7 @@ def baseline(
     *,
     judge: Judge | None = None,
     max_new_tokens: int = 24,
-    batch_size: int = 64,
+    batch_size: int = 512,
     journal: str | Path | None = None,
     progress: bool = True,
 ) -> Baseline:
@@ -241,7 +249,7 @@ def baseline(
     max_new_tokens : int
         Longest response. Responses end earlier where the judge reads no further.
     batch_size : int
-        Most sequences to run together; fewer where memory is short.
+        Most responses to decode together; fewer where memory is short. A step reads all weights, whatever the batch.
     journal : str or Path, optional
         A file that keeps all that is measured against this baseline: interrupted at any moment and run again, nothing
         is done twice, and the result is the same (:class:`~kvgeom.diagnosis.journal.Journal`).
@@ -265,10 +273,9 @@ def baseline(
     kept: Memory = Memory() if journal is None else Journal(journal, about)
     draft = Baseline(model, prompts, (), (), (), (), judge, max_new_tokens, batch_size, kept)
     todo = [index for index in range(len(prompts)) if ("baseline", index) not in kept]
-    rows = min(batch_size, rows_that_fit(model, len(longest) + max_new_tokens, 1))
     done = 2 * (len(prompts) - len(todo))  # a prompt counts when it is read, and when it is answered
     with bar("unquantized responses", 2 * len(prompts), progress, initial=done) as shown:
-        for part, responses in in_batches(todo, rows, partial(_unquantized, draft, on_done=shown.update)):
+        for part, responses in in_batches(todo, draft.rows, partial(_unquantized, draft, on_done=shown.update)):
             for index, tokens in zip(part, responses, strict=True):
                 _, label, reason = draft.judged(index, tokens)
                 ended = len(tokens) < max_new_tokens and not settles(judge, model.decode(tokens))
@@ -330,7 +337,7 @@ def evaluate(
     exact: bool = False,
     judge: Judge | None = None,
     max_new_tokens: int = 24,
-    batch_size: int = 64,
+    batch_size: int = 512,
     journal: str | Path | None = None,
     progress: bool = True,
     title: str = "responses under recipes",

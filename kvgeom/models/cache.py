@@ -297,7 +297,8 @@ class EditedCache(Cache):
         one = EditedCache(len(self.layers), edit)
         for all_rows, new in zip(self.layers, one.layers, strict=True):
             at = row if row < len(all_rows.keys) else 0
-            keys, values = (x[at : at + 1, :, :length] for x in (all_rows.keys, all_rows.values))
+            # Copied, or the one sequence would hold on to the memory of the whole batch.
+            keys, values = (x[at : at + 1, :, :length].clone() for x in (all_rows.keys, all_rows.values))
             new.lazy_initialization(keys, values)
             new.keys, new.values = keys, values
         return one

@@ -146,7 +146,7 @@ def audit(
     judge: Judge | None = None,
     text: str | None = None,
     max_new_tokens: int = 24,
-    batch_size: int = 64,
+    batch_size: int = 512,
     progress: bool = True,
     seed: int = 0,
     **load_options: Any,
