@@ -281,8 +281,9 @@ class EditedCache(Cache):
         return merged
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all sequences of the batch but ``rows``."""
-        self.batch_select_indices(rows)
+        """Drop all sequences of the batch but ``rows``, in ascending order; each layer has those that have reached it."""
+        for layer in self.layers:
+            layer.batch_select_indices(rows[rows < len(layer.keys)])
         if self.edit is not None:
             self.edit = self.edit.rows(rows)
             for layer in self.layers:
