@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,35 @@ def test_branches_leave_a_pass(kind: str, placement: Placement, stay: set[int], 
     full, keys, part, part_keys = logits
     torch.testing.assert_close(part, full[[0, *(row + 1 for row in sorted(stay))]], atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(part_keys, keys[sorted(stay)], atol=1e-3, rtol=1e-3)
+
+
+def test_the_same_is_done_once() -> None:
+    """Equal recipes under two names are one row, and equal responses are judged once."""
+    asked: list[tuple[str, str]] = []
+
+    @dataclass(frozen=True)
+    class Noting(CountingJudge):
+        def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Verdict:
+            asked.append((request, response))
+            return super().label(request, response, likelihood)
+
+    model = TINY["qwen2"]
+    base = baseline(model, REQUESTS, judge=Noting(6), max_new_tokens=8, progress=False)
+    rows: list[int] = []
+
+    def counted(self: HFModel, ids: Sequence[int], edits: Sequence[object], *args: Any, **kwargs: Any) -> torch.Tensor:
+        rows.append(len(edits))
+        return HFModel.forward_branches(self, ids, edits, *args, **kwargs)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "forward_branches", partial(counted, model), raising=False)
+        found = evaluate(model, {"one": recipes(3)["middle"], "two": recipes(3)["middle"]}, base, progress=False).data
+    assert rows
+    assert max(rows) == 1
+    assert found.sel(recipe="one").drop_vars("recipe").identical(found.sel(recipe="two").drop_vars("recipe"))
+    found = evaluate(model, recipes(3), base, progress=False).data
+    diverged = int((found.divergence.values >= 0).sum())
+    assert len(REQUESTS) < len(asked) <= len(REQUESTS) + diverged  # no draft that held is judged again
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 256])

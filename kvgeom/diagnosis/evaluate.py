@@ -173,6 +173,7 @@ class Baseline:
     batch_size: int
     journal: Memory = field(default_factory=Memory, repr=False)
     _prefilled: dict[int, tuple[EditedCache, Tensor]] = field(default_factory=dict, repr=False)
+    _verdicts: dict[tuple[int, tuple[int, ...]], tuple[str, str, str]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def refused(self) -> tuple[int, ...]:
@@ -221,11 +222,17 @@ class Baseline:
         return float(log_p[torch.arange(len(tokens)), list(tokens)].mean())
 
     def judged(self, index: int, tokens: Sequence[int]) -> tuple[str, str, str]:
-        """Text, label and reason of a response to prompt ``index``; the label is that of what the judge reads."""
-        read = tokens[: reading(self.judge, self.model.decode, tokens)]
-        request, text = self.prompts[index].text, self.model.decode(read)
-        verdict = self.judge.label(request, text, lambda: self.log_likelihood(index, read))
-        return self.model.decode(tokens), verdict.label, verdict.reason
+        """Text, label and reason of a response to prompt ``index``; the label is that of what the judge reads.
+
+        A response that many recipes give, such as the unquantized one, is judged once.
+        """
+        key = index, tuple(tokens)
+        if key not in self._verdicts:
+            read = tokens[: reading(self.judge, self.model.decode, tokens)]
+            request, text = self.prompts[index].text, self.model.decode(read)
+            verdict = self.judge.label(request, text, lambda: self.log_likelihood(index, read))
+            self._verdicts[key] = self.model.decode(tokens), verdict.label, verdict.reason
+        return self._verdicts[key]
 
 
 def baseline(
@@ -398,18 +405,20 @@ def evaluate(
     placement = placement or Placement()
     chosen = base.refused if refused_only else tuple(range(len(base.prompts)))
 
-    def key(name: str, index: int) -> tuple[Any, ...]:
+    def key(name: str, index: int | None = None) -> tuple[Any, ...]:
         layers = [[str(scheme) if scheme else None for scheme in pair] for pair in recipes[name]]
         statics = [str(found) for found in (recipes[name].offsets, recipes[name].factors) if found is not None]
         return ("response", layers, *statics, str(placement), exact, index)
 
-    todo = {i: names for i in chosen if (names := [name for name in recipes if key(name, i) not in base.journal])}
-    done = len(recipes) * len(chosen) - sum(map(len, todo.values()))
+    different = {str(key(name)): name for name in recipes}.values()  # of equal recipes one is run
+    todo = {i: names for i in chosen if (names := [name for name in different if key(name, i) not in base.journal])}
+    total = len(different) * len(chosen)
+    done = total - sum(map(len, todo.values()))
     if exact or not placement.follows_drafts:
         answers = generated(base, todo, recipes, placement, whole=exact)
     else:
         answers = verified(base, todo, recipes, placement)
-    with bar(title, len(recipes) * len(chosen), progress, initial=done) as shown:
+    with bar(title, total, progress, initial=done) as shown:
         for answer in answers:
             text, label, reason = base.judged(answer.prompt, answer.tokens)
             # Judges that come later, when the model is gone, ask for the likelihood of a whole response.
