@@ -2,9 +2,11 @@
 
 Run:  python benchmarks/diagnosis.py [--model demo] [--new-tokens 64] [--sample 12] [--prompts 20]
 
-Both sides run in one process on the same machine, after each other. Plain generation prefills every prompt under every
-recipe and decodes in batches to the end, for all prompts. Because it takes so long, it is timed on every n-th recipe
-(--sample of them, 0 for all) and scaled up; labels are compared on the same recipes.
+Timed twice: all that a diagnosis runs, and the list that is asked of one at least (sweep, all single layers per-tensor
+and per-channel, channel ablation, PCR). All sides run in one process on the same machine, after each other. Plain
+generation prefills every prompt under every recipe and decodes in batches to the end, for all prompts. Because it takes
+so long, it is timed on every n-th recipe (--sample of them, 0 for all) and scaled up; labels are compared on the same
+recipes.
 """
 
 from __future__ import annotations
@@ -12,16 +14,21 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 import kvgeom
+from kvgeom.diagnosis.ablation import channel_magnitudes, channel_subsets
+from kvgeom.diagnosis.curve import at_widths, width_recipes
 from kvgeom.diagnosis.drafts import generated
-from kvgeom.diagnosis.evaluate import evaluate
+from kvgeom.diagnosis.evaluate import Outcomes, evaluate
+from kvgeom.diagnosis.scan import scan_of, single_layers
+from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.scheme import Scheme
 
 
 def main() -> None:
@@ -52,25 +59,49 @@ def main() -> None:
     rest = fast - sum(spent.seconds.values())
     print(f"  {'everything else':<32} {rest:7.1f} s  {rest / fast:4.0%}")
 
+    ran = Recipes()
+    begin = time.perf_counter()
+    run_list(model, prompts, asked.new_tokens)
+    fast_list = time.perf_counter() - begin
+    listed = ran.stop()
+    print(f"sweep, single layers, channels, PCR: {len(listed)} recipes in {fast_list:.0f} s")
+
     step = max(1, len(recipes) // asked.sample) if asked.sample else 1
-    sample = recipes[::step]
-    base = found.baseline
-    seconds, labels, same, tokens, parted = 0.0, 0, 0, 0, 0
-    for recipe, placement in sample:
+    base, labels, same, tokens, parted = found.baseline, 0, 0, 0, 0
+    plain: dict[tuple[Recipe, Placement], float] = {}
+    for recipe, placement in recipes[::step]:
         begin = time.perf_counter()
         answers = list(generated(base, {i: ["r"] for i in range(len(base.prompts))}, {"r": recipe}, placement))
         judged = {answer.prompt: base.judged(answer.prompt, answer.tokens)[1] for answer in answers}
-        seconds += time.perf_counter() - begin
+        plain[recipe, placement] = time.perf_counter() - begin
         quick = evaluate(model, {"r": recipe}, base, placement=placement, refused_only=True, progress=False)
         said = {answer.prompt: model.decode(answer.tokens) for answer in answers}
         for prompt in quick.data.prompt.values:
             cell = quick.data.sel(recipe="r", prompt=prompt)
             labels, same, tokens = labels + 1, same + int(cell.label == judged[prompt]), tokens + int(cell.tokens)
             parted += 0 if said[prompt].startswith(cell.text.item().rstrip("\ufffd")) else int(cell.tokens)
-    whole = seconds / len(sample) * len(recipes)
-    print(f"plain generation: {seconds:.0f} s for {len(sample)} recipes, so {whole:.0f} s for all")
-    print(f"ratio: {whole / fast:.1f}x")
     print(f"labels equal: {same} of {labels}; tokens in responses that differ: {parted} of {tokens}")
+    for what, timed, chosen in (("diagnosis", fast, recipes), ("list", fast_list, listed)):
+        seconds = [plain[recipe] for recipe in chosen if recipe in plain]
+        whole = float(np.mean(seconds)) * len(chosen)
+        print(f"{what}: plain generation {whole:.0f} s (from {len(seconds)} recipes), ratio {whole / timed:.1f}x")
+
+
+def run_list(model: Any, prompts: PromptSet, new_tokens: int) -> None:
+    """What is asked of a diagnosis at least, from unquantized responses on."""
+    tensor, n_layers = Scheme(3, symmetric=True, granularity="tensor"), model.geometry.layers
+    base = kvgeom.baseline(model, prompts.harmful, max_new_tokens=new_tokens, progress=False)
+
+    def run(recipes: Mapping[str, Recipe], placement: Placement | None = None) -> Outcomes:
+        return evaluate(model, recipes, base, placement=placement, refused_only=True, progress=False)
+
+    scan = single_layers(n_layers, tensor)
+    widths, _ = width_recipes(n_layers, at_widths(None))
+    worst = scan_of(run({**scan, **widths}), n_layers, tensor).critical_layer
+    where = range(n_layers) if worst is None else [worst]
+    run(channel_subsets(channel_magnitudes(base), tensor, where)["channels"])
+    if worst is not None:
+        run(single_layers(n_layers, tensor, where), Placement.paper())
 
 
 class Clock:

@@ -150,7 +150,11 @@ def _add_options(command: argparse.ArgumentParser, name: str) -> None:
         "--new-tokens", metavar="N", type=int, default=24, help="longest response (default: %(default)s)"
     )
     command.add_argument(
-        "--batch-size", metavar="N", type=int, default=64, help="most sequences run together (default: %(default)s)"
+        "--batch-size",
+        metavar="N",
+        type=int,
+        default=512,
+        help="most responses decoded together (default: %(default)s)",
     )
     command.add_argument("--template", metavar="FILE", help="Jinja chat template, for a model without one")
     command.add_argument("--dtype", help="e.g. float32, bfloat16 (default: float32 on a CPU, else the checkpoint's)")

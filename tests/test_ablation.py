@@ -81,7 +81,10 @@ def test_subsets_of_channels() -> None:
     assert family["outliers"].touched == (2,)
     keys = {name: set(recipe.scheme(2, "k").channels or ()) for name, recipe in family.items()}  # type: ignore[union-attr]
     assert keys["outliers"] == {7, 30}
-    assert keys["outliers"] | keys["non-outliers"] == keys["every channel"] == set(range(40))
+    assert keys["outliers"] | keys["non-outliers"] == set(range(40))
+    assert family["every channel"] == Recipe.uniform(
+        4, TENSOR, layers=[2]
+    )  # the one of the scan, which is not run twice
     assert keys["low magnitude"] == set(np.argsort(magnitudes["k"][2])[:2])
     assert keys["random 1"] != keys["random 2"]
     assert all(len(keys[n]) == 2 and not keys[n] & keys["outliers"] for n in ("random 1", "random 2"))
@@ -128,6 +131,22 @@ def test_a_diagnosis_holds_together(found: Diagnosis) -> None:
         assert sum(shares.values()) == pytest.approx(1)
     assert found.mode.name in found.summary()
     assert "<ul>" in found._repr_html_()
+
+
+def test_a_diagnosis_runs_what_can_flip(found: Diagnosis) -> None:
+    """The curve's other prompts only on demand, and then nothing else changes."""
+    prompts = PromptSet("tiny", tuple(REQUESTS), (), "written here")
+    options = {"judge": ArbitraryJudge(), "curve_bits": (8, 2), "max_new_tokens": 5, "progress": False}
+    gained = kvgeom.diagnose(TINY, prompts, geometry=False, gains=True, **options)  # type: ignore[arg-type]
+    n = len(found.baseline.refused)
+    assert (found.curve.counted, gained.curve.counted) == (n, len(REQUESTS))
+    assert found.outcomes.data.sizes["prompt"] == n
+    assert found.outcomes.data.label.identical(gained.outcomes.of_refused().data.label)
+    assert np.isnan(found.curve.data.gains).all()
+    assert np.isfinite(gained.curve.data.gains).all()
+    assert found.curve.data.flips.identical(gained.curve.data.flips)
+    assert f"the {n} of {len(REQUESTS)} prompts refused unquantized" in diagnosis_text(found)
+    assert "prompts refused unquantized" not in diagnosis_text(gained)
 
 
 def test_a_diagnosis_without_geometry_says_less(found: Diagnosis) -> None:

@@ -239,7 +239,7 @@ def test_an_interrupted_audit_leaves_what_is_done_and_nothing_half_written(tmp_p
     assert process.stderr is not None
     said = b""
     deadline = time.monotonic() + 120
-    while b"layers and parts" not in said and time.monotonic() < deadline:
+    while b"layers, parts and widths" not in said and time.monotonic() < deadline:
         said += os.read(process.stderr.fileno(), 4096)
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=60)

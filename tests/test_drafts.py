@@ -10,7 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +20,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvgeom.diagnosis.drafts import OPENING
 from kvgeom.diagnosis.evaluate import EXACT, Outcomes, baseline, evaluate
 from kvgeom.diagnosis.journal import Journal, Memory
 from kvgeom.errors import InputError
 from kvgeom.models import memory
-from kvgeom.models.cache import Together
+from kvgeom.models.cache import EditedCache, Together
 from kvgeom.models.hf import HFModel
 from kvgeom.models.memory import in_batches
 from kvgeom.prompts.sets import calibration
@@ -140,7 +143,108 @@ def test_every_path_is_taken() -> None:
     divergence = found.divergence.values[1:]
     assert (divergence == -1).any()
     assert (divergence == 0).any()
-    assert (divergence > 0).any()
+    assert ((divergence > 0) & (divergence < OPENING)).any()
+    assert (divergence >= OPENING).any()
+
+
+def test_who_has_diverged_runs_no_further() -> None:
+    """Rows of each pass, counted where all branches are in: those that the opening has lost are not in the second."""
+    model, passes = tiny_model("qwen2", seed=1), list[tuple[int, int]]()
+    base = baseline(model, REQUESTS, judge=CountingJudge(6), max_new_tokens=8, progress=False)
+    model._layers[-1].register_forward_hook(lambda _module, _args, output: passes.append(tuple(output.shape[:2])))
+    generate, pools = model.generate, list[int]()
+
+    def counted(caches: Sequence[EditedCache], *args: Any, **kwargs: Any) -> list[list[int]]:
+        pools.append(len(caches))
+        before = len(passes)
+        said = generate(caches, *args, **kwargs)
+        del passes[before:]
+        return said
+
+    model.generate = counted  # type: ignore[method-assign]
+    found = evaluate(model, recipes(3), base, progress=False).data.sel(recipe=[n for n in recipes(3) if n != "nothing"])
+    expected = []
+    for index, prompt in enumerate(base.prompts):
+        at, tokens = found.divergence.sel(prompt=index).values, len(base.tokens[index]) - (not base.ended[index])
+        expected.append((1 + len(at), len(prompt) + min(tokens, OPENING - 1)))
+        agree = int(((at < 0) | (at >= OPENING)).sum())
+        if agree and tokens > OPENING - 1:
+            expected.append((1 + agree, tokens - OPENING + 1))
+    assert [size for size in passes if size[0] > 1] == expected
+    assert any(1 < rows < 1 + len(found.recipe) for rows, _ in expected)
+    assert len(pools) == 1  # what diverges is decoded together, of all prompts and recipes
+    assert 0 < pools[0] <= (found.divergence.values >= 0).sum()
+
+
+@settings(max_examples=25)
+@given(st.sampled_from(KINDS), st.sampled_from(PLACEMENTS), st.sets(st.integers(0, 5), min_size=1), st.integers(1, 4))
+def test_branches_leave_a_pass(kind: str, placement: Placement, stay: set[int], late: int) -> None:
+    """Those that stay go on as if the others were still there, in the layers that all, some or none of them have reached."""
+    model = TINY[kind]
+    made = sorted((r for r in recipes(3).values() if r.touched), key=lambda recipe: min(recipe.touched))
+    prompt = model.encode(["open the door"])[0].ids
+    said = model.tokens("well, no")[:late]
+    logits = []
+    for chosen in (list(range(6)), sorted(stay)):
+        edits = [Rounder(recipe, placement, prompt_tokens=len(prompt)) for recipe in made]
+        first = [min(recipe.touched) for recipe in made]
+        cache = model.branching_cache(edits)
+        model.forward_branches(prompt, edits, first, cache=cache)
+        if len(chosen) < 6:
+            cache.keep(torch.tensor([0, *(row + 1 for row in chosen)]))
+        left = [first[row] for row in chosen]
+        logits.append(model.forward_branches(said, [edits[i] for i in chosen], left, cache=cache, last=late))
+        rows = [cache.row(place + 1, len(prompt) + late).layers[2].keys for place in range(len(chosen))]
+        logits.append(torch.cat(rows))
+    full, keys, part, part_keys = logits
+    torch.testing.assert_close(part, full[[0, *(row + 1 for row in sorted(stay))]], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(part_keys, keys[sorted(stay)], atol=1e-3, rtol=1e-3)
+
+
+def test_the_same_is_done_once() -> None:
+    """Equal recipes under two names are one row, and equal responses are judged once."""
+    asked: list[tuple[str, str]] = []
+
+    @dataclass(frozen=True)
+    class Noting(CountingJudge):
+        def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Verdict:
+            asked.append((request, response))
+            return super().label(request, response, likelihood)
+
+    model = TINY["qwen2"]
+    base = baseline(model, REQUESTS, judge=Noting(6), max_new_tokens=8, progress=False)
+    rows: list[int] = []
+
+    def counted(self: HFModel, ids: Sequence[int], edits: Sequence[object], *args: Any, **kwargs: Any) -> torch.Tensor:
+        rows.append(len(edits))
+        return HFModel.forward_branches(self, ids, edits, *args, **kwargs)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "forward_branches", partial(counted, model), raising=False)
+        found = evaluate(model, {"one": recipes(3)["middle"], "two": recipes(3)["middle"]}, base, progress=False).data
+    assert rows
+    assert max(rows) == 1
+    assert found.sel(recipe="one").drop_vars("recipe").identical(found.sel(recipe="two").drop_vars("recipe"))
+    found = evaluate(model, recipes(3), base, progress=False).data
+    diverged = int((found.divergence.values >= 0).sum())
+    assert len(REQUESTS) < len(asked) <= len(REQUESTS) + diverged  # no draft that held is judged again
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 256])
+def test_a_pool_is_no_larger_than_asked(batch_size: int) -> None:
+    model, sizes = tiny_model("qwen2", seed=1), list[int]()
+    base = baseline(model, REQUESTS, judge=CountingJudge(6), max_new_tokens=8, batch_size=batch_size, progress=False)
+    generate = model.generate
+
+    def counted(caches: Sequence[EditedCache], *args: Any, **kwargs: Any) -> list[list[int]]:
+        sizes.append(len(caches))
+        return generate(caches, *args, **kwargs)
+
+    model.generate = counted  # type: ignore[method-assign]
+    evaluate(model, recipes(3), base, progress=False)
+    assert base.rows == batch_size
+    assert max(sizes) == min(batch_size, sum(sizes))
+    assert len(sizes) == -(-sum(sizes) // batch_size)
 
 
 def test_divergence_and_kl_by_hand() -> None:
@@ -267,7 +371,7 @@ def test_nothing_is_done_twice(tmp_path: Path) -> None:
 def test_cut_off_anywhere(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """However much of the file is left, going on gives the whole result."""
     path = tmp_path_factory.mktemp("journal") / "j"
-    model, options = TINY["qwen2"], {"judge": CountingJudge(), "max_new_tokens": 4, "progress": False}
+    model, options = TINY["qwen2"], {"judge": CountingJudge(), "max_new_tokens": 6, "progress": False}
     asked = REQUESTS[:2]
     first = evaluate(model, recipes(3), asked, journal=path, **options)  # type: ignore[arg-type]
     whole = path.read_bytes()

@@ -22,7 +22,8 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.rounder import Rounder
 from kvgeom.quant.scheme import Scheme
-from kvgeom.refusal.judge import Label, Verdict
+from kvgeom.refusal.judge import LABELS, Label, Verdict
+from kvgeom.report.terminal import curve_table
 from kvgeom.stats import mcnemar
 from tests.tiny import tiny_model
 
@@ -159,6 +160,29 @@ def test_curve(base: Baseline) -> None:
         assert float(row.perplexity_ratio) == pytest.approx(ratio)
     assert float(curve.data.perplexity_ratio.sel(bits=16)) == 1.0
     assert int(curve.data.flips.sel(bits=16)) == 0
+
+
+def test_a_curve_of_the_refused_claims_no_more(base: Baseline) -> None:
+    """Flips are those of the curve of all prompts; what was not run is not counted, and not called zero."""
+    n = len(base.refused)
+    whole, part = (
+        bit_width_curve(base, perplexity_text(), bits=[8, 2], refused_only=only, progress=False)[0]
+        for only in (False, True)
+    )
+    for name in ("flips", "flips_complied", "flips_degenerate", "flip_rate", "ci_low", "ci_high"):
+        np.testing.assert_array_equal(part.data[name], whole.data[name])
+    assert (whole.counted, part.counted) == (len(REQUESTS), n)
+    assert part.meta == whole.meta
+    assert np.isfinite(whole.data.gains).all()
+    assert np.isnan(part.data.gains).all()
+    np.testing.assert_array_equal(part.data.refused, n - part.data.flips)
+    np.testing.assert_array_equal(whole.data.refused, n - whole.data.flips + whole.data.gains)
+    bars = [trace for trace in part.plot().data if trace.name in LABELS]
+    np.testing.assert_allclose(sum(np.array(bar.y) for bar in bars), 1)
+    titles = [note.text for figure in (whole.plot(), part.plot()) for note in figure.layout.annotations[:1]]
+    assert f"{n} harmful requests get that are refused unquantized, of {len(REQUESTS)}" in titles[1]
+    assert "refused" not in titles[0]
+    assert [line.split()[-2] for line in curve_table(part).splitlines()[2:]] == ["-"] * 3
 
 
 def test_over_refusal(base: Baseline) -> None:

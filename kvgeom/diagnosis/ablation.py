@@ -201,8 +201,11 @@ def channel_subsets(
     def drawn() -> dict[Site, NDArray[np.integer]]:
         return {s: np.stack([rng.choice(row[count:], count, replace=False) for row in o]) for s, o in order.items()}
 
-    chosen: dict[str, Mapping[Site, NDArray[np.integer]]] = {
-        "every channel": order,
+    def rounded(sets: Mapping[Site, NDArray[np.integer]] | None, layer: int) -> tuple[Scheme, Scheme]:
+        return (scheme, scheme) if sets is None else (scheme.only(sets["k"][layer]), scheme.only(sets["v"][layer]))
+
+    chosen: dict[str, Mapping[Site, NDArray[np.integer]] | None] = {
+        "every channel": None,
         "outliers": {site: o[:, :count] for site, o in order.items()},
         "non-outliers": {site: o[:, count:] for site, o in order.items()},
         "low magnitude": {site: o[:, -count:] for site, o in order.items()},
@@ -210,12 +213,7 @@ def channel_subsets(
     }
     return {
         "channels": {
-            name: Recipe(
-                tuple(
-                    (scheme.only(sets["k"][layer]), scheme.only(sets["v"][layer])) if layer in layers else (None, None)
-                    for layer in range(n_layers)
-                )
-            )
+            name: Recipe(tuple(rounded(sets, layer) if layer in layers else (None, None) for layer in range(n_layers)))
             for name, sets in chosen.items()
         }
     }

@@ -12,10 +12,11 @@ import xarray as xr
 
 from kvgeom.diagnosis.evaluate import EXACT, Baseline, Outcomes, evaluate
 from kvgeom.diagnosis.perplexity import perplexity
-from kvgeom.diagnosis.widths import ROUNDING, about, at_widths, spelled
+from kvgeom.diagnosis.widths import ROUNDING, about, at_widths, spelled, width_recipes
 from kvgeom.progress import track
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.scheme import Scheme
+from kvgeom.refusal.judge import LABELS
 from kvgeom.results import Result
 from kvgeom.stats import mcnemar, wilson
 
@@ -27,10 +28,14 @@ if TYPE_CHECKING:
 class Curve(Result):
     """What a uniform cache recipe does to behaviour at each bit-width.
 
+    It is about all harmful prompts, or only about those that are refused unquantized, in which alone something can flip;
+    :attr:`counted` says how many that are.
+
     ``data`` has the dimension ``bits`` (descending; the unquantized model is 16) and the variables
 
-    - ``refused``, ``complied``, ``degenerate``: how many of the harmful prompts got each label;
+    - ``refused``, ``complied``, ``degenerate``: how many of the counted prompts got each label;
     - ``gains``: prompts not refused unquantized that are refused here: what a perturbation does in the other direction;
+      NaN where only the prompts refused unquantized were run, so that nothing is known of it;
     - ``flips``: prompts refused unquantized and labelled otherwise here, split into
       ``flips_complied`` and ``flips_degenerate``;
     - ``flip_rate``: flips / unquantized refusals, with its Wilson 95 % interval ``ci_low``, ``ci_high``
@@ -38,11 +43,17 @@ class Curve(Result):
     - ``perplexity_ratio``: perplexity of a plain text under the recipe over the unquantized one.
 
     ``meta`` holds ``scheme`` (spelling without bits), ``engine`` (which one, and of which version, if the scheme is a preset),
-    ``rounded`` (what keys and values get, by width), ``placement``, ``prompts``, ``baseline_refused`` and ``untouched``: how
+    ``rounded`` (what keys and values get, by width), ``placement``, ``prompts`` (all
+    that the unquantized model was asked), ``baseline_refused`` and ``untouched``: how
     many prompts are so short that even the longest response to them ends before anything that is read has been rounded.
     """
 
     kind: ClassVar[str] = "curve"
+
+    @property
+    def counted(self) -> int:
+        """How many prompts the labels of each width are of: all, or those refused unquantized."""
+        return int(sum(self.data[label].isel(bits=0) for label in LABELS))
 
     def summary(self) -> str:
         refused = self.meta["baseline_refused"]
@@ -137,6 +148,7 @@ def bit_width_curve(
     bits: Sequence[int] | None = None,
     scheme: Scheme | str | None = None,
     placement: Placement | None = None,
+    refused_only: bool = False,
     exact: bool = False,
     progress: bool = True,
 ) -> tuple[Curve, Outcomes]:
@@ -145,7 +157,7 @@ def bit_width_curve(
     Parameters
     ----------
     base : Baseline
-        The unquantized model on the prompts; all of them are run, not only the refused ones.
+        The unquantized model on the prompts.
     text : str
         Plain text for the perplexity ratio.
     bits : sequence of int, optional
@@ -155,6 +167,8 @@ def bit_width_curve(
         (``"kivi"``) or a spelling (``"asym-group64"``, ``"q4_0"``); see :func:`kvgeom.quant.presets.resolve`.
     placement : Placement, optional
         That of the preset, or decode-faithful, by default.
+    refused_only : bool
+        Only prompts refused unquantized: all that flip rates need, and no gains.
     exact : bool
         Generate every response in full, as a classifier needs them.
 
@@ -163,16 +177,22 @@ def bit_width_curve(
     (Curve, Outcomes)
         The outcomes hold each response, by recipe ``"8-bit"``, ``"6-bit"``, ...
     """
-    model, n_layers = base.model, base.model.geometry.layers
+    model = base.model
     engines = at_widths(scheme, bits, placement)
-    recipes = {f"{b}-bit": engine.recipe(n_layers) for b, engine in engines.items()}
-    placement = next((engine.placement for engine in engines.values()), placement)
+    recipes, placement = width_recipes(model.geometry.layers, engines, placement)
     outcomes = evaluate(
-        model, recipes, base, placement=placement, exact=exact, progress=progress, title="responses by bit-width"
+        model,
+        recipes,
+        base,
+        placement=placement,
+        refused_only=refused_only,
+        exact=exact,
+        progress=progress,
+        title="responses by bit-width",
     )
     perplexities = [
         base.journal.remember(
-            ("perplexity", text, *(recipe.spelled if recipe else ()), str(placement or Placement())),
+            ("perplexity", text, *(recipe.spelled if recipe else ()), str(placement)),
             partial(perplexity, model, text, recipe, placement=placement),
         )
         for recipe in track([None, *recipes.values()], "perplexity by bit-width", len(recipes) + 1, progress)
@@ -195,7 +215,8 @@ def curve_of(outcomes: Outcomes, perplexities: Sequence[float], rounding: Mappin
     names = [str(name) for name in outcomes.data.recipe.values]
     counts = [outcomes.counts(name) for name in names]
     flips = [outcomes.flips(name) for name in names]
-    refused = counts[0]["refused"]
+    refused, asked = counts[0]["refused"], outcomes.meta["asked"]
+    all_run = outcomes.data.sizes["prompt"] == asked
     # The unquantized model is what flips are counted against: its own rate is no estimate.
     itself = (0.0, 0.0) if refused else (float("nan"), float("nan"))
     intervals = [itself, *(wilson(flip["all"], refused) for flip in flips[1:])]
@@ -204,7 +225,7 @@ def curve_of(outcomes: Outcomes, perplexities: Sequence[float], rounding: Mappin
         "flips": [flip["all"] for flip in flips],
         "flips_complied": [flip["complied"] for flip in flips],
         "flips_degenerate": [flip["degenerate"] for flip in flips],
-        "gains": [_gains(outcomes, name) for name in names],
+        "gains": [_gains(outcomes, name) if all_run else float("nan") for name in names],
         "flip_rate": [flip["all"] / refused if refused else float("nan") for flip in flips],
         "ci_low": [low for low, _ in intervals],
         "ci_high": [high for _, high in intervals],
@@ -213,7 +234,7 @@ def curve_of(outcomes: Outcomes, perplexities: Sequence[float], rounding: Mappin
     meta = {
         **outcomes.made_by,
         **{name: rounding[name] for name in ROUNDING},
-        "prompts": outcomes.data.sizes["prompt"],
+        "prompts": asked,
         "baseline_refused": refused,
         "baseline_perplexity": perplexities[0],
     }
@@ -268,8 +289,7 @@ def over_refusal(
         As in :func:`bit_width_curve`.
     """
     engines = at_widths(scheme, bits, placement)
-    recipes = {f"{b}-bit": engine.recipe(base.model.geometry.layers) for b, engine in engines.items()}
-    placement = next((engine.placement for engine in engines.values()), placement)
+    recipes, placement = width_recipes(base.model.geometry.layers, engines, placement)
     outcomes = evaluate(base.model, recipes, base, placement=placement, progress=progress, title="harmless requests")
     labels = outcomes.data.label.values
     refused, n = labels == "refused", len(base.prompts)

@@ -24,7 +24,7 @@ from kvgeom.diagnosis.pcr import PCR, pcr_of
 from kvgeom.diagnosis.scan import Scan, scan_of, single_layers
 from kvgeom.diagnosis.taxonomy import Evidence, Mode, classify
 from kvgeom.diagnosis.verdicts import FlipTable, evidence_from, shares
-from kvgeom.diagnosis.widths import at_widths
+from kvgeom.diagnosis.widths import at_widths, width_recipes
 from kvgeom.geometry.channels import channel_view
 from kvgeom.geometry.sensitivity import Sensitivity
 from kvgeom.geometry.subspace import subspace
@@ -193,8 +193,9 @@ def diagnose(
     judge: Judge | None = None,
     text: str | None = None,
     max_new_tokens: int = 24,
-    batch_size: int = 64,
+    batch_size: int = 512,
     geometry: bool = True,
+    gains: bool = False,
     whole: bool = False,
     journal: str | Path | None = None,
     progress: bool = True,
@@ -223,6 +224,9 @@ def diagnose(
     max_new_tokens, batch_size : int
     geometry : bool
         Whether to measure the noise-sensitivity ratio as well; it is told as evidence and decides nothing.
+    gains : bool
+        Whether the curve also runs the prompts that are not refused unquantized. None of them can flip, but some may be
+        refused once the cache is rounded; without it ``curve`` counts labels of the refused ones, and gains are NaN.
     whole : bool
         Generate all responses of all prompts in full, so that :meth:`Diagnosis.relabel` can give them to a classifier.
         Takes much longer.
@@ -238,7 +242,7 @@ def diagnose(
         If the model, the prompts, the bits or the journal cannot be used.
     """
     tensor = Scheme(bits, symmetric=True, granularity="tensor")
-    at_widths(scheme, curve_bits, placement)  # what is wrong with these is said before any work
+    engines = at_widths(scheme, curve_bits, placement)  # what is wrong with these is said before any work
     prompts = prompts or calibration()
     loaded = load(model, **load_options)
     n_layers = loaded.geometry.layers
@@ -259,7 +263,9 @@ def diagnose(
 
         # All at once: each prompt then needs one pass for all recipes. What follows finds it done.
         first = {**_flat(whole_cache(n_layers, tensor)), **single_layers(n_layers, tensor)}
-        worst = scan_of(run(first, "layers and parts"), n_layers, tensor).critical_layer
+        widths, where_widths = width_recipes(n_layers, engines)
+        along = widths if where_widths == (placement or Placement()) else {}
+        worst = scan_of(run({**first, **along}, "layers, parts and widths"), n_layers, tensor).critical_layer
         where = range(n_layers) if worst is None else [worst]
         recipes = {**first, **_flat(channel_subsets(channel_magnitudes(base, placement), tensor, where, seed=seed))}
         at_worst: dict[str, Recipe] = {}
@@ -269,7 +275,9 @@ def diagnose(
         parts = run(recipes, "worst layer, channels")
         paper = run(at_worst, "PCR as the paper simulates", placement=Placement.paper())
         text = text or perplexity_text()
-        curve, outcomes = bit_width_curve(base, text, bits=curve_bits, scheme=scheme, **options)
+        curve, outcomes = bit_width_curve(
+            base, text, bits=curve_bits, scheme=scheme, refused_only=not (gains or whole), **options
+        )
         sensitivity = _sensitivity(loaded, prompts, tensor, placement, progress, seed) if geometry else None
     return _concluded(prompts, base, curve, outcomes, parts, paper, tensor, worst, sensitivity, seed)
 

@@ -1,18 +1,18 @@
 """Greedy responses under recipes, with the unquantized response as a draft of each.
 
-One teacher-forced pass over prompt and draft shows the first token at which a recipe's argmax is another one: up to
-there its greedy response is the draft. Only what diverges is generated, from its first divergence on, on the cache that
-the pass has left. All recipes share the pass; one that leaves the first layers alone joins it above them.
+A teacher-forced pass over prompt and draft shows the first token at which a recipe's argmax is another one: up to there
+its greedy response is the draft. Only what diverges is generated, from its first divergence on, on the cache that the
+pass has left. All recipes share the pass; one that leaves the first layers alone joins it above them, and one that has
+diverged in the first few tokens leaves it there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from kvgeom.models.cache import EditedCache
 from kvgeom.models.memory import in_batches, rows_that_fit
@@ -20,9 +20,14 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.rounder import Rounder
 from kvgeom.refusal.judge import settles
+from kvgeom.refusal.respond import respond
 
 if TYPE_CHECKING:
     from kvgeom.diagnosis.evaluate import Baseline
+
+#: So many tokens of a draft are checked in the pass over its prompt. Recipes that round the whole cache have mostly left
+#: it by then; single layers mostly never do, and the second pass costs them nothing but reading the weights once more.
+OPENING = 4
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,9 @@ def verified(
 ) -> Iterator[Answer]:
     """Answers to some prompts under some recipes, in the order in which they are settled.
 
-    Costs, per prompt, one pass over prompt and draft, one more for each recipe (less the layers below the first that
-    it touches), and decoding of what diverges.
+    Costs, per prompt and recipe (less the layers below the first that it touches), a pass over the prompt and the opening
+    of its draft; over the rest of the draft where the opening holds; and decoding of what diverges, as many together as
+    memory holds, whatever their prompt and recipe.
 
     Parameters
     ----------
@@ -75,7 +81,7 @@ def verified(
     recipes : mapping of name to Recipe
     placement : Placement
     """
-    diverged: list[_Diverged] = []
+    rows, diverged = base.rows, list[_Diverged]()
     for index, names in work.items():
         for found in _drafted(base, index, {name: recipes[name] for name in names}, placement):
             if isinstance(found, Answer):
@@ -84,8 +90,8 @@ def verified(
                 diverged.append(found)
         # Neighbours of one recipe are rounded as one batch.
         diverged.sort(key=lambda row: row.answer.recipe)
-        while len(diverged) >= base.batch_size:
-            batch, diverged = diverged[: base.batch_size], diverged[base.batch_size :]
+        while len(diverged) >= rows:
+            batch, diverged = diverged[:rows], diverged[rows:]
             yield from _continued(base, batch)
     yield from _continued(base, diverged)
 
@@ -94,39 +100,69 @@ def _drafted(
     base: Baseline, index: int, recipes: Mapping[str, Recipe], placement: Placement
 ) -> Iterator[Answer | _Diverged]:
     """Hold one prompt's draft against what each recipe would have said."""
-    model, prompt, draft, ended = base.model, base.prompts[index], base.tokens[index], base.ended[index]
-    # The last token of a draft is only read where one more argmax, the end, is to be checked.
-    ids = [*prompt.ids, *(draft if ended else draft[:-1])]
-    last = len(ids) - len(prompt) + 1
-    # An engine whose prefill reads exact values rounds after it: prompt and response are two calls there.
-    apart = placement.prefill_reads == "exact" and last > 1
-
-    def run(part: Sequence[str]) -> tuple[Tensor, EditedCache]:
-        edits = [Rounder(recipes[name], placement, prompt_tokens=len(prompt)) for name in part]
-        first = [_first(recipes[name]) if model.branches_late else 0 for name in part]
-        cache = model.branching_cache(edits)
-        if not apart:
-            return model.forward_branches(ids, edits, first, cache=cache, last=last), cache
-        opening = model.forward_branches(prompt.ids, edits, first, cache=cache)
-        rest = model.forward_branches(ids[len(prompt) :], edits, first, cache=cache, last=last - 1)
-        return torch.cat([opening, rest], dim=1), cache
-
+    draft = base.tokens[index]
     for name in recipes:
         if not recipes[name].touched:
             yield Answer(name, index, draft, base.margins([base.clean_logits(index)])[0], 0.0, -1)
     names = sorted((name for name in recipes if recipes[name].touched), key=lambda name: _first(recipes[name]))
-    for part, (logits, cache) in in_batches(names, rows_that_fit(model, len(ids), last), run):
-        log_p, log_q = logits[:1, 0].log_softmax(-1), logits[1:, 0].log_softmax(-1)
+    stages = _stages(base, index, placement)
+    rows = rows_that_fit(base.model, sum(map(len, stages)), max(OPENING, *map(len, stages[1:]), 1))
+    for _, found in in_batches(names, rows, lambda part: _held(base, index, part, recipes, placement, stages)):
+        yield from found
+
+
+def _stages(base: Baseline, index: int, placement: Placement) -> list[Sequence[int]]:
+    """Prompt and draft in the pieces in which they are run: up to the opening's last check, and the rest."""
+    prompt, draft = base.prompts[index].ids, base.tokens[index]
+    # The last token of a draft is only read where one more argmax, the end, is to be checked.
+    ids = [*prompt, *(draft if base.ended[index] else draft[:-1])]
+    # An engine whose prefill reads exact values rounds after it: prompt and response are two calls there.
+    cut = len(prompt) + (0 if placement.prefill_reads == "exact" else OPENING - 1)
+    return [part for part in (ids[:cut], ids[cut:]) if part]
+
+
+def _held(
+    base: Baseline,
+    index: int,
+    part: Sequence[str],
+    recipes: Mapping[str, Recipe],
+    placement: Placement,
+    stages: Sequence[Sequence[int]],
+) -> list[Answer | _Diverged]:
+    """One batch of recipes against the draft; who has left it does not run the later stages."""
+    model, draft, prompt_tokens = base.model, base.tokens[index], len(base.prompts[index])
+    edits = [Rounder(recipes[name], placement, prompt_tokens=prompt_tokens) for name in part]
+    cache = model.branching_cache(edits)
+    found: list[Answer | _Diverged] = []
+    alive, checked = list(range(len(part))), 0
+    scores: list[tuple[float, float]] = []
+    for ids in stages:
+        last = len(ids) if checked else len(ids) - prompt_tokens + 1
+        first = [_first(recipes[part[row]]) if model.branches_late else 0 for row in alive]
+        logits = model.forward_branches(ids, [edits[row] for row in alive], first, cache=cache, last=last)
         # One transfer for the batch instead of one for each number.
-        kl, margins = (log_p.exp() * (log_p - log_q)).sum(-1).double().tolist(), base.margins(logits[1:, 0])
-        said = logits[1:].argmax(-1).tolist()
-        for row, name in enumerate(part):
-            at = _divergence(said[row], draft, ended, model.stop_tokens)
-            answer = Answer(name, index, draft[:at] if at >= 0 else draft, margins[row], kl[row], at)
-            if at < 0 or said[row][at] in model.stop_tokens:
-                yield answer
-            else:
-                yield _Diverged(answer, said[row][at], cache.row(row + 1, len(prompt) + at))
+        said = [[None if t in model.stop_tokens else t for t in row] for row in logits[1:].argmax(-1).tolist()]
+        if not scores:
+            log_p, log_q = logits[:1, 0].log_softmax(-1), logits[1:, 0].log_softmax(-1)
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1).double().tolist()
+            scores = list(zip(base.margins(logits[1:, 0]), kl, strict=True))
+        agree = []
+        for place, row in enumerate(alive):
+            at = _divergence([*draft[:checked], *said[place]], draft, base.ended[index])
+            if at < 0:
+                agree.append(place)
+                continue
+            answer = Answer(part[row], index, draft[:at], *scores[row], at)
+            token = said[place][at - checked]
+            found.append(
+                answer if token is None else _Diverged(answer, token, cache.row(place + 1, prompt_tokens + at))
+            )
+        alive, checked = [alive[place] for place in agree], checked + last
+        if not alive:
+            break
+        if len(agree) < len(said):
+            cache.keep(torch.tensor([0, *(place + 1 for place in agree)], device=model.device))
+    return found + [Answer(part[row], index, draft, *scores[row], -1) for row in alive]
 
 
 def _first(recipe: Recipe) -> int:
@@ -134,11 +170,19 @@ def _first(recipe: Recipe) -> int:
     return min(recipe.touched, default=len(recipe))
 
 
-def _divergence(said: Sequence[int], draft: Sequence[int], ended: bool, stop_tokens: Iterable[int]) -> int:
-    for at, (token, expected) in enumerate(zip(said, draft, strict=False)):
-        if token != expected:
-            return at
-    return len(draft) if ended and said[len(draft)] not in stop_tokens else -1
+def _divergence(said: Sequence[int | None], draft: Sequence[int], ended: bool) -> int:
+    """Where a response leaves its draft, as far as both are known; -1 if it does not.
+
+    Parameters
+    ----------
+    said : sequence of int or None
+        Its tokens; None is the end.
+    draft : sequence of int
+    ended : bool
+        Whether the draft ends there.
+    """
+    expected = [*draft, None] if ended else draft
+    return next((at for at, (a, b) in enumerate(zip(said, expected, strict=False)) if a != b), -1)
 
 
 def _continued(base: Baseline, diverged: Sequence[_Diverged]) -> Iterator[Answer]:
@@ -156,7 +200,7 @@ def _continued(base: Baseline, diverged: Sequence[_Diverged]) -> Iterator[Answer
             stop=stop,
         )
 
-    for part, responses in in_batches(diverged, base.batch_size, run):
+    for part, responses in in_batches(diverged, base.rows, run):
         for row, tokens in zip(part, responses, strict=True):
             yield Answer(**{**row.answer.__dict__, "tokens": (*row.answer.tokens, *tokens)})
 
@@ -178,31 +222,24 @@ def generated(
 
     With ``whole`` to the end, else until the label is settled.
     """
-    model = base.model
+    model, rows = base.model, base.rows
     stop = None if whole else lambda _row, tokens: _settled(base, tokens)
     for name in recipes:
         chosen = [index for index, names in work.items() if name in names]
-        for begin in range(0, len(chosen), base.batch_size):
-            part = chosen[begin : begin + base.batch_size]
-            caches = [model.new_cache(Rounder(recipes[name], placement)) for _ in part]
-            prefilled = [model.forward(base.prompts[i].ids, cache)[-1] for i, cache in zip(part, caches, strict=True)]
-            first = torch.stack(prefilled)
-            responses = model.generate(
-                caches, first.argmax(-1).tolist(), base.max_new_tokens, batch_size=base.batch_size, stop=stop
+        for begin in range(0, len(chosen), rows):
+            part = chosen[begin : begin + rows]
+            found = respond(
+                model,
+                [base.prompts[index] for index in part],
+                base.max_new_tokens,
+                caches=[model.new_cache(Rounder(recipes[name], placement)) for _ in part],
+                batch_size=rows,
+                stop=stop,
             )
-            margins = base.margins(first)
-            for row, (index, tokens) in enumerate(zip(part, responses, strict=True)):
-                log_p, log_q = base.clean_logits(index).log_softmax(-1), first[row].log_softmax(-1)
+            margins = base.margins(found.first_logits)
+            for row, (index, tokens) in enumerate(zip(part, found.tokens, strict=True)):
+                log_p, log_q = base.clean_logits(index).log_softmax(-1), found.first_logits[row].log_softmax(-1)
                 kl = float((log_p.exp() * (log_p - log_q)).sum())
-                yield Answer(name, index, tuple(tokens), margins[row], kl, _parted(tokens, base, index))
-
-
-def _parted(tokens: Sequence[int], base: Baseline, index: int) -> int:
-    """Where a full response leaves the unquantized one, as far as either was read."""
-    draft, ended = base.tokens[index], base.ended[index]
-    for at, (token, expected) in enumerate(zip(tokens, draft, strict=False)):
-        if token != expected:
-            return at
-    if len(tokens) < len(draft) or (ended and len(tokens) > len(draft)):
-        return min(len(tokens), len(draft))
-    return -1
+                # Where it is shorter than its draft it has ended, for both were read by one judge.
+                at = _divergence([*tokens, None], base.tokens[index], base.ended[index])
+                yield Answer(name, index, tuple(tokens), margins[row], kl, at)

@@ -53,6 +53,8 @@ class Outcomes(Result):
     - ``margin`` (nats; NaN where the model refuses nothing) and ``kl`` (nats, of the rounded from the unquantized
       distribution), both at the first response position;
     - ``likelihood`` (nats per token, mean): of the response under the unquantized model; NaN where it was not measured.
+
+    ``meta["asked"]`` is how many prompts the unquantized model was asked, not all of which need be here.
     """
 
     kind: ClassVar[str] = "outcomes"
@@ -153,7 +155,9 @@ class Baseline:
         Whether the model ended the response there.
     labels, reasons : tuple of str
     judge : Judge
-    max_new_tokens, batch_size : int
+    max_new_tokens : int
+    batch_size : int
+        Most responses that are decoded together.
     journal : Memory
         Where everything that is measured against this baseline is written down.
     """
@@ -169,11 +173,18 @@ class Baseline:
     batch_size: int
     journal: Memory = field(default_factory=Memory, repr=False)
     _prefilled: dict[int, tuple[EditedCache, Tensor]] = field(default_factory=dict, repr=False)
+    _verdicts: dict[tuple[int, tuple[int, ...]], tuple[str, str, str]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def refused(self) -> tuple[int, ...]:
         """Indices of the prompts that are refused; a flip can only happen here."""
         return tuple(index for index, label in enumerate(self.labels) if label == "refused")
+
+    @property
+    def rows(self) -> int:
+        """How many responses can be decoded together now: ``batch_size``, or what memory holds."""
+        longest = max(map(len, self.prompts)) + self.max_new_tokens
+        return rows_that_fit(self.model, longest, 1, self.batch_size)
 
     @cached_property
     def refusal_tokens(self) -> frozenset[int]:
@@ -211,11 +222,17 @@ class Baseline:
         return float(log_p[torch.arange(len(tokens)), list(tokens)].mean())
 
     def judged(self, index: int, tokens: Sequence[int]) -> tuple[str, str, str]:
-        """Text, label and reason of a response to prompt ``index``; the label is that of what the judge reads."""
-        read = tokens[: reading(self.judge, self.model.decode, tokens)]
-        request, text = self.prompts[index].text, self.model.decode(read)
-        verdict = self.judge.label(request, text, lambda: self.log_likelihood(index, read))
-        return self.model.decode(tokens), verdict.label, verdict.reason
+        """Text, label and reason of a response to prompt ``index``; the label is that of what the judge reads.
+
+        A response that many recipes give, such as the unquantized one, is judged once.
+        """
+        key = index, tuple(tokens)
+        if key not in self._verdicts:
+            read = tokens[: reading(self.judge, self.model.decode, tokens)]
+            request, text = self.prompts[index].text, self.model.decode(read)
+            verdict = self.judge.label(request, text, lambda: self.log_likelihood(index, read))
+            self._verdicts[key] = self.model.decode(tokens), verdict.label, verdict.reason
+        return self._verdicts[key]
 
 
 def baseline(
@@ -224,7 +241,7 @@ def baseline(
     *,
     judge: Judge | None = None,
     max_new_tokens: int = 24,
-    batch_size: int = 64,
+    batch_size: int = 512,
     journal: str | Path | None = None,
     progress: bool = True,
 ) -> Baseline:
@@ -239,7 +256,7 @@ def baseline(
     max_new_tokens : int
         Longest response. Responses end earlier where the judge reads no further.
     batch_size : int
-        Most sequences to run together; fewer where memory is short.
+        Most responses to decode together; fewer where memory is short. A step reads all weights, whatever the batch.
     journal : str or Path, optional
         A file that keeps all that is measured against this baseline: interrupted at any moment and run again, nothing
         is done twice, and the result is the same (:class:`~kvgeom.diagnosis.journal.Journal`).
@@ -263,10 +280,9 @@ def baseline(
     kept: Memory = Memory() if journal is None else Journal(journal, about)
     draft = Baseline(model, prompts, (), (), (), (), judge, max_new_tokens, batch_size, kept)
     todo = [index for index in range(len(prompts)) if ("baseline", index) not in kept]
-    rows = min(batch_size, rows_that_fit(model, len(longest) + max_new_tokens, 1))
     done = 2 * (len(prompts) - len(todo))  # a prompt counts when it is read, and when it is answered
     with bar("unquantized responses", 2 * len(prompts), progress, initial=done) as shown:
-        for part, responses in in_batches(todo, rows, partial(_unquantized, draft, on_done=shown.update)):
+        for part, responses in in_batches(todo, draft.rows, partial(_unquantized, draft, on_done=shown.update)):
             for index, tokens in zip(part, responses, strict=True):
                 _, label, reason = draft.judged(index, tokens)
                 ended = len(tokens) < max_new_tokens and not settles(judge, model.decode(tokens))
@@ -328,7 +344,7 @@ def evaluate(
     exact: bool = False,
     judge: Judge | None = None,
     max_new_tokens: int = 24,
-    batch_size: int = 64,
+    batch_size: int = 512,
     journal: str | Path | None = None,
     progress: bool = True,
     title: str = "responses under recipes",
@@ -389,24 +405,18 @@ def evaluate(
     placement = placement or Placement()
     chosen = base.refused if refused_only else tuple(range(len(base.prompts)))
 
-    def key(name: str, index: int) -> tuple[Any, ...]:
+    def key(name: str, index: int | None = None) -> tuple[Any, ...]:
         return ("response", *recipes[name].spelled, str(placement), exact, index)
 
-    def missing(index: int) -> list[str]:
-        """Names of what is not known yet; recipes that are the same go by the first of their names."""
-        first: dict[str, str] = {}
-        for name in recipes:
-            if key(name, index) not in base.journal:
-                first.setdefault(json.dumps(key(name, index)), name)
-        return list(first.values())
-
-    todo = {index: names for index in chosen if (names := missing(index))}
-    done = len(recipes) * len(chosen) - sum(map(len, todo.values()))
+    different = {str(key(name)): name for name in recipes}.values()  # of equal recipes one is run
+    todo = {i: names for i in chosen if (names := [name for name in different if key(name, i) not in base.journal])}
+    total = len(different) * len(chosen)
+    done = total - sum(map(len, todo.values()))
     if exact or not placement.follows_drafts:
         answers = generated(base, todo, recipes, placement, whole=exact)
     else:
         answers = verified(base, todo, recipes, placement)
-    with bar(title, len(recipes) * len(chosen), progress, initial=done) as shown:
+    with bar(title, total, progress, initial=done) as shown:
         for answer in answers:
             text, label, reason = base.judged(answer.prompt, answer.tokens)
             # Judges that come later, when the model is gone, ask for the likelihood of a whole response.
@@ -439,6 +449,7 @@ def evaluate(
         "recipes": {name: str(recipe) for name, recipe in recipes.items() if name != EXACT},
         "judge": base.judge.name,
         "max_new_tokens": base.max_new_tokens,
+        "asked": len(base.prompts),
         "exact": exact,
     }
     return Outcomes(xr.Dataset(columns, coords=coords), meta)

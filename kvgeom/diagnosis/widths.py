@@ -10,6 +10,7 @@ from kvgeom.diagnosis.evaluate import Baseline
 from kvgeom.quant.engine import Engine
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.presets import engine_of, offers, resolve
+from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme, check_bits
 
 #: Widths of a curve where none are given.
@@ -32,6 +33,17 @@ def at_widths(
         bits = [b for b in WIDTHS if b in offered] or list(offered)
     widths = sorted({check_bits(b) for b in bits} - {16}, reverse=True)
     return {b: resolve(name, b, placement) for b in widths}
+
+
+def width_recipes(
+    n_layers: int, engines: Mapping[int, Engine], placement: Placement | None = None
+) -> tuple[dict[str, Recipe], Placement]:
+    """Recipes ``"8-bit"``, ``"6-bit"``, ... of what :func:`at_widths` found, and the placement that they share.
+
+    ``placement`` is that of no widths at all; decode-faithful by default.
+    """
+    recipes = {f"{bits}-bit": engine.recipe(n_layers) for bits, engine in engines.items()}
+    return recipes, next((engine.placement for engine in engines.values()), placement or Placement())
 
 
 def spelled(scheme: Scheme | str | None) -> str:

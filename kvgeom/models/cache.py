@@ -281,8 +281,9 @@ class EditedCache(Cache):
         return merged
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all sequences of the batch but ``rows``."""
-        self.batch_select_indices(rows)
+        """Drop all sequences of the batch but ``rows``, in ascending order; each layer has those that have reached it."""
+        for layer in self.layers:
+            layer.batch_select_indices(rows[rows < len(layer.keys)])
         if self.edit is not None:
             self.edit = self.edit.rows(rows)
             for layer in self.layers:
@@ -297,7 +298,8 @@ class EditedCache(Cache):
         one = EditedCache(len(self.layers), edit)
         for all_rows, new in zip(self.layers, one.layers, strict=True):
             at = row if row < len(all_rows.keys) else 0
-            keys, values = (x[at : at + 1, :, :length] for x in (all_rows.keys, all_rows.values))
+            # Copied, or the one sequence would hold on to the memory of the whole batch.
+            keys, values = (x[at : at + 1, :, :length].clone() for x in (all_rows.keys, all_rows.values))
             new.lazy_initialization(keys, values)
             new.keys, new.values = keys, values
         return one

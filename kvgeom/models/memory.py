@@ -12,14 +12,14 @@ from kvgeom.models.model import Model
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: More rows at once make nothing faster.
-MOST_ROWS = 64
+#: In a pass over whole prompts more rows at once make nothing faster.
+MOST_ROWS = 128
 #: A batch may take this share of the memory that is free: estimates err, and others live there too.
 SHARE = 0.25
 
 
-def rows_that_fit(model: Model, tokens: int, logits: int) -> int:
-    """Rows of ``tokens`` tokens, ``logits`` of them with logits, that can go through the model together.
+def rows_that_fit(model: Model, tokens: int, logits: int, most: int = MOST_ROWS) -> int:
+    """Rows of ``tokens`` tokens, ``logits`` of them with logits, that can go through the model together, at most ``most``.
 
     Counts the cache, the residual stream with the wide inside of an MLP (taken as eight times the residual stream),
     and logits twice (as computed and in float32).
@@ -28,7 +28,7 @@ def rows_that_fit(model: Model, tokens: int, logits: int) -> int:
     cache = 2 * g.layers * g.channels * size
     inside = 8 * g.d_model * size
     row = tokens * (cache + inside) + logits * model.vocabulary * (size + 4)
-    return int(max(1, min(MOST_ROWS, SHARE * _free(model.device) // row)))
+    return int(max(1, min(most, SHARE * _free(model.device) // row)))
 
 
 def _free(device: torch.device) -> float:

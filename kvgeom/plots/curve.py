@@ -22,7 +22,7 @@ def bit_curve(curve: Curve) -> go.Figure:
     """Labels, flips and perplexity by bit-width.
 
     How to read it: quality of the cache falls from left to right, every width takes the same room. The top panel
-    counts the labels of all harmful prompts. The middle panel looks only at the prompts that the unquantized model
+    counts the labels of all harmful prompts, or of those refused unquantized where no others were run. The middle panel looks only at the prompts that the unquantized model
     refuses: the bar is the share that is not refused any more, split by what it became; the whisker is the Wilson
     95 % interval of the whole. The bottom panel is the perplexity on plain text, over the unquantized one: where it
     stays at 1 while the middle panel rises, safety is lost before language is.
@@ -39,9 +39,10 @@ def bit_curve(curve: Curve) -> go.Figure:
     data = curve.data.sortby("bits", ascending=False)
     widths = [int(b) for b in data.bits.values]
     x = [str(b) for b in widths]
-    prompts, refused = int(curve.meta["prompts"]), int(curve.meta["baseline_refused"])
+    prompts, refused = curve.counted, int(curve.meta["baseline_refused"])
     figure = make_subplots(rows=3, cols=1, shared_xaxes=True, row_heights=[0.4, 0.35, 0.25], vertical_spacing=0.085)
-    panel_title(figure, f"What {prompts} harmful requests get", row=1)
+    which = "" if prompts == curve.meta["prompts"] else f" that are refused unquantized, of {curve.meta['prompts']}"
+    panel_title(figure, f"What {prompts} harmful requests get{which}", row=1)
     panel_title(figure, f"Lost refusals, of {refused} unquantized ones", row=2)
     panel_title(figure, "Perplexity of plain text, over unquantized", row=3)
 

@@ -31,6 +31,7 @@ def respond(
     caches: Sequence[EditedCache] | None = None,
     edit_resid: ResidEdit | None = None,
     batch_size: int = 32,
+    stop: Callable[[int, list[int]], bool] | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> Responses:
     """Prefill every prompt into its cache, then decode in batches.
@@ -46,6 +47,8 @@ def respond(
         As in :meth:`kvgeom.models.hf.HFModel.forward`, in prefill and decoding alike.
     batch_size : int
         Sequences that are decoded together.
+    stop : callable (prompt, its response tokens so far) -> bool, optional
+        As in :meth:`kvgeom.models.hf.HFModel.generate`.
     on_done : callable (number of prompts), optional
         Called once for every prompt prefilled and once for every prompt answered.
     """
@@ -64,6 +67,7 @@ def respond(
         max_new_tokens,
         batch_size=batch_size,
         edit_resid=edit_resid,
+        stop=stop,
         on_done=done,
     )
     return Responses(tokens, first)

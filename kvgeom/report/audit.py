@@ -145,7 +145,7 @@ def audit(
     judge: Judge | None = None,
     text: str | None = None,
     max_new_tokens: int = 24,
-    batch_size: int = 64,
+    batch_size: int = 512,
     progress: bool = True,
     seed: int = 0,
     **load_options: Any,
@@ -191,6 +191,7 @@ def audit(
         progress=progress,
         seed=seed,
         curve_bits=curve_bits,
+        gains=True,
     )
     made = _audit(loaded, prompts, found, seed=seed, seconds=time.monotonic() - started)
     if out is not None:

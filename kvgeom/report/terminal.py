@@ -29,7 +29,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def curve_table(curve: Curve) -> str:
-    """One row for each width."""
+    """One row for each width; gains that were not measured are a dash."""
     refused = curve.meta["baseline_refused"]
     rows = [
         (
@@ -44,7 +44,9 @@ def curve_table(curve: Curve) -> str:
 
 def curve_text(curve: Curve) -> str:
     """What was rounded and how, the table, and the transition."""
-    lines = [f"Bit-width ({curve.meta['scheme']}; {curve.meta['placement']})"]
+    asked = curve.meta["prompts"]
+    which = "" if curve.counted == asked else f"; the {curve.counted} of {asked} prompts refused unquantized"
+    lines = [f"Bit-width ({curve.meta['scheme']}; {curve.meta['placement']}{which})"]
     if curve.meta["engine"]:
         lines += [f"  {curve.meta['engine']}", *(f"  {bits}-bit: {how}" for bits, how in curve.meta["rounded"].items())]
     parts = ["\n".join(lines), curve_table(curve), f"Transition: {curve.transition}"]
