@@ -17,6 +17,7 @@ from kvgeom.mitigation.plan import Plan, request_hash
 from kvgeom.mitigation.reasons import advice_in_words, reasons
 from kvgeom.mitigation.search import Search, search_of
 from kvgeom.prompts.sets import calibration
+from kvgeom.quant.engine import Engine
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.presets import resolve
 from kvgeom.quant.recipe import Site
@@ -89,7 +90,7 @@ def prescribe(
         chosen=chosen,
         paper=paper,
         candidates=tuple(fair),
-        reasons=reasons(diagnosis.mode, engine.name, search, selection, advice),
+        reasons=(*reasons(diagnosis.mode, engine.name, search, selection, advice), *_caveats(diagnosis, engine)),
         search=search,
         selection=selection,
         judge=base.judge.name,
@@ -102,6 +103,13 @@ def _width(scheme: str | None, bits: int | None, diagnosis: Diagnosis) -> int | 
     """Of the cache to mend: as asked, else as diagnosed; none where a scheme spells its own."""
     spelled = (scheme or diagnosis.curve.meta["scheme"]).startswith(("sym-", "asym-"))
     return bits if bits is not None or not spelled else int(diagnosis.scan.meta["bits"])
+
+
+def _caveats(diagnosis: Diagnosis, engine: Engine) -> list[str]:
+    """That requests were too short to meet any rounding, if the diagnosed cache is the one to mend."""
+    curve = diagnosis.curve
+    same = (engine.name, str(engine.placement)) == (curve.meta["scheme"], curve.meta["placement"])
+    return [curve.caveat] if same and curve.caveat else []
 
 
 def _run(base: Baseline, tried: Sequence[Candidate], placement: Placement, progress: bool, title: str) -> Outcomes:

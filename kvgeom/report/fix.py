@@ -224,12 +224,14 @@ def check_prompts(prompts: PromptSet, verify_prompts: PromptSet) -> None:
                 f"prompt set {given.name!r} was to {what} a plan, but it has no harmful requests; give some that the model "
                 "refuses"
             )
-    proving = {request.strip() for request in (*verify_prompts.harmful, *verify_prompts.harmless)}
-    shared = [request for request in (*prompts.harmful, *prompts.harmless) if request.strip() in proving]
+    # A set without harmless requests borrows those of the calibration set.
+    choosing = {request.strip() for request in (*prompts.harmful, *(prompts.harmless or calibration().harmless))}
+    shared = [r for r in (*verify_prompts.harmful, *verify_prompts.harmless) if r.strip() in choosing]
     if shared:
         raise InputError(
-            f"{len(shared)} of the requests of {prompts.name!r} are also in {verify_prompts.name!r}, the first "
-            f"{shared[0][:60]!r}, but a plan is proven on requests that did not choose it; give two sets that share none"
+            f"{len(shared)} of the requests of {verify_prompts.name!r} are also in {prompts.name!r} or among the harmless ones that go "
+            f"with it, the first {shared[0][:60]!r}, but a plan is proven on requests that did not choose it; give two sets that "
+            "share none"
         )
 
 
