@@ -133,21 +133,20 @@ def test_an_interrupted_fix_goes_on(model: HFModel, tmp_path: Path) -> None:
     """Stopped in the search and in the proof it ends as one that was not, and nothing is labelled twice."""
     few = {**HOW, "prompts": PROMPTS.take(2), "verify_prompts": PROOF.take(2), "controls": 0}
     once = Impatient(10**6)
-    whole = kvgeom.fix(model, judge=once, **few)
-    asked, left = 0, []
+    whole = kvgeom.fix(model, tmp_path / "whole", judge=once, **few)
+    stopped, left = tmp_path / "stopped", []
     for patience in (once.asked // 2, once.asked // 2 - 4):
-        judge = Impatient(patience)
         with pytest.raises(KeyboardInterrupt):
-            kvgeom.fix(model, tmp_path, judge=judge, **few)
-        asked += patience
-        left.append(sorted(path.name for path in tmp_path.glob("[!.]*")))
+            kvgeom.fix(model, stopped, judge=Impatient(patience), **few)
+        left.append(sorted(path.name for path in stopped.glob("[!.]*")))
     assert "verify.jsonl" not in left[0]
     assert "verify.jsonl" in left[1]
     assert not {"plan.json", "report.html"} & {*left[0], *left[1]}
-    judge = Impatient(10**6)
-    ended = kvgeom.fix(model, tmp_path, judge=judge, **few)
+    ended = kvgeom.fix(model, stopped, judge=Impatient(10**6), **few)
     assert plain(ended.plan.to_dict()) == plain(whole.plan.to_dict())
-    assert asked + judge.asked == once.asked
+    for journal in (tmp_path / "whole").glob("*.jsonl"):
+        once_only, went_on = ((folder / journal.name).read_text() for folder in (journal.parent, stopped))
+        assert sorted(went_on.splitlines()) == sorted(once_only.splitlines())
 
 
 # --- the page ---
