@@ -114,6 +114,12 @@ def test_rank_correlation() -> None:
     assert less.high - less.low > same.high - same.low
     assert "[" in str(less)
     assert "undetermined" in str(rank_correlation(clear, over_layers(np.ones(20))))
+    one_flip = xr.zeros_like(clear)
+    one_flip[0, 3] = 1
+    found = rank_correlation(clear, one_flip)
+    assert np.isfinite(found.value)
+    assert np.isnan([found.low, found.high]).all()
+    assert "undetermined" in str(found)
     with pytest.raises(InputError, match="cannot be compared"):
         rank_correlation(clear, noisy.isel(layer=slice(5)))
     with pytest.raises(InputError, match="no prompts"):

@@ -277,7 +277,8 @@ class RankCorrelation:
     Attributes
     ----------
     value, low, high : float
-        NaN where one side does not vary.
+        NaN where one side does not vary. The interval alone is NaN where one side does not vary in more than a twentieth
+        of the resamples, as with a single flip: so few prompts decide nothing.
     layers, prompts : int
     """
 
@@ -290,6 +291,11 @@ class RankCorrelation:
     def __str__(self) -> str:
         if not np.isfinite(self.value):
             return "rank correlation undetermined (one side does not vary)"
+        if not np.isfinite(self.low):
+            return (
+                f"rank correlation {self.value:.2f}, undetermined (one side does not vary in many resamples of "
+                f"{self.prompts} prompts)"
+            )
         return (
             f"rank correlation {self.value:.2f} [{self.low:.2f}, {self.high:.2f}] "
             f"over {self.layers} layers ({self.prompts} prompts)"
@@ -324,7 +330,8 @@ def rank_correlation(a: xr.DataArray, b: xr.DataArray, *, samples: int = 1000, s
     draws = [_spearman(one, two, rng.integers(0, n, n)) for _ in range(samples)]
     finite = [d for d in draws if np.isfinite(d)]
     value = _spearman(one, two, np.arange(n))
-    low, high = np.quantile(finite, [0.025, 0.975]) if finite and np.isfinite(value) else (np.nan, np.nan)
+    decided = np.isfinite(value) and len(finite) >= 0.95 * samples
+    low, high = np.quantile(finite, [0.025, 0.975]) if decided else (np.nan, np.nan)
     return RankCorrelation(value, float(low), float(high), one.shape[-1], n)
 
 

@@ -243,7 +243,15 @@ def ratio_against_null(sensitivity: Sensitivity, site: str = "k") -> go.Figure:
     figure.update_xaxes(title_text="layer", row=2, col=1)
     for row, title in ((1, "ratio (log)"), (2, "alignment (log)")):
         figure.update_yaxes(type="log", title_text=title, row=row, col=1, minor_showgrid=False)
-    figure.update_yaxes(dtick=1, exponentformat="power", row=1, col=1)
+    drawn = [
+        y
+        for trace in figure.data
+        if trace.yaxis == "y" and trace.y is not None
+        for y in np.ravel(trace.y)
+        if y and y > 0
+    ]
+    decades = np.ptp(np.log10(drawn)) if drawn else 0
+    figure.update_yaxes(dtick=1 if decades < 7 else 2, exponentformat="power", row=1, col=1)
     figure.update_yaxes(tickvals=[0.01, 0.1, 0.25, 0.5, 1, 2, 4, 10, 100], row=2, col=1)
     return finish(figure, 440)
 
