@@ -18,7 +18,7 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Site
 from kvgeom.quant.scheme import Scheme
 from kvgeom.results import Result
-from kvgeom.stats import mcnemar, wilson
+from kvgeom.stats import mcnemar
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -89,18 +89,11 @@ def ablation_of(outcomes: Outcomes, families: Mapping[str, Iterable[str]], *, re
     """The ablation that follows from responses under recipes, named by family, among others."""
     outcomes = outcomes.of_refused()
     names = [name for members in families.values() for name in members]
-    n, flips = outcomes.data.sizes["prompt"], [outcomes.flips(name) for name in names]
+    n, drops = outcomes.data.sizes["prompt"], outcomes.margin_drops(names)
     rows = {name: outcomes.flipped(name) for name in names}
-    drops = outcomes.margin_drops(names)
-    intervals = np.array([wilson(found["all"], n) for found in flips])
     columns = {
         "family": np.array([family for family, members in families.items() for _ in members], dtype=object),
-        "flips": [found["all"] for found in flips],
-        "flips_complied": [found["complied"] for found in flips],
-        "flips_degenerate": [found["degenerate"] for found in flips],
-        "flip_rate": [found["all"] / n if n else np.nan for found in flips],
-        "ci_low": intervals[:, 0],
-        "ci_high": intervals[:, 1],
+        **outcomes.flip_columns(names),
         "margin_drop": drops.mean(0) if n else np.full(len(names), np.nan),
         "p": [mcnemar(rows[name], rows[reference]) for name in names],
     }

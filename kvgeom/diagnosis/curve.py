@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import xarray as xr
 
 from kvgeom.diagnosis.evaluate import EXACT, Baseline, Outcomes, evaluate
-from kvgeom.diagnosis.perplexity import perplexity
 from kvgeom.diagnosis.widths import ROUNDING, about, at_widths, spelled, width_recipes
 from kvgeom.progress import track
 from kvgeom.quant.placement import Placement
@@ -190,13 +188,8 @@ def bit_width_curve(
         progress=progress,
         title="responses by bit-width",
     )
-    perplexities = [
-        base.journal.remember(
-            ("perplexity", text, *(recipe.spelled if recipe else ()), str(placement)),
-            partial(perplexity, model, text, recipe, placement=placement),
-        )
-        for recipe in track([None, *recipes.values()], "perplexity by bit-width", len(recipes) + 1, progress)
-    ]
+    asked = track([None, *recipes.values()], "perplexity by bit-width", len(recipes) + 1, progress)
+    perplexities = [base.perplexity(text, recipe, placement=placement) for recipe in asked]
     return curve_of(outcomes, perplexities, about(base, scheme, engines)), outcomes
 
 

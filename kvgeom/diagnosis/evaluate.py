@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kvgeom.diagnosis.drafts import generated, verified
 from kvgeom.diagnosis.journal import Journal, Memory
+from kvgeom.diagnosis.perplexity import perplexity
 from kvgeom.errors import InputError
 from kvgeom.models.cache import EditedCache
 from kvgeom.models.memory import in_batches, rows_that_fit
@@ -30,6 +31,7 @@ from kvgeom.quant.recipe import Recipe
 from kvgeom.refusal.judge import LABELS, Judge, KeywordJudge, Label, reading, settles
 from kvgeom.refusal.margin import margin, refusal_tokens
 from kvgeom.results import Result
+from kvgeom.stats import wilson
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -80,6 +82,23 @@ class Outcomes(Result):
         kinds: tuple[Label, ...] = ("complied", "degenerate")
         counts: dict[str, int] = {label: int(self.flipped(recipe, label).sum()) for label in kinds}
         return {"all": sum(counts.values()), **counts}
+
+    def flip_columns(self, names: Sequence[str]) -> dict[str, Any]:
+        """Columns of a table of recipes, in the order of ``names``.
+
+        ``flips`` among the prompts refused unquantized, ``flips_complied``, ``flips_degenerate``, ``flip_rate`` and its
+        Wilson interval ``ci_low``, ``ci_high`` (NaN where nothing is refused).
+        """
+        refused, flips = self.counts()["refused"], [self.flips(name) for name in names]
+        low, high = np.array([wilson(found["all"], refused) for found in flips]).reshape(-1, 2).T
+        return {
+            "flips": [found["all"] for found in flips],
+            "flips_complied": [found["complied"] for found in flips],
+            "flips_degenerate": [found["degenerate"] for found in flips],
+            "flip_rate": [found["all"] / refused if refused else float("nan") for found in flips],
+            "ci_low": low,
+            "ci_high": high,
+        }
 
     def of_refused(self) -> Outcomes:
         """The same of the prompts that are refused unquantized, in which alone something can flip."""
@@ -220,6 +239,16 @@ class Baseline:
             rest = self.model.forward(tokens[:-1], cache.copy(), all_logits=True)
         log_p = torch.cat([first[None], rest.to(first.device)]).log_softmax(-1)
         return float(log_p[torch.arange(len(tokens)), list(tokens)].mean())
+
+    def perplexity(self, text: str, recipe: Recipe | None = None, *, placement: Placement | None = None) -> float:
+        """Perplexity of a plain text under a recipe (None: unquantized), measured once and written down."""
+        placement = placement or Placement()
+        return float(
+            self.journal.remember(
+                ("perplexity", text, *(recipe.spelled if recipe else ()), str(placement)),
+                partial(perplexity, self.model, text, recipe, placement=placement),
+            )
+        )
 
     def judged(self, index: int, tokens: Sequence[int]) -> tuple[str, str, str]:
         """Text, label and reason of a response to prompt ``index``; the label is that of what the judge reads.

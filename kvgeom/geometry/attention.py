@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -90,20 +90,9 @@ def attention_error(
     shape = (geometry.layers, geometry.query_heads, 2)
     sums = {name: np.zeros(shape) for name in (*VARIABLES, "k2", "v2", "out2", "queries")}
     for prompt in track(prompts, "attention error", len(prompts), progress):
-        queries: dict[int, Tensor] = {}
-        rotations: dict[int, tuple[Tensor, Tensor]] = {}
-        cache = model.new_cache()
-        model.forward(
-            prompt.ids,
-            cache,
-            on_query=queries.__setitem__,
-            on_rotation=_into(rotations),
-        )
-        for layer, stored in enumerate(cache.layers):
-            turn = rotations.get(layer)
-            q, k, v = (x[0].float() for x in (queries[layer], stored.keys, stored.values))
-            k_error, v_error = ((round_kv(x, scheme) - x)[0].float() for x in (stored.keys, stored.values))
-            q = rotate(q, *turn) if turn else q
+        for layer, (q, keys, values_held) in enumerate(_read(model, prompt)):
+            k, v = keys[0].float(), values_held[0].float()
+            k_error, v_error = ((round_kv(x, scheme) - x)[0].float() for x in (keys, values_held))
             for name, values in errors(q, k, v, k_error, v_error, model.attention(layer)).items():
                 sums[name][layer] += values
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -156,20 +145,28 @@ def attention_to_request(model: Model, prompts: Sequence[EncodedPrompt]) -> NDAr
         raise InputError("attention to requests was asked without prompts; give at least one")
     shares = np.zeros(model.geometry.layers)
     for prompt in prompts:
-        queries: dict[int, Tensor] = {}
-        rotations: dict[int, tuple[Tensor, Tensor]] = {}
-        cache = model.new_cache()
-        model.forward(prompt.ids, cache, on_query=queries.__setitem__, on_rotation=_into(rotations))
-        for layer, stored in enumerate(cache.layers):
-            turn = rotations.get(layer)
-            q, k = queries[layer][0].float(), stored.keys[0].float()
-            q = (rotate(q, *turn) if turn else q)[:, -1:]
-            rule = model.attention(layer)
+        for layer, (queries, keys, _) in enumerate(_read(model, prompt)):
+            q, k, rule = queries[:, -1:], keys[0].float(), model.attention(layer)
             scores = _scores(q, k.repeat_interleave(q.shape[0] // k.shape[0], 0), rule)[:, 0]
             if rule.window is not None:
                 scores[:, : -rule.window] = -torch.inf
             shares[layer] += float(scores.softmax(-1)[:, prompt.instruction].sum(-1).mean())
     return shares / len(prompts)
+
+
+def _read(model: Model, prompt: EncodedPrompt) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What meets in the attention of each layer, in one forward pass.
+
+    Queries ``[query_heads, tokens, head_dim]`` in float32 and in the frame of the keys; keys and values as stored,
+    ``[1, kv_heads, tokens, head_dim]``.
+    """
+    queries: dict[int, Tensor] = {}
+    rotations: dict[int, tuple[Tensor, Tensor]] = {}
+    cache = model.new_cache()
+    model.forward(prompt.ids, cache, on_query=queries.__setitem__, on_rotation=_into(rotations))
+    for layer, stored in enumerate(cache.layers):
+        q = queries[layer][0].float()
+        yield (rotate(q, *rotations[layer]) if layer in rotations else q), stored.keys, stored.values
 
 
 def _into(rotations: dict[int, tuple[Tensor, Tensor]]) -> Callable[[int, Tensor, Tensor], None]:

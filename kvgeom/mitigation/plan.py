@@ -140,7 +140,7 @@ class Plan:
         judge: Judge | None = None,
         text: str | None = None,
         controls: int = 3,
-        batch_size: int = 64,
+        batch_size: int = 512,
         journal: str | Path | None = None,
         progress: bool = True,
         seed: int = 0,

@@ -15,12 +15,12 @@ from kvgeom.mitigation.harmless import asked, harmless_under
 from kvgeom.mitigation.layers import counts, layer_orders, protections, selection_of
 from kvgeom.mitigation.plan import Plan, request_hash
 from kvgeom.mitigation.reasons import advice_in_words, reasons
-from kvgeom.mitigation.search import Search, search_of
+from kvgeom.mitigation.search import Search, check_budget, preference, search_of
 from kvgeom.prompts.sets import calibration
 from kvgeom.quant.engine import Engine
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.presets import resolve
-from kvgeom.quant.recipe import Site
+from kvgeom.quant.presets import leaves_width_open, resolve
+from kvgeom.quant.recipe import Recipe, Site
 
 if TYPE_CHECKING:
     from kvgeom.diagnosis.diagnose import Diagnosis
@@ -42,8 +42,7 @@ def prescribe(
     progress: bool = True,
 ) -> Plan:
     """Find a cache that keeps refusals; see :meth:`kvgeom.diagnosis.diagnose.Diagnosis.prescribe`."""
-    if not memory >= 0:
-        raise InputError(f"a memory budget of {memory} was asked; give a share of the cache such as 0.02, 0 or more")
+    check_budget(memory)
     base, geometry = diagnosis.baseline, diagnosis.baseline.model.geometry
     engine = resolve(scheme or diagnosis.curve.meta["scheme"], _width(scheme, bits, diagnosis), placement)
     if not base.refused:
@@ -101,8 +100,8 @@ def prescribe(
 
 def _width(scheme: str | None, bits: int | None, diagnosis: Diagnosis) -> int | None:
     """Of the cache to mend: as asked, else as diagnosed; none where a scheme spells its own."""
-    spelled = (scheme or diagnosis.curve.meta["scheme"]).startswith(("sym-", "asym-"))
-    return bits if bits is not None or not spelled else int(diagnosis.scan.meta["bits"])
+    width_is_open = leaves_width_open(scheme or diagnosis.curve.meta["scheme"])
+    return bits if bits is not None or not width_is_open else int(diagnosis.scan.meta["bits"])
 
 
 def _caveats(diagnosis: Diagnosis, engine: Engine) -> list[str]:
@@ -121,7 +120,7 @@ def _combinations(
     first: Search, alike: Sequence[Candidate], order: Sequence[int], kept: Sequence[int]
 ) -> list[Candidate]:
     """Layers kept in 16 bits on top of what worked best in all layers, if that leaves something to gain."""
-    rows = sorted(first.records()[1:], key=lambda row: (row["flips"], row["bytes_per_token"], row["margin_drop"]))
+    rows = sorted(first.records()[1:], key=preference)
     best = [row["candidate"] for row in rows[:COMBINED] if row["flips"] > 0]
     named = {candidate.name: candidate for candidate in alike}
     return [protect(named[name], order[:n], sites) for name in best for n in kept[:2] for sites in KEPT[:2]]
@@ -143,7 +142,7 @@ def _screened(
 
 def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Each cache once, under the first of its names."""
-    found: dict[object, Candidate] = {}
+    found: dict[Recipe, Candidate] = {}
     for candidate in candidates:
-        found.setdefault((candidate.recipe.layers, candidate.recipe.offsets, candidate.recipe.factors), candidate)
+        found.setdefault(candidate.recipe, candidate)
     return list(found.values())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from kvgeom.diagnosis.taxonomy import Mode
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.layers import LayerSelection
 from kvgeom.mitigation.search import Search
+from kvgeom.words import listed, span
 
 
 def reasons(mode: Mode, scheme: str, search: Search, selection: LayerSelection, advice: str) -> tuple[str, ...]:
@@ -37,7 +36,7 @@ def reasons(mode: Mode, scheme: str, search: Search, selection: LayerSelection, 
     spoiled = [name for name, row in rows.items() if row["spoils"] and row["flips"] <= found["flips"]]
     if spoiled:
         said.append(
-            f"Turned down, because they keep refusals at the cost of harmless requests: {_and(spoiled)} (the first loses "
+            f"Turned down, because they keep refusals at the cost of harmless requests: {listed(spoiled)} (the first loses "
             f"{int(rows[spoiled[0]]['harmless_lost'])} harmless requests, unmitigated {int(before['harmless_lost'])})."
         )
     within = f"within {budget:.0%} more memory" if budget else "without more memory"
@@ -65,14 +64,10 @@ def _compared(selection: LayerSelection) -> str:
     """The rules at the largest number of layers, in words."""
     at = selection.data.isel(kept=-1)
     flips = {str(rule): int(at.flips.sel(rule=rule)) for rule in at.rule.values}
-    drawn = sorted({count for rule, count in flips.items() if rule.startswith("random")})
+    drawn = [count for rule, count in flips.items() if rule.startswith("random")]
     said = ", ".join(f"{rule} {count}" for rule, count in flips.items() if not rule.startswith("random"))
     kept = int(at.kept)
     return (
         f"With {kept} layer{'s' if kept > 1 else ''} in 16 bits ({float(at.bytes_per_token.mean()):.0f} bytes a token), "
-        f"refusals lost by rule of choice: {said}, drawn at random {' to '.join(map(str, (drawn[0], drawn[-1])[: len(drawn)]))}."
+        f"refusals lost by rule of choice: {said}, drawn at random {span(drawn)}."
     )
-
-
-def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

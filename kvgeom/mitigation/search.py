@@ -10,13 +10,15 @@ import numpy as np
 import xarray as xr
 
 from kvgeom.diagnosis.evaluate import Outcomes
+from kvgeom.errors import InputError
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import Harmless
 from kvgeom.models.model import KVGeometry
+from kvgeom.quant.memory import bytes_per_token
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.results import Result
-from kvgeom.stats import mcnemar, reduction_estimate, wilson
+from kvgeom.stats import mcnemar, reduction_estimate
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -56,13 +58,12 @@ class Search(Result):
     def ranked(self, *, within_budget: bool) -> list[str]:
         """Candidates that lose fewer refusals than the unmitigated cache and spoil nothing harmless, best first.
 
-        Those that lose fewest come first; of equals the one with fewest bytes, then with least margin lost.
+        In the order of :func:`preference`.
         """
         unmitigated, *rows = self.records()
         better = [row for row in rows if row["flips"] < unmitigated["flips"] and not row["spoils"]]
         better = [row for row in better if row["affordable"] or not within_budget]
-        order = sorted(better, key=lambda row: (row["flips"], row["bytes_per_token"], row["margin_drop"]))
-        return [str(row["candidate"]) for row in order]
+        return [str(row["candidate"]) for row in sorted(better, key=preference)]
 
     def with_harmless(self, found: Mapping[str, Harmless]) -> Search:
         """The same, with what some candidates do to harmless requests."""
@@ -78,6 +79,18 @@ class Search(Result):
         from kvgeom.plots.mitigation import pareto_front
 
         return pareto_front(self)
+
+
+def check_budget(memory: float) -> None:
+    """Refuse a memory budget that is none.
+
+    Raises
+    ------
+    InputError
+        Unless it is 0 or more.
+    """
+    if not memory >= 0:
+        raise InputError(f"a memory budget of {memory} was asked; give a share of the cache such as 0.02, 0 or more")
 
 
 def search_of(
@@ -100,29 +113,17 @@ def search_of(
     """
     names = [candidate.name for candidate in candidates]
     n = outcomes.data.sizes["prompt"]
-    rows = {name: outcomes.flipped(name) for name in names}
-    flips = [outcomes.flips(name) for name in names]
-    before = rows[UNMITIGATED]
-    recovery = [reduction_estimate(before, rows[name]) for name in names]
-    intervals = [wilson(found["all"], n) for found in flips]
     size = np.array([candidate.bytes_per_token(geometry, placement) for candidate in candidates])
     overhead = size / size[0] - 1
-    count = np.array([found["all"] for found in flips])
+    flips = outcomes.flip_columns(names)
+    count = np.array(flips["flips"])
     better = (size <= size[:, None]) & (count <= count[:, None]) & ((size < size[:, None]) | (count < count[:, None]))
     nan = float("nan")
     columns = {
         "family": np.array([candidate.family for candidate in candidates], dtype=object),
         "words": np.array([candidate.words for candidate in candidates], dtype=object),
-        "flips": count,
-        "flips_complied": [found["complied"] for found in flips],
-        "flips_degenerate": [found["degenerate"] for found in flips],
-        "flip_rate": count / n if n else np.full(len(names), nan),
-        "ci_low": [low for low, _ in intervals],
-        "ci_high": [high for _, high in intervals],
-        "recovery": [nan if found is None else found.value for found in recovery],
-        "recovery_low": [nan if found is None else found.low for found in recovery],
-        "recovery_high": [nan if found is None else found.high for found in recovery],
-        "p": [mcnemar(rows[name], before) for name in names],
+        **flips,
+        **recovery_columns(outcomes, names),
         "margin_drop": outcomes.margin_drops(names).mean(0) if n else np.full(len(names), nan),
         "bytes_per_token": size,
         "memory_overhead": overhead,
@@ -133,6 +134,27 @@ def search_of(
         "spoils": np.zeros(len(names), dtype=bool),
     }
     data = xr.Dataset({name: ("candidate", values) for name, values in columns.items()}, coords={"candidate": names})
-    exact = Candidate("exact", "protect", Recipe.exact(geometry.layers), "").bytes_per_token(geometry, placement)
+    exact = bytes_per_token(Recipe.exact(geometry.layers), placement, geometry.kv_heads, geometry.head_dim)
     meta = {**outcomes.made_by, "prompts": n, "budget": budget, "exact_bytes_per_token": exact}
     return Search(data, meta)
+
+
+def recovery_columns(outcomes: Outcomes, names: Sequence[str]) -> dict[str, list[float]]:
+    """Columns of a table of caches: ``recovery`` with ``recovery_low``, ``recovery_high``, and McNemar's ``p``.
+
+    All against the unmitigated cache, which must be among the outcomes; NaN where that flips nothing.
+    """
+    before = outcomes.flipped(UNMITIGATED)
+    found = [reduction_estimate(before, outcomes.flipped(name)) for name in names]
+    nan = float("nan")
+    return {
+        "recovery": [nan if e is None else e.value for e in found],
+        "recovery_low": [nan if e is None else e.low for e in found],
+        "recovery_high": [nan if e is None else e.high for e in found],
+        "p": [mcnemar(outcomes.flipped(name), before) for name in names],
+    }
+
+
+def preference(row: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Sorts records of candidates, best first: fewest flips; of equals fewest bytes, then least margin lost."""
+    return row["flips"], row["bytes_per_token"], row["margin_drop"]

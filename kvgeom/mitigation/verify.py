@@ -10,14 +10,15 @@ import numpy as np
 import xarray as xr
 
 from kvgeom.diagnosis.evaluate import EXACT, Baseline, Outcomes, evaluate
-from kvgeom.diagnosis.perplexity import perplexity
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import harmless_under
+from kvgeom.mitigation.search import recovery_columns
 from kvgeom.progress import track
+from kvgeom.quant.memory import bytes_per_token
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.results import Result
-from kvgeom.stats import Estimate, mcnemar, reduction_estimate, wilson
+from kvgeom.stats import Estimate
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -217,32 +218,19 @@ def prove(
     )
     n = found.data.sizes["prompt"]
     order = list(recipes)
-    flips = [found.flips(name) for name in order]
-    before = found.flipped(UNMITIGATED)
-    recovery = [reduction_estimate(before, found.flipped(name)) for name in order]
-    intervals = [wilson(f["all"], n) for f in flips]
-    nan = float("nan")
-    exact = perplexity(model, text, placement=placement)
-    asked = track(roles, "perplexity", len(roles), progress)
-    ratios = {role: perplexity(model, text, recipes[role], placement=placement) / exact for role in asked}
-    size = np.array([Candidate(n, "protect", recipes[n], "").bytes_per_token(geometry, placement) for n in order])
-    whole = Candidate(EXACT, "protect", Recipe.exact(geometry.layers), "").bytes_per_token(geometry, placement)
+    asked = track([None, *roles], "perplexity", len(roles) + 1, progress)
+    exact, *rounded = [base.perplexity(text, recipes[role] if role else None, placement=placement) for role in asked]
+    ratios = {role: value / exact for role, value in zip(roles, rounded, strict=True)}
+    shape = (placement, geometry.kv_heads, geometry.head_dim)
+    size = np.array([bytes_per_token(recipes[name], *shape) for name in order])
     columns = {
         "name": np.array([names[name] for name in order], dtype=object),
-        "flips": [f["all"] for f in flips],
-        "flips_complied": [f["complied"] for f in flips],
-        "flips_degenerate": [f["degenerate"] for f in flips],
-        "flip_rate": [f["all"] / n if n else nan for f in flips],
-        "ci_low": [low for low, _ in intervals],
-        "ci_high": [high for _, high in intervals],
-        "recovery": [nan if e is None else e.value for e in recovery],
-        "recovery_low": [nan if e is None else e.low for e in recovery],
-        "recovery_high": [nan if e is None else e.high for e in recovery],
-        "p": [mcnemar(found.flipped(name), before) for name in order],
+        **found.flip_columns(order),
+        **recovery_columns(found, order),
         "bytes_per_token": size,
         "memory_overhead": size / size[order.index(UNMITIGATED)] - 1,
-        "memory_of_exact": size / whole,
-        "perplexity_ratio": [ratios.get(name, nan) for name in order],
+        "memory_of_exact": size / bytes_per_token(Recipe.exact(geometry.layers), *shape),
+        "perplexity_ratio": [ratios.get(name, float("nan")) for name in order],
         **_of_harmless(harmless, {role: recipes[role] for role in roles}, order, placement, progress),
     }
     data = xr.Dataset({name: ("recipe", values) for name, values in columns.items()}, coords={"recipe": order})

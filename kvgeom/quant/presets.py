@@ -89,7 +89,7 @@ def resolve(text: str, bits: int | None = None, placement: Placement | None = No
     if text in _PRESETS:
         found = preset(text, bits)
         return found if placement is None else replace(found, placement=placement)
-    if text.startswith(("sym-", "asym-")):
+    if leaves_width_open(text):
         if bits is None:
             raise InputError(f"scheme {text!r} was asked without a width; give one, for instance int4-{text}")
         text = f"int{bits}-{text}"
@@ -102,11 +102,16 @@ def resolve(text: str, bits: int | None = None, placement: Placement | None = No
     return Engine(text, scheme, scheme, placement or Placement())
 
 
+def leaves_width_open(text: str) -> bool:
+    """Whether a scheme is spelled without its width, as ``"asym-group64"`` is."""
+    return text.startswith(("sym-", "asym-"))
+
+
 def offers(text: str) -> tuple[int, ...]:
     """The widths in which :func:`resolve` can give a scheme: for a curve over bits."""
     if text in _PRESETS:
         return tuple(sorted(_PRESETS[text].widths))
-    return BITS if text.startswith(("sym-", "asym-")) else (Scheme.parse(text).bits,)
+    return BITS if leaves_width_open(text) else (Scheme.parse(text).bits,)
 
 
 def scheme_rows(kv_heads: int = 8, head_dim: int = 128, tokens: int = 4096) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -217,7 +217,7 @@ class Scheme:
             kind = f"{self.format}{self.bits}{shared}"
         held = "" if self.scales == "f32" else f"/{self.scales}"
         transform = "" if self.transform == "none" else f"+{self.transform}"
-        where = "" if self.channels is None else f"@{_runs(self.channels)}"
+        where = "" if self.channels is None else f"@{','.join(runs(self.channels))}"
         return f"{kind}{held}{transform}{where}"
 
 
@@ -225,11 +225,11 @@ class Scheme:
 SYMMETRIC_BLOCKS = ("q8_0", "q5_0", "q4_0", "iq4_nl", "mxfp4", "nvfp4")
 
 
-def _runs(channels: tuple[int, ...]) -> str:
-    """``(0, 1, 2, 4)`` as ``"0-2,4"``."""
-    starts = [c for c in channels if c - 1 not in channels]
-    ends = [c for c in channels if c + 1 not in channels]
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+def runs(numbers: Sequence[int]) -> list[str]:
+    """Ascending ``(0, 1, 2, 4)`` as ``["0-2", "4"]``."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
 
 
 def _channels(runs: str) -> tuple[int, ...]:

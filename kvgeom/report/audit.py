@@ -25,6 +25,7 @@ from kvgeom.models.model import Model
 from kvgeom.paths import writable_folder, write_whole
 from kvgeom.prompts.sets import PromptSet, calibration
 from kvgeom.quant.placement import Placement
+from kvgeom.quant.presets import leaves_width_open
 from kvgeom.quant.scheme import Scheme, check_bits
 from kvgeom.refusal.judge import Judge
 from kvgeom.report.verdict import Verdict, conclude
@@ -271,7 +272,7 @@ def _examples(found: Diagnosis, per_width: int = 3) -> tuple[dict[str, Any], ...
 
 def _at_width(scheme: str, bits: int) -> str:
     """How a row of the curve is rounded: a spelling with its width, or the name of a preset."""
-    return "exact" if bits == 16 else f"int{bits}-{scheme}" if scheme.startswith(("sym-", "asym-")) else scheme
+    return "exact" if bits == 16 else f"int{bits}-{scheme}" if leaves_width_open(scheme) else scheme
 
 
 def _records(ablation: Ablation) -> list[dict[Any, Any]]:

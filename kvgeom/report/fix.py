@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
 from kvgeom.errors import InputError
 from kvgeom.mitigation.plan import Plan
+from kvgeom.mitigation.search import check_budget
 from kvgeom.mitigation.verify import Verification
 from kvgeom.models.load import load
 from kvgeom.paths import writable_folder, write_whole
 from kvgeom.prompts.sets import PromptSet, calibration, held_out
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.presets import offers, resolve
+from kvgeom.quant.presets import leaves_width_open, offers, resolve
 from kvgeom.quant.scheme import check_bits
 from kvgeom.refusal.judge import Judge
 from kvgeom.report.mended import COLUMNS, before_and_after, sentences
@@ -97,7 +98,7 @@ def fix(
     judge: Judge | None = None,
     text: str | None = None,
     max_new_tokens: int = 24,
-    batch_size: int = 64,
+    batch_size: int = 512,
     geometry: bool = False,
     controls: int = 3,
     progress: bool = True,
@@ -196,14 +197,12 @@ def check(bits: int | None, scheme: str, memory: float, placement: Placement | N
     InputError
         For a scheme or width that there is not, 16 bits, or a negative budget or number of controls.
     """
-    if not memory >= 0:
-        raise InputError(f"a memory budget of {memory} was asked; give a share of the cache such as 0.02, 0 or more")
+    check_budget(memory)
     if controls < 0:
         raise InputError(f"{controls} controls were asked; give 0 or more")
     if bits is not None and check_bits(bits) == 16:
         raise InputError("bits=16 was asked, but 16 bits round nothing, so that nothing needs fixing; give 2-8")
-    free = scheme.startswith(("sym-", "asym-"))
-    resolve(scheme, USUAL_BITS if bits is None and free else bits, placement)
+    resolve(scheme, USUAL_BITS if bits is None and leaves_width_open(scheme) else bits, placement)
     if bits is not None:
         return bits
     offered = offers(scheme)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from kvgeom.mitigation.candidates import UNMITIGATED
 from kvgeom.mitigation.layers import LayerSelection
 from kvgeom.mitigation.plan import Plan
 from kvgeom.mitigation.verify import CHOSEN, PAPER, Verification
 from kvgeom.stats import Estimate, wilson
+from kvgeom.words import span
 
 #: Columns of :func:`before_and_after`.
 COLUMNS = (
@@ -103,7 +102,7 @@ def size_or_direction(found: Verification) -> str:
         return "No controls were run, so that size and direction of the error cannot be told apart."
     least = float(own.ci_low)
     counted = (
-        f"Errors as large as those of the unmitigated cache, but in random directions, lose {_span(drawn)} of {refused}, its own "
+        f"Errors as large as those of the unmitigated cache, but in random directions, lose {span(drawn)} of {refused}, its own "
         f"{before}"
     )
     if wilson(max(drawn), refused)[1] < least:
@@ -120,7 +119,7 @@ def left_by_chance(found: Verification) -> str:
     drawn, after = found.controls(CHOSEN), int(found.data.flips.sel(recipe=CHOSEN))
     if not drawn:
         return ""
-    return f"Under the chosen cache random directions lose {_span(drawn)}, its own error {after}."
+    return f"Under the chosen cache random directions lose {span(drawn)}, its own error {after}."
 
 
 def rules_compared(selection: LayerSelection) -> str:
@@ -137,7 +136,7 @@ def rules_compared(selection: LayerSelection) -> str:
         return f"The cache with no layer kept loses none of {n} refusals, so that no rule can be better than another."
     counted = (
         f"With {kept} layer{'s' if kept > 1 else ''} kept, choosing by attention loses {flips['attention']} of {n}, by causal effect "
-        f"{flips['causal']} (p = {p:.2g}), the first layers {flips['first']}, layers drawn at random {_span(drawn)}."
+        f"{flips['causal']} (p = {p:.2g}), the first layers {flips['first']}, layers drawn at random {span(drawn)}."
     )
     worse = p < 0.05 and flips["attention"] > flips["causal"]
     if worse or flips["attention"] >= max(drawn):
@@ -146,7 +145,3 @@ def rules_compared(selection: LayerSelection) -> str:
     if flips["attention"] < min(drawn):
         return f"{counted} Here attention is better than chance, against the paper's claim."
     return f"{counted} That neither supports nor contradicts the paper's claim that attention fails."
-
-
-def _span(counts: Sequence[int]) -> str:
-    return str(counts[0]) if len({*counts}) == 1 else f"{min(counts)} to {max(counts)}"

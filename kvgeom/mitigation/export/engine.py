@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
-from kvgeom.quant.scheme import Scheme
+from kvgeom.quant.scheme import Scheme, runs
 
 #: Where a scale is, in words.
 _SCALES = {
@@ -143,10 +143,7 @@ def spelled(layers: Iterable[int], of: int) -> str:
     layers = sorted(layers)
     if layers == list(range(of)):
         return "all layers"
-    starts = [n for n in layers if n - 1 not in layers]
-    ends = [n for n in layers if n + 1 not in layers]
-    runs = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
-    return f"layer {runs}" if len(layers) == 1 else f"layers {runs}"
+    return f"layer{'' if len(layers) == 1 else 's'} {', '.join(runs(layers))}"
 
 
 def kept(recipe: Recipe) -> tuple[int, ...]:
