@@ -24,7 +24,8 @@ from kvgeom.geometry.attention import attention_to_request
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, protect
 from kvgeom.mitigation.harmless import SIGNIFICANT, Harmless, harmless_under
 from kvgeom.mitigation.layers import LayerSelection, counts, layer_orders, protections, selection_of
-from kvgeom.mitigation.plan import PLAN_VERSION, Plan, request_hash
+from kvgeom.mitigation.plan import Plan, request_hash
+from kvgeom.mitigation.record import PLAN_VERSION
 from kvgeom.mitigation.search import Search, search_of
 from kvgeom.mitigation.verify import Verification
 from kvgeom.models.hf import HFModel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from kvgeom.errors import InputError
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import asked
 from kvgeom.mitigation.layers import LayerSelection
+from kvgeom.mitigation.record import json_path, read, written
 from kvgeom.mitigation.search import Search
 from kvgeom.mitigation.verify import CHOSEN, PAPER, Verification, prove
 from kvgeom.models.load import load
@@ -23,7 +23,6 @@ from kvgeom.models.modules import weights_identity
 from kvgeom.paths import writable_folder, write_whole
 from kvgeom.prompts.sets import PromptSet, held_out, perplexity_text
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.recorded import recipe_from_json, recipe_to_json, statics_from_json
 from kvgeom.refusal.judge import Judge, KeywordJudge
 from kvgeom.results import plain
 
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
 
     from kvgeom.mitigation.export.engine import Export
     from kvgeom.models.packed import PackedCache
-
-#: Version of the layout of plan.json; docs/mitigation.md describes it.
-PLAN_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -97,9 +93,10 @@ class Plan:
     @property
     def memory_overhead(self) -> float:
         """Share by which the chosen cache exceeds the unmitigated one."""
-        return self._overhead(self.chosen)
+        return self.overhead(self.chosen)
 
-    def _overhead(self, candidate: Candidate) -> float:
+    def overhead(self, candidate: Candidate) -> float:
+        """Share by which a candidate exceeds the unmitigated cache."""
         sizes = [c.bytes_per_token(self.geometry, self.placement) for c in (candidate, self.unmitigated)]
         return sizes[0] / sizes[1] - 1
 
@@ -246,41 +243,11 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Content of ``plan.json``; docs/mitigation.md describes it."""
-        statics: dict[str, Any] = {}
-
-        def spelled(candidate: Candidate) -> dict[str, Any]:
-            return {
-                "name": candidate.name,
-                "family": candidate.family,
-                "words": candidate.words,
-                "recipe": recipe_to_json(candidate.recipe, statics),
-                "memory_overhead": self._overhead(candidate),
-                "bytes_per_token": candidate.bytes_per_token(self.geometry, self.placement),
-            }
-
-        return {
-            "plan_version": PLAN_VERSION,
-            "model": {"name": self.model, "identity": self.identity, **dataclasses.asdict(self.geometry)},
-            "scheme": self.scheme,
-            "placement": dataclasses.asdict(self.placement),
-            "mode": self.mode,
-            "chosen": spelled(self.chosen),
-            "paper": spelled(self.paper),
-            "reasons": list(self.reasons),
-            "verified": self.verified,
-            "judge": self.judge,
-            "max_new_tokens": self.max_new_tokens,
-            "candidates": [spelled(candidate) for candidate in self.candidates],
-            "search": {"meta": self.search.meta, "records": self.search.records()},
-            "selection": self.selection and {"meta": self.selection.meta, "records": self.selection.records()},
-            "calibration": list(self.calibration),
-            "statics": statics,
-        }
+        return written(self)
 
     def save(self, path: str | Path) -> Path:
         """Write ``plan.json`` (into a folder, or to a path that ends in .json), whole or not at all."""
-        path = Path(path)
-        path = path if path.suffix == ".json" else path / "plan.json"
+        path = json_path(path)
         writable_folder(path.parent)
         return write_whole(path, json.dumps(plain(self.to_dict()), indent=1, allow_nan=False) + "\n")
 
@@ -293,51 +260,7 @@ class Plan:
         InputError
             If there is none, or it cannot be read.
         """
-        path = Path(path)
-        path = path if path.suffix == ".json" else path / "plan.json"
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            version = record["plan_version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"plan {path} was asked, but it cannot be read ({error}); give a file of kvgeom fix"
-            ) from error
-        if version != PLAN_VERSION:
-            raise InputError(f"plan {path} has layout {version}, but this kvgeom reads {PLAN_VERSION}; make it anew")
-        try:
-            return cls._of_record(record)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"plan {path} is not whole: {error!r}; make it anew with kvgeom fix") from error
-
-    @classmethod
-    def _of_record(cls, record: dict[str, Any]) -> Plan:
-        statics = {key: statics_from_json(value, key) for key, value in record["statics"].items()}
-
-        def candidate(spelled: dict[str, Any]) -> Candidate:
-            recipe = recipe_from_json(spelled["recipe"], statics)
-            return Candidate(spelled["name"], spelled["family"], recipe, spelled["words"])
-
-        shape = {f.name: record["model"][f.name] for f in dataclasses.fields(KVGeometry)}
-        selection = record["selection"]
-        return cls(
-            model=record["model"]["name"],
-            identity=record["model"]["identity"],
-            geometry=KVGeometry(**shape),
-            scheme=record["scheme"],
-            placement=Placement(**record["placement"]),
-            mode=record["mode"],
-            chosen=candidate(record["chosen"]),
-            paper=candidate(record["paper"]),
-            candidates=tuple(candidate(spelled) for spelled in record["candidates"]),
-            reasons=tuple(record["reasons"]),
-            search=Search.of_records(record["search"]["records"], record["search"]["meta"], ["candidate"]),
-            selection=selection
-            and LayerSelection.of_records(selection["records"], selection["meta"], ["rule", "kept"]),
-            judge=record["judge"],
-            max_new_tokens=record["max_new_tokens"],
-            calibration=tuple(record["calibration"]),
-            verified=record["verified"],
-        )
+        return cls(**read(json_path(path)))
 
     # --- deployment ---
 
@@ -371,8 +294,8 @@ class Plan:
         Parameters
         ----------
         directory : str or Path
-        model : PreTrainedModel or HFModel
-            The model that the plan was made for.
+        model : anything that :func:`kvgeom.load` takes
+            The model that the plan was made for, in plain transformers.
         candidate : str, optional
             Another one than the chosen, for instance ``"equalize"`` or ``"hadamard"``.
 
