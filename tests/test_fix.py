@@ -135,7 +135,8 @@ def test_an_interrupted_fix_goes_on(model: HFModel, tmp_path: Path) -> None:
     once = Impatient(10**6)
     whole = kvgeom.fix(model, tmp_path / "whole", judge=once, **few)
     stopped, left = tmp_path / "stopped", []
-    for patience in (once.asked // 2, once.asked // 2 - 4):
+    soon = once.asked // 4
+    for patience in (soon, once.asked - soon - 2):
         with pytest.raises(KeyboardInterrupt):
             kvgeom.fix(model, stopped, judge=Impatient(patience), **few)
         left.append(sorted(path.name for path in stopped.glob("[!.]*")))

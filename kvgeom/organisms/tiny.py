@@ -87,7 +87,7 @@ class Training:
     rate: float = 3e-3
     exact: float = 0.5
     losing: float = 0.15
-    version: int = 2
+    version: int = 3
 
 
 def tiny_model(size: Size | None = None, seed: int = 0) -> HFModel:
@@ -141,6 +141,7 @@ def train(training: Training) -> Any:
     """
     size, rng = training.size, random.Random(training.seed)
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)  # the probes are drawn too
         model = _model(size, training.seed)
         probes = nn.ModuleList(nn.Linear(size.d_model, 1) for _ in range(size.layers))
         for name, weight in model.named_parameters():
