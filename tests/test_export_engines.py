@@ -154,13 +154,12 @@ def test_vllm_rotates_only_heads_of_a_power_of_two() -> None:
 def test_what_vllm_cannot_say() -> None:
     recipe = Recipe.uniform(4, Scheme.parse("int3-asym-group64+center")).keep([0])
     found = made("vllm", recipe, Placement(residual=128))
-    assert found.cannot[:2] == tuple(
-        f"{site} of layers 1-3: int3-asym-group64+center was asked, vllm4-token-head+rht is what is held: 4 bits instead of 3; "
-        "a scale for each head of a token instead of a scale for 64 channels; the engine rotates heads first (rht); "
+    assert found.cannot[0] == (
+        "keys and values of layers 1-3: int3-asym-group64+center was asked, vllm4-token-head+rht is what is held: 4 bits instead "
+        "of 3; a scale for each head of a token instead of a scale for 64 channels; the engine rotates heads first (rht); "
         "no offset is taken out (center); the engine's own grid"
-        for site in ("keys", "values")
     )
-    assert "128 tokens were to wait" in found.cannot[2]
+    assert "128 tokens were to wait" in found.cannot[1]
     keys = made("vllm", Recipe.uniform(4, Scheme(8), sites=["k"]))
     assert keys.cannot == ("keys of all layers: int8-asym-token was asked, but they stay in 16 bits",)
     exactly = made("vllm", uniform("vllm4-token-head+rht").keep([3]))

@@ -78,9 +78,12 @@ def differences(asked: Recipe, placement: Placement, held: Recipe, held_placemen
         for site, scheme, engine in zip(("keys", "values"), pair, other, strict=True):
             if scheme is not None and scheme != engine:
                 found.setdefault((site, scheme, engine), []).append(layer)
-    sentences = []
+    alike: dict[tuple[Scheme, Scheme | None, tuple[int, ...]], list[str]] = {}
     for (site, scheme, engine), layers in found.items():
-        where = f"{site} of {spelled(layers, len(asked))}"
+        alike.setdefault((scheme, engine, tuple(layers)), []).append(site)
+    sentences = []
+    for (scheme, engine, layers), sites in alike.items():
+        where = f"{' and '.join(sites)} of {spelled(layers, len(asked))}"
         if engine is None:
             sentences.append(f"{where}: {scheme} was asked, but they stay in 16 bits")
         else:
