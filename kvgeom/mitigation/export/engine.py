@@ -82,13 +82,13 @@ def differences(asked: Recipe, placement: Placement, held: Recipe, held_placemen
     for (site, scheme, engine), layers in found.items():
         alike.setdefault((scheme, engine, tuple(layers)), []).append(site)
     sentences = []
-    for (scheme, engine, layers), sites in alike.items():
-        where = f"{' and '.join(sites)} of {spelled(layers, len(asked))}"
+    for (scheme, engine, where), sites in alike.items():
+        which = f"{' and '.join(sites)} of {spelled(where, len(asked))}"
         if engine is None:
-            sentences.append(f"{where}: {scheme} was asked, but they stay in 16 bits")
+            sentences.append(f"{which}: {scheme} was asked, but they stay in 16 bits")
         else:
             sentences.append(
-                f"{where}: {scheme} was asked, {engine} is what is held: {'; '.join(_apart(scheme, engine))}"
+                f"{which}: {scheme} was asked, {engine} is what is held: {'; '.join(_apart(scheme, engine))}"
             )
     return (*sentences, *_placed(placement, held_placement, asked))
 
