@@ -206,7 +206,7 @@ def test_as_text(engine: ModuleType) -> None:
     assert lines[0].startswith(f"# {found.engine} (")
     assert found.text in str(found)
     assert sum(line.startswith("# cannot: ") for line in lines) == len(found.cannot)
-    assert found.cannot[0].startswith("keys and values of all layers: int4-asym-token was asked")
+    assert "of all layers: int4-asym-token was asked" in found.cannot[0]
     assert any("first 2 tokens" in line for line in found.cannot[1:])
     size = bits_per_element(found.recipe, found.placement, 8, 128)
     assert 4 < size < 6
