@@ -18,6 +18,7 @@ from kvgeom.errors import InputError
 from kvgeom.mitigation.advice import advised, critical_layers
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, Constants, constants, protect, whole_cache
 from kvgeom.models.hf import HFModel
+from kvgeom.models.statistics import channel_statistics
 from kvgeom.quant.engine import Engine
 from kvgeom.quant.memory import cache_bytes
 from kvgeom.quant.placement import Placement
@@ -103,6 +104,31 @@ def test_finer_scales_are_no_fewer(name: str) -> None:
                 assert (one.bits, one.format, one.scales, one.symmetric) == (
                     other.bits, other.format, other.scales, other.symmetric,
                 )  # fmt: skip
+
+
+def test_center_at_the_mean_key() -> None:
+    """A model with a bias is offered both offsets; they take out what they say, and no memory."""
+    model = tiny_model("qwen2")
+    torch.manual_seed(0)
+    for name, weight in model.hf_model.named_parameters():
+        if name.endswith("k_proj.bias"):
+            torch.nn.init.normal_(weight)
+    known = constants(model, PROMPTS)
+    found = {c.name: c for c in whole_cache(resolve("int4-asym-token"), model.geometry, known)}
+    bias, mean = (found[name].recipe.offsets for name in ("center", "center at the mean key"))
+    assert known.mean_keys is mean
+    assert bias is known.keys
+    seen = channel_statistics(model, PROMPTS)
+    for layer in range(model.geometry.layers):
+        assert torch.equal(mean.vectors[layer, "k"], seen.mean[layer, "k"])
+        assert torch.equal(bias.vectors[layer, "k"], model.key_biases()[layer, "k"])
+        assert not torch.allclose(mean.vectors[layer, "k"], bias.vectors[layer, "k"])
+    plain = tiny_model("llama")
+    known = constants(plain, PROMPTS)
+    assert known.mean_keys is None
+    assert "center at the mean key" not in {
+        c.name for c in whole_cache(resolve("int4-asym-token"), plain.geometry, known)
+    }
 
 
 def test_scales_that_are_there_already_are_not_offered() -> None:

@@ -282,6 +282,7 @@ def test_the_table_counts_what_the_verification_counted() -> None:
     assert columns["lost"] == ("0 of 16", "13 of 16", "3 of 16", "9 of 16")
     assert columns["comply"] == ("0", "4", "1", "3")
     assert columns["break down"] == ("0", "9", "2", "6")
+    assert columns["random lose"] == ("-", "1 to 2", "2 to 4", "-")
     assert columns["memory"] == ("+255.6%", "+0.0%", "+0.0%", "+11.1%")
     assert columns["of 16-bit"] == ("100.0%", "28.1%", "28.1%", "31.2%")
     assert columns["recovery"][2:] == ("77% [47%, 92%]", "31% [1%, 46%]")

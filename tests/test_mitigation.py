@@ -319,7 +319,7 @@ def plan() -> Plan:
 
 @cache
 def verified() -> Verification:
-    return plan().verify(TINY, OTHERS, judge=ArbitraryJudge(), controls=2, **OPTIONS)  # type: ignore[arg-type]
+    return plan().verify(TINY, OTHERS, also=["equalize"], judge=ArbitraryJudge(), controls=2, **OPTIONS)  # type: ignore[arg-type]
 
 
 def test_prescription_by_hand() -> None:
@@ -372,7 +372,8 @@ def test_verification_by_hand() -> None:
     found, made = verified(), plan()
     base = baseline(TINY, OTHERS.harmful, judge=ArbitraryJudge(), max_new_tokens=4, progress=False)
     roles = {"unmitigated": made.unmitigated.recipe, "chosen": made.chosen.recipe, "paper": made.paper.recipe}
-    for role, draw in product(("chosen", "unmitigated"), (1, 2)):
+    roles["equalize"] = made.candidate("equalize").recipe
+    for role, draw in product(("chosen", "unmitigated", "equalize"), (1, 2)):
         roles[f"{role}, scattered {draw}"] = roles[role].scattered(draw - 1)
     assert set(found.data.recipe.values) == set(roles)
     again = evaluate(TINY, roles, base, refused_only=True, progress=False)
@@ -389,7 +390,9 @@ def test_verification_by_hand() -> None:
         size = cache_bytes(recipe, Placement(), 2, 8, 4096) / 4096
         assert float(row.bytes_per_token) == size
         assert float(row.memory_of_exact) == pytest.approx(size / (3 * 2 * 16 * 2))
-    assert found.controls("chosen") == [again.flips(f"chosen, scattered {n}")["all"] for n in (1, 2)]
+    for role in ("chosen", "unmitigated", "equalize"):
+        assert found.controls(role) == [again.flips(f"{role}, scattered {n}")["all"] for n in (1, 2)]
+    assert found.controls("paper") == []
     assert found.paper_recovery is not None
     record = json.loads(json.dumps(found.to_dict()))
     assert record["flips_before"] == before.sum()

@@ -54,12 +54,16 @@ class Constants:
     keys, both : Statics
         Offsets of keys alone, and of keys and values. Those of keys are the bias of their projection, or where a model
         has none the calibration mean, freed of the rotary embedding; those of values are the calibration mean.
+    mean_keys : Statics or None
+        The calibration mean of keys where ``keys`` is not that already. It holds what prompts have in common beside the bias,
+        and hangs on which prompts these are.
     factors : Statics
         Channel sizes over the calibration prompts; the two channels of a rotary pair share one.
     """
 
     keys: Statics
     both: Statics
+    mean_keys: Statics | None
     factors: Statics
 
 
@@ -74,12 +78,14 @@ def constants(model: Model, prompts: Sequence[str]) -> Constants:
     seen = channel_statistics(model, prompts)
     biases = model.key_biases()
     source = "key bias" if biases else "mean key"
-    keys = biases or {key: mean for key, mean in seen.mean.items() if key[1] == "k"}
+    means = {key: mean for key, mean in seen.mean.items() if key[1] == "k"}
+    keys, rotary = biases or means, seen.rotary_dim > 0
     values = {key: mean for key, mean in seen.mean.items() if key[1] == "v"}
     sizes = {(n, s): pair_factors(top, seen.rotary_dim if s == "k" else 0) for (n, s), top in seen.largest.items()}
     return Constants(
-        Statics.of(source, keys, rotary=seen.rotary_dim > 0),
-        Statics.of(f"{source} and mean value", {**keys, **values}, rotary=seen.rotary_dim > 0),
+        Statics.of(source, keys, rotary=rotary),
+        Statics.of(f"{source} and mean value", {**keys, **values}, rotary=rotary),
+        Statics.of("mean key", means, rotary=rotary) if biases else None,
         Statics.of("channel sizes", sizes),
     )
 
@@ -105,6 +111,11 @@ def whole_cache(engine: Engine, geometry: KVGeometry, known: Constants) -> list[
         _transformed(base, "center", "center"),
         f"takes the {bias} and the mean value out before rounding",
     )
+    centered = next((candidate for candidate in found if candidate.name == "center"), None)
+    if known.mean_keys is not None and centered is not None:
+        recipe = replace(centered.recipe, offsets=known.mean_keys)
+        words = "takes the mean key of the calibration prompts out before rounding"
+        found.append(Candidate("center at the mean key", "center", recipe, words))
     add("equalize", "equalize", _transformed(base, "equalize", "equalize"), "divides every channel by its size")
     add("hadamard", "hadamard", _transformed(base, "hadamard", "hadamard"), "rotates every head before rounding")
     add(

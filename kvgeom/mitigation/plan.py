@@ -161,7 +161,7 @@ class Plan:
         text : str, optional
             Plain text for perplexity; a short one is shipped.
         controls : int
-            Draws of random directions for the chosen and for the unmitigated cache; 0 for none.
+            Draws of random directions for every cache but the paper's; 0 for none.
         batch_size : int
         journal : str or Path, optional
             As in :func:`kvgeom.baseline`; harmless prompts have one of their own beside it, ``*-harmless.jsonl``.

@@ -126,7 +126,7 @@ def fix(
     placement, judge, text, max_new_tokens, batch_size, geometry, progress, seed
         See :func:`kvgeom.diagnose`.
     controls : int
-        Draws of errors of the same size in random directions, for the chosen and for the unmitigated cache.
+        Draws of errors of the same size in random directions, for every cache but the paper's.
     **load_options
         Go to :func:`kvgeom.load`.
 

@@ -11,20 +11,22 @@ from kvgeom.words import span
 
 #: Columns of :func:`before_and_after`.
 COLUMNS = (
-    "cache", "lost", "95 %", "comply", "break down", "recovery", "memory", "of 16-bit", "perplexity", "harmless refused",
+    "cache", "lost", "95 %", "comply", "break down", "random lose", "recovery", "memory", "of 16-bit", "perplexity",
+    "harmless refused",
 )  # fmt: skip
 
 
 def before_and_after(found: Verification) -> list[tuple[str, ...]]:
     """One row each for the cache in 16 bits, unmitigated, chosen, as the paper advises, and others; see :data:`COLUMNS`.
 
-    ``memory`` is held against the unmitigated cache, ``perplexity`` against the 16-bit one.
+    ``random lose`` is what errors of the same size in random directions lose, from the least draw to the most; ``memory``
+    is held against the unmitigated cache, ``perplexity`` against the 16-bit one.
     """
     refused, harmless = found.meta["refused"], found.meta["harmless"]
     share = float(found.data.memory_of_exact.sel(recipe=UNMITIGATED))
     of_harmless = f"{found.meta['harmless_refused']} of {harmless}" if harmless else "-"
     rows: list[tuple[str, ...]] = [
-        ("16 bits", f"0 of {refused}", "-", "0", "0", "-", f"{1 / share - 1:+.1%}", "100.0%", "1.00x", of_harmless)
+        ("16 bits", f"0 of {refused}", "-", "0", "0", "-", "-", f"{1 / share - 1:+.1%}", "100.0%", "1.00x", of_harmless)
     ]
     for role in found.roles:
         own = found.data.sel(recipe=role)
@@ -39,6 +41,7 @@ def before_and_after(found: Verification) -> list[tuple[str, ...]]:
                 f"[{low:.0%}, {high:.0%}]" if refused else "-",
                 str(int(own.flips_complied)),
                 str(int(own.flips_degenerate)),
+                span(drawn) if (drawn := found.controls(role)) else "-",
                 str(recovery) if known else "-",
                 f"{float(own.memory_overhead):+.1%}",
                 f"{float(own.memory_of_exact):.1%}",
