@@ -104,16 +104,16 @@ def whole_cache(engine: Engine, geometry: KVGeometry, known: Constants) -> list[
         if all(candidate.recipe.layers[0] != schemes for candidate in found):
             found.append(Candidate(name, family, _recipe(schemes, geometry.layers, known), words))
 
-    add("center", "center", _transformed(base, "center", None), f"takes the {bias} out before rounding")
+    centered = _transformed(base, "center", None)
+    add("center", "center", centered, f"takes the {bias} out before rounding")
     add(
         "center keys and values",
         "center",
         _transformed(base, "center", "center"),
         f"takes the {bias} and the mean value out before rounding",
     )
-    centered = next((candidate for candidate in found if candidate.name == "center"), None)
-    if known.mean_keys is not None and centered is not None:
-        recipe = replace(centered.recipe, offsets=known.mean_keys)
+    if known.mean_keys is not None and centered != base:
+        recipe = _recipe(centered, geometry.layers, replace(known, keys=known.mean_keys))
         words = "takes the mean key of the calibration prompts out before rounding"
         found.append(Candidate("center at the mean key", "center", recipe, words))
     add("equalize", "equalize", _transformed(base, "equalize", "equalize"), "divides every channel by its size")

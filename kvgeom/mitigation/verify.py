@@ -210,7 +210,7 @@ def prove(
     recipes = {role: candidate.recipe for role, candidate in roles.items()}
     names = {role: candidate.name for role, candidate in roles.items()}
     for role in roles:
-        if role == PAPER:  # of its cache a part is exact: that is what it is, and not how it aims
+        if role == PAPER:  # stands beside the plan for comparison; why it fails is not asked
             continue
         for draw in range(controls if roles[role].recipe.touched else 0):
             recipes[f"{role}, scattered {draw + 1}"] = roles[role].recipe.scattered(seed + draw)
