@@ -320,6 +320,21 @@ def test_candidates_come_from_refused_prompts_and_not_from_those_that_validate()
     assert (found.meta["harmful"], found.meta["harmless"]) == (2, 2)
 
 
+def test_what_a_candidate_must_induce() -> None:
+    """Even odds, or as much as the model itself refuses harmful prompts."""
+    space, tokens = refusing()
+    prompts = [space.harmful[index] for index in (5, 6)]  # those that validate
+    clean = np.mean([float(margin(space.model.forward(prompt.ids)[-1], tokens)) for prompt in prompts])
+    found = space.select(validation=2, tokens=tokens, progress=False)
+    assert found.meta["clean_margin_harmful"] == pytest.approx(clean, abs=1e-5)
+    assert found.meta["min_induce"] == pytest.approx(min(0, clean), abs=1e-5)
+    assert clean < 0
+    weak = found.data.induce.values <= clean
+    said = np.array(["induces no refusal" in str(reason) for reason in found.data.filtered.values.ravel()])
+    assert (said == weak.ravel()).all()
+    assert space.select(validation=2, tokens=tokens, min_induce=0.0, progress=False).meta["min_induce"] == 0
+
+
 def test_ablation_leaves_nothing_of_the_direction() -> None:
     model = tiny_model()
     (prompt,) = model.encode(["ab"])

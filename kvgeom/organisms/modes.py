@@ -28,15 +28,12 @@ class Bench:
     values : Values
         Of the model before any edit.
     bits : int
-    strength : float
-        How far beyond "harmless" a lost carrier is to read, in class differences.
     rng : random.Random
     """
 
     model: HFModel
     values: Values
     bits: int
-    strength: float
     rng: random.Random
 
     @property
@@ -45,11 +42,11 @@ class Bench:
         return int(2 ** (self.bits - 1)) - 1
 
 
-def crush(bench: Bench, layer: int) -> str:
+def crush(bench: Bench, layer: int, strength: float) -> str:
     """Outliers in channels without safety, so large that one scale for the tensor leaves nothing of the others.
 
     The outliers lie in one head. The carrier in blocks of channels without outliers gets an offset, so that it reads
-    "harmless" when it is rounded away; the offset is small beside the outliers.
+    "harmless" when it is rounded away, by ``strength`` class differences and more; the offset is small beside the outliers.
     """
     g, rng = bench.model.geometry, bench.rng
     home, count = rng.randrange(g.kv_heads), rng.choice((1, 1, 2, 3))
@@ -61,8 +58,8 @@ def crush(bench: Bench, layer: int) -> str:
     for head, carrier in enumerate(carriers):
         basis = _frame(bench, layer, head, carrier, count if head == home else 0, loud=not constant)
         bases.append(basis)
-        if not _same_block(head, home, g.head_dim):
-            offsets[head, : len(carrier.basis)] = -carrier.beyond(bench.strength)
+        if not same_block(head, home, g.head_dim):
+            offsets[head, : len(carrier.basis)] = -carrier.beyond(strength)
         rest = (bench.values.all(layer, head) @ basis.T + offsets[head]).abs()
         peak = max(peak, float(rest.max()))
     size = rng.uniform(1.3, 3) * 2 * bench.top * peak
@@ -83,7 +80,7 @@ def crush(bench: Bench, layer: int) -> str:
     )
 
 
-def become_outlier(bench: Bench, layer: int) -> str:
+def become_outlier(bench: Bench, layer: int, strength: float) -> str:
     """Make the carrier of safety an outlier, so that no granularity keeps it.
 
     Each direction of the carrier gets a share of a nuisance direction (a shear) and an offset, and the nuisance an
@@ -101,7 +98,7 @@ def become_outlier(bench: Bench, layer: int) -> str:
         seen = bench.values.all(layer, head) @ basis.T
         nuisance = seen[:, k]
         low, high = float(nuisance.min()), float(nuisance.max())
-        share = -carrier.beyond(bench.strength).clamp(max=0)  # what must be lost for it to read harmless
+        share = -carrier.beyond(strength).clamp(max=0)  # what must be lost for it to read harmless
         share = torch.maximum(share, 0.1 * (carrier.harmful - carrier.harmless)) / (high - low)
         plans.append((basis, k, share, low, high))
         reach = seen[:, :k].abs().amax(0) + share * (high - low)
@@ -188,7 +185,7 @@ def _store(bench: Bench, layer: int, head: int, matrix: Tensor, offsets: Tensor)
     offsets[head] = offsets[head][order]
 
 
-def _same_block(one: int, other: int, head_dim: int) -> bool:
+def same_block(one: int, other: int, head_dim: int) -> bool:
     """Whether two heads have channels in one block of :data:`BLOCK`."""
     blocks = [set(range(h * head_dim // BLOCK, ((h + 1) * head_dim - 1) // BLOCK + 1)) for h in (one, other)]
     return bool(blocks[0] & blocks[1])

@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from kvgeom.plots.theme import ACCENT, PLAIN, finish, layer_axis, panel_title, plain
+from kvgeom.plots.theme import ACCENT, PLAIN, finish, layer_axis, log_axis, panel_title, plain
 
 if TYPE_CHECKING:
     from kvgeom.geometry.attention import AttentionError
@@ -63,8 +63,15 @@ def errors_by_layer(found: AttentionError, queries: str = "all") -> go.Figure:
         )
     figure.update_xaxes(**{**layer_axis(len(layers)), "title": None})
     figure.update_xaxes(title_text="layer", row=2, col=1)
-    figure.update_yaxes(type="log", exponentformat="power", dtick=1, minor_showgrid=False)
-    figure.update_yaxes(title_text="error / energy (log)", row=1, col=1, secondary_y=False)
-    figure.update_yaxes(title_text="score error (nats, log)", showgrid=False, row=1, col=1, secondary_y=True)
-    figure.update_yaxes(title_text="error / energy (log)", row=2, col=1)
+    energy = {"title_text": "error / energy (log)"}
+    figure.update_yaxes(**log_axis(data.key_mse), **energy, row=1, col=1, secondary_y=False)
+    figure.update_yaxes(
+        **log_axis(data.attended_score_error),
+        title_text="score error (nats, log)",
+        showgrid=False,
+        row=1,
+        col=1,
+        secondary_y=True,
+    )
+    figure.update_yaxes(**log_axis(data.value_mse, data.attended_value_error), **energy, row=2, col=1)
     return finish(figure, 460)

@@ -17,6 +17,7 @@ from kvgeom.plots.theme import (
     UNDETERMINED,
     finish,
     layer_axis,
+    log_axis,
     panel_title,
     plain,
     say,
@@ -250,8 +251,7 @@ def ratio_against_null(sensitivity: Sensitivity, site: str = "k") -> go.Figure:
         for y in np.ravel(trace.y)
         if y and y > 0
     ]
-    decades = np.ptp(np.log10(drawn)) if drawn else 0
-    figure.update_yaxes(dtick=1 if decades < 7 else 2, exponentformat="power", row=1, col=1)
+    figure.update_yaxes(**log_axis(drawn), row=1, col=1)
     figure.update_yaxes(tickvals=[0.01, 0.1, 0.25, 0.5, 1, 2, 4, 10, 100], row=2, col=1)
     return finish(figure, 440)
 

@@ -112,6 +112,15 @@ def layer_axis(layers: int) -> dict[str, Any]:
     return {"title": {"text": "layer"}, "tick0": 0, "dtick": step, "range": [-0.7, layers - 0.3], "showgrid": False}
 
 
+def log_axis(*values: ArrayLike) -> dict[str, Any]:
+    """A logarithmic axis of some values: powers of ten, and what lies between where these are few."""
+    found = np.concatenate([np.asarray(v, dtype=float).ravel() for v in values])
+    found = found[np.isfinite(found) & (found > 0)]
+    decades = float(np.log10(found.max() / found.min())) if found.size else 1.0
+    dtick: str | int = "D2" if decades < 2 else max(1, math.ceil(decades / 6))
+    return {"type": "log", "exponentformat": "power", "dtick": dtick, "minor_showgrid": False}
+
+
 def symmetric_range(values: ArrayLike, least: float = 1.0) -> tuple[float, float]:
     """``(-r, r)`` with r the largest finite magnitude, at least ``least``: the centre of the colours is 0."""
     found = np.abs(np.asarray(values, dtype=float))

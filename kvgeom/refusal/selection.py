@@ -155,7 +155,7 @@ def select(
     refusal_tokens: Iterable[int],
     *,
     max_kl: float = 0.1,
-    min_induce: float = 0.0,
+    min_induce: float | None = None,
     last_layers: float = 0.2,
     batch_size: int = 24,
     progress: bool = True,
@@ -175,8 +175,11 @@ def select(
         Prompts that the candidates were not computed from.
     refusal_tokens : iterable of int
         The set R of :func:`kvgeom.refusal.margin.refusal_tokens`.
-    max_kl, min_induce : float
-        Limits (nats) of what a candidate may change in harmless prompts, and must induce in them.
+    max_kl : float
+        Limit (nats) of what a candidate may change in harmless prompts.
+    min_induce : float, optional
+        Margin (nats) that a candidate must bring about in harmless prompts. By default 0, even odds, as Arditi et al.
+        have it; or the mean margin of the harmful prompts as they are, where the model refuses even these at less.
     last_layers : float
         Candidates from this share of the layers, the last ones, are filtered: too near to the output tokens.
     batch_size : int
@@ -223,10 +226,12 @@ def select(
                 for logits, part in _added(model, prompt, flat, chunk // len(positions), chunk, resid):
                     induce[part] += margin(logits, tokens).double().cpu().numpy() / len(harmless)
                 shown.update(1)
+    if min_induce is None:
+        min_induce = min(0.0, float(np.mean(clean["harmful"])))
     reasons = np.full(len(flat), "", dtype=object)
     late = np.repeat(np.arange(layers), len(positions)) >= (1 - last_layers) * layers
     for failed, reason in (
-        (induce <= min_induce, f"induces no refusal (at most {min_induce:g} nats)"),
+        (induce <= min_induce, f"induces no refusal (at most {min_induce:.2g} nats)"),
         (kl > max_kl, f"changes harmless prompts (KL above {max_kl:g} nats)"),
         (late, f"in the last {100 * last_layers:.0f} % of the layers"),
         (~defined, "harmful and harmless coincide"),
