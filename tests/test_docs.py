@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -67,3 +69,21 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for block in python_blocks(ROOT / "README.md"):
         exec(block, names)
     assert (tmp_path / "audit" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(("part", "rows"), [("tiny", "organisms.json"), ("real", "organisms-real.json")])
+def test_tables_of_organisms_are_those_that_were_measured(part: str, rows: str) -> None:
+    """What stands in docs/organisms.md is drawn from the rows beside it, and the organisms are as many as is said."""
+    spec = importlib.util.spec_from_file_location("certificate", ROOT / "benchmarks" / "organisms.py")
+    assert spec is not None
+    assert spec.loader is not None
+    certificate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(certificate)
+    measured = json.loads((ROOT / "docs" / rows).read_text())
+    table = {"tiny": certificate.matrix, "real": certificate.listed}[part](measured)
+    page = (ROOT / "docs" / "organisms.md").read_text()
+    assert f"<!-- {part}: begin -->\n{table}\n<!-- {part}: end -->" in page
+    if part == "tiny":
+        kept = [row for row in measured if row["verified"]]
+        assert len(kept) >= 40
+        assert sum(row["planted"] == row["found"] for row in kept) >= 0.95 * len(kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from kvgeom.models.hf import HFModel
 from kvgeom.organisms import MODES, Behaviour, Organism, Size, behaviour, plant, tiny_model, toy_prompts
 from kvgeom.organisms.carrier import Values
 from kvgeom.organisms.modes import orthogonal
+from kvgeom.organisms.reach import LADDER, Lost, Reach
 from kvgeom.organisms.toy import draw, toy_tokenizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.rounder import Rounder
@@ -172,6 +174,51 @@ def test_what_cannot_be_planted_is_said(trained: HFModel) -> None:
         plant(trained, "multi-layer dilution", layers=[0, 1, 2], prompts=SIZE.prompts().take(2))
     with pytest.raises(ModelError, match="nothing is refused"):
         plant(random_model("llama"), "robust", prompts=SIZE.prompts().take(2))
+
+
+def test_bits_layers_and_strength_are_measured_where_they_are_not_given(
+    trained: HFModel, organism: Organism, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = SIZE.prompts("train").take(8)
+    assert organism.bits == 3
+    monkeypatch.setattr("kvgeom.organisms.planting.WIDTHS", (2,))
+    with pytest.raises(ModelError, match=r"itself loses refusals.*at 2 bits"):
+        plant(trained, "robust", prompts=prompts, progress=False)
+    monkeypatch.setattr("kvgeom.organisms.reach.LADDER", (16.0,))  # so far beyond that language is lost
+    with pytest.raises(ModelError, match=r"layers \[1\] read, refusals do not turn into compliance"):
+        plant(trained, "outlier-as-safety", prompts=prompts, bits=3, layers=[1], progress=False)
+    with pytest.raises(ModelError, match="layers that were tried"):
+        plant(trained, "multi-layer dilution", prompts=prompts, bits=3, progress=False)
+
+
+def test_the_reach_of_a_layer(trained: HFModel) -> None:
+    """Again, each prompt alone, token by token, without a kept cache."""
+    prompts = SIZE.prompts("train").take(8)
+    base = baseline(trained, prompts.harmful, max_new_tokens=12, progress=False)
+    values = Values(trained, prompts)
+
+    def label(index: int, edit: Lost) -> str:
+        said: list[int] = []
+        for _ in range(12):
+            token = int(trained.forward([*base.prompts[index].ids, *said], trained.new_cache(edit))[-1].argmax())
+            if token in trained.stop_tokens:
+                break
+            said.append(token)
+        return base.judged(index, said)[1]
+
+    reach = Reach(base, values)
+    for layer in range(SIZE.layers):
+        enough = []
+        for strength, home in itertools.product(LADDER, (0, SIZE.kv_heads - 1)):
+            left = torch.zeros(SIZE.kv_heads, SIZE.head_dim, dtype=torch.float64)
+            for head in range(SIZE.kv_heads):
+                if head // 2 != home // 2:  # two heads of 32 channels share a block
+                    carrier = values.carrier(layer, head)
+                    left[head] = carrier.beyond(strength) @ carrier.basis
+            if [label(index, Lost(layer, left)) for index in base.refused[:4]].count("complied") >= 3:
+                enough.append(strength)
+        assert reach.strength(layer) == min(enough, default=None)
+    assert {reach.strength(layer) for layer in range(SIZE.layers)} != {None}
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3", "gemma3_text", "gpt_neox"])
