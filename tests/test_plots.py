@@ -16,7 +16,7 @@ from kvgeom.geometry.sensitivity import Sensitivity
 from kvgeom.plots.channels import channel_loading, outlier_share
 from kvgeom.plots.pcr import CUT, pcr_interval
 from kvgeom.plots.sensitivity import ratio_against_null
-from kvgeom.plots.theme import LABEL_COLORS, short, symmetric_range
+from kvgeom.plots.theme import LABEL_COLORS, log_axis, short, symmetric_range
 
 
 def curve(refused: int = 10, bits: tuple[int, ...] = (16, 8, 4, 2)) -> Curve:
@@ -224,3 +224,12 @@ def test_helpers() -> None:
     assert [short(v) for v in (0.001, 0.234, 1.94, 25.8, 999.6, 12_600, 2.5e6, np.inf)] == [
         "1e-03", "0.23", "1.9", "26", "1k", "12.6k", "2.5M", "",
     ]  # fmt: skip
+
+
+def test_ticks_of_logarithmic_axes() -> None:
+    """Powers of ten over many decades; over few, what lies between them, or there would be a single number."""
+    few = log_axis([0.08, 0.5], [np.nan, 0, -1])
+    assert {0.1, 0.2, 0.5} <= set(few["tickvals"])
+    assert {5.0, 10.0, 20.0, 50.0, 100.0} <= set(log_axis([2, 130])["tickvals"])
+    assert log_axis([1e-3, 1e8])["dtick"] == 2
+    assert log_axis([])["type"] == "log"

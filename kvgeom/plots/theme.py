@@ -113,12 +113,15 @@ def layer_axis(layers: int) -> dict[str, Any]:
 
 
 def log_axis(*values: ArrayLike) -> dict[str, Any]:
-    """A logarithmic axis of some values: powers of ten, and what lies between where these are few."""
+    """A logarithmic axis of some values: powers of ten, and what lies between them where these are few."""
     found = np.concatenate([np.asarray(v, dtype=float).ravel() for v in values])
     found = found[np.isfinite(found) & (found > 0)]
-    decades = float(np.log10(found.max() / found.min())) if found.size else 1.0
-    dtick: str | int = "D2" if decades < 2 else max(1, math.ceil(decades / 6))
-    return {"type": "log", "exponentformat": "power", "dtick": dtick, "minor_showgrid": False}
+    low, high = (float(np.log10(end(found))) if found.size else 0.0 for end in (np.min, np.max))
+    axis: dict[str, Any] = {"type": "log", "minor_showgrid": False}
+    if high - low >= 2:
+        return axis | {"exponentformat": "power", "dtick": math.ceil((high - low) / 6)}
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    return axis | {"tickvals": [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]}
 
 
 def symmetric_range(values: ArrayLike, least: float = 1.0) -> tuple[float, float]:
