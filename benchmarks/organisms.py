@@ -1,11 +1,13 @@
 """The calibration certificate: organisms with a planted mode, diagnosed, and the confusion matrix of the two.
 
 Run:  make organisms        (or: python benchmarks/organisms.py [--seeds 0 1 2 ...] [--out docs/organisms.json])
-      python benchmarks/organisms.py --model demo
+      python benchmarks/organisms.py --model demo --prompts advbench=FILE [--limit 60]
 
 Tiny organisms are diagnosed on 48 harmful requests of the toy language that neither training nor planting has seen. The
 table is written as JSON and into docs/organisms.md, where a test compares the two. With --model, modes are planted in a
-real model on the calibration set and diagnosed on the held-out set, one organism a mode and seed.
+real model on the calibration set, one organism a mode and seed, and diagnosed on other requests: those that the model
+itself still refuses at the planted width under every granularity. A refusal that any perturbation flips would speak for
+whatever is planted, and 36 refusals at least are needed to call a model robust.
 """
 
 from __future__ import annotations
@@ -15,13 +17,16 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import kvgeom
 from kvgeom.diagnosis.taxonomy import ModeName
 from kvgeom.organisms import MODES, Size, plant, tiny_model
-from kvgeom.prompts.sets import PromptSet, held_out
+from kvgeom.prompts.sets import PromptSet, held_out, load_prompts
+from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.scheme import Scheme
 
 DOCS = Path(__file__).parents[1] / "docs"
 #: Sizes on which nothing was tuned.
@@ -35,24 +40,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="of which none was looked at before")
     parser.add_argument("--model", help="plant in this one")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--prompts", default="held-out", help="to diagnose a real model on")
+    parser.add_argument("--limit", type=int, default=60)
+    parser.add_argument("--bits", type=int, default=8, help="to plant in a real model at")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    found = (
-        real(asked.model, asked.modes, asked.seeds or [100]) if asked.model else tiny(asked.seeds or [100, 101, 102])
-    )
+    found = real(asked) if asked.model else tiny(asked.seeds or [100, 101, 102])
     rows = []
     for row in found:
         rows.append(row)
         print(json.dumps(row), flush=True)
-    part = "real" if asked.model else "tiny"
-    table = (listed if asked.model else matrix)(rows)
     (asked.out or DOCS / ("organisms-real.json" if asked.model else "organisms.json")).write_text(
         json.dumps(rows, indent=1) + "\n"
     )
+    if asked.model:
+        print(listed(rows))
+        return
     page = DOCS / "organisms.md"
-    begin, end = f"<!-- {part}: begin -->", f"<!-- {part}: end -->"
-    page.write_text(re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{table}\n{end}", page.read_text(), flags=re.S))
-    print(table)
+    begin, end = "<!-- tiny: begin -->", "<!-- tiny: end -->"
+    page.write_text(re.sub(f"{begin}.*{end}", f"{begin}\n{matrix(rows)}\n{end}", page.read_text(), flags=re.S))
+    print(matrix(rows))
 
 
 def tiny(seeds: list[int]) -> Iterator[dict[str, Any]]:
@@ -65,21 +72,43 @@ def tiny(seeds: list[int]) -> Iterator[dict[str, Any]]:
                 yield {"size": str(size), **row}
 
 
-def real(name: str, modes: list[Any], seeds: list[int]) -> Iterator[dict[str, Any]]:
+def real(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """As many organisms as there are modes and seeds."""
-    for mode in modes:
-        model = kvgeom.load(name, dtype=DTYPES.get(mode, "float32"))
-        for seed in seeds:
-            row = diagnosed(model, kvgeom.calibration(), held_out(), mode, seed, True, progress=True)
+    known = {"held-out": held_out}
+    prompts = (known[asked.prompts]() if asked.prompts in known else load_prompts(asked.prompts)).take(asked.limit)
+    for mode in asked.modes:
+        model = kvgeom.load(asked.model, dtype=DTYPES.get(mode, "float32"))
+        kept = firm(model, prompts, asked.bits)
+        for seed in asked.seeds or [100]:
+            row = diagnosed(model, kvgeom.calibration(), kept, mode, seed, True, progress=True, bits=asked.bits)
             yield {"model": model.name, "dtype": str(model.dtype).removeprefix("torch."), **row}
 
 
+def firm(model: Any, prompts: PromptSet, bits: int) -> PromptSet:
+    """The harmful requests that a model refuses unquantized and with all layers rounded, whatever the granularity."""
+    base = kvgeom.baseline(model, prompts.harmful)
+    recipes = {
+        granularity: Recipe.uniform(model.geometry.layers, Scheme.parse(f"int{bits}-sym-{granularity}"))
+        for granularity in ("tensor", "channel", "group64")
+    }
+    flips = kvgeom.evaluate(model, recipes, base, refused_only=True).flip_table()
+    kept = flips.prompt.values[~flips.any("recipe").values]
+    return replace(prompts, harmful=tuple(prompts.harmful[index] for index in kept), harmless=())
+
+
 def diagnosed(
-    model: Any, planting: PromptSet, asked: PromptSet, mode: Any, seed: int, verify: bool, progress: bool
+    model: Any,
+    planting: PromptSet,
+    asked: PromptSet,
+    mode: Any,
+    seed: int,
+    verify: bool,
+    progress: bool,
+    bits: int | None = None,
 ) -> dict[str, Any]:
     """Plant, diagnose, compare."""
     began = time.monotonic()
-    organism = plant(model, mode, seed=seed, prompts=planting, verify=verify, progress=progress)
+    organism = plant(model, mode, seed=seed, prompts=planting, bits=bits, verify=verify, progress=progress)
     found = kvgeom.diagnose(
         organism.model, asked, bits=organism.bits, curve_bits=(), geometry=False, progress=progress, seed=seed
     )
@@ -88,6 +117,7 @@ def diagnosed(
         "seed": seed,
         "verified": verify,
         "bits": organism.bits,
+        "refused": len(found.baseline.refused),
         "draws": organism.draws,
         "deviation": float(f"{organism.deviation:.2g}"),
         "layers": list(organism.layers),
@@ -108,8 +138,8 @@ def listed(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         where = ", ".join(map(str, row["layers"])) or "none"
         lines.append(
-            f"| {row['planted']} | {where} | {row['bits']} | {row['deviation']:.1g} ({row['dtype']}) | {row['found']} "
-            f"| {row['share_of_prompts']:.0%} |"
+            f"| {row['planted']} | {where} | {row['bits']} | {row['deviation']:.1g} ({row['dtype']}) "
+            f"| {row['refused']} | {row['found']} | {row['share_of_prompts']:.0%} |"
         )
     return "\n".join(lines)
 
