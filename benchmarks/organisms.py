@@ -24,9 +24,8 @@ from typing import Any, get_args
 import kvgeom
 from kvgeom.diagnosis.taxonomy import ModeName
 from kvgeom.organisms import MODES, Size, plant, tiny_model
-from kvgeom.prompts.sets import PromptSet, held_out, load_prompts
-from kvgeom.quant.recipe import Recipe
-from kvgeom.quant.scheme import Scheme
+from kvgeom.organisms.observed import granularities
+from kvgeom.prompts.sets import PromptSet
 
 DOCS = Path(__file__).parents[1] / "docs"
 #: Sizes on which nothing was tuned.
@@ -74,8 +73,7 @@ def tiny(seeds: list[int]) -> Iterator[dict[str, Any]]:
 
 def real(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """As many organisms as there are modes and seeds."""
-    known = {"held-out": held_out}
-    prompts = (known[asked.prompts]() if asked.prompts in known else load_prompts(asked.prompts)).take(asked.limit)
+    prompts = kvgeom.load_prompts(asked.prompts).take(asked.limit)
     for mode in asked.modes:
         model = kvgeom.load(asked.model, dtype=DTYPES.get(mode, "float32"))
         kept = firm(model, prompts, asked.bits)
@@ -87,11 +85,7 @@ def real(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def firm(model: Any, prompts: PromptSet, bits: int) -> PromptSet:
     """The harmful requests that a model refuses unquantized and with all layers rounded, whatever the granularity."""
     base = kvgeom.baseline(model, prompts.harmful)
-    recipes = {
-        granularity: Recipe.uniform(model.geometry.layers, Scheme.parse(f"int{bits}-sym-{granularity}"))
-        for granularity in ("tensor", "channel", "group64")
-    }
-    flips = kvgeom.evaluate(model, recipes, base, refused_only=True).flip_table()
+    flips = kvgeom.evaluate(model, granularities(model.geometry.layers, bits), base, refused_only=True).flip_table()
     kept = flips.prompt.values[~flips.any("recipe").values]
     return replace(prompts, harmful=tuple(prompts.harmful[index] for index in kept), harmless=())
 
@@ -132,8 +126,8 @@ def diagnosed(
 def listed(rows: list[dict[str, Any]]) -> str:
     """Organisms of a real model, one a line, in Markdown."""
     lines = [
-        "| planted | in layers | bits | logits change by | found | share of resamples |",
-        "|---|---|---:|---:|---|---:|",
+        "| planted | in layers | bits | logits change by | refused | found | share of resamples |",
+        "|---|---|---:|---:|---:|---|---:|",
     ]
     for row in rows:
         where = ", ".join(map(str, row["layers"])) or "none"

@@ -172,7 +172,7 @@ def test_what_cannot_be_planted_is_said(trained: HFModel) -> None:
         plant(trained, "robust", layers=[1], prompts=SIZE.prompts().take(2))
     with pytest.raises(InputError, match="not all"):
         plant(trained, "multi-layer dilution", layers=[0, 1, 2], prompts=SIZE.prompts().take(2))
-    with pytest.raises(ModelError, match="nothing is refused"):
+    with pytest.raises(ModelError, match=r"tiny-llama, but nothing is refused of 2 harmful prompts"):
         plant(random_model("llama"), "robust", prompts=SIZE.prompts().take(2))
 
 

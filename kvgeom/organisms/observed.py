@@ -93,6 +93,12 @@ class Behaviour:
         return f"sparing one layer leaves {few} of {self.tensor} flips" if few < 0.5 * self.tensor else None
 
 
+def granularities(layers: int, bits: int) -> dict[str, Recipe]:
+    """The whole cache under symmetric rounding: a scale for the tensor, for a channel, for a group of 64 channels."""
+    names = {"tensor": "tensor", "channel": "channel", "group": "group64"}
+    return {key: Recipe.uniform(layers, Scheme.parse(f"int{bits}-sym-{name}")) for key, name in names.items()}
+
+
 def behaviour(
     model: Model,
     planted: Sequence[int],
@@ -121,9 +127,7 @@ def behaviour(
     tensor, channel = (Scheme.parse(f"int{bits}-sym-{granularity}") for granularity in ("tensor", "channel"))
     whole = Recipe.uniform(count, tensor)
     recipes = {
-        "tensor": whole,
-        "channel": Recipe.uniform(count, channel),
-        "group": Recipe.uniform(count, Scheme.parse(f"int{bits}-sym-group64")),
+        **granularities(count, bits),
         "cured": whole.keep(planted),
         **{f"alone {i}": Recipe.uniform(count, tensor, layers=[i]) for i in single},
         **{f"channel {i}": Recipe.uniform(count, channel, layers=[i]) for i in planted},

@@ -14,12 +14,10 @@ from kvgeom.models.hf import HFModel
 from kvgeom.models.model import Model
 from kvgeom.organisms.carrier import Values
 from kvgeom.organisms.modes import Bench, become_outlier, crush, nuisance
-from kvgeom.organisms.observed import NEW_TOKENS, ROBUST, behaviour
+from kvgeom.organisms.observed import NEW_TOKENS, ROBUST, behaviour, granularities
 from kvgeom.organisms.reach import Reach
 from kvgeom.progress import bar
 from kvgeom.prompts.sets import PromptSet, calibration
-from kvgeom.quant.recipe import Recipe
-from kvgeom.quant.scheme import Scheme
 
 PlantedMode = Literal["outlier-crushes-safety", "outlier-as-safety", "multi-layer dilution", "robust"]
 MODES: tuple[PlantedMode, ...] = get_args(PlantedMode)
@@ -170,9 +168,7 @@ def _robust_bits(base: Baseline, progress: bool) -> int:
     count = base.model.geometry.layers
     lost = {}
     for bits in WIDTHS:
-        recipes = {
-            g: Recipe.uniform(count, Scheme.parse(f"int{bits}-sym-{g}")) for g in ("tensor", "channel", "group64")
-        }
+        recipes = granularities(count, bits)
         found = evaluate(base.model, recipes, base, refused_only=True, progress=progress, title=f"{bits} bits")
         lost[bits] = max(found.flips(name)["all"] for name in recipes)
         if lost[bits] <= ROBUST * len(base.refused):

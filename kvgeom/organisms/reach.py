@@ -94,17 +94,18 @@ class Reach:
     def _complied(self, layer: int) -> dict[tuple[float, int], int]:
         """How many prompts comply, by strength and home of the outliers."""
         base, model = self.base, self.base.model
-        edits = self._lost(layer)
+        named = self._lost(layer)
+        edits = list(named.values())
         first = [layer if model.branches_late else 0] * len(edits)
         rows: list[tuple[tuple[float, int], int, int, EditedCache]] = []
         for index in self._asked:
             prompt = base.prompts[index]
-            cache = model.branching_cache(list(edits.values()))
-            logits = model.forward_branches(prompt.ids, list(edits.values()), first, cache=cache)[1:, -1]
-            for row, (name, token) in enumerate(zip(edits, logits.argmax(-1).tolist(), strict=True)):
+            cache = model.branching_cache(edits)
+            logits = model.forward_branches(prompt.ids, edits, first, cache=cache)[1:, -1]
+            for row, (name, token) in enumerate(zip(named, logits.argmax(-1).tolist(), strict=True)):
                 if token not in base.refusal_tokens | model.stop_tokens:
                     rows.append((name, index, token, cache.row(row + 1, len(prompt))))
-        complied = dict.fromkeys(edits, 0)
+        complied = dict.fromkeys(named, 0)
         for part, responses in in_batches(rows, base.rows, self._continued):
             for (name, index, *_), tokens in zip(part, responses, strict=True):
                 complied[name] += base.judged(index, tokens)[1] == "complied"

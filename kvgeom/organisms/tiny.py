@@ -227,14 +227,9 @@ def _model(size: Size, seed: int) -> Any:
 def _sound(model: HFModel, prompts: PromptSet) -> bool:
     """Whether it refuses and answers as it should, rounded or not."""
     from kvgeom.diagnosis.evaluate import baseline, evaluate
-    from kvgeom.quant.recipe import Recipe
-    from kvgeom.quant.scheme import Scheme
+    from kvgeom.organisms.observed import granularities
 
-    some, layers = prompts.take(32), model.geometry.layers
-    recipes = {
-        name: Recipe.uniform(layers, Scheme.parse(name))
-        for name in ("int3-sym-tensor", "int3-sym-channel", "int3-sym-group64")
-    }
+    some, recipes = prompts.take(32), granularities(model.geometry.layers, 3)
     for requests, label in ((some.harmful, "refused"), (some.harmless, "complied")):
         base = baseline(model, requests, max_new_tokens=10, progress=False)
         outcomes = evaluate(model, recipes, base, progress=False)
