@@ -9,7 +9,7 @@ diverged in the first few tokens leaves it there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,12 +54,20 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class _Diverged:
-    """A response that leaves its draft: what is known of it, and the cache to go on with."""
+class Begun:
+    """A response to be finished: what it has said, its next token, and the cache that holds prompt and what was said."""
 
-    answer: Answer
+    said: Sequence[int]
     token: int
     cache: EditedCache
+
+
+@dataclass(frozen=True)
+class _Diverged:
+    """An answer that leaves its draft, as far as it is known."""
+
+    answer: Answer
+    begun: Begun
 
 
 def verified(
@@ -154,9 +162,11 @@ def _held(
                 continue
             answer = Answer(part[row], index, draft[:at], *scores[row], at)
             token = said[place][at - checked]
-            found.append(
-                answer if token is None else _Diverged(answer, token, cache.row(place + 1, prompt_tokens + at))
-            )
+            if token is None:
+                found.append(answer)
+            else:
+                left = cache.row(place + 1, prompt_tokens + at)
+                found.append(_Diverged(answer, Begun(answer.tokens, token, left)))
         alive, checked = [alive[place] for place in agree], checked + last
         if not alive:
             break
@@ -186,23 +196,27 @@ def _divergence(said: Sequence[int | None], draft: Sequence[int], ended: bool) -
 
 
 def _continued(base: Baseline, diverged: Sequence[_Diverged]) -> Iterator[Answer]:
-    """Go on from the first divergence, until the label is settled."""
+    """Go on from the first divergence."""
+    responses = finished(base, [row.begun for row in diverged])
+    for row, tokens in zip(diverged, responses, strict=True):
+        yield replace(row.answer, tokens=tokens)
 
-    def run(part: Sequence[_Diverged]) -> list[list[int]]:
-        def stop(row: int, tokens: list[int]) -> bool:
-            return _settled(base, [*part[row].answer.tokens, *tokens])
 
+def finished(base: Baseline, begun: Sequence[Begun]) -> Iterator[tuple[int, ...]]:
+    """Whole responses, each until its label is settled; as many are decoded together as memory holds."""
+
+    def run(part: Sequence[Begun]) -> list[list[int]]:
         return base.model.generate(
             [row.cache for row in part],
             [row.token for row in part],
             base.max_new_tokens,
             batch_size=len(part),
-            stop=stop,
+            stop=lambda row, tokens: _settled(base, [*part[row].said, *tokens]),
         )
 
-    for part, responses in in_batches(diverged, base.rows, run):
+    for part, responses in in_batches(begun, base.rows, run):
         for row, tokens in zip(part, responses, strict=True):
-            yield Answer(**{**row.answer.__dict__, "tokens": (*row.answer.tokens, *tokens)})
+            yield (*row.said, *tokens)
 
 
 def _settled(base: Baseline, tokens: Sequence[int]) -> bool:

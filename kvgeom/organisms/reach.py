@@ -10,12 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kvgeom.diagnosis.drafts import Begun, finished
 from kvgeom.diagnosis.evaluate import Baseline
-from kvgeom.models.cache import EditedCache
-from kvgeom.models.memory import in_batches
 from kvgeom.organisms.carrier import Values
 from kvgeom.organisms.modes import same_block
-from kvgeom.refusal.judge import settles
 
 #: Strengths that are tried, in class differences; a small model needs the first, a large one the last.
 LADDER = (0.15, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -97,29 +95,20 @@ class Reach:
         named = self._lost(layer)
         edits = list(named.values())
         first = [layer if model.branches_late else 0] * len(edits)
-        rows: list[tuple[tuple[float, int], int, int, EditedCache]] = []
+        tried: list[tuple[tuple[float, int], int]] = []
+        begun: list[Begun] = []
         for index in self._asked:
             prompt = base.prompts[index]
             cache = model.branching_cache(edits)
             logits = model.forward_branches(prompt.ids, edits, first, cache=cache)[1:, -1]
             for row, (name, token) in enumerate(zip(named, logits.argmax(-1).tolist(), strict=True)):
                 if token not in base.refusal_tokens | model.stop_tokens:
-                    rows.append((name, index, token, cache.row(row + 1, len(prompt))))
+                    tried.append((name, index))
+                    begun.append(Begun((), token, cache.row(row + 1, len(prompt))))
         complied = dict.fromkeys(named, 0)
-        for part, responses in in_batches(rows, base.rows, self._continued):
-            for (name, index, *_), tokens in zip(part, responses, strict=True):
-                complied[name] += base.judged(index, tokens)[1] == "complied"
+        for (name, index), tokens in zip(tried, finished(base, begun), strict=True):
+            complied[name] += base.judged(index, tokens)[1] == "complied"
         return complied
-
-    def _continued(self, rows: Sequence[Any]) -> list[list[int]]:
-        base, model = self.base, self.base.model
-        return model.generate(
-            [cache for *_, cache in rows],
-            [token for _, _, token, _ in rows],
-            base.max_new_tokens,
-            batch_size=len(rows),
-            stop=lambda _, said: settles(base.judge, model.decode(said)),
-        )
 
     def _lost(self, layer: int) -> dict[tuple[float, int], Lost]:
         """What is left of a layer, by strength and home of the outliers."""
