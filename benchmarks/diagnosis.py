@@ -12,6 +12,7 @@ recipes.
 from __future__ import annotations
 
 import argparse
+import importlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -21,14 +22,17 @@ import numpy as np
 
 import kvgeom
 from kvgeom.diagnosis.ablation import channel_magnitudes, channel_subsets
-from kvgeom.diagnosis.curve import at_widths, width_recipes
 from kvgeom.diagnosis.drafts import generated
 from kvgeom.diagnosis.evaluate import Outcomes, evaluate
 from kvgeom.diagnosis.scan import scan_of, single_layers
+from kvgeom.diagnosis.widths import at_widths, width_recipes
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
+
+#: The module, in which a function is replaced while recipes are noted.
+evaluation: Any = importlib.import_module("kvgeom.diagnosis.evaluate")
 
 
 def main() -> None:
@@ -68,7 +72,7 @@ def main() -> None:
 
     step = max(1, len(recipes) // asked.sample) if asked.sample else 1
     base, labels, same, tokens, parted = found.baseline, 0, 0, 0, 0
-    plain: dict[tuple[Recipe, Placement], float] = {}
+    plain = dict[tuple[Recipe, Placement], float]()
     for recipe, placement in recipes[::step]:
         begin = time.perf_counter()
         answers = list(generated(base, {i: ["r"] for i in range(len(base.prompts))}, {"r": recipe}, placement))
@@ -82,9 +86,9 @@ def main() -> None:
             parted += 0 if said[prompt].startswith(cell.text.item().rstrip("\ufffd")) else int(cell.tokens)
     print(f"labels equal: {same} of {labels}; tokens in responses that differ: {parted} of {tokens}")
     for what, timed, chosen in (("diagnosis", fast, recipes), ("list", fast_list, listed)):
-        seconds = [plain[recipe] for recipe in chosen if recipe in plain]
-        whole = float(np.mean(seconds)) * len(chosen)
-        print(f"{what}: plain generation {whole:.0f} s (from {len(seconds)} recipes), ratio {whole / timed:.1f}x")
+        timings = [plain[recipe] for recipe in chosen if recipe in plain]
+        whole = float(np.mean(timings)) * len(chosen)
+        print(f"{what}: plain generation {whole:.0f} s (from {len(timings)} recipes), ratio {whole / timed:.1f}x")
 
 
 def run_list(model: Any, prompts: PromptSet, new_tokens: int) -> None:
@@ -145,20 +149,18 @@ class Recipes:
     """All recipes that are evaluated while it is on, each once."""
 
     def __init__(self) -> None:
-        import kvgeom.diagnosis.evaluate as module
-
         self._found: dict[tuple[Recipe, Placement], None] = {}
-        self._module, self._verified = module, module.verified
+        self._verified = evaluation.verified
 
         def noted(base: Any, work: Any, recipes: Any, placement: Placement) -> Any:
             for name in {name for names in work.values() for name in names}:
                 self._found[recipes[name], placement] = None
             return self._verified(base, work, recipes, placement)
 
-        module.verified = noted
+        evaluation.verified = noted
 
     def stop(self) -> list[tuple[Recipe, Placement]]:
-        self._module.verified = self._verified
+        evaluation.verified = self._verified
         found = list(self._found)
         order = np.random.default_rng(0).permutation(len(found))
         return [found[index] for index in order]

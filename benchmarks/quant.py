@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -86,9 +87,8 @@ def cache_cost(name: str) -> None:
 
 def tensor_cost() -> None:
     x = torch.randn(1, 8, 4096, 128)
-    ours = {
-        text: lambda text=text: round_kv(x, Scheme.parse(text))
-        for text in (*SCHEMES, "int4-sym-tensor", "hqq4-group64")
+    ours: dict[str, Callable[[], object]] = {
+        text: partial(round_kv, x, Scheme.parse(text)) for text in (*SCHEMES, "int4-sym-tensor", "hqq4-group64")
     }
     theirs: dict[str, Callable[[], object]] = {}
     if find_spec("optimum"):
