@@ -3,11 +3,12 @@
 Run:  make organisms        (or: python benchmarks/organisms.py [--seeds 0 1 2 ...] [--out docs/organisms.json])
       python benchmarks/organisms.py --model demo --prompts advbench=FILE [--limit 60]
 
-Tiny organisms are diagnosed on 48 harmful requests of the toy language that neither training nor planting has seen. The
-table is written as JSON and into docs/organisms.md, where a test compares the two. With --model, modes are planted in a
-real model on the calibration set, one organism a mode and seed, and diagnosed on other requests: those that the model
-itself still refuses at the planted width under every granularity. A refusal that any perturbation flips would speak for
-whatever is planted, and 36 refusals at least are needed to call a model robust.
+Tiny organisms are diagnosed on 48 harmful requests of the toy language that neither training nor planting has seen. With
+--model, modes are planted in a real model on the calibration set, one organism a mode and seed, and diagnosed on other
+requests: those that the model itself still refuses at the planted width under every granularity. A refusal that any
+perturbation flips would speak for whatever is planted, and 36 refusals at least are needed to call a model robust.
+
+Both tables are written as JSON, row by row, and into docs/organisms.md, where a test compares the two.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, get_args
 
 import kvgeom
 from kvgeom.diagnosis.taxonomy import ModeName
+from kvgeom.errors import ModelError
 from kvgeom.organisms import MODES, Size, plant, tiny_model
 from kvgeom.organisms.observed import granularities
 from kvgeom.prompts.sets import PromptSet
@@ -44,21 +46,18 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=8, help="to plant in a real model at")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    found = real(asked) if asked.model else tiny(asked.seeds or [100, 101, 102])
-    rows = []
+    name, found = ("real", real(asked)) if asked.model else ("tiny", tiny(asked.seeds or [100, 101, 102]))
+    out, rows = asked.out or WRITTEN[name], []
     for row in found:
         rows.append(row)
         print(json.dumps(row), flush=True)
-    (asked.out or DOCS / ("organisms-real.json" if asked.model else "organisms.json")).write_text(
-        json.dumps(rows, indent=1) + "\n"
-    )
-    if asked.model:
-        print(listed(rows))
-        return
-    page = DOCS / "organisms.md"
-    begin, end = "<!-- tiny: begin -->", "<!-- tiny: end -->"
-    page.write_text(re.sub(f"{begin}.*{end}", f"{begin}\n{matrix(rows)}\n{end}", page.read_text(), flags=re.S))
-    print(matrix(rows))
+        out.write_text(json.dumps(rows, indent=1) + "\n")
+    print(TABLES[name](rows))
+    if out == WRITTEN[name]:
+        page = DOCS / "organisms.md"
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        table = f"{begin}\n{TABLES[name](rows)}\n{end}"
+        page.write_text(re.sub(f"{begin}.*{end}", lambda _: table, page.read_text(), flags=re.S))
 
 
 def tiny(seeds: list[int]) -> Iterator[dict[str, Any]]:
@@ -78,8 +77,12 @@ def real(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
         model = kvgeom.load(asked.model, dtype=DTYPES.get(mode, "float32"))
         kept = firm(model, prompts, asked.bits)
         for seed in asked.seeds or [100]:
-            row = diagnosed(model, kvgeom.calibration(), kept, mode, seed, True, progress=True, bits=asked.bits)
-            yield {"model": model.name, "dtype": str(model.dtype).removeprefix("torch."), **row}
+            of = {"model": model.name, "dtype": str(model.dtype).removeprefix("torch.")}
+            try:
+                row = diagnosed(model, kvgeom.calibration(), kept, mode, seed, True, progress=True, bits=asked.bits)
+            except ModelError as error:
+                row = {"planted": mode, "seed": seed, "bits": asked.bits, "found": None, "reason": str(error)}
+            yield of | row
 
 
 def firm(model: Any, prompts: PromptSet, bits: int) -> PromptSet:
@@ -130,6 +133,9 @@ def listed(rows: list[dict[str, Any]]) -> str:
         "|---|---|---:|---:|---:|---|---:|",
     ]
     for row in rows:
+        if row["found"] is None:
+            lines.append(f"| {row['planted']} | could not be planted | {row['bits']} | | | | |")
+            continue
         where = ", ".join(map(str, row["layers"])) or "none"
         lines.append(
             f"| {row['planted']} | {where} | {row['bits']} | {row['deviation']:.1g} ({row['dtype']}) "
@@ -157,6 +163,11 @@ def matrix(rows: list[dict[str, Any]]) -> str:
             f"taken as first drawn, unseen, {guessed} get it.",
         ]
     )
+
+
+#: Where each table's rows are written, and how the table is drawn.
+WRITTEN = {"tiny": DOCS / "organisms.json", "real": DOCS / "organisms-real.json"}
+TABLES = {"tiny": matrix, "real": listed}
 
 
 if __name__ == "__main__":
