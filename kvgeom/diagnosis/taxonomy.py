@@ -311,7 +311,8 @@ def _findings(found: Evidence, at: Thresholds) -> list[Finding]:
     if found.pattern is not None:
         spread = found.pattern != "concentrated"
         listed = ", ".join(map(str, found.critical_layers)) or "none"
-        value = f"{found.pattern} (critical: {listed}" + (f"; worst: {found.worst_layer})" if n else ")")
+        worst = "none flips a refusal alone" if found.worst_layer is None else f"worst: {found.worst_layer}"
+        value = f"{found.pattern} (critical: {listed}; {worst})"
         said.append(Finding(SPREAD, value, _SPREAD if spread else () if not found.critical_layers else (*_CRUSH, *_AS)))
     if found.spared is not None:
         e = found.spared

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from kvgeom.plots.sensitivity import SITE_NAMES
-from kvgeom.plots.theme import HEAD_COLORS, HEAD_SYMBOLS, MUTED, finish, panel_title, percent, say
+from kvgeom.plots.theme import HEAD_COLORS, HEAD_SYMBOLS, MUTED, finish, log_axis, panel_title, percent, say
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -136,7 +136,7 @@ def channel_loading(sensitivity: Sensitivity, layer: int, site: str = "k") -> go
     figure.update_yaxes(title_text="magnitude (rms)", rangemode="tozero", row=1, col=1)
     top = float(np.nanmax(loading)) if known else 1.0
     figure.update_yaxes(title_text="safety share", tickformat=_ticks(top), range=[1.08 * top, 0], row=2, col=1)
-    figure.update_xaxes(type="log", title_text="magnitude (rms, log)", row=1, col=2, minor_showgrid=False)
+    figure.update_xaxes(**log_axis(magnitude), title_text="magnitude (rms, log)", row=1, col=2)
     figure.update_yaxes(
         title_text="share of the safety direction", tickformat=_ticks(top), range=[-0.03 * top, 1.2 * top], row=1, col=2
     )

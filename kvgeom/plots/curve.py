@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from kvgeom.plots.theme import INK, LABEL_COLORS, MUTED, finish, panel_title, percent, plain, say
+from kvgeom.plots.theme import INK, LABEL_COLORS, MUTED, finish, log_axis, panel_title, percent, plain, say
 
 if TYPE_CHECKING:
     from kvgeom.diagnosis.curve import Curve, OverRefusal
@@ -112,7 +112,7 @@ def _flips(figure: go.Figure, curve: Curve, x: list[str], widths: list[int], ref
         marker={"color": INK, "size": 7},
         error_y={"type": "data", "symmetric": False, "array": high - rate, "arrayminus": rate - low, "width": 5},
         text=["\u00a0" * 9 + f"{n} of {refused}" for n in flips],
-        textposition="middle right",
+        textposition="top right",
         textfont={"color": INK, "size": 11},
         cliponaxis=False,
         customdata=[f"{percent(a)} to {percent(b)}" for a, b in zip(low, high, strict=True)],
@@ -150,9 +150,9 @@ def _perplexity(figure: go.Figure, x: list[str], ratio: np.ndarray) -> None:
     axis: dict[str, object]
     if top > LARGE:
         span = math.log10(top / bottom)
-        step = 1 if span <= 4 else math.ceil(span / 4)
-        axis = {"type": "log", "range": [math.log10(bottom) - 0.1 * span, math.log10(top) + 0.3 * span], "dtick": step}
-        axis["exponentformat"] = "power"
+        axis = log_axis(bottom, top, powers=4) | {
+            "range": [math.log10(bottom) - 0.1 * span, math.log10(top) + 0.3 * span]
+        }
     else:
         span = max(top - bottom, 0.05)
         axis = {"range": [bottom - 0.1 * span, top + 0.4 * span], "nticks": 4}
@@ -188,6 +188,6 @@ def over_refusal_curve(found: OverRefusal) -> go.Figure:
     figure.add_hline(y=rate[0], line={"color": MUTED, "width": 1, "dash": "dot"})
     figure.update_xaxes(type="category", title_text="bits")
     figure.update_yaxes(
-        tickformat=".0%", rangemode="tozero", title_text=f"of {found.meta['prompts']} harmless requests"
+        tickformat=".0%", rangemode="tozero", title_text=f"refused, of {found.meta['prompts']} harmless requests"
     )
     return finish(figure, 340)

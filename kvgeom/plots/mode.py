@@ -34,8 +34,11 @@ def mode_card(mode: Mode) -> go.Figure:
         Two rows: evidence by mode, and share by mode.
     """
     findings = mode.findings
-    height = max(1, len(findings))
-    figure = make_subplots(rows=2, cols=1, row_heights=[height, 3], vertical_spacing=0.16)
+    rows = max(1, len(findings))
+    height = 300 + 44 * rows
+    # Names of modes, in two lines, and a heading take so many pixels of what the margins leave.
+    spacing = 76 / (height - 112)
+    figure = make_subplots(rows=2, cols=1, row_heights=[rows, 3], vertical_spacing=spacing)
     panel_title(figure, f"Evidence: {mode.name}", row=1)
     labels = [wrapped(f"{finding.name}: {finding.value}", 62) for finding in findings]
     figure.add_scatter(  # every cell, so that rows that decide nothing are there too
@@ -63,7 +66,7 @@ def mode_card(mode: Mode) -> go.Figure:
         col=1,
     )
     figure.update_yaxes(autorange="reversed", row=1, col=1)
-    names_in_lines = [name.replace("-", "-<br>", 1).replace(" ", "<br>") for name in SPOKEN]
+    names_in_lines = [name.replace(" ", "<br>") if " " in name else name.replace("-", "-<br>", 1) for name in SPOKEN]
     figure.update_xaxes(
         categoryarray=list(SPOKEN),
         tickvals=list(SPOKEN),
@@ -106,4 +109,4 @@ def mode_card(mode: Mode) -> go.Figure:
     )
     figure.update_yaxes(autorange="reversed", row=2, col=1)
     figure.update_layout(legend={"y": 0, "yanchor": "bottom"})
-    return finish(figure, 300 + 44 * height)
+    return finish(figure, height)

@@ -142,7 +142,7 @@ def _flips(figure: go.Figure, scan: Scan, refused: int) -> None:
     figure.add_annotation(
         text=f"critical above {percent(PUBLISHED.critical)}",
         xref="x domain", yref="y", x=1, y=PUBLISHED.critical, xanchor="right", yanchor="bottom",
-        showarrow=False, font={"size": 11, "color": MUTED}, row=2, col=1,
+        showarrow=False, font={"size": 11, "color": MUTED}, bgcolor="white", row=2, col=1,
     )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from numpy.typing import ArrayLike
 INK = "#1f2933"
 MUTED = "#66727d"
 GRID = "#e8ebee"
+#: Of text, in pixels.
+SIZE = 12
 #: Everything that could not be determined.
 UNDETERMINED = "#b9c0c7"
 #: What a reader should look at first.
@@ -39,12 +41,12 @@ def template() -> go.layout.Template:
         "ticks": "outside",
         "ticklen": 4,
         "tickcolor": "#c4cad0",
-        "title": {"standoff": 8, "font": {"size": 12, "color": MUTED}},
+        "title": {"standoff": 8, "font": {"size": SIZE, "color": MUTED}},
         "automargin": True,
     }
     return go.layout.Template(
         layout={
-            "font": {"family": FONT, "size": 12, "color": INK},
+            "font": {"family": FONT, "size": SIZE, "color": INK},
             "paper_bgcolor": "white",
             "plot_bgcolor": "white",
             "xaxis": axis,
@@ -112,14 +114,19 @@ def layer_axis(layers: int) -> dict[str, Any]:
     return {"title": {"text": "layer"}, "tick0": 0, "dtick": step, "range": [-0.7, layers - 0.3], "showgrid": False}
 
 
-def log_axis(*values: ArrayLike) -> dict[str, Any]:
-    """A logarithmic axis of some values: powers of ten, and what lies between them where these are few."""
+def log_axis(*values: ArrayLike, powers: int = 6) -> dict[str, Any]:
+    """A logarithmic axis of some values: some ``powers`` of ten, and what lies between them where these are few."""
     found = np.concatenate([np.asarray(v, dtype=float).ravel() for v in values])
     found = found[np.isfinite(found) & (found > 0)]
     low, high = (float(np.log10(end(found))) if found.size else 0.0 for end in (np.min, np.max))
     axis: dict[str, Any] = {"type": "log", "minor_showgrid": False}
     if high - low >= 2:
-        return axis | {"exponentformat": "power", "dtick": math.ceil((high - low) / 6)}
+        # plotly draws such ticks larger by a quarter than it is told.
+        return axis | {
+            "exponentformat": "power",
+            "dtick": math.ceil((high - low) / powers),
+            "tickfont_size": SIZE / 1.25,
+        }
     decades = range(math.floor(low), math.ceil(high) + 1)
     return axis | {"tickvals": [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]}
 
