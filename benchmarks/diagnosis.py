@@ -23,7 +23,8 @@ import numpy as np
 import kvgeom
 from kvgeom.diagnosis.ablation import channel_magnitudes, channel_subsets
 from kvgeom.diagnosis.drafts import generated
-from kvgeom.diagnosis.evaluate import Outcomes, evaluate
+from kvgeom.diagnosis.evaluate import evaluate
+from kvgeom.diagnosis.outcomes import Outcomes
 from kvgeom.diagnosis.scan import scan_of, single_layers
 from kvgeom.diagnosis.widths import at_widths, width_recipes
 from kvgeom.prompts.sets import PromptSet

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from kvgeom.errors import InputError, KvgeomError
 
 if TYPE_CHECKING:
+    from kvgeom.diagnosis.baseline import baseline
     from kvgeom.diagnosis.diagnose import diagnose
-    from kvgeom.diagnosis.evaluate import baseline, evaluate
+    from kvgeom.diagnosis.evaluate import evaluate
     from kvgeom.geometry.subspace import subspace
     from kvgeom.mitigation.plan import Plan
     from kvgeom.models.load import load
@@ -33,7 +34,7 @@ _HOMES = {
     "Recipe": "kvgeom.quant.recipe",
     "Scheme": "kvgeom.quant.scheme",
     "audit": "kvgeom.report.audit",
-    "baseline": "kvgeom.diagnosis.evaluate",
+    "baseline": "kvgeom.diagnosis.baseline",
     "calibration": "kvgeom.prompts.sets",
     "classifier": "kvgeom.refusal.classifiers",
     "diagnose": "kvgeom.diagnosis.diagnose",

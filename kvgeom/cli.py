@@ -12,7 +12,7 @@ import kvgeom
 from kvgeom.errors import InputError, KvgeomError
 
 if TYPE_CHECKING:
-    from kvgeom.diagnosis.evaluate import Baseline
+    from kvgeom.diagnosis.baseline import Baseline
     from kvgeom.prompts.sets import PromptSet
     from kvgeom.refusal.classifiers import ClassifierJudge
 

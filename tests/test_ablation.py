@@ -12,8 +12,9 @@ import torch
 import kvgeom
 from kvgeom.cli import main
 from kvgeom.diagnosis.ablation import Ablation, ablate, channel_magnitudes, channel_subsets, whole_cache
+from kvgeom.diagnosis.baseline import Baseline, baseline
 from kvgeom.diagnosis.diagnose import Diagnosis
-from kvgeom.diagnosis.evaluate import Baseline, baseline, evaluate
+from kvgeom.diagnosis.evaluate import evaluate
 from kvgeom.diagnosis.taxonomy import Finding, Mode
 from kvgeom.errors import InputError
 from kvgeom.plots.mode import SPOKEN, mode_card

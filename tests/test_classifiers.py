@@ -17,7 +17,8 @@ from transformers import AutoModelForSequenceClassification as Classifier
 
 from kvgeom.cli import main
 from kvgeom.diagnosis.diagnose import diagnose
-from kvgeom.diagnosis.evaluate import EXACT, evaluate
+from kvgeom.diagnosis.evaluate import evaluate
+from kvgeom.diagnosis.outcomes import EXACT
 from kvgeom.errors import InputError, ModelError
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.recipe import Recipe

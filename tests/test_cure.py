@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 import kvgeom
+from kvgeom.diagnosis.baseline import baseline
 from kvgeom.diagnosis.diagnose import Diagnosis
-from kvgeom.diagnosis.evaluate import Outcomes, baseline, evaluate
+from kvgeom.diagnosis.evaluate import evaluate
+from kvgeom.diagnosis.outcomes import Outcomes
 from kvgeom.errors import InputError
 from kvgeom.mitigation.candidates import UNMITIGATED, protect
 from kvgeom.mitigation.plan import Plan

@@ -20,9 +20,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvgeom.diagnosis.baseline import baseline
 from kvgeom.diagnosis.drafts import OPENING
-from kvgeom.diagnosis.evaluate import EXACT, Outcomes, baseline, evaluate
+from kvgeom.diagnosis.evaluate import evaluate
 from kvgeom.diagnosis.journal import Journal, Memory
+from kvgeom.diagnosis.outcomes import EXACT, Outcomes
 from kvgeom.errors import InputError
 from kvgeom.models import memory
 from kvgeom.models.cache import EditedCache, Together

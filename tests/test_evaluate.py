@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvgeom.diagnosis.baseline import Baseline, baseline
 from kvgeom.diagnosis.curve import bit_width_curve, over_refusal
-from kvgeom.diagnosis.evaluate import EXACT, Baseline, Outcomes, baseline, evaluate
+from kvgeom.diagnosis.evaluate import evaluate
+from kvgeom.diagnosis.outcomes import EXACT, Outcomes
 from kvgeom.diagnosis.perplexity import perplexity
 from kvgeom.diagnosis.scan import single_layer_scan
 from kvgeom.errors import InputError

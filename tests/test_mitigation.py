@@ -17,8 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvgeom
+from kvgeom.diagnosis.baseline import baseline
 from kvgeom.diagnosis.diagnose import Diagnosis
-from kvgeom.diagnosis.evaluate import EXACT, Outcomes, baseline, evaluate
+from kvgeom.diagnosis.evaluate import evaluate
+from kvgeom.diagnosis.outcomes import EXACT, Outcomes
 from kvgeom.errors import InputError
 from kvgeom.geometry.attention import attention_to_request
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, protect

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvgeom.diagnosis.evaluate import Baseline, baseline, evaluate
+from kvgeom.diagnosis.baseline import Baseline, baseline
+from kvgeom.diagnosis.evaluate import evaluate
 from kvgeom.models.hf import HFModel
 from kvgeom.prompts.sets import calibration
 from kvgeom.quant.placement import Placement

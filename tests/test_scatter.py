@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvgeom.diagnosis.evaluate import baseline, evaluate
+from kvgeom.diagnosis.baseline import baseline
+from kvgeom.diagnosis.evaluate import evaluate
 from kvgeom.errors import InputError
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe

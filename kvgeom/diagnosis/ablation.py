@@ -11,7 +11,9 @@ import xarray as xr
 from einops import reduce
 from numpy.typing import NDArray
 
-from kvgeom.diagnosis.evaluate import Baseline, Outcomes, evaluate
+from kvgeom.diagnosis.baseline import Baseline
+from kvgeom.diagnosis.evaluate import evaluate
+from kvgeom.diagnosis.outcomes import Outcomes
 from kvgeom.errors import InputError
 from kvgeom.geometry.capture import observe
 from kvgeom.quant.placement import Placement

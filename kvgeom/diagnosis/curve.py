@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import xarray as xr
 
-from kvgeom.diagnosis.evaluate import EXACT, Baseline, Outcomes, evaluate
+from kvgeom.diagnosis.baseline import Baseline
+from kvgeom.diagnosis.evaluate import evaluate
+from kvgeom.diagnosis.outcomes import EXACT, Outcomes
 from kvgeom.diagnosis.widths import ROUNDING, about, at_widths, spelled, width_recipes
 from kvgeom.progress import track
 from kvgeom.quant.placement import Placement

@@ -18,8 +18,10 @@ from kvgeom.diagnosis.ablation import (
     is_channel_subset,
     whole_cache,
 )
+from kvgeom.diagnosis.baseline import Baseline, baseline
 from kvgeom.diagnosis.curve import Curve, bit_width_curve, curve_of
-from kvgeom.diagnosis.evaluate import Baseline, Outcomes, baseline, evaluate
+from kvgeom.diagnosis.evaluate import evaluate
+from kvgeom.diagnosis.outcomes import Outcomes
 from kvgeom.diagnosis.pcr import PCR, pcr_of
 from kvgeom.diagnosis.scan import Scan, scan_of, single_layers
 from kvgeom.diagnosis.taxonomy import Evidence, Mode, classify

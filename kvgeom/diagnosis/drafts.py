@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 
+from kvgeom.diagnosis.baseline import Baseline
 from kvgeom.models.cache import EditedCache
 from kvgeom.models.memory import in_batches, rows_that_fit
 from kvgeom.quant.placement import Placement
@@ -21,9 +21,6 @@ from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.rounder import Rounder
 from kvgeom.refusal.judge import settles
 from kvgeom.refusal.respond import respond
-
-if TYPE_CHECKING:
-    from kvgeom.diagnosis.evaluate import Baseline
 
 #: So many tokens of a draft are checked in the pass over its prompt. Recipes that round the whole cache have mostly left
 #: it by then; single layers mostly never do, and the second pass costs them nothing but reading the weights once more.

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from kvgeom.diagnosis.evaluate import Baseline, Outcomes, evaluate
+from kvgeom.diagnosis.baseline import Baseline
+from kvgeom.diagnosis.evaluate import evaluate
+from kvgeom.diagnosis.outcomes import Outcomes
 from kvgeom.diagnosis.scan import GRANULARITIES, single_layers
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.scheme import Scheme

@@ -10,7 +10,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from kvgeom.diagnosis.evaluate import Baseline, Outcomes, evaluate
+from kvgeom.diagnosis.baseline import Baseline
+from kvgeom.diagnosis.evaluate import evaluate
+from kvgeom.diagnosis.outcomes import Outcomes
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Granularity, Scheme

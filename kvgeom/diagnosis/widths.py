@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvgeom.diagnosis.evaluate import Baseline
+from kvgeom.diagnosis.baseline import Baseline
 from kvgeom.quant.engine import Engine
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.presets import engine_of, offers, resolve

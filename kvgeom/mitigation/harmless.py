@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvgeom.diagnosis.evaluate import EXACT, Baseline, baseline, evaluate
+from kvgeom.diagnosis.baseline import Baseline, baseline
+from kvgeom.diagnosis.evaluate import evaluate
+from kvgeom.diagnosis.outcomes import EXACT
 from kvgeom.mitigation.candidates import UNMITIGATED
 from kvgeom.models.model import Model
 from kvgeom.quant.placement import Placement

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from kvgeom.diagnosis.evaluate import Baseline, Outcomes, evaluate
+from kvgeom.diagnosis.baseline import Baseline
+from kvgeom.diagnosis.evaluate import evaluate
 from kvgeom.diagnosis.journal import Journal
+from kvgeom.diagnosis.outcomes import Outcomes
 from kvgeom.errors import InputError
 from kvgeom.mitigation.advice import advised
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, constants, protect, whole_cache

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import xarray as xr
 
-from kvgeom.diagnosis.evaluate import Outcomes
+from kvgeom.diagnosis.outcomes import Outcomes
 from kvgeom.errors import InputError
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import Harmless
