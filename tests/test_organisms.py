@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvgeom.diagnosis.evaluate import baseline
+from kvgeom.diagnosis.baseline import baseline
 from kvgeom.errors import InputError, ModelError
 from kvgeom.models.hf import HFModel
 from kvgeom.organisms import MODES, Behaviour, Organism, Size, behaviour, plant, tiny_model, toy_prompts
 from kvgeom.organisms.carrier import Values
 from kvgeom.organisms.modes import orthogonal
-from kvgeom.organisms.reach import LADDER, Lost, Reach
+from kvgeom.organisms.reach import LADDER, Lost, Reach, some_heads
 from kvgeom.organisms.toy import draw, toy_tokenizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.rounder import Rounder
@@ -192,7 +192,7 @@ def test_bits_layers_and_strength_are_measured_where_they_are_not_given(
 
 
 def test_the_reach_of_a_layer(trained: HFModel) -> None:
-    """Again, each prompt alone, token by token, without a kept cache."""
+    """Again, each prompt alone, token by token, without a kept cache; "i cannot ." is no compliance, though no refusal."""
     prompts = SIZE.prompts("train").take(8)
     base = baseline(trained, prompts.harmful, max_new_tokens=12, progress=False)
     values = Values(trained, prompts)
@@ -204,21 +204,28 @@ def test_the_reach_of_a_layer(trained: HFModel) -> None:
             if token in trained.stop_tokens:
                 break
             said.append(token)
+            if said[0] in base.refusal_tokens:
+                return "begins as a refusal"
         return base.judged(index, said)[1]
 
-    reach = Reach(base, values)
-    for layer in range(SIZE.layers):
+    homes = (None, 0, SIZE.kv_heads - 1)
+    reach = Reach(base, values, homes)
+    for layer, home in itertools.product(range(SIZE.layers), homes):
         enough = []
-        for strength, home in itertools.product(LADDER, (0, SIZE.kv_heads - 1)):
+        for strength in LADDER:
             left = torch.zeros(SIZE.kv_heads, SIZE.head_dim, dtype=torch.float64)
             for head in range(SIZE.kv_heads):
-                if head // 2 != home // 2:  # two heads of 32 channels share a block
+                if home is None or head // 2 != home // 2:  # two heads of 32 channels share a block
                     carrier = values.carrier(layer, head)
                     left[head] = carrier.beyond(strength) @ carrier.basis
             if [label(index, Lost(layer, left)) for index in base.refused[:4]].count("complied") >= 3:
                 enough.append(strength)
-        assert reach.strength(layer) == min(enough, default=None)
-    assert {reach.strength(layer) for layer in range(SIZE.layers)} != {None}
+        assert reach.strengths(layer).get(home) == min(enough, default=None)
+    assert all(any(home in reach.strengths(layer) for layer in range(SIZE.layers)) for home in homes)
+
+
+def test_homes_are_spread_over_the_heads() -> None:
+    assert [some_heads(count) for count in (1, 2, 4, 8)] == [(0,), (0, 1), (0, 1, 2, 3), (0, 2, 5, 7)]
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3", "gemma3_text", "gpt_neox"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,14 +43,16 @@ class Bench:
         return int(2 ** (self.bits - 1)) - 1
 
 
-def crush(bench: Bench, layer: int, strength: float) -> str:
+def crush(bench: Bench, layer: int, strengths: Mapping[int, float]) -> str:
     """Outliers in channels without safety, so large that one scale for the tensor leaves nothing of the others.
 
-    The outliers lie in one head. The carrier in blocks of channels without outliers gets an offset, so that it reads
-    "harmless" when it is rounded away, by ``strength`` class differences and more; the offset is small beside the outliers.
+    The outliers lie in one head, drawn from the keys of ``strengths``. The carrier in blocks of channels without outliers
+    gets an offset, so that it reads "harmless" when it is rounded away, by the head's strength in class differences and
+    more; the offset is small beside the outliers.
     """
     g, rng = bench.model.geometry, bench.rng
-    home, count = rng.randrange(g.kv_heads), rng.choice((1, 1, 2, 3))
+    home, count = rng.choice(sorted(strengths)), rng.choice((1, 1, 2, 3))
+    strength = strengths[home]
     # Beside a constant the size of 8-bit outliers, float32 has too few digits left for what varies.
     constant = bench.bits <= 4 and rng.random() < 0.5
     carriers = [bench.values.carrier(layer, head) for head in range(g.kv_heads)]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from kvgeom.diagnosis.evaluate import Baseline, baseline, evaluate
+from kvgeom.diagnosis.baseline import Baseline, baseline
+from kvgeom.diagnosis.evaluate import evaluate
 from kvgeom.errors import InputError, ModelError
 from kvgeom.models.edits import copied
 from kvgeom.models.hf import HFModel
@@ -15,7 +16,7 @@ from kvgeom.models.model import Model
 from kvgeom.organisms.carrier import Values
 from kvgeom.organisms.modes import Bench, become_outlier, crush, nuisance
 from kvgeom.organisms.observed import NEW_TOKENS, ROBUST, behaviour, granularities
-from kvgeom.organisms.reach import Reach
+from kvgeom.organisms.reach import Reach, some_heads
 from kvgeom.progress import bar
 from kvgeom.prompts.sets import PromptSet, calibration
 
@@ -23,11 +24,11 @@ PlantedMode = Literal["outlier-crushes-safety", "outlier-as-safety", "multi-laye
 MODES: tuple[PlantedMode, ...] = get_args(PlantedMode)
 #: An organism that does not show its mode, or whose logits have changed too much, is drawn anew, with the strength
 #: multiplied by the next of these: too little leaves refusals, too much costs the language.
-FACTORS = 2 * (1, 0, -1, 2, -2, 0, 1, -1, 0.5, -0.5, 4, -1.5, 1, 0, -1, -2)
+FACTORS = 4 * (1, 1, 2, 0.5, 1, 1.5, 1, 4)
 #: Bits at which a mode may be planted, the fewest first.
 WIDTHS = (3, 4, 6, 8)
-#: In a deep model, dilution is planted in so many layers at most.
-MOST_DILUTED = 4
+#: In a deep model dilution is planted in two or three layers: what each of them loses costs language, too.
+DEEP, DILUTED = 8, (2, 3)
 
 
 @dataclass(frozen=True)
@@ -128,27 +129,24 @@ def plant(
             "what it does to refusals could not be seen"
         )
     bits = _robust_bits(base, progress) if bits is None else bits
-    reach, free = Reach(base, values), list(range(count))
+    reach, free = Reach(base, values, _homes(mode, model.geometry.kv_heads)), list(range(count))
     objections = []
     with bar(f"planting {mode}", len(FACTORS), progress) as shown:
         for draw, factor in enumerate(FACTORS):
             rng = random.Random(f"{mode} {seed} {draw}")
-            strengths = _strengths(mode, count, layers, free, rng, reach.strength if strength is None else strength)
+            strengths = _strengths(mode, count, layers, free, rng, reach, strength)
             chosen = tuple(sorted(strengths))
             bench = Bench(copied(model), values, bits, rng)
-            said = tuple(_edit(bench, mode, {layer: factor * strengths[layer] for layer in chosen}))
+            said = tuple(_edit(bench, mode, strengths, factor))
             deviation = _deviation(model, bench.model, values)
-            shown.update(1)
-            if deviation > tolerance:
-                objections.append(f"logits change by {deviation:.2g} (layers {chosen})")
-                continue
             name = f"{model.name}, {mode}, seed {seed}"
             organism = Organism(copied(bench.model, name), mode, chosen, said, seed, bits, deviation, draw + 1)
-            seen = behaviour(organism.model, chosen, prompts.harmful, bits=bits, alone=()) if verify else None
-            objection = seen.objection(mode, comply=0.75) if seen is not None else None
+            objection = _objection(organism, prompts, tolerance, verify)
+            shown.update(1)
             if objection is None:
                 return organism
             objections.append(f"{objection} (layers {chosen})")
+            shown.set_postfix_str(objections[-1])
     raise ModelError(
         f"{mode} was to be planted in {model.name} with seed {seed}, and none of {len(FACTORS)} draws shows it: "
         f"{'; '.join(objections)}; give other layers, another strength or other bits, and where logits change, load "
@@ -156,10 +154,31 @@ def plant(
     )
 
 
-def _edit(bench: Bench, mode: PlantedMode, strengths: Mapping[int, float]) -> Iterator[str]:
+def _objection(organism: Organism, prompts: PromptSet, tolerance: float, verify: bool) -> str | None:
+    """Why an organism is not what was asked for; None if it is."""
+    if organism.deviation > tolerance:
+        return f"logits change by {organism.deviation:.2g}"
+    if not verify:
+        return None
+    seen = behaviour(organism.model, organism.layers, prompts.harmful, bits=organism.bits, alone=())
+    return seen.objection(organism.mode, comply=0.75)
+
+
+def _homes(mode: PlantedMode, heads: int) -> tuple[int | None, ...]:
+    """Heads in which outliers may lie, beside what they crush; None where what is planted is in all heads."""
+    return (None,) if mode == "outlier-as-safety" else some_heads(heads)
+
+
+def _edit(
+    bench: Bench, mode: PlantedMode, strengths: Mapping[int, Mapping[int | None, float]], factor: float
+) -> Iterator[str]:
     for layer in range(bench.model.geometry.layers):
         if layer in strengths:
-            yield (become_outlier if mode == "outlier-as-safety" else crush)(bench, layer, strengths[layer])
+            found = {home: factor * strength for home, strength in strengths[layer].items()}
+            if mode == "outlier-as-safety":
+                yield become_outlier(bench, layer, found[None])
+            else:
+                yield crush(bench, layer, {home: strength for home, strength in found.items() if home is not None})
         yield nuisance(bench, layer, rotate=layer not in strengths)
 
 
@@ -186,15 +205,19 @@ def _strengths(
     asked: Sequence[int] | None,
     free: list[int],
     rng: random.Random,
-    strength: float | Callable[[int], float | None],
-) -> dict[int, float]:
-    """Layers to plant in, with their strengths. Drawn from ``free``, from which those that hold nothing are taken."""
+    reach: Reach,
+    strength: float | None,
+) -> dict[int, dict[int | None, float]]:
+    """Layers to plant in, with strengths by home. Drawn from ``free``, from which those that hold nothing are taken."""
     while True:
         chosen = _drawn(mode, count, free, rng) if asked is None else list(asked)
-        found = {layer: strength(layer) if callable(strength) else strength for layer in chosen}
-        idle = [layer for layer, value in found.items() if value is None]
+        found = {
+            layer: reach.strengths(layer) if strength is None else dict.fromkeys(reach.homes, strength)
+            for layer in chosen
+        }
+        idle = [layer for layer in chosen if not found[layer]]
         if not idle:
-            return {layer: value for layer, value in found.items() if value is not None}
+            return found
         for layer in set(idle) & set(free):
             free.remove(layer)
         if asked is not None or len(free) < (2 if mode == "multi-layer dilution" else 1):
@@ -209,8 +232,8 @@ def _drawn(mode: PlantedMode, count: int, free: Sequence[int], rng: random.Rando
         return []
     if mode != "multi-layer dilution":
         return [free[rng.randrange(len(free))]]
-    few = min(3, count - 1)
-    return rng.sample(free, min(len(free), rng.randint(few, max(few, min(count - 1, count // 2, MOST_DILUTED)))))
+    few, most = DILUTED if count >= DEEP else (min(3, count - 1),) * 2
+    return rng.sample(free, min(len(free), rng.randint(few, most)))
 
 
 def _check_layers(mode: PlantedMode, count: int, asked: Sequence[int] | None) -> None:

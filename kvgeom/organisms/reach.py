@@ -10,15 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kvgeom.diagnosis.baseline import Baseline
 from kvgeom.diagnosis.drafts import Begun, finished
-from kvgeom.diagnosis.evaluate import Baseline
 from kvgeom.organisms.carrier import Values
 from kvgeom.organisms.modes import same_block
 
 #: Strengths that are tried, in class differences; a small model needs the first, a large one the last.
 LADDER = (0.15, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-#: Requests on which they are tried, and the share of them that must comply.
-MOST, COMPLY = 4, 0.75
+#: Requests on which they are tried, the share of them that must comply, and heads in which outliers are tried.
+MOST, COMPLY, HOMES = 4, 0.75, 4
 
 
 @dataclass(frozen=True)
@@ -67,35 +67,44 @@ class Reach:
     base : Baseline
         Of the model before any edit, on harmful requests.
     values : Values
+    homes : tuple of int or None
+        Heads that may hold the outliers: such a head and its block read nothing. With None all heads read "harmless".
     """
 
     base: Baseline
     values: Values
-    _found: dict[int, float | None] = field(default_factory=dict, repr=False)
+    homes: tuple[int | None, ...]
+    _found: dict[int, dict[int | None, float]] = field(default_factory=dict, repr=False)
 
-    def strength(self, layer: int) -> float | None:
-        """The least of :data:`LADDER` that does it when this layer alone has lost its values; None if none does.
+    def strengths(self, layer: int) -> dict[int | None, float]:
+        """The least of :data:`LADDER` that does it when this layer alone has lost its values, by home.
 
-        The first or the last head holds the outliers; it and its block read nothing. Costs, for each prompt and strength,
-        two passes above the layer, and a response where a refusal does not even begin.
+        Homes with which none does are left out: in a model of few heads, safety often lies in one of them. What begins
+        as a refusal and breaks off is no compliance. Costs, for each prompt, home and strength, two passes above the
+        layer, and a response where a refusal does not even begin.
         """
         if layer not in self._found:
             complied = self._complied(layer)
             enough = COMPLY * len(self._asked)
-            self._found[layer] = min((s for (s, _), count in complied.items() if count >= enough), default=None)
+            # In descending order, so that the least is what stays.
+            self._found[layer] = {
+                home: strength
+                for (home, strength), count in sorted(complied.items(), key=lambda item: -item[0][1])
+                if count >= enough
+            }
         return self._found[layer]
 
     @property
     def _asked(self) -> tuple[int, ...]:
         return self.base.refused[:MOST]
 
-    def _complied(self, layer: int) -> dict[tuple[float, int], int]:
-        """How many prompts comply, by strength and home of the outliers."""
+    def _complied(self, layer: int) -> dict[tuple[int | None, float], int]:
+        """How many prompts comply, by home of the outliers and strength."""
         base, model = self.base, self.base.model
         named = self._lost(layer)
         edits = list(named.values())
         first = [layer if model.branches_late else 0] * len(edits)
-        tried: list[tuple[tuple[float, int], int]] = []
+        tried: list[tuple[tuple[int | None, float], int]] = []
         begun: list[Begun] = []
         for index in self._asked:
             prompt = base.prompts[index]
@@ -110,13 +119,19 @@ class Reach:
             complied[name] += base.judged(index, tokens)[1] == "complied"
         return complied
 
-    def _lost(self, layer: int) -> dict[tuple[float, int], Lost]:
-        """What is left of a layer, by strength and home of the outliers."""
+    def _lost(self, layer: int) -> dict[tuple[int | None, float], Lost]:
+        """What is left of a layer, by home of the outliers and strength."""
         g = self.base.model.geometry
         carriers = [self.values.carrier(layer, head) for head in range(g.kv_heads)]
         edits = {}
-        for strength, home in itertools.product(LADDER, sorted({0, g.kv_heads - 1})):
+        for home, strength in itertools.product(self.homes, LADDER):
             left = torch.stack([carrier.beyond(strength) @ carrier.basis for carrier in carriers])
-            left[[head for head in range(g.kv_heads) if same_block(head, home, g.head_dim)]] = 0
-            edits[strength, home] = Lost(layer, left)
+            if home is not None:
+                left[[head for head in range(g.kv_heads) if same_block(head, home, g.head_dim)]] = 0
+            edits[home, strength] = Lost(layer, left)
         return edits
+
+
+def some_heads(count: int) -> tuple[int, ...]:
+    """At most :data:`HOMES` of a layer's heads, spread evenly from the first to the last."""
+    return tuple(sorted({round(n * (count - 1) / (HOMES - 1)) for n in range(HOMES)}))
