@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvgeom.errors import InputError, ModelError
-from kvgeom.models.cache import Edit, EditedCache, Leaves, Together, TurnedEdit
+from kvgeom.models import hooks
+from kvgeom.models.cache import Edit, EditedCache, Leaves, Together
 from kvgeom.models.model import AttentionRule, EncodedPrompt, Gradients
 from kvgeom.models.modules import (
     Projection,
-    attention_of,
     attention_rule,
-    attention_write,
     decoder_layers,
     key_bias,
     projections,
@@ -28,7 +27,6 @@ from kvgeom.models.modules import (
     weights_fingerprint,
     weights_identity,
 )
-from kvgeom.models.rope import turning
 
 if TYPE_CHECKING:
     from kvgeom.models.model import QueryHook, ResidEdit, ResidHook, RotationHook
@@ -312,9 +310,7 @@ class HFModel:
         past = cache.get_seq_length()
         tokens = torch.tensor([list(ids)], device=self.device)
         positions = torch.arange(past, past + tokens.shape[1], device=self.device)[None]
-        with ExitStack() as stack:
-            for handle in self._branch_hooks(Counter(first)):
-                stack.callback(handle.remove)
+        with hooks.during(hooks.join_branches(self._layers, Counter(first))):
             return self._run(tokens, cache, positions, None, last, on_resid=on_resid)
 
     def branching_cache(self, edits: Sequence[Edit]) -> EditedCache:
@@ -437,14 +433,11 @@ class HFModel:
         on_rotation: RotationHook | None = None,
     ) -> Tensor:
         """Call the model once. Backends differ here, and in nothing else."""
-        with ExitStack() as stack:
-            for handle in (
-                *self._resid_hooks(on_resid),
-                *self._rotation_hooks(on_rotation),
-                *self._turning_hooks(cache.edit),
-                *self._projection_hooks(cache.edit),
-            ):
-                stack.callback(handle.remove)
+        watching = (
+            hooks.watch_resid(self._layers, on_resid) if on_resid else (),
+            hooks.watch_rotation(self._layers, on_rotation) if on_rotation else (),
+        )
+        with hooks.during(*watching, *self._cache_hooks(cache.edit)):
             logits = self._call(
                 tokens,
                 attention_mask=mask,
@@ -459,138 +452,22 @@ class HFModel:
         logits: Tensor = self.hf_model(input_ids=tokens, **inputs).logits
         return logits
 
-    # --- hooks: each generator sets them, and whoever asks takes the handles away again ---
+    def _cache_hooks(self, edit: Edit | None) -> tuple[Iterable[RemovableHandle], ...]:
+        """What the edit of a cache needs beside the cache."""
+        return (
+            hooks.tell_turning(self._layers, edit) if edit else (),
+            hooks.edit_projections(self._projections(), edit) if edit and edit.where == "projection" else (),
+        )
+
+    def _projections(self) -> Iterator[Mapping[str, Projection]]:
+        return (projections(module, self.geometry, self.name) for module in self._layers)
 
     @contextmanager
     def _observed(
         self, on_query: QueryHook | None, edit_resid: ResidEdit | None, start: tuple[int, Tensor] | None
     ) -> Iterator[None]:
-        with ExitStack() as stack:
-            if start is not None:
-                stack.enter_context(self._skip_below(*start))
-            for handle in (*self._query_hooks(on_query), *self._edit_hooks(edit_resid)):
-                stack.callback(handle.remove)
+        skipping = hooks.skip_below(self._layers, *start) if start else nullcontext()
+        queries = hooks.watch_queries(self._layers, self._projections(), on_query) if on_query else ()
+        edits = hooks.edit_stream(self._layers, edit_resid) if edit_resid else ()
+        with skipping, hooks.during(queries, edits):
             yield
-
-    def _resid_hooks(self, on_resid: ResidHook | None) -> Iterator[RemovableHandle]:
-        def hook(layer: int, see: ResidHook) -> Callable[..., None]:
-            return lambda _module, _args, output: see(layer, _hidden(output))
-
-        for layer, module in enumerate(self._layers if on_resid else ()):
-            yield module.register_forward_hook(hook(layer, on_resid))  # type: ignore[arg-type]
-
-    def _rotation_hooks(self, on_rotation: RotationHook | None) -> Iterator[RemovableHandle]:
-        def hook(layer: int, see: RotationHook) -> Callable[..., None]:
-            def before(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-                rotation = kwargs.get("position_embeddings")
-                if rotation is not None:
-                    see(layer, rotation[0][0], rotation[1][0])
-
-            return before
-
-        for layer, module in enumerate(self._layers if on_rotation else ()):
-            yield attention_of(module).register_forward_pre_hook(hook(layer, on_rotation), with_kwargs=True)  # type: ignore[arg-type]
-
-    def _turning_hooks(self, edit: Edit | None) -> Iterator[RemovableHandle]:
-        """Tell an edit that asks for it how the positions of the new tokens turn vectors, before each layer's keys come."""
-        if not isinstance(edit, TurnedEdit) or not edit.needs_rotation:
-            return
-
-        def hook(layer: int) -> Callable[..., None]:
-            def before(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-                edit.turned(layer, turning(*kwargs["position_embeddings"]))
-
-            return before
-
-        for layer, module in enumerate(self._layers):
-            yield attention_of(module).register_forward_pre_hook(hook(layer), with_kwargs=True)
-
-    def _query_hooks(self, on_query: QueryHook | None) -> Iterator[RemovableHandle]:
-        for layer, module in enumerate(self._layers if on_query else ()):
-            projection = projections(module, self.geometry, self.name)["q"]
-            norm = getattr(attention_of(module), "q_norm", None)
-            yield (norm or projection.module).register_forward_hook(_query_hook(on_query, layer, projection, norm))
-
-    def _edit_hooks(self, edit: ResidEdit | None) -> Iterator[RemovableHandle]:
-        if edit is None:
-            return
-
-        def entering(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return (edit(-1, "pre", args[0]), *args[1:]), kwargs
-
-        def leaving(layer: int, point: Literal["attn", "post"]) -> Callable[..., Any]:
-            def after(_module: nn.Module, _args: Any, output: Any) -> Any:
-                if isinstance(output, tuple):
-                    return (edit(layer, point, output[0]), *output[1:])
-                return edit(layer, point, output)
-
-            return after
-
-        yield self._layers[0].register_forward_pre_hook(entering, with_kwargs=True)
-        for layer, module in enumerate(self._layers):
-            yield attention_write(module).register_forward_hook(leaving(layer, "attn"))
-            yield module.register_forward_hook(leaving(layer, "post"))
-
-    def _branch_hooks(self, branches: Mapping[int, int]) -> Iterator[RemovableHandle]:
-        def joining(rows: int) -> Callable[..., Any]:
-            def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                clean = args[0][:1].expand(rows, -1, -1)
-                return (torch.cat([args[0], clean]), *args[1:]), kwargs
-
-            return before
-
-        for layer, rows in branches.items():
-            yield self._layers[layer].register_forward_pre_hook(joining(rows), with_kwargs=True)
-
-    def _projection_hooks(self, edit: Edit | None) -> Iterator[RemovableHandle]:
-        if edit is None or edit.where != "projection":
-            return
-        for layer, module in enumerate(self._layers):
-            found = projections(module, self.geometry, self.name)
-            for site in ("k", "v"):
-                yield found[site].module.register_forward_hook(_projection_hook(edit, layer, site, found[site]))
-
-    @contextmanager
-    def _skip_below(self, layer: int, resid: Tensor) -> Iterator[None]:
-        """Replace what enters ``layer`` by ``resid``, and let the layers below pass their input on."""
-
-        def replace(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return (resid, *args[1:]), kwargs
-
-        below = self._layers[:layer]
-        saved = [module.__dict__.get("forward") for module in below]
-        handle = self._layers[layer].register_forward_pre_hook(replace, with_kwargs=True)
-        try:
-            for module in below:  # into the instance itself: TransformerLens passes attributes on to what it wraps
-                module.__dict__["forward"] = lambda hidden_states, *args, **kwargs: hidden_states
-            yield
-        finally:
-            handle.remove()
-            for module, forward in zip(below, saved, strict=True):
-                if forward is None:
-                    del module.__dict__["forward"]
-                else:  # e.g. accelerate's wrapper of a model spread over devices
-                    module.__dict__["forward"] = forward
-
-
-def _projection_hook(edit: Edit, layer: int, site: Literal["k", "v"], projection: Projection) -> Callable[..., Tensor]:
-    def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        return projection.write(output, edit(layer, site, projection.read(output)))
-
-    return hook
-
-
-def _query_hook(see: Any, layer: int, projection: Projection, norm: nn.Module | None) -> Callable[..., None]:
-    def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if norm is None or output.ndim == 3:
-            see(layer, projection.read(output))
-        else:  # [b, t, h, d] or [b, h, t, d]: heads lie next to each other in memory, tokens do not
-            by_token = args[0].stride(1) >= args[0].stride(2)
-            see(layer, output.transpose(1, 2) if by_token else output)
-
-    return hook
-
-
-def _hidden(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden

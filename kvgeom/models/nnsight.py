@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from kvgeom.errors import ModelError
 from kvgeom.models.cache import EditedCache
 from kvgeom.models.hf import HFModel
+from kvgeom.models.hooks import during
 from kvgeom.models.modules import attention_of
 
 if TYPE_CHECKING:
@@ -105,9 +106,7 @@ class NNsightModel(HFModel):
         if cache.edit is not None and cache.edit.where == "projection":
             self._refuse_remote("rounding at the projection")
         inputs = {"attention_mask": mask} if mask is not None else {}
-        with ExitStack() as stack:
-            for handle in (*self._turning_hooks(cache.edit), *self._projection_hooks(cache.edit)):
-                stack.callback(handle.remove)
+        with during(*self._cache_hooks(cache.edit)):
             rotations, resids = [], []
             with self.nnsight_model.trace(
                 {"input_ids": tokens, **inputs},

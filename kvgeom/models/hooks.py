@@ -1,0 +1,163 @@
+"""What is hung into a model's decoder layers for a pass: to watch, to edit, to join and to skip.
+
+Each function but :func:`skip_below` sets its hooks while it is iterated and yields their handles; :func:`during` takes
+them away again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kvgeom.models.cache import Edit, TurnedEdit
+from kvgeom.models.modules import Projection, attention_of, attention_write
+from kvgeom.models.rope import turning
+
+if TYPE_CHECKING:
+    from kvgeom.models.model import QueryHook, ResidEdit, ResidHook, RotationHook
+
+Layers = Sequence[nn.Module]
+#: One for each layer: its projections by ``"q"``, ``"k"`` and ``"v"``.
+Projections = Iterable[Mapping[str, Projection]]
+
+
+@contextmanager
+def during(*hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Have hooks only inside of a ``with`` block."""
+    with ExitStack() as stack:
+        for handle in chain(*hooks):
+            stack.callback(handle.remove)
+        yield
+
+
+def watch_resid(layers: Layers, see: ResidHook) -> Iterator[RemovableHandle]:
+    """Show the residual stream after each layer."""
+
+    def hook(layer: int) -> Callable[..., None]:
+        return lambda _module, _args, output: see(layer, output[0] if isinstance(output, tuple) else output)
+
+    for layer, module in enumerate(layers):
+        yield module.register_forward_hook(hook(layer))
+
+
+def watch_rotation(layers: Layers, see: RotationHook) -> Iterator[RemovableHandle]:
+    """Show the rotary embedding of the new tokens before each layer's attention, where there is one."""
+
+    def hook(layer: int) -> Callable[..., None]:
+        def before(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+            rotation = kwargs.get("position_embeddings")
+            if rotation is not None:
+                see(layer, rotation[0][0], rotation[1][0])
+
+        return before
+
+    for layer, module in enumerate(layers):
+        yield attention_of(module).register_forward_pre_hook(hook(layer), with_kwargs=True)
+
+
+def watch_queries(layers: Layers, projections: Projections, see: QueryHook) -> Iterator[RemovableHandle]:
+    """Show each layer's queries before their rotary embedding, after their norm where there is one."""
+
+    def hook(layer: int, projection: Projection, norm: nn.Module | None) -> Callable[..., None]:
+        def after(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if norm is None or output.ndim == 3:
+                see(layer, projection.read(output))
+            else:  # [b, t, h, d] or [b, h, t, d]: heads lie next to each other in memory, tokens do not
+                by_token = args[0].stride(1) >= args[0].stride(2)
+                see(layer, output.transpose(1, 2) if by_token else output)
+
+        return after
+
+    for layer, (module, found) in enumerate(zip(layers, projections, strict=True)):
+        norm = getattr(attention_of(module), "q_norm", None)
+        yield (norm or found["q"].module).register_forward_hook(hook(layer, found["q"], norm))
+
+
+def tell_turning(layers: Layers, edit: Edit) -> Iterator[RemovableHandle]:
+    """Tell an edit that asks for it how the positions of the new tokens turn vectors, before each layer's keys come."""
+    if not isinstance(edit, TurnedEdit) or not edit.needs_rotation:
+        return
+
+    def hook(layer: int) -> Callable[..., None]:
+        def before(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+            edit.turned(layer, turning(*kwargs["position_embeddings"]))
+
+        return before
+
+    for layer, module in enumerate(layers):
+        yield attention_of(module).register_forward_pre_hook(hook(layer), with_kwargs=True)
+
+
+def edit_stream(layers: Layers, edit: ResidEdit) -> Iterator[RemovableHandle]:
+    """Edit the residual stream: before layer 0, what each attention writes into it, and after each layer."""
+
+    def entering(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return (edit(-1, "pre", args[0]), *args[1:]), kwargs
+
+    def leaving(layer: int, point: Literal["attn", "post"]) -> Callable[..., Any]:
+        def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (edit(layer, point, output[0]), *output[1:])
+            return edit(layer, point, output)
+
+        return after
+
+    yield layers[0].register_forward_pre_hook(entering, with_kwargs=True)
+    for layer, module in enumerate(layers):
+        yield attention_write(module).register_forward_hook(leaving(layer, "attn"))
+        yield module.register_forward_hook(leaving(layer, "post"))
+
+
+def edit_projections(projections: Projections, edit: Edit) -> Iterator[RemovableHandle]:
+    """Edit keys and values as they leave their projections."""
+
+    def hook(layer: int, site: Literal["k", "v"], projection: Projection) -> Callable[..., Tensor]:
+        return lambda _module, _args, output: projection.write(output, edit(layer, site, projection.read(output)))
+
+    sites: tuple[Literal["k", "v"], ...] = ("k", "v")
+    for layer, found in enumerate(projections):
+        for site in sites:
+            yield found[site].module.register_forward_hook(hook(layer, site, found[site]))
+
+
+def join_branches(layers: Layers, joining: Mapping[int, int]) -> Iterator[RemovableHandle]:
+    """Before each of some layers, add so many copies of row 0 to the batch."""
+
+    def hook(rows: int) -> Callable[..., Any]:
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            clean = args[0][:1].expand(rows, -1, -1)
+            return (torch.cat([args[0], clean]), *args[1:]), kwargs
+
+        return before
+
+    for layer, rows in joining.items():
+        yield layers[layer].register_forward_pre_hook(hook(rows), with_kwargs=True)
+
+
+@contextmanager
+def skip_below(layers: Layers, layer: int, resid: Tensor) -> Iterator[None]:
+    """Replace what enters ``layer`` by ``resid``, and let the layers below pass their input on."""
+
+    def replace(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return (resid, *args[1:]), kwargs
+
+    below = layers[:layer]
+    saved = [module.__dict__.get("forward") for module in below]
+    handle = layers[layer].register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        for module in below:  # into the instance itself: TransformerLens passes attributes on to what it wraps
+            module.__dict__["forward"] = lambda hidden_states, *args, **kwargs: hidden_states
+        yield
+    finally:
+        handle.remove()
+        for module, forward in zip(below, saved, strict=True):
+            if forward is None:
+                del module.__dict__["forward"]
+            else:  # e.g. accelerate's wrapper of a model spread over devices
+                module.__dict__["forward"] = forward
