@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: A perplexity ratio beyond this is drawn on a logarithmic axis.
 LARGE = 3.0
+#: A bar of a smaller share has no room for its count; hovering shows it.
+LEGIBLE = 0.06
 
 
 def bit_curve(curve: Curve) -> go.Figure:
@@ -54,7 +56,7 @@ def bit_curve(curve: Curve) -> go.Figure:
             name=label,
             legendgroup=label,
             marker_color=color,
-            text=[str(n) if n else "" for n in counts],
+            text=[str(n) if n > LEGIBLE * prompts else "" for n in counts],
             textposition="inside",
             insidetextanchor="middle",
             textangle=0,
