@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 #: A perplexity ratio beyond this is drawn on a logarithmic axis.
 LARGE = 3.0
 #: A bar of a smaller share has no room for its count; hovering shows it.
-LEGIBLE = 0.06
+LEGIBLE = 0.1
 
 
 def bit_curve(curve: Curve) -> go.Figure:

@@ -48,7 +48,9 @@ def layer_scan(scan: Scan) -> go.Figure:
     drop, low, high = (data[name].values.astype(float) for name in ("margin_drop", "margin_low", "margin_high"))
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.6, 0.4], vertical_spacing=0.13)
     panel_title(figure, "Refusal margin lost by rounding one layer", row=1)
-    panel_title(figure, f"Refusals that flip, of {refused}", row=2)
+    panel_title(
+        figure, f"Refusals that flip, of {refused} (critical above {percent(PUBLISHED.critical)}, dotted)", row=2
+    )
     figure.add_bar(
         x=layers,
         y=drop,
@@ -139,11 +141,6 @@ def _flips(figure: go.Figure, scan: Scan, refused: int) -> None:
         col=1,
     )
     figure.add_hline(y=PUBLISHED.critical, line={"color": MUTED, "width": 1, "dash": "dot"}, row=2, col=1)
-    figure.add_annotation(
-        text=f"critical above {percent(PUBLISHED.critical)}",
-        xref="x domain", yref="y", x=1, y=PUBLISHED.critical, xanchor="right", yanchor="bottom",
-        showarrow=False, font={"size": 11, "color": MUTED}, bgcolor="white", row=2, col=1,
-    )  # fmt: skip
 
 
 def _mark(figure: go.Figure, critical: int, layers: int) -> None:
