@@ -65,4 +65,4 @@ def trained() -> HFModel:
 @pytest.fixture(scope="session", params=MODES)
 def organism(request: pytest.FixtureRequest, trained: HFModel) -> Organism:
     """A trained model with each mode planted in turn."""
-    return plant(trained, request.param, seed=6, prompts=Size(3).prompts("train").take(24))
+    return plant(trained, request.param, seed=8, prompts=Size(3).prompts("train").take(24))
