@@ -15,14 +15,17 @@ import argparse
 import importlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 import kvgeom
 from kvgeom.diagnosis.ablation import channel_magnitudes, channel_subsets
-from kvgeom.diagnosis.drafts import generated
+from kvgeom.diagnosis.baseline import Baseline
+from kvgeom.diagnosis.drafts import Answer, generated, verified
 from kvgeom.diagnosis.evaluate import evaluate
 from kvgeom.diagnosis.outcomes import Outcomes
 from kvgeom.diagnosis.scan import scan_of, single_layers
@@ -30,6 +33,7 @@ from kvgeom.diagnosis.widths import at_widths, width_recipes
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.rounder import Rounder
 from kvgeom.quant.scheme import Scheme
 
 #: The module, in which a function is replaced while recipes are noted.
@@ -72,24 +76,49 @@ def main() -> None:
     print(f"sweep, single layers, channels, PCR: {len(listed)} recipes in {fast_list:.0f} s")
 
     step = max(1, len(recipes) // asked.sample) if asked.sample else 1
-    base, labels, same, tokens, parted = found.baseline, 0, 0, 0, 0
+    base, labels, same, tokens, parted = found.baseline, 0, 0, 0, list[str]()
     plain = dict[tuple[Recipe, Placement], float]()
     for recipe, placement in recipes[::step]:
         begin = time.perf_counter()
         answers = list(generated(base, {i: ["r"] for i in range(len(base.prompts))}, {"r": recipe}, placement))
         judged = {answer.prompt: base.judged(answer.prompt, answer.tokens)[1] for answer in answers}
         plain[recipe, placement] = time.perf_counter() - begin
-        quick = evaluate(model, {"r": recipe}, base, placement=placement, refused_only=True, progress=False)
-        said = {answer.prompt: model.decode(answer.tokens) for answer in answers}
-        for prompt in quick.data.prompt.values:
-            cell = quick.data.sel(recipe="r", prompt=prompt)
-            labels, same, tokens = labels + 1, same + int(cell.label == judged[prompt]), tokens + int(cell.tokens)
-            parted += 0 if said[prompt].startswith(cell.text.item().rstrip("\ufffd")) else int(cell.tokens)
-    print(f"labels equal: {same} of {labels}; tokens in responses that differ: {parted} of {tokens}")
+        said = {answer.prompt: answer.tokens for answer in answers}
+        for quick in verified(base, {i: ["r"] for i in base.refused}, {"r": recipe}, placement):
+            labels, tokens = labels + 1, tokens + len(quick.tokens)
+            same += base.judged(quick.prompt, quick.tokens)[1] == judged[quick.prompt]
+            if quick.tokens != said[quick.prompt][: len(quick.tokens)]:
+                parted.append(parting(base, quick, said[quick.prompt], recipe, placement))
+    print(f"labels equal: {same} of {labels}; responses that part: {len(parted)}, tokens compared: {tokens}")
+    for line in parted:
+        print(line)
     for what, timed, chosen in (("diagnosis", fast, recipes), ("list", fast_list, listed)):
         timings = [plain[recipe] for recipe in chosen if recipe in plain]
         whole = float(np.mean(timings)) * len(chosen)
         print(f"{what}: plain generation {whole:.0f} s (from {len(timings)} recipes), ratio {whole / timed:.1f}x")
+
+
+def parting(base: Baseline, quick: Answer, plain: Sequence[int], recipe: Recipe, placement: Placement) -> str:
+    """Where two responses part, and how much more (nats) each way of computing likes the one's token than the other's."""
+    model, ids = base.model, base.prompts[quick.prompt].ids
+    at = next(at for at, (a, b) in enumerate(zip_longest(quick.tokens, plain)) if a != b)
+    steps = model.new_cache(Rounder(recipe, placement))
+    logits = model.forward(ids, steps)[-1]
+    for token in plain[:at]:
+        logits = model.forward([token], steps)[-1]
+    whole = model.new_cache(Rounder(recipe, placement, prompt_tokens=len(ids)))
+    at_once = model.forward([*ids, *plain[:at]], whole)[-1]
+    ends = list(model.stop_tokens)
+
+    def gap(row: Tensor) -> float:
+        one, other = (row[list(said[at : at + 1]) or ends].max() for said in (quick.tokens, plain))
+        return float(one - other)
+
+    return (
+        f"  prompt {quick.prompt}, draft left at {quick.divergence}, parts at {at} of {len(quick.tokens)}: "
+        f"{gap(logits):+.2e} by steps, {gap(at_once):+.2e} in one pass, logits differ by "
+        f"{float((logits - at_once).abs().max()):.1e} ({recipe}, {placement})"
+    )
 
 
 def run_list(model: Any, prompts: PromptSet, new_tokens: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kvgeom.errors import InputError, KvgeomError
+from kvgeom.errors import DownloadError, InputError, KvgeomError, ModelError
 
 if TYPE_CHECKING:
     from kvgeom.diagnosis.baseline import baseline
@@ -46,9 +46,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "DownloadError",
     "InputError",
     "KeywordJudge",
     "KvgeomError",
+    "ModelError",
     "Placement",
     "Plan",
     "PromptSet",
