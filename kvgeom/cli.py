@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=short, description=long)
         _add_options(command, name)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, command=name)
     schemes = commands.add_parser(
         "schemes",
         help="list formats and presets of engines, with bits per element",
@@ -91,12 +91,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_options(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument("model", metavar="MODEL", help="hub id, folder, .gguf file, or 'demo'")
-    kept = {"audit": "report.html, audit.json and ", "fix": "report.html, plan.json and "}.get(name, "")
+    written = {"audit": "report.html, audit.json", "fix": "report.html, plan.json"}.get(
+        name, f"the tables, {name}.txt,"
+    )
     command.add_argument(
         "--out",
         metavar="DIR",
         required=name in ("audit", "fix"),
-        help=f"folder for {kept}journal.jsonl, from which a run goes on",
+        help=f"folder for {written} and journal.jsonl, from which a run goes on",
     )
     command.add_argument(
         "--prompts",
@@ -317,8 +319,7 @@ def _diagnose(arguments: argparse.Namespace) -> int:
         found = found.relabel(judge)
     from kvgeom.report.terminal import diagnosis_text
 
-    print(f"\n{diagnosis_text(found)}")
-    return 0
+    return _told(arguments, diagnosis_text(found))
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
@@ -340,8 +341,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     if judge is not None:
         base.model.release()
         curve = curve_of(outcomes.relabel(judge), list(curve.data.perplexity_ratio.values), curve.meta)
-    print("", curve_text(curve), *said, sep="\n\n")
-    return 0
+    return _told(arguments, "\n\n".join([curve_text(curve), *said]))
 
 
 def _scan(arguments: argparse.Namespace) -> int:
@@ -366,7 +366,17 @@ def _scan(arguments: argparse.Namespace) -> int:
         base.model.release()
         outcomes = outcomes.relabel(judge)
     scan = scan_of(outcomes, n_layers, scheme)
-    print(f"\n{scan_table(scan)}\n\nCritical layer: {scan.meta['reason']}.")
+    return _told(arguments, f"{scan_table(scan)}\n\nCritical layer: {scan.meta['reason']}.")
+
+
+def _told(arguments: argparse.Namespace, text: str) -> int:
+    """Print what a command has found, and with --out keep it beside the journal."""
+    print(f"\n{text}")
+    if arguments.out is not None:
+        from kvgeom.paths import write_whole
+
+        path = write_whole(Path(arguments.out).expanduser() / f"{arguments.command}.txt", f"{text}\n")
+        print(f"\ntables: {path.resolve()}")
     return 0
 
 

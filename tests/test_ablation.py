@@ -198,6 +198,9 @@ def test_commands(command: str, checkpoint: Path, tmp_path: Path, capsys: pytest
     assert {"diagnose": "Failure mode", "sweep": "perplexity", "scan": "Critical layer"}[command] in said.out
     assert main([*asked, "--out", str(tmp_path / "kept")]) == 0
     first = capsys.readouterr().out
+    tables = tmp_path / "kept" / f"{command}.txt"
+    assert first == f"{said.out}\ntables: {tables}\n"
+    assert tables.read_text() == said.out[1:]
     before = (tmp_path / "kept" / "journal.jsonl").read_bytes()
     assert main([*asked, "--out", str(tmp_path / "kept")]) == 0
     assert capsys.readouterr().out == first
