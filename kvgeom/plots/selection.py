@@ -96,6 +96,7 @@ def selection_maps(selection: Selection) -> go.Figure:
                 "len": 0.28,
                 "y": (0.87, 0.5, 0.13)[row - 1],
                 "title": {"text": "nats"},
+                "nticks": 2 + len(positions),
             },
             **scale,
             row=row,
@@ -132,7 +133,7 @@ def selection_maps(selection: Selection) -> go.Figure:
     )
     if selection.chosen is None:
         say(figure, "every candidate is filtered out", row=1)
-    return finish(figure, 3 * (70 + 26 * len(positions)) + 60)
+    return finish(figure, 3 * (70 + 26 * max(2, len(positions))) + 60)
 
 
 def _hatching(
