@@ -300,14 +300,9 @@ class PeakMemory:
 
 @pytest.mark.slow
 def test_demo_separates_harmful_from_harmless(demo: HFModel) -> None:
-    """Twins that differ in a few words are told apart, in the residual stream and values better than chance would do."""
-    prompts = calibration()
-    found = kvgeom.subspace(demo, prompts, progress=False).sensitivity(progress=False).data
-    late, n = found.sel(layer=range(12, 24)), len(prompts.harmful)
-    chance = 0.5 + 1.96 * np.sqrt((2 * n + 1) / (12 * n * n))  # 97.5 % of the AUROCs of two equal classes
-    assert (late.separation.sel(site=["v", "resid"]) > chance).all()
-    assert float(late.separation.sel(site="k").median()) > chance
-    assert float(late.separation.sel(site="resid").median()) > 0.8
+    found = kvgeom.subspace(demo, calibration(), progress=False).sensitivity(progress=False).data
+    late = found.sel(layer=range(12, 24))
+    assert (late.separation > 0.8).all()
     assert (late.sel(site="resid").status == "ok").all()
     assert float(found.ratio.sel(site="k").median()) > 1
 
