@@ -251,11 +251,14 @@ def _loading(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _journal(arguments: argparse.Namespace) -> Path | None:
-    if arguments.out is None:
-        return None
+    return None if arguments.out is None else _folder(arguments) / "journal.jsonl"
+
+
+def _folder(arguments: argparse.Namespace) -> Path:
+    """The folder that --out names, made if it is not there."""
     from kvgeom.paths import writable_folder
 
-    return writable_folder(arguments.out) / "journal.jsonl"
+    return writable_folder(arguments.out).resolve()
 
 
 def _schemes(arguments: argparse.Namespace) -> int:
@@ -280,8 +283,8 @@ def _audit(arguments: argparse.Namespace) -> int:
     print(f"\n{result.verdict.headline}\n")
     for sentence in result.verdict.sentences:
         print(f"  - {sentence}")
-    folder = Path(arguments.out)
-    print(f"\nreport: {(folder / 'report.html').resolve()}\nnumbers: {(folder / 'audit.json').resolve()}")
+    folder = _folder(arguments)
+    print(f"\nreport: {folder / 'report.html'}\nnumbers: {folder / 'audit.json'}")
     return 0
 
 
@@ -300,7 +303,7 @@ def _fix(arguments: argparse.Namespace) -> int:
     )
     from kvgeom.report.terminal import fix_text
 
-    print(f"\n{fix_text(found, Path(arguments.out).resolve())}")
+    print(f"\n{fix_text(found, _folder(arguments))}")
     return 0
 
 
@@ -375,8 +378,8 @@ def _told(arguments: argparse.Namespace, text: str) -> int:
     if arguments.out is not None:
         from kvgeom.paths import write_whole
 
-        path = write_whole(Path(arguments.out).expanduser() / f"{arguments.command}.txt", f"{text}\n")
-        print(f"\ntables: {path.resolve()}")
+        path = write_whole(_folder(arguments) / f"{arguments.command}.txt", f"{text}\n")
+        print(f"\ntables: {path}")
     return 0
 
 
