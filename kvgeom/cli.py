@@ -202,6 +202,8 @@ def _checked(arguments: argparse.Namespace) -> dict[str, Any]:
     if getattr(arguments, "scan_bits", 3) == 16:
         raise InputError("--scan-bits 16 was asked, but 16 bits round nothing; give 2-8")
     options = _common(arguments)
+    if getattr(arguments, "over_refusal", False) and not options["prompts"].harmless:
+        raise InputError(f"--over-refusal was asked, but {arguments.prompts} has no harmless requests")
     if "scan_bits" in arguments:
         options["bits"] = arguments.scan_bits
     if "scheme" in arguments:
@@ -250,8 +252,8 @@ def _loading(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
-def _journal(arguments: argparse.Namespace) -> Path | None:
-    return None if arguments.out is None else _folder(arguments) / "journal.jsonl"
+def _journal(arguments: argparse.Namespace, name: str = "journal.jsonl") -> Path | None:
+    return None if arguments.out is None else _folder(arguments) / name
 
 
 def _folder(arguments: argparse.Namespace) -> Path:
@@ -336,10 +338,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
     curve, outcomes = bit_width_curve(base, options["text"] or perplexity_text(), exact=judge is not None, **how)
     said = []
     if arguments.over_refusal:
-        harmless = options["prompts"].harmless
-        if not harmless:
-            raise InputError(f"--over-refusal was asked, but {arguments.prompts} has no harmless requests")
-        asked = kvgeom.baseline(base.model, harmless, **_running(options))
+        # A journal is about one set of requests.
+        journal = _journal(arguments, "over-refusal.jsonl")
+        asked = kvgeom.baseline(base.model, options["prompts"].harmless, journal=journal, **_running(options))
         said.append(over_refusal_table(over_refusal(asked, **how)))
     if judge is not None:
         base.model.release()

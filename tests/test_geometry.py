@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from kvgeom.errors import InputError
 from kvgeom.geometry.capture import positions, tokens_at
 from kvgeom.geometry.nulls import random_bases
 from kvgeom.geometry.sensitivity import Moments, Sensitivity, measure, quantities
+from kvgeom.geometry.subspace import Subspace
 from kvgeom.models.hf import HFModel
 from kvgeom.models.rope import rotate
 from kvgeom.prompts.sets import PromptSet, calibration, held_out
@@ -300,11 +302,28 @@ class PeakMemory:
 
 @pytest.mark.slow
 def test_demo_separates_harmful_from_harmless(demo: HFModel) -> None:
-    found = kvgeom.subspace(demo, calibration(), progress=False).sensitivity(progress=False).data
-    late = found.sel(layer=range(12, 24))
-    assert (late.separation > 0.8).all()
-    assert (late.sel(site="resid").status == "ok").all()
+    """More than any of 19 sets does in which chance says which request of a pair is the harmful one: p = 0.05."""
+    space = kvgeom.subspace(demo, calibration(), progress=False)
+    dealt = [replace(space, prompts=dealt_anew(calibration(), seed)).refit() for seed in range(19)]
+    for site in ("k", "v", "resid"):
+        assert late_auroc(space, site) > max(late_auroc(chance, site) for chance in dealt), site
+    found = space.sensitivity(progress=False).data
+    assert (found.status.sel(layer=range(12, 24), site="resid") == "ok").all()
     assert float(found.ratio.sel(site="k").median()) > 1
+
+
+def dealt_anew(prompts: PromptSet, seed: int) -> PromptSet:
+    """The same pairs; a coin says which of the two is called harmful."""
+    coins = np.random.default_rng(seed).random(len(prompts.harmful)) < 0.5
+    pairs = [
+        (good, bad) if coin else (bad, good)
+        for bad, good, coin in zip(prompts.harmful, prompts.harmless, coins, strict=True)
+    ]
+    return PromptSet(prompts.name, tuple(bad for bad, _ in pairs), tuple(good for _, good in pairs), "dealt anew")
+
+
+def late_auroc(space: Subspace, site: str) -> float:
+    return float(np.mean([space.directions[layer, site].separation.auroc for layer in range(12, 24)]))
 
 
 @pytest.mark.slow

@@ -170,11 +170,11 @@ def load_prompts(spec: str | Path) -> PromptSet:
     Parameters
     ----------
     spec : str or Path
-        ``"calibration"`` or ``"held-out"``, the two sets that are shipped; a file of your own (``.txt`` with a request a line and ``#`` comments, ``.csv`` or
-        ``.jsonl`` with a column such as ``prompt`` and, if you like, ``label``: harmful or harmless; unlabelled is
-        harmful); or a public benchmark in its authors' file: ``"advbench=FILE"``, ``"harmbench=FILE"`` (the 159
-        standard behaviours; also ``harmbench-contextual``, ``-copyright``, ``-all``), ``"xstest=FILE"``,
-        ``"jailbreakbench=FILE"``. kvgeom does not fetch benchmarks.
+        ``"calibration"`` or ``"held-out"``, the two sets that are shipped; a file of your own (``.txt`` with a request
+        a line and ``#`` comments, ``.csv`` or ``.jsonl`` with a column such as ``prompt`` and, if you like, ``label``:
+        harmful or harmless; unlabelled is harmful); or a public benchmark in its authors' file: ``"advbench=FILE"``,
+        ``"harmbench=FILE"`` (the 159 standard behaviours; also ``harmbench-contextual``, ``-copyright``, ``-all``),
+        ``"xstest=FILE"``, ``"jailbreakbench=FILE"``. kvgeom does not fetch benchmarks.
 
     Raises
     ------
