@@ -308,7 +308,9 @@ def test_demo_separates_harmful_from_harmless(demo: HFModel) -> None:
     for site in ("k", "v", "resid"):
         assert late_auroc(space, site) > max(late_auroc(chance, site) for chance in dealt), site
     found = space.sensitivity(progress=False).data
-    assert (found.status.sel(layer=range(12, 24), site="resid") == "ok").all()
+    late = found.sel(layer=range(12, 24))
+    assert (late.separation.sel(site=["v", "resid"]) > 0.8).all()
+    assert (late.status == "ok").all()
     assert float(found.ratio.sel(site="k").median()) > 1
 
 

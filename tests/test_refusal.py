@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from kvgeom.refusal.direction import difference_of_means, separation
+from kvgeom.refusal.direction import difference_of_means, folds_of, separation
 from kvgeom.refusal.margin import margin, refusal_tokens
 
 
@@ -63,10 +63,58 @@ def test_separation_finds_what_is_there_and_only_that() -> None:
     x, harmful, _ = planted(60, 20, 4.0, seed=1)
     strong = separation(x, harmful)
     assert strong.auroc > 0.95
-    assert strong.p < 1e-6
+    assert strong.p == 1 / 1000
     # Without a difference p-values are those of chance: about one in twenty below 0.05, not many more.
-    low = [separation(*planted(20, 40, 0.0, seed)[:2]).p < 0.05 for seed in range(100)]
+    low = [separation(*planted(20, 40, 0.0, seed)[:2]).p <= 0.05 for seed in range(100)]
     assert sum(low) <= 12
+
+
+@pytest.mark.parametrize("shared", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("few", [24, 18])
+def test_chance_is_a_half_where_requests_are_twins(shared: float, few: int) -> None:
+    """However much twins share, and if some have none: AUROC 0.5, and p-values no lower than they say."""
+    found = []
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        twins = shared * rng.standard_normal((24, 30)) + rng.standard_normal((2, 24, 30))
+        x = np.concatenate([twins[0], twins[1, :few]])
+        found.append(separation(x, np.arange(24 + few) < 24, draws=199, seed=seed))
+    aurocs = np.array([one.auroc for one in found])
+    assert abs(aurocs.mean() - 0.5) < 4 * aurocs.std() / np.sqrt(len(aurocs))
+    # More than 11 of 100 would have a chance of 0.4 % where each has one of 5 %.
+    assert sum(one.p <= 0.05 for one in found) <= 11
+
+
+@given(st.integers(2, 9), st.integers(2, 9), st.integers(1, 12), st.integers(2, 6), st.integers(0, 2**31))
+def test_separation_is_that_of_a_plain_loop(bad: int, good: int, channels: int, folds: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    harmful = rng.permutation(np.arange(bad + good) < bad)
+    x = rng.standard_normal((bad + good, channels)) + rng.standard_normal(channels)
+    fold = folds_of(harmful, folds, seed)
+    scores = []
+    for row in range(len(x)):
+        others = fold != fold[row]
+        bad_mean, good_mean = x[others & harmful].mean(0), x[others & ~harmful].mean(0)
+        gap = bad_mean - good_mean
+        scores.append((x[row] - (bad_mean + good_mean) / 2) @ gap / np.linalg.norm(gap))
+    found = separation(x, harmful, folds=folds, draws=19, seed=seed)
+    assert found.auroc == pytest.approx(roc_auc_score(harmful, scores))
+    assert found.auroc == separation(x, harmful, folds=folds, draws=0, seed=seed).auroc
+    assert 0.05 <= found.p <= 1
+
+
+@given(st.integers(2, 30), st.integers(2, 30), st.integers(2, 8), st.integers(0, 2**31))
+def test_twins_share_a_fold(bad: int, good: int, folds: int, seed: int) -> None:
+    harmful = np.random.default_rng(seed).permutation(np.arange(bad + good) < bad)
+    fold = folds_of(harmful, folds, seed)
+    few = min(bad, good)
+    np.testing.assert_array_equal(fold[harmful][:few], fold[~harmful][:few])
+    # Every fold holds both classes, and about as much of each as the others do.
+    for one in (fold[harmful], fold[~harmful]):
+        counts = np.bincount(one, minlength=min(folds, few))
+        assert len(counts) == min(folds, few)
+        assert (counts > 0).all()
+        assert counts.max() - counts.min() <= 2
 
 
 def test_separation_is_the_area_under_the_curve() -> None:

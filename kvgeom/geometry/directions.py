@@ -169,7 +169,7 @@ def compare(
                     if not defined[index]:
                         shown.update(len(methods))
                         continue
-                    auroc = separation(x, harmful).auroc
+                    auroc = separation(x, harmful, draws=0).auroc
                     for m, method in enumerate(methods):
                         unit, drawn = bootstrap(x, harmful, method, samples=samples, seed=seed)
                         vectors[site][m, p, layer], scores[m, p, layer, column] = unit, x @ unit

@@ -43,8 +43,8 @@ class Sensitivity(Result):
       ``null_closed``, the ratio of their mean noise to their mean signal, in closed form;
     - ``alignment_null_low``, ``alignment_null_high``: 2.5 and 97.5 % of the noise alignment of random subspaces;
     - ``contrast_ratio`` over (contrast, layer, site): the ratio of subspaces between harmless requests (null b),
-      ``contrast_highest`` the highest of them, and ``specific``: ``"yes"`` where the safety ratio is above all of them, ``"no"`` where it is not,
-      ``"undetermined"`` where the ratio is weak or undefined, or there is no contrast to hold it against;
+      ``contrast_highest`` the highest of them, and ``specific``: ``"yes"`` where the safety ratio is above all of them,
+      ``"no"`` where it is not, ``"undetermined"`` where the ratio is weak or undefined, or there is no contrast;
     - ``status``: ``"ok"``, ``"weak"`` (separation not significant) or ``"undefined"``; ``reason`` says why;
     - ``position``: which tokens were used (``"instruction"`` or ``"template-1"``, the last template token, ...).
 

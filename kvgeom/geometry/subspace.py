@@ -291,7 +291,7 @@ def _direction(
 ) -> Direction:
     gaps = difference_of_means(x, harmful)
     defined = defined_at(x, harmful) & np.isin(names, tried)
-    found = {index: separation(x[:, index], harmful) for index in map(int, np.flatnonzero(defined))}
+    found = {index: separation(x[:, index], harmful, draws=0) for index in map(int, np.flatnonzero(defined))}
     if not found:
         index = list(names).index(tried[0])
         return Direction(tried[0], gaps[index], np.zeros((len(gaps[index]), k)), Separation(0.5, 1.0, 0.0), False)
@@ -301,4 +301,5 @@ def _direction(
     else:
         basis = estimate(x[:, best], harmful, method, k)
     gap = difference_of_winsorized_means(x[:, best], harmful) if method == "winsorized" else gaps[best]
-    return Direction(list(names)[best], gap.astype(np.float64), basis.astype(np.float64), found[best], True)
+    best_separation = separation(x[:, best], harmful)
+    return Direction(list(names)[best], gap.astype(np.float64), basis.astype(np.float64), best_separation, True)

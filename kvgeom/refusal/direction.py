@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import mannwhitneyu
+from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
 from kvgeom.errors import InputError
 
@@ -29,7 +29,7 @@ class Separation:
     auroc : float
         Area under the ROC curve of the held-out projections; 0.5 is chance.
     p : float
-        One-sided Mann-Whitney p-value of the same projections.
+        Share of random labelings, the true one among them, with an AUROC as high (one-sided permutation test).
     effect : float
         Gap between the classes over their pooled standard deviation (d'), of the same projections.
     """
@@ -127,12 +127,11 @@ def logistic_weights(
     u, s, basis = np.linalg.svd(centred, full_matrices=False)
     scores = u * (s / max(float(np.sqrt((s**2).mean() / len(s))), np.finfo(float).tiny))
     if strength is None:
-        folds = min(5, int(harmful.sum()), int((~harmful).sum()))
         search = GridSearchCV(
             LogisticRegression(max_iter=2000),
             {"C": np.logspace(-4, 2, 4)},
             scoring="neg_log_loss",
-            cv=StratifiedKFold(folds, shuffle=True, random_state=seed),
+            cv=PredefinedSplit(folds_of(harmful, 5, seed)),
         ).fit(scores, harmful)
         probe, strength = search.best_estimator_, float(search.best_params_["C"])
     else:
@@ -250,34 +249,97 @@ def bootstrap(
     return (whole if basis is None else whole @ basis), cosines
 
 
-def separation(features: Floats, harmful: NDArray[np.bool_], *, folds: int = 5, seed: int = 0) -> Separation:
-    """Cross-validated separation along the difference of means.
+def folds_of(harmful: NDArray[np.bool_], folds: int, seed: int = 0) -> NDArray[np.int64]:
+    """Which fold of a cross-validation each request is in; the n-th of both classes are in the same one.
+
+    Requests often come as twins that differ in what is harmful and share everything else. A request whose twin is among
+    those that a direction is computed from lies on the twin's side of it: with nothing to be found, AUROC is then far
+    below 0.5.
+
+    Parameters
+    ----------
+    harmful : bool array [prompts]
+    folds : int
+        At most the number of prompts of the smaller class; all are of equal size, up to one prompt of each class.
+    seed : int
+        Shuffles prompts into folds.
+
+    Returns
+    -------
+    int array [prompts]
+    """
+    few, many = sorted((int(harmful.sum()), int((~harmful).sum())))
+    rng, folds = np.random.default_rng(seed), min(folds, few)
+    fold = np.concatenate([rng.permutation(few), rng.permutation(many - few)]) % folds
+    found: NDArray[np.int64] = fold[_place(harmful)]
+    return found
+
+
+def separation(
+    features: Floats, harmful: NDArray[np.bool_], *, folds: int = 5, draws: int = 999, seed: int = 0
+) -> Separation:
+    """Cross-validated separation along the difference of means, held against chance.
 
     Every prompt is projected on the unit direction from the other folds, measured from the midpoint of
-    their class means, so that projections of different folds can be ranked together.
+    their class means, so that projections of different folds can be ranked together. They share prompts, so a test that
+    takes them for independent would be wrong; chance is what the same computation finds when labels are dealt anew,
+    within the pair where classes are of one size and within the fold where they are not.
 
     Parameters
     ----------
     features : array [prompts, channels]
     harmful : bool array [prompts]
     folds : int
-        At most the number of prompts of the smaller class.
+        At most the number of prompts of the smaller class; see :func:`folds_of`.
+    draws : int
+        How often labels are dealt; with 0 there is no p-value.
     seed : int
-        Shuffles prompts into folds.
+        Of folds and labels.
     """
-    scores = np.empty(len(features))
-    folds = min(folds, int(harmful.sum()), int((~harmful).sum()))
-    for train, test in StratifiedKFold(folds, shuffle=True, random_state=seed).split(features, harmful):
-        bad, good = features[train][harmful[train]].mean(0), features[train][~harmful[train]].mean(0)
-        norm = np.linalg.norm(bad - good)
-        direction = (bad - good) / norm if norm > 0 else bad - good
-        scores[test] = (features[test] - (bad + good) / 2) @ direction
-    bad_scores, good_scores = scores[harmful], scores[~harmful]
-    u, p = mannwhitneyu(bad_scores, good_scores, alternative="greater")
-    spread = np.sqrt((bad_scores.var() + good_scores.var()) / 2)
-    gap = bad_scores.mean() - good_scores.mean()
+    fold = folds_of(harmful, folds, seed)
+    if draws and len(features) < features.shape[1]:
+        # Projections on differences of rows are the same in the span of the rows.
+        u, s, _ = np.linalg.svd(features - features.mean(0), full_matrices=False)
+        features = u * s
+    paired = 2 * int(harmful.sum()) == len(harmful)
+    labels = np.vstack([harmful, _dealt(harmful, _place(harmful) if paired else fold, draws, seed)])
+    scores = _held_out(features, labels, fold)
+    ranks, positives = rankdata(scores, axis=1), int(harmful.sum())
+    wins = (ranks * labels).sum(1) - positives * (positives + 1) / 2
+    auroc = wins / (positives * (len(harmful) - positives))
+    bad, good = scores[0, harmful], scores[0, ~harmful]
+    spread = np.sqrt((bad.var() + good.var()) / 2)
     return Separation(
-        auroc=float(u / (len(bad_scores) * len(good_scores))),
-        p=float(p),
-        effect=float(gap / spread) if spread > 0 else 0.0,
+        auroc=float(auroc[0]),
+        p=float((auroc >= auroc[0]).mean()) if draws else float("nan"),
+        effect=float((bad.mean() - good.mean()) / spread) if spread > 0 else 0.0,
     )
+
+
+def _place(harmful: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Which of its class each prompt is, from 0."""
+    found: NDArray[np.int64] = np.where(harmful, harmful.cumsum(), (~harmful).cumsum()) - 1
+    return found
+
+
+def _dealt(harmful: NDArray[np.bool_], group: NDArray[np.int64], draws: int, seed: int) -> NDArray[np.bool_]:
+    """The labels of each group in random order, ``[draws, prompts]``."""
+    chance = np.random.default_rng(seed).random((draws, len(harmful)))
+    labels = np.empty((draws, len(harmful)), dtype=bool)
+    order = np.lexsort((chance, np.broadcast_to(group, chance.shape)))
+    np.put_along_axis(labels, order, harmful[np.argsort(group, kind="stable")][None], axis=1)
+    return labels
+
+
+def _held_out(features: Floats, labels: NDArray[np.bool_], fold: NDArray[np.int64]) -> Floats:
+    """Projections ``[labelings, prompts]`` of ``features`` ``[prompts, channels]`` under each row of ``labels``."""
+    scores = np.zeros(labels.shape)
+    for held_out in np.unique(fold):
+        test = fold == held_out
+        bad, good = (((labels == harmful) & ~test).astype(float) for harmful in (True, False))
+        bad_mean, good_mean = (rows @ features / rows.sum(1, keepdims=True) for rows in (bad, good))
+        gap, middle = bad_mean - good_mean, (bad_mean + good_mean) / 2
+        size = np.linalg.norm(gap, axis=1, keepdims=True)
+        along = gap @ features[test].T - (gap * middle).sum(1, keepdims=True)
+        scores[:, test] = np.divide(along, size, out=np.zeros_like(along), where=size > 0)
+    return scores
