@@ -299,8 +299,7 @@ def separation(
     fold = folds_of(harmful, folds, seed)
     if draws and len(features) < features.shape[1]:
         # Projections on differences of rows are the same in the span of the rows.
-        u, s, _ = np.linalg.svd(features - features.mean(0), full_matrices=False)
-        features = u * s
+        features = np.linalg.qr((features - features.mean(0)).T).R.T
     paired = 2 * int(harmful.sum()) == len(harmful)
     labels = np.vstack([harmful, _dealt(harmful, _place(harmful) if paired else fold, draws, seed)])
     scores = _held_out(features, labels, fold)
