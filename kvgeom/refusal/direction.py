@@ -260,7 +260,8 @@ def folds_of(harmful: NDArray[np.bool_], folds: int, seed: int = 0) -> NDArray[n
     ----------
     harmful : bool array [prompts]
     folds : int
-        At most the number of prompts of the smaller class; all are of equal size, up to one prompt of each class.
+        At most the number of prompts of the smaller class. Numbers of a class in two folds differ by one at most, and by
+        two in the larger class.
     seed : int
         Shuffles prompts into folds.
 
