@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+#: Rows of a frame that a notebook shows of a result.
+SHOWN_ROWS = 12
+
+
 @dataclass(frozen=True, repr=False)
 class Result:
     """A frozen result: an :class:`xarray.Dataset` with named dimensions, and its provenance.
@@ -34,10 +38,45 @@ class Result:
     meta: dict[str, Any] = field(default_factory=dict)
 
     kind: ClassVar[str] = "result"
+    #: Frames by name, each with the dimensions of its rows, the main one first; empty: one frame over all dimensions.
+    tables: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
-    def to_frame(self) -> pd.DataFrame:
-        """The numbers as a pandas frame, one row for each combination of coordinates."""
-        return self.data.to_dataframe().reset_index()
+    def to_frame(self, table: str | None = None) -> pd.DataFrame:
+        """The numbers as a tidy pandas frame.
+
+        Parameters
+        ----------
+        table : str, optional
+            One of :attr:`tables`; the main one by default. It has a row for each combination of its dimensions and a
+            column for each variable over just these, or over some of them and no table of their own.
+
+        Raises
+        ------
+        InputError
+            If there is no table of that name.
+        """
+        part = self._part(table)
+        dims = self.tables[table or next(iter(self.tables))] if self.tables else tuple(map(str, part.dims))
+        return part.to_dataframe(dim_order=list(dims)).reset_index()
+
+    def _part(self, table: str | None = None) -> xr.Dataset:
+        """The variables of one table."""
+        if not self.tables:
+            if table is not None:
+                raise InputError(f"unknown table {table!r}; {type(self).__name__} has only one: to_frame()")
+            return self.data
+        if table is None:
+            table = next(iter(self.tables))
+        if table not in self.tables:
+            raise InputError(f"unknown table {table!r}; choose from {', '.join(self.tables)}")
+        dims = self.tables[table]
+        others = [{*own} for own in self.tables.values()]
+        names = [
+            name
+            for name, variable in self.data.data_vars.items()
+            if {*variable.dims} == {*dims} or ({*variable.dims} <= {*dims} and {*variable.dims} not in others)
+        ]
+        return self.data[names]
 
     def records(self) -> list[dict[str, Any]]:
         """The numbers as one dict for each combination of coordinates."""
@@ -100,7 +139,15 @@ class Result:
         return f"<{type(self).__name__} {self.summary()}>"
 
     def _repr_html_(self) -> str:
-        return f"<p><b>{type(self).__name__}</b> {html.escape(self.summary())}</p>{self.to_frame().head(12).to_html()}"
+        """Summary and first rows: a notebook shows a result for nothing, however large it is."""
+        head = self._part()
+        room = SHOWN_ROWS
+        for dim in reversed(list(self.tables.values())[0] if self.tables else [str(dim) for dim in head.dims]):
+            head = head.isel({dim: slice(0, max(room, 1))})
+            room //= max(head.sizes[dim], 1)
+        shown = head.to_dataframe().reset_index().head(SHOWN_ROWS).to_html()
+        more = f"<p>to_frame(...) has the tables {html.escape(', '.join(self.tables))}</p>" if self.tables else ""
+        return f"<p><b>{type(self).__name__}</b> {html.escape(self.summary())}</p>{shown}{more}"
 
 
 def plain(value: Any) -> Any:

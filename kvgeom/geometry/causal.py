@@ -181,6 +181,10 @@ class FirstOrder(Result):
     """
 
     kind: ClassVar[str] = "first-order"
+    tables: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "layers": ("prompt", "layer", "site"),
+        "channels": ("layer", "site", "channel"),
+    }
 
     @property
     def by_layer(self) -> xr.DataArray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -39,9 +39,18 @@ class Directions(Result):
       layer, resid_channel): unit vectors, zero where undefined;
     - ``score`` over (estimator, position, layer, site, prompt): projection of every prompt, in units of the vectors;
       ``harmful`` over (prompt).
+
+    ``to_frame()`` has a row for each method, position, layer and site; ``to_frame("scores")``, ``to_frame("channels")`` and
+    ``to_frame("resid_channels")`` have the others.
     """
 
     kind: ClassVar[str] = "directions"
+    tables: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "layers": ("estimator", "position", "layer", "site"),
+        "scores": ("estimator", "position", "layer", "site", "prompt"),
+        "channels": ("estimator", "position", "layer", "kv", "channel"),
+        "resid_channels": ("estimator", "position", "layer", "resid_channel"),
+    }
 
     def vectors(self, site: str, method: str = "mean", position: str | None = None) -> NDArray[np.float64]:
         """Unit directions of all layers, ``[layers, channels]``; the first position by default."""

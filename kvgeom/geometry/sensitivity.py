@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -56,10 +56,20 @@ class Sensitivity(Result):
     ``channel_magnitude`` (root mean square of x), ``channel_noise`` (root mean square of e) and
     ``channel_loading`` (squared component of the safety direction; sums to 1). See :meth:`channels`.
 
+    ``to_frame()`` has a row for each layer and site; ``to_frame("heads")``, ``to_frame("channels")``,
+    ``to_frame("resid_channels")`` and ``to_frame("contrasts")`` have the others.
+
     ``meta`` holds ``scheme``, ``placement``, ``kv_heads``, ``head_dim``, ``prompts`` and ``k``.
     """
 
     kind: ClassVar[str] = "sensitivity"
+    tables: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "layers": ("layer", "site"),
+        "heads": ("layer", "kv", "head"),
+        "channels": ("layer", "kv", "channel"),
+        "resid_channels": ("layer", "resid_channel"),
+        "contrasts": ("contrast", "layer", "site"),
+    }
 
     def channels(self, site: str) -> xr.Dataset:
         """The per-channel variables of one site: ``ratio``, ``magnitude``, ``noise``, ``loading`` (layer, channel)."""

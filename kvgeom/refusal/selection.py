@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -100,6 +100,10 @@ class Selection(Result):
     """
 
     kind: ClassVar[str] = "selection"
+    tables: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "candidates": ("layer", "position"),
+        "channels": ("layer", "position", "channel"),
+    }
 
     @property
     def chosen(self) -> tuple[int, str] | None:

@@ -85,8 +85,7 @@ class Audit:
         layers = [_ci(row) for row in self.scan.to_frame().to_dict("records")]
         for row in layers:
             row["margin_ci"] = [row.pop("margin_low"), row.pop("margin_high")]
-        names = [name for name, variable in self.sensitivity.data.items() if variable.dims == ("layer", "site")]
-        sensitivity = self.sensitivity.data[names].to_dataframe().reset_index().to_dict("records")
+        sensitivity = self.sensitivity.records()
         content: dict[str, Any] = plain(
             {
                 "schema_version": SCHEMA_VERSION,

@@ -178,7 +178,7 @@ def _sensitivity_table(audit: Audit) -> pd.DataFrame:
         "status",
         "position",
     ]
-    return audit.sensitivity.data[names].to_dataframe().reset_index()[["layer", "site", *names]]
+    return audit.sensitivity.to_frame()[["layer", "site", *names]]
 
 
 def _provenance(audit: Audit) -> list[tuple[str, str]]:

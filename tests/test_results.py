@@ -1,0 +1,173 @@
+"""Results as frames and in a notebook, at the shapes of real models."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import resource
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+
+import kvgeom
+from kvgeom.errors import InputError
+from kvgeom.models.hf import HFModel
+from kvgeom.results import SHOWN_ROWS, Result
+from tests.tiny import tiny_model
+
+#: Builds results with the dimensions of an 8B model, and shows them as a notebook does.
+SHAPED = """
+import numpy as np, xarray as xr
+from kvgeom.geometry.directions import Directions
+from kvgeom.geometry.sensitivity import Sensitivity
+
+LAYERS, HEADS, CHANNELS, D_MODEL, CONTRASTS, PROMPTS = 32, 8, 1024, 4096, {contrasts}, 64
+sites, kv = ["k", "v", "resid"], ["k", "v"]
+rng = np.random.default_rng(0)
+data = xr.Dataset(
+    {{
+        "ratio": (("layer", "site"), rng.random((LAYERS, 3))),
+        "head_ratio": (("layer", "kv", "head"), rng.random((LAYERS, 2, HEADS))),
+        "channel_ratio": (("layer", "kv", "channel"), rng.random((LAYERS, 2, CHANNELS))),
+        "resid_channel_ratio": (("layer", "resid_channel"), rng.random((LAYERS, D_MODEL))),
+        "contrast_ratio": (("contrast", "layer", "site"), rng.random((CONTRASTS, LAYERS, 3))),
+    }},
+    coords={{"layer": range(LAYERS), "site": sites, "kv": kv, "contrast": [f"c{{n}}" for n in range(CONTRASTS)]}},
+)
+found = Sensitivity(data, {{"scheme": "int3-sym-tensor"}})
+assert len(found._repr_html_()) < 20_000 and "int3" in repr(found)
+rows = {{name: len(found.to_frame(name)) for name in found.tables}}
+assert rows == {{
+    "layers": 96, "heads": 512, "channels": 65536, "resid_channels": 131072, "contrasts": CONTRASTS * 96
+}}, rows
+
+shape = (4, 2, LAYERS)
+directions = Directions(
+    xr.Dataset(
+        {{
+            "stability": (("estimator", "position", "layer", "site"), rng.random((*shape, 3))),
+            "direction_kv": (("estimator", "position", "layer", "kv", "channel"), np.ones((*shape, 2, CHANNELS), "f4")),
+            "direction_resid": (("estimator", "position", "layer", "resid_channel"), np.ones((*shape, D_MODEL), "f4")),
+            "score": (("estimator", "position", "layer", "site", "prompt"), np.ones((*shape, 3, PROMPTS), "f4")),
+            "harmful": ("prompt", np.arange(PROMPTS) < 32),
+        }},
+        coords={{"estimator": list("abcd"), "position": ["x", "y"], "layer": range(LAYERS), "site": sites, "kv": kv}},
+    ),
+    {{}},
+)
+assert len(directions._repr_html_()) < 20_000
+assert len(directions.to_frame()) == 4 * 2 * LAYERS * 3 and "harmful" in directions.to_frame("scores")
+"""
+
+
+@pytest.mark.parametrize("contrasts", [19, 0])
+def test_results_of_a_real_model_fit_into_memory(contrasts: int) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))
+
+    code = textwrap.dedent(SHAPED).format(contrasts=contrasts)
+    done = subprocess.run(  # the product of all dimensions would take hundreds of gigabytes
+        [sys.executable, "-c", code], preexec_fn=limit, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> HFModel:
+    return tiny_model("qwen2")
+
+
+def test_tables_hold_what_the_dataset_holds(tiny: HFModel) -> None:
+    space = kvgeom.subspace(tiny, kvgeom.calibration().take(4), progress=False)
+    for found in (space.sensitivity(progress=False), space.sensitivity(contrasts=(), progress=False)):
+        assert list(found.to_frame().columns[:2]) == ["layer", "site"]
+        assert len(found.to_frame()) == 3 * 3
+        held = set()
+        for table, dims in found.tables.items():
+            frame = found.to_frame(table)
+            held |= {*frame.columns}
+            assert list(frame.columns[: len(dims)]) == list(dims)
+            indexed = frame.set_index(list(dims))
+            for variable in {*frame.columns} & {*map(str, found.data.data_vars)}:
+                values = found.data[variable].transpose(*dims)
+                assert (indexed[variable].to_xarray().transpose(*dims).shape == values.shape) or values.size == 0
+                for index in np.ndindex(*values.shape[:2]):
+                    cell = values[index].values.ravel()[0]
+                    at = [values[dim].values[i] for dim, i in zip(dims, index, strict=False)]
+                    row = indexed.loc[tuple(at)] if len(at) == len(dims) else indexed.loc[tuple(at)].iloc[0]
+                    assert row[variable] == cell or (cell != cell and row[variable] != row[variable])
+        assert {*map(str, found.data.data_vars)} <= held
+        with pytest.raises(InputError, match="unknown table 'nonsense'; choose from layers, heads"):
+            found.to_frame("nonsense")
+
+
+SETUP = """
+import kvgeom
+from kvgeom.diagnosis.curve import over_refusal
+from kvgeom.geometry.attention import attention_error
+from kvgeom.geometry.causal import first_order, patch_layers
+from kvgeom.geometry.directions import opening_tokens
+from kvgeom.organisms import Size, plant, tiny_model
+from kvgeom.refusal.selection import steer
+
+size = Size(3)
+model = plant(tiny_model(size), "outlier-crushes-safety", seed=5, prompts=size.prompts("train").take(24)).model
+asked, quiet = size.prompts().take(8), {"progress": False}
+fixed = kvgeom.fix(
+    model, bits=3, scheme="sym-tensor", prompts=asked, verify_prompts=size.prompts("train").take(4), max_new_tokens=12,
+    memory=0.2, controls=1, **quiet,
+)
+space, int3 = kvgeom.subspace(model, asked, **quiet), kvgeom.Scheme(3)
+openings = opening_tokens(model, space.harmful, **quiet)
+selection = space.select(validation=2, tokens=openings, max_kl=1e6, min_induce=-1e6, **quiet)
+"""
+#: The last line of a cell, for every kind of result.
+SHOWN = {
+    "Ablation": "fixed.diagnosis.ablation",
+    "AttentionError": "attention_error(model, space.harmful[:2], int3, **quiet)",
+    "Curve": "fixed.diagnosis.curve",
+    "Directions": "space.compare(samples=2, **quiet)",
+    "FirstOrder": "first_order(model, space.harmful[:2], int3, openings, **quiet)",
+    "LayerSelection": "fixed.plan.selection",
+    "Outcomes": "fixed.diagnosis.outcomes",
+    "OverRefusal": "over_refusal(fixed.diagnosis.baseline, bits=[4], **quiet)",
+    "Patching": "patch_layers(model, space.harmful[:2], [int3], openings, **quiet)",
+    "Scan": "fixed.diagnosis.scan",
+    "Search": "fixed.plan.search",
+    "Selection": "selection",
+    "Sensitivity": "space.sensitivity(**quiet)",
+    "Steering": "steer(model, selection.direction, selection.layer, space.harmful[:2], space.harmless[:2], **quiet)",
+    "Verification": "fixed.verification",
+}
+#: Others that a cell may end with.
+ALSO = ("fixed", "fixed.diagnosis", "fixed.plan", "space", "kvgeom.subspace(model, asked, **quiet).sensitivity(**quiet)")
+
+
+def test_every_result_shows_itself_in_a_notebook(trained: HFModel, tmp_path: Path) -> None:
+    for found in pkgutil.walk_packages(kvgeom.__path__, "kvgeom."):
+        if not found.name.endswith("__main__"):
+            importlib.import_module(found.name)
+    shipped = {found.__name__ for found in Result.__subclasses__() if found.__module__.startswith("kvgeom.")}
+    assert shipped == {*SHOWN}
+    lines = [*SHOWN.values(), *ALSO]
+    # A bar and figures too, which need packages of the notebook's side.
+    lines += ["space.sensitivity(contrasts=(), **quiet).plot().show()", "kvgeom.subspace(model, asked).k"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in (SETUP, *lines)])
+    NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=str(tmp_path))
+    cells = dict(zip(lines, notebook.cells[1:], strict=True))
+    for name, line in SHOWN.items():
+        (shown,) = [output for output in cells[line].outputs if output.output_type == "execute_result"]
+        assert f"<b>{name}</b>" in shown.data["text/html"]
+        assert shown.data["text/html"].count("<tr") <= SHOWN_ROWS + 4
+    for line in ALSO:
+        assert [output for output in cells[line].outputs if output.output_type == "execute_result"]
+    drawn, bars = (cells[line].outputs for line in lines[-2:])
+    assert any("application/vnd.plotly.v1+json" in output.get("data", {}) for output in drawn)
+    assert any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in bars)
+    assert not any("TqdmWarning" in str(output) for cell in notebook.cells for output in cell.outputs)
