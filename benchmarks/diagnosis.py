@@ -23,21 +23,21 @@ import numpy as np
 from torch import Tensor
 
 import kvgeom
-from kvgeom.diagnosis.ablation import channel_magnitudes, channel_subsets
-from kvgeom.diagnosis.baseline import Baseline
-from kvgeom.diagnosis.drafts import Answer, generated, verified
-from kvgeom.diagnosis.evaluate import evaluate
-from kvgeom.diagnosis.outcomes import Outcomes
-from kvgeom.diagnosis.scan import scan_of, single_layers
-from kvgeom.diagnosis.widths import at_widths, width_recipes
+from kvgeom.behaviour.ablation import channel_magnitudes, channel_subsets
+from kvgeom.behaviour.scan import scan_of, single_layers
+from kvgeom.behaviour.widths import at_widths, width_recipes
+from kvgeom.evaluation.baseline import Baseline
+from kvgeom.evaluation.evaluate import evaluate
+from kvgeom.evaluation.outcomes import Outcomes
+from kvgeom.evaluation.speculative import Answer, generated, verified
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.placement import Placement
+from kvgeom.quant.quantizer import Rounder
 from kvgeom.quant.recipe import Recipe
-from kvgeom.quant.rounder import Rounder
 from kvgeom.quant.scheme import Scheme
 
 #: The module, in which a function is replaced while recipes are noted.
-evaluation: Any = importlib.import_module("kvgeom.diagnosis.evaluate")
+evaluation: Any = importlib.import_module("kvgeom.evaluation.evaluate")
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ import torch
 from transformers import DynamicCache
 
 import kvgeom
-from kvgeom.quant.presets import presets, resolve
-from kvgeom.quant.rounder import Rounder
-from kvgeom.quant.rounding import round_kv
+from kvgeom.engines.registry import presets, resolve
+from kvgeom.quant.fake_quantize import round_kv
+from kvgeom.quant.quantizer import Rounder
 from kvgeom.quant.scheme import Scheme
 
 SCHEMES = [

@@ -11,34 +11,34 @@ from typing import TYPE_CHECKING, Any
 from kvgeom.errors import DownloadError, InputError, KvgeomError, ModelError
 
 if TYPE_CHECKING:
-    from kvgeom.diagnosis.baseline import baseline
     from kvgeom.diagnosis.diagnose import diagnose
-    from kvgeom.diagnosis.evaluate import evaluate
+    from kvgeom.evaluation.baseline import baseline
+    from kvgeom.evaluation.evaluate import evaluate
     from kvgeom.geometry.subspace import subspace
+    from kvgeom.judges.classifiers import classifier
+    from kvgeom.judges.judge import KeywordJudge
     from kvgeom.mitigation.plan import Plan
     from kvgeom.models.load import load
     from kvgeom.prompts.sets import PromptSet, calibration, load_prompts
     from kvgeom.quant.placement import Placement
     from kvgeom.quant.recipe import Recipe
     from kvgeom.quant.scheme import Scheme
-    from kvgeom.refusal.classifiers import classifier
-    from kvgeom.refusal.judge import KeywordJudge
     from kvgeom.report.audit import audit
     from kvgeom.report.fix import fix
 
 _HOMES = {
-    "KeywordJudge": "kvgeom.refusal.judge",
+    "KeywordJudge": "kvgeom.judges.judge",
     "Placement": "kvgeom.quant.placement",
     "Plan": "kvgeom.mitigation.plan",
     "PromptSet": "kvgeom.prompts.sets",
     "Recipe": "kvgeom.quant.recipe",
     "Scheme": "kvgeom.quant.scheme",
     "audit": "kvgeom.report.audit",
-    "baseline": "kvgeom.diagnosis.baseline",
+    "baseline": "kvgeom.evaluation.baseline",
     "calibration": "kvgeom.prompts.sets",
-    "classifier": "kvgeom.refusal.classifiers",
+    "classifier": "kvgeom.judges.classifiers",
     "diagnose": "kvgeom.diagnosis.diagnose",
-    "evaluate": "kvgeom.diagnosis.evaluate",
+    "evaluate": "kvgeom.evaluation.evaluate",
     "fix": "kvgeom.report.fix",
     "load": "kvgeom.models.load",
     "load_prompts": "kvgeom.prompts.sets",

@@ -142,7 +142,7 @@ class Result:
         """Summary and first rows: a notebook shows a result for nothing, however large it is."""
         head = self._part()
         room = SHOWN_ROWS
-        for dim in reversed(list(self.tables.values())[0] if self.tables else [str(dim) for dim in head.dims]):
+        for dim in reversed(next(iter(self.tables.values())) if self.tables else [str(dim) for dim in head.dims]):
             head = head.isel({dim: slice(0, max(room, 1))})
             room //= max(head.sizes[dim], 1)
         shown = head.to_dataframe().reset_index().head(SHOWN_ROWS).to_html()

@@ -8,7 +8,7 @@ from hypothesis import settings
 from kvgeom.models.hf import HFModel
 from kvgeom.models.model import Model
 from kvgeom.organisms import MODES, Organism, Size, plant, tiny_model
-from tests.tiny import tiny_hf_model, tiny_tokenizer, write_tiny_gguf
+from tests.builders.tiny import tiny_hf_model, tiny_tokenizer, write_tiny_gguf
 
 # A property that takes long once, because torch warms up, has not failed.
 settings.register_profile("kvgeom", deadline=None, print_blob=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvgeom.cli import main
-from tests.tiny import tiny_hf_model, tiny_tokenizer
+from tests.builders.tiny import tiny_hf_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 import kvgeom
 from kvgeom.prompts.sets import PromptSet
-from tests.tiny import tiny_model
+from tests.builders.tiny import tiny_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -19,7 +19,7 @@ import kvgeom
 from kvgeom.errors import InputError
 from kvgeom.models.hf import HFModel
 from kvgeom.results import SHOWN_ROWS, Result
-from tests.tiny import tiny_model
+from tests.builders.tiny import tiny_model
 
 #: Builds results with the dimensions of an 8B model, and shows them as a notebook does.
 SHAPED = """
@@ -109,12 +109,12 @@ def test_tables_hold_what_the_dataset_holds(tiny: HFModel) -> None:
 
 SETUP = """
 import kvgeom
-from kvgeom.diagnosis.curve import over_refusal
+from kvgeom.behaviour.curve import over_refusal
 from kvgeom.geometry.attention import attention_error
 from kvgeom.geometry.causal import first_order, patch_layers
 from kvgeom.geometry.directions import opening_tokens
 from kvgeom.organisms import Size, plant, tiny_model
-from kvgeom.refusal.selection import steer
+from kvgeom.geometry.selection import steer
 
 size = Size(3)
 model = plant(tiny_model(size), "outlier-crushes-safety", seed=5, prompts=size.prompts("train").take(24)).model
@@ -146,7 +146,13 @@ SHOWN = {
     "Verification": "fixed.verification",
 }
 #: Others that a cell may end with.
-ALSO = ("fixed", "fixed.diagnosis", "fixed.plan", "space", "kvgeom.subspace(model, asked, **quiet).sensitivity(**quiet)")
+ALSO = (
+    "fixed",
+    "fixed.diagnosis",
+    "fixed.plan",
+    "space",
+    "kvgeom.subspace(model, asked, **quiet).sensitivity(**quiet)",
+)
 
 
 def test_every_result_shows_itself_in_a_notebook(trained: HFModel, tmp_path: Path) -> None:

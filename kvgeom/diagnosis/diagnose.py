@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvgeom.diagnosis.ablation import (
+from kvgeom.behaviour.ablation import (
     Ablation,
     ablation_of,
     channel_magnitudes,
@@ -18,31 +18,31 @@ from kvgeom.diagnosis.ablation import (
     is_channel_subset,
     whole_cache,
 )
-from kvgeom.diagnosis.baseline import Baseline, baseline
-from kvgeom.diagnosis.curve import Curve, bit_width_curve, curve_of
-from kvgeom.diagnosis.evaluate import evaluate
-from kvgeom.diagnosis.outcomes import Outcomes
-from kvgeom.diagnosis.pcr import PCR, pcr_of
-from kvgeom.diagnosis.scan import Scan, scan_of, single_layers
+from kvgeom.behaviour.curve import Curve, bit_width_curve, curve_of
+from kvgeom.behaviour.pcr import PCR, pcr_of
+from kvgeom.behaviour.scan import Scan, scan_of, single_layers
+from kvgeom.behaviour.widths import at_widths, width_recipes
+from kvgeom.diagnosis.evidence import FlipTable, evidence_from, shares
 from kvgeom.diagnosis.taxonomy import Evidence, Mode, classify
-from kvgeom.diagnosis.verdicts import FlipTable, evidence_from, shares
-from kvgeom.diagnosis.widths import at_widths, width_recipes
+from kvgeom.evaluation.baseline import Baseline, baseline
+from kvgeom.evaluation.evaluate import evaluate
+from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.geometry.channels import channel_view
 from kvgeom.geometry.sensitivity import Sensitivity
 from kvgeom.geometry.subspace import subspace
+from kvgeom.judges.judge import Judge
 from kvgeom.models.load import load
 from kvgeom.models.model import Model
 from kvgeom.prompts.sets import PromptSet, calibration, perplexity_text
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
-from kvgeom.refusal.judge import Judge
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from kvgeom.judges.classifiers import ClassifierJudge
     from kvgeom.mitigation.plan import Plan
-    from kvgeom.refusal.classifiers import ClassifierJudge
 
 #: Name of the recipe that keeps the worst layer.
 SPARED = "worst layer kept"
@@ -215,7 +215,7 @@ def diagnose(
     scheme : Scheme or str, optional
         Of the curve: asymmetric per-token by default; also an engine's preset, such as ``"kivi"``.
     curve_bits : sequence of int, optional
-        Widths of the curve; see :func:`~kvgeom.diagnosis.curve.bit_width_curve`.
+        Widths of the curve; see :func:`~kvgeom.behaviour.curve.bit_width_curve`.
     bits : int
         Of layer scan, ablations and PCR, which round symmetric per-tensor as the paper's released code does.
     placement : Placement, optional

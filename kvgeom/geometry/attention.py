@@ -16,7 +16,7 @@ from kvgeom.errors import InputError
 from kvgeom.models.model import AttentionRule, EncodedPrompt, Model
 from kvgeom.models.rope import rotate
 from kvgeom.progress import track
-from kvgeom.quant.rounding import round_kv
+from kvgeom.quant.fake_quantize import round_kv
 from kvgeom.quant.scheme import Scheme
 from kvgeom.results import Result
 

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from kvgeom.errors import InputError
+from kvgeom.evaluation.margin import margin
 from kvgeom.models.memory import in_batches, rows_that_fit
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import bar, track
 from kvgeom.quant.placement import Placement
+from kvgeom.quant.quantizer import Rounder
 from kvgeom.quant.recipe import Recipe
-from kvgeom.quant.rounder import Rounder
 from kvgeom.quant.scheme import Scheme
-from kvgeom.refusal.margin import margin
 from kvgeom.results import Result
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def patch_layers(
     schemes : sequence of Scheme, or mapping of name to Scheme or Recipe
         Of a recipe each layer is taken alone, with its own schemes for keys and values.
     refusal_tokens : iterable of int
-        The set R of :func:`kvgeom.refusal.margin.refusal_tokens`; without any the margins are NaN.
+        The set R of :func:`kvgeom.evaluation.margin.refusal_tokens`; without any the margins are NaN.
     placement : Placement, optional
     direction : array [d_model], optional
         Refusal direction in the residual stream after the last layer, for ``resid_alignment``.

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvgeom.errors import InputError
-from kvgeom.geometry.capture import SITES, Tape
-from kvgeom.quant.rounding import round_kv
+from kvgeom.geometry.activations import SITES, Tape
+from kvgeom.quant.fake_quantize import round_kv
 from kvgeom.quant.scheme import Scheme
 
 if TYPE_CHECKING:

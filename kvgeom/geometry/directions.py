@@ -11,15 +11,15 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from kvgeom.errors import InputError
-from kvgeom.geometry.capture import SITES, site_width
+from kvgeom.evaluation.margin import refusal_tokens
+from kvgeom.evaluation.respond import respond
+from kvgeom.geometry.activations import SITES, site_width
+from kvgeom.geometry.estimators import METHODS, bootstrap, difference_of_means, separation
+from kvgeom.geometry.selection import Selection, judged, select
 from kvgeom.geometry.subspace import Subspace, defined_at
+from kvgeom.judges.judge import Judge, KeywordJudge
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import bar, track
-from kvgeom.refusal.direction import METHODS, bootstrap, difference_of_means, separation
-from kvgeom.refusal.judge import Judge, KeywordJudge
-from kvgeom.refusal.margin import refusal_tokens
-from kvgeom.refusal.respond import respond
-from kvgeom.refusal.selection import Selection, judged, select
 from kvgeom.results import Result
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def compare(
     ----------
     space : Subspace
     methods : sequence of str, optional
-        All of :data:`kvgeom.refusal.direction.METHODS` by default.
+        All of :data:`kvgeom.geometry.estimators.METHODS` by default.
     positions : sequence of str, optional
         The last template token and the instruction by default: one of each position class.
     samples : int
@@ -237,7 +237,7 @@ def select_direction(
     judge : Judge, optional
         Labels those responses.
     **options
-        ``max_kl``, ``min_induce``, ``last_layers``, ``batch_size``: see :func:`kvgeom.refusal.selection.select`.
+        ``max_kl``, ``min_induce``, ``last_layers``, ``batch_size``: see :func:`kvgeom.geometry.selection.select`.
 
     Raises
     ------

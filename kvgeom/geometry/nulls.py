@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kvgeom.geometry.capture import Tape
+from kvgeom.geometry.activations import Tape
 from kvgeom.geometry.subspace import Subspace, fit
 from kvgeom.prompts.sets import PromptSet
 

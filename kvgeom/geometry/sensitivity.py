@@ -12,11 +12,11 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from kvgeom.errors import InputError
-from kvgeom.geometry.capture import SITES, site_width, tokens_at
+from kvgeom.geometry.activations import SITES, site_width, tokens_at
 from kvgeom.geometry.nulls import contrast_spaces, random_bases
 from kvgeom.progress import track
 from kvgeom.prompts.sets import PromptSet, concept_contrasts
-from kvgeom.quant.rounding import round_kv
+from kvgeom.quant.fake_quantize import round_kv
 from kvgeom.quant.scheme import Scheme
 from kvgeom.results import Result
 

@@ -10,12 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvgeom.errors import InputError
-from kvgeom.geometry.capture import SITES, Tape
-from kvgeom.models.load import load
-from kvgeom.models.model import EncodedPrompt, Model
-from kvgeom.prompts.sets import PromptSet, calibration
-from kvgeom.quant.placement import Placement
-from kvgeom.refusal.direction import (
+from kvgeom.geometry.activations import SITES, Tape
+from kvgeom.geometry.estimators import (
     METHODS,
     Separation,
     difference_of_means,
@@ -23,12 +19,16 @@ from kvgeom.refusal.direction import (
     estimate,
     separation,
 )
+from kvgeom.models.load import load
+from kvgeom.models.model import EncodedPrompt, Model
+from kvgeom.prompts.sets import PromptSet, calibration
+from kvgeom.quant.placement import Placement
 
 if TYPE_CHECKING:
     from kvgeom.geometry.directions import Directions
+    from kvgeom.geometry.selection import Selection
     from kvgeom.geometry.sensitivity import Sensitivity
     from kvgeom.quant.scheme import Scheme
-    from kvgeom.refusal.selection import Selection
 
 #: A class difference smaller than this share of the mean square is rounding error of the arithmetic, not signal.
 COINCIDENT = 1e-10
@@ -191,7 +191,7 @@ def subspace(
 
     At each layer and site the class difference is taken at the instruction's tokens (their mean) and at every
     template token after it, and the best separated position is kept. Costs one forward pass over the prompts, which
-    are kept on disk for whatever is measured afterwards (see :class:`kvgeom.geometry.capture.Tape`).
+    are kept on disk for whatever is measured afterwards (see :class:`kvgeom.geometry.activations.Tape`).
 
     Parameters
     ----------
@@ -202,7 +202,7 @@ def subspace(
         Dimensions. With ``method="mean"`` and k > 1 the leading right singular vectors of the differences at all
         positions; with ``"pca"`` those of the paired differences at one position.
     method : {"mean", "winsorized", "pca", "logistic"}
-        See :func:`kvgeom.refusal.direction.estimate`.
+        See :func:`kvgeom.geometry.estimators.estimate`.
     position : str, optional
         One of the shared positions (``"instruction"``, ``"template-1"``, ...) instead of the best separated.
     placement : Placement, optional

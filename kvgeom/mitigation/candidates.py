@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from kvgeom.engines.engine import Engine
 from kvgeom.errors import InputError
 from kvgeom.models.model import KVGeometry, Model
 from kvgeom.models.statistics import channel_statistics
-from kvgeom.quant.engine import Engine
 from kvgeom.quant.memory import bytes_per_token
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Schemes, Site

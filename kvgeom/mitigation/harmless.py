@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvgeom.diagnosis.baseline import Baseline, baseline
-from kvgeom.diagnosis.evaluate import evaluate
-from kvgeom.diagnosis.outcomes import EXACT
+from kvgeom.evaluation.baseline import Baseline, baseline
+from kvgeom.evaluation.evaluate import evaluate
+from kvgeom.evaluation.outcomes import EXACT
 from kvgeom.mitigation.candidates import UNMITIGATED
 from kvgeom.models.model import Model
 from kvgeom.quant.placement import Placement

@@ -10,8 +10,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from kvgeom.diagnosis.baseline import Baseline
-from kvgeom.diagnosis.outcomes import Outcomes
+from kvgeom.evaluation.baseline import Baseline
+from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.geometry.attention import attention_to_request
 from kvgeom.geometry.causal import patch_layers
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, protect

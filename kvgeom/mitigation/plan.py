@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvgeom.errors import InputError
+from kvgeom.judges.judge import Judge, KeywordJudge
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import asked
 from kvgeom.mitigation.layers import LayerSelection
-from kvgeom.mitigation.record import json_path, read, written
+from kvgeom.mitigation.plan_file import json_path, read, written
 from kvgeom.mitigation.search import Search
 from kvgeom.mitigation.verify import CHOSEN, PAPER, Verification, prove
 from kvgeom.models.load import load
@@ -23,13 +24,12 @@ from kvgeom.models.modules import weights_identity
 from kvgeom.paths import writable_folder, write_whole
 from kvgeom.prompts.sets import PromptSet, held_out, perplexity_text
 from kvgeom.quant.placement import Placement
-from kvgeom.refusal.judge import Judge, KeywordJudge
 from kvgeom.results import plain
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from kvgeom.mitigation.export.engine import Export
+    from kvgeom.engines.export import Export
     from kvgeom.models.packed import PackedCache
 
 
@@ -279,7 +279,7 @@ class Plan:
         InputError
             If the model is another one, or the placement rounds where no cache does.
         """
-        from kvgeom.mitigation.export.transformers import quantized_cache
+        from kvgeom.engines.transformers import quantized_cache
 
         self.check(model)
         recipe = (self.candidate(candidate) if candidate else self.chosen).recipe
@@ -306,7 +306,7 @@ class Plan:
         ModelError
             If the weights cannot be edited without changing what the model computes.
         """
-        from kvgeom.mitigation.export.checkpoint import fold, foldable, save_checkpoint
+        from kvgeom.models.checkpoint import fold, foldable, save_checkpoint
         from kvgeom.models.hf import HFModel
 
         loaded = load(model)
@@ -335,7 +335,7 @@ class Plan:
         InputError
             If the placement rounds where no cache does.
         """
-        from kvgeom.mitigation.export import llamacpp, mlx, transformers, vllm
+        from kvgeom.engines import llamacpp, mlx, transformers, vllm
 
         if self.placement.where != "cache":
             raise InputError(

@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from kvgeom.diagnosis.baseline import Baseline
-from kvgeom.diagnosis.evaluate import evaluate
-from kvgeom.diagnosis.journal import Journal
-from kvgeom.diagnosis.outcomes import Outcomes
+from kvgeom.engines.engine import Engine
+from kvgeom.engines.registry import leaves_width_open, resolve
 from kvgeom.errors import InputError
-from kvgeom.mitigation.advice import advised
+from kvgeom.evaluation.baseline import Baseline
+from kvgeom.evaluation.evaluate import evaluate
+from kvgeom.evaluation.journal import Journal
+from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, constants, protect, whole_cache
+from kvgeom.mitigation.decision_tree import advised
 from kvgeom.mitigation.harmless import asked, harmless_under
 from kvgeom.mitigation.layers import counts, layer_orders, protections, selection_of
 from kvgeom.mitigation.plan import Plan, request_hash
 from kvgeom.mitigation.reasons import advice_in_words, reasons
 from kvgeom.mitigation.search import Search, check_budget, preference, search_of
 from kvgeom.prompts.sets import calibration
-from kvgeom.quant.engine import Engine
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.presets import leaves_width_open, resolve
 from kvgeom.quant.recipe import Recipe, Site
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import xarray as xr
 
-from kvgeom.diagnosis.outcomes import Outcomes
 from kvgeom.errors import InputError
+from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import Harmless
 from kvgeom.models.model import KVGeometry

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import xarray as xr
 
-from kvgeom.diagnosis.baseline import Baseline
-from kvgeom.diagnosis.evaluate import evaluate
-from kvgeom.diagnosis.outcomes import EXACT, Outcomes
+from kvgeom.evaluation.baseline import Baseline
+from kvgeom.evaluation.evaluate import evaluate
+from kvgeom.evaluation.outcomes import EXACT, Outcomes
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import harmless_under
 from kvgeom.mitigation.search import recovery_columns

@@ -29,7 +29,7 @@ class Codes(Protocol):
 
 
 class PackingEdit(Protocol):
-    """An edit whose results can be held as codes; see :class:`kvgeom.quant.rounder.Rounder`."""
+    """An edit whose results can be held as codes; see :class:`kvgeom.quant.quantizer.Rounder`."""
 
     where: str
     prefill_reads_exact: bool
@@ -127,7 +127,7 @@ class PackedCache(EditedCache):
     ----------
     n_layers : int
     edit : PackingEdit
-        A :class:`~kvgeom.quant.rounder.Rounder` that rounds in the cache.
+        A :class:`~kvgeom.quant.quantizer.Rounder` that rounds in the cache.
     turning : callable (layer, position of the first new token, new keys) -> Turn, optional
         Tells the edit how positions turn vectors, for an edit with ``needs_rotation`` in a model that nobody watches;
         :meth:`kvgeom.models.rotary.Rotary.turn` is one. The passes of kvgeom's own models need none.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvgeom.diagnosis.baseline import baseline
-from kvgeom.diagnosis.evaluate import evaluate
+from kvgeom.evaluation.baseline import baseline
+from kvgeom.evaluation.evaluate import evaluate
 from kvgeom.models.model import Model
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from kvgeom.diagnosis.baseline import Baseline, baseline
-from kvgeom.diagnosis.evaluate import evaluate
 from kvgeom.errors import InputError, ModelError
+from kvgeom.evaluation.baseline import Baseline, baseline
+from kvgeom.evaluation.evaluate import evaluate
 from kvgeom.models.edits import copied
 from kvgeom.models.hf import HFModel
 from kvgeom.models.model import Model

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kvgeom.diagnosis.baseline import Baseline
-from kvgeom.diagnosis.drafts import Begun, finished
+from kvgeom.evaluation.baseline import Baseline
+from kvgeom.evaluation.speculative import Begun, finished
 from kvgeom.organisms.carrier import Values
 from kvgeom.organisms.modes import same_block
 

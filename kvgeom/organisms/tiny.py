@@ -226,8 +226,8 @@ def _model(size: Size, seed: int) -> Any:
 
 def _sound(model: HFModel, prompts: PromptSet) -> bool:
     """Whether it refuses and answers as it should, rounded or not."""
-    from kvgeom.diagnosis.baseline import baseline
-    from kvgeom.diagnosis.evaluate import evaluate
+    from kvgeom.evaluation.baseline import baseline
+    from kvgeom.evaluation.evaluate import evaluate
     from kvgeom.organisms.observed import granularities
 
     some, recipes = prompts.take(32), granularities(model.geometry.layers, 3)

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kvgeom.quant import rounding
-from kvgeom.quant.rounding import Scales
+from kvgeom.quant import fake_quantize as rounding
+from kvgeom.quant.fake_quantize import Scales
 from kvgeom.quant.scheme import Scheme
 
 _BITS, _GROUP = 3, 64

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from kvgeom.plots.theme import ACCENT, MUTED, PLAIN, UNDETERMINED, finish, percent, plain
 
 if TYPE_CHECKING:
-    from kvgeom.diagnosis.ablation import Ablation
+    from kvgeom.behaviour.ablation import Ablation
 
 
 def ablation_bars(ablation: Ablation) -> go.Figure:

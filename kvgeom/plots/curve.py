@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from kvgeom.plots.theme import INK, LABEL_COLORS, MUTED, finish, log_axis, panel_title, percent, plain, say
 
 if TYPE_CHECKING:
-    from kvgeom.diagnosis.curve import Curve, OverRefusal
+    from kvgeom.behaviour.curve import Curve, OverRefusal
 
 #: A perplexity ratio beyond this is drawn on a logarithmic axis.
 LARGE = 3.0

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from kvgeom.plots.theme import LABEL_COLORS, finish
 
 if TYPE_CHECKING:
-    from kvgeom.diagnosis.outcomes import Outcomes
+    from kvgeom.evaluation.outcomes import Outcomes
 
 
 def labels_by_recipe(outcomes: Outcomes) -> go.Figure:

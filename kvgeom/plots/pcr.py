@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from kvgeom.diagnosis.pcr import THRESHOLDS
+from kvgeom.behaviour.pcr import THRESHOLDS
 from kvgeom.plots.theme import INK, MUTED, UNDETERMINED, finish, percent, wrapped
 
 if TYPE_CHECKING:
-    from kvgeom.diagnosis.pcr import PCR
+    from kvgeom.behaviour.pcr import PCR
 
 #: The axis ends here to the left; what lies beyond is said in words.
 CUT = -1.0

@@ -23,7 +23,7 @@ from kvgeom.plots.theme import (
 )
 
 if TYPE_CHECKING:
-    from kvgeom.diagnosis.scan import Scan
+    from kvgeom.behaviour.scan import Scan
 
 
 def layer_scan(scan: Scan) -> go.Figure:

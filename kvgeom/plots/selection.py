@@ -24,7 +24,7 @@ from kvgeom.plots.theme import (
 )
 
 if TYPE_CHECKING:
-    from kvgeom.refusal.selection import Selection, Steering
+    from kvgeom.geometry.selection import Selection, Steering
 
 
 def selection_maps(selection: Selection) -> go.Figure:

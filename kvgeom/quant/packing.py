@@ -9,8 +9,8 @@ from einops import rearrange
 from torch import Tensor
 
 from kvgeom.quant.blocks import grid
+from kvgeom.quant.fake_quantize import Encoded, decode
 from kvgeom.quant.grids import Scales
-from kvgeom.quant.rounding import Encoded, decode
 from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.transforms import Frame
 

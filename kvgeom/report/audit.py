@@ -11,23 +11,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-from kvgeom.diagnosis.ablation import Ablation
-from kvgeom.diagnosis.curve import Curve
+from kvgeom.behaviour.ablation import Ablation
+from kvgeom.behaviour.curve import Curve
+from kvgeom.behaviour.pcr import PCR
+from kvgeom.behaviour.scan import Scan
+from kvgeom.behaviour.widths import ROUNDING
 from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
-from kvgeom.diagnosis.pcr import PCR
-from kvgeom.diagnosis.scan import Scan
 from kvgeom.diagnosis.taxonomy import Mode
-from kvgeom.diagnosis.widths import ROUNDING
+from kvgeom.engines.registry import leaves_width_open
 from kvgeom.errors import InputError
 from kvgeom.geometry.sensitivity import Sensitivity
+from kvgeom.judges.judge import Judge
 from kvgeom.models.load import load
 from kvgeom.models.model import Model
 from kvgeom.paths import writable_folder, write_whole
 from kvgeom.prompts.sets import PromptSet, calibration
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.presets import leaves_width_open
 from kvgeom.quant.scheme import Scheme, check_bits
-from kvgeom.refusal.judge import Judge
 from kvgeom.report.verdict import Verdict, conclude
 from kvgeom.results import plain
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
+from kvgeom.engines.registry import leaves_width_open, offers, resolve
 from kvgeom.errors import InputError
+from kvgeom.judges.judge import Judge
 from kvgeom.mitigation.plan import Plan
 from kvgeom.mitigation.search import check_budget
 from kvgeom.mitigation.verify import Verification
@@ -19,9 +21,7 @@ from kvgeom.models.load import load
 from kvgeom.paths import writable_folder, write_whole
 from kvgeom.prompts.sets import PromptSet, calibration, held_out
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.presets import leaves_width_open, offers, resolve
 from kvgeom.quant.scheme import check_bits
-from kvgeom.refusal.judge import Judge
 from kvgeom.report.mended import COLUMNS, before_and_after, sentences
 from kvgeom.report.terminal import table
 

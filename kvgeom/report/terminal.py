@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from kvgeom.diagnosis.ablation import Ablation
-    from kvgeom.diagnosis.curve import Curve, OverRefusal
+    from kvgeom.behaviour.ablation import Ablation
+    from kvgeom.behaviour.curve import Curve, OverRefusal
+    from kvgeom.behaviour.scan import Scan
     from kvgeom.diagnosis.diagnose import Diagnosis
-    from kvgeom.diagnosis.scan import Scan
     from kvgeom.report.fix import Fix
 
 

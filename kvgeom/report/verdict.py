@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from kvgeom.diagnosis.curve import Curve
+from kvgeom.behaviour.curve import Curve
 from kvgeom.diagnosis.taxonomy import Mode
 from kvgeom.words import listed
 

@@ -1,0 +1,1 @@
+"""Measures of behaviour: curves over bits, single layers, ablations, PCR."""

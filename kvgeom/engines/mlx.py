@@ -1,0 +1,83 @@
+"""MLX-LM: a list with a cache for each layer."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from kvgeom.engines.export import Export, differences, widest
+from kvgeom.models.model import KVGeometry
+from kvgeom.quant.placement import Placement
+from kvgeom.quant.recipe import Recipe, Schemes
+from kvgeom.quant.scheme import Scheme
+
+_GROUPS = (128, 64, 32)
+_DEFAULT_GROUP = 64
+_WORD = 32
+
+
+def export(recipe: Recipe, placement: Placement, geometry: KVGeometry) -> Export:
+    """Lines of Python with the list of caches that is nearest to a recipe (:class:`~kvgeom.engines.export.Export`).
+
+    In MLX-LM a layer has one width and group size for keys and values, 2, 3, 4, 5, 6 or 8 bits for 32, 64 or 128 channels
+    of a head. The group is the largest that is no larger than was asked (64 where no group was asked).
+
+    Parameters
+    ----------
+    recipe : Recipe
+    placement : Placement
+    geometry : KVGeometry
+        Of the model.
+    """
+    layers = [_nearest(pair, geometry.head_dim) for pair in recipe]
+    held = Recipe(tuple((scheme, scheme) for scheme in layers))
+    notes = [
+        "a whole list is needed: generate(..., kv_bits=...) would quantize all layers, and only from 5,000 tokens on"
+    ]
+    if geometry.head_dim % min(_GROUPS):
+        notes.append(f"heads of {geometry.head_dim} channels cannot be quantized: MLX needs a multiple of 32")
+    if geometry.sliding_window is not None:
+        notes.append(
+            "layers with a sliding window hold the whole sequence here; MLX-LM cannot quantize its rotating caches"
+        )
+    entries = []
+    for scheme, run in groupby(layers):
+        made = (
+            "KVCache()" if scheme is None else f"QuantizedKVCache(group_size={scheme.group_size}, bits={scheme.bits})"
+        )
+        entries.append(f"    *({made} for _ in range({len(list(run))})),")
+    text = "\n".join(
+        [
+            "from mlx_lm.models.cache import KVCache, QuantizedKVCache",
+            "",
+            "cache = [",
+            *entries,
+            "]",
+            "# a new list for each prompt: mlx_lm.generate(model, tokenizer, prompt, prompt_cache=cache)",
+        ]
+    )
+    return Export(
+        engine="MLX-LM",
+        text=text,
+        versions="checked with 0.32.2",
+        cannot=differences(recipe, placement, held, Placement()),
+        notes=tuple(notes),
+        recipe=held,
+        placement=Placement(),
+    )
+
+
+def _nearest(pair: Schemes, head_dim: int) -> Scheme | None:
+    """What one layer holds; none where it stays in 16 bits."""
+    fitting = [size for size in _GROUPS if head_dim % size == 0]
+    if None in pair or not fitting:
+        return None
+    asked = [scheme.group_size for scheme in pair if scheme is not None and scheme.granularity == "group"]
+    limit = min((size for size in asked if size is not None), default=_DEFAULT_GROUP)
+    size = next((size for size in fitting if size <= limit), fitting[-1])
+    bits = next(width for width in (2, 3, 4, 5, 6, 8) if width >= widest(pair) and _allocates(width, head_dim))
+    return Scheme.parse(f"mlx{bits}-group{size}")
+
+
+def _allocates(bits: int, head_dim: int) -> bool:
+    """Whether an empty ``QuantizedKVCache`` reserves as many words as a head of codes takes (not so for 5 bits of 128)."""
+    return head_dim // (_WORD // bits) == head_dim * bits // _WORD

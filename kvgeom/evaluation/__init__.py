@@ -1,0 +1,1 @@
+"""What a model says under a rounded cache, against what it says unquantized."""

@@ -1,0 +1,1 @@
+"""Labels of responses: keyword rules, and public classifiers."""

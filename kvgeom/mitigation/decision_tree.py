@@ -1,0 +1,73 @@
+"""What the decision tree of arXiv:2606.09864 prescribes, as a cache that can be tried."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from kvgeom.behaviour.scan import Scan
+from kvgeom.diagnosis.taxonomy import PRESCRIPTIONS, PUBLISHED, Mode
+from kvgeom.mitigation.candidates import Candidate, protect
+from kvgeom.quant.recipe import Recipe, Schemes
+from kvgeom.quant.scheme import Granularity, Scheme
+
+#: How many critical layers the released code looks at.
+MOST_CRITICAL = 3
+
+
+def advised(mode: Mode, scan: Scan, unmitigated: Candidate) -> Candidate:
+    """The paper's prescription for a mode (section on mitigation), for the cache at hand.
+
+    It was written for integer grids; a format of an engine's own is replaced by an asymmetric integer grid of its width
+    where the prescription asks for other scales.
+
+    Parameters
+    ----------
+    mode : Mode
+    scan : Scan
+        Names the critical layers: those that alone flip a tenth, at most three; without any, those that lose most margin.
+    unmitigated : Candidate
+    """
+    layers = critical_layers(scan)
+    words = PRESCRIPTIONS[mode.name]
+    match mode.name:
+        case "outlier-crushes-safety":
+            return _other(unmitigated, "group-64 everywhere", _scales(unmitigated, "group", 64), words)
+        case "outlier-as-safety":
+            return replace(protect(unmitigated, layers[:1], how="critical"), words=words)
+        case "multi-layer dilution":
+            return replace(protect(unmitigated, layers, how="critical"), words=words)
+        case "mixed":
+            fine, coarse = _scales(unmitigated, "channel"), _scales(unmitigated, "group", 64)
+            pairs = tuple(
+                f if layer in layers[:1] else c for layer, (f, c) in enumerate(zip(fine, coarse, strict=True))
+            )
+            return _other(unmitigated, f"per-channel in layer {layers[0]}, group-64 elsewhere", pairs, words)
+        case "hyper-vulnerable":
+            exact = Recipe.exact(len(unmitigated.recipe)).layers
+            return _other(unmitigated, "whole cache in 16 bits", exact, words)
+        case _:
+            return replace(unmitigated, words=words)
+
+
+def critical_layers(scan: Scan) -> list[int]:
+    """The layers that alone flip a tenth, most flips first, at most three; without any, the three that lose most margin."""
+    flips, drop, rate = (scan.data[name].values for name in ("flips", "margin_drop", "flip_rate"))
+    order = np.lexsort((-np.nan_to_num(drop, nan=-np.inf), -flips))
+    critical = [int(layer) for layer in order if rate[layer] >= PUBLISHED.critical]
+    return (critical or [int(layer) for layer in order])[:MOST_CRITICAL]
+
+
+def _scales(unmitigated: Candidate, granularity: Granularity, size: int | None = None) -> tuple[Schemes, ...]:
+    def one(scheme: Scheme | None) -> Scheme | None:
+        if scheme is None:
+            return None
+        symmetric = scheme.symmetric if scheme.format == "int" else False
+        return Scheme(scheme.bits, symmetric, granularity, size)
+
+    return tuple((one(k), one(v)) for k, v in unmitigated.recipe)
+
+
+def _other(unmitigated: Candidate, name: str, layers: tuple[Schemes, ...], words: str) -> Candidate:
+    return Candidate(name, "refine", replace(unmitigated.recipe, layers=layers), words)

@@ -1,1 +1,0 @@
-"""A mitigation as what an engine runs: a cache, flags, lines of Python, or a new checkpoint."""

@@ -1,0 +1,156 @@
+"""Pure tensor functions: fit scales to keys or values, and round them.
+
+Tensors are ``[batch, kv_heads, tokens, head_dim]``. Arithmetic is in float32 at least, whatever the input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from kvgeom.errors import InputError
+from kvgeom.quant import transforms
+from kvgeom.quant.blocks import grid
+from kvgeom.quant.grids import Axes, Scales
+from kvgeom.quant.scheme import Scheme
+
+__all__ = ["Encoded", "Scales", "apply", "decode", "encode", "fit", "last_scales", "only_channels", "round_kv"]
+
+# The axes of [batch, kv_heads, tokens, head_dim] that share a scale (the two groups have layouts of their own).
+_SHARED_AXES: dict[str, Axes] = {
+    "tensor": (1, 2, 3),
+    "token": (1, 3),
+    "channel": (2,),
+    "head": (2, 3),
+    "token-head": (3,),
+    "none": (1, 2, 3),
+}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Codes, in the shape of the blocks they lie in, and their scales, which may be those of tokens before."""
+
+    codes: Tensor
+    scales: Scales
+    borrowed: bool = False
+
+
+def fit(x: Tensor, scheme: Scheme) -> Scales:
+    """Scales that ``x`` itself sets; for an integer grid the smallest that covers ``x`` without clipping."""
+    blocks, axes = _blocks(_working(x), scheme)
+    return grid(scheme.plain).fit(blocks, axes)
+
+
+def encode(x: Tensor, scheme: Scheme, scales: Scales | None = None) -> Encoded:
+    """Codes of ``x`` under ``scales``, or under its own; the scheme's transform and channels are not looked at."""
+    own = grid(scheme.plain)
+    if scales is not None:
+        # One group of tokens, whose scales tokens that came later must do with: they broadcast.
+        lone = scheme.granularity == "channel-group" and scales.step.ndim == 4
+        return Encoded(own.encode(_working(x) if lone else _blocks(_working(x), scheme)[0], scales), scales, True)
+    return Encoded(*own.quantize(*_blocks(_working(x), scheme)))
+
+
+def decode(encoded: Encoded, scheme: Scheme, like: Tensor) -> Tensor:
+    """Values of codes, in shape and dtype of ``like``."""
+    values = grid(scheme.plain).decode(encoded.codes, encoded.scales)
+    return _unblocked(values, scheme, like).to(like.dtype)
+
+
+def apply(x: Tensor, scheme: Scheme, scales: Scales | None) -> Tensor:
+    """Round ``x`` to the grid ``scales`` (values beyond it saturate) and return it in its own dtype."""
+    return only_channels(x, decode(encode(x, scheme, scales), scheme, x), scheme)
+
+
+def round_kv(x: Tensor, scheme: Scheme) -> Tensor:
+    """``x`` as a cache under ``scheme`` would return it, scales fitted to ``x`` itself.
+
+    Parameters
+    ----------
+    x : Tensor [batch, kv_heads, tokens, head_dim]
+    scheme : Scheme
+        Without ``center`` or ``equalize``, which need to know the model: give a :class:`~kvgeom.quant.quantizer.Rounder`
+        a recipe with :class:`~kvgeom.quant.transforms.Statics` instead.
+
+    Returns
+    -------
+    Tensor
+        Same shape and dtype. On an integer grid with scales in full precision ``|x - round_kv(x)| <= step / 2`` for
+        every entry, up to float32 arithmetic on the largest value of its block. A value that is not finite makes
+        its block NaN, and no other.
+    """
+    if scheme.transform == "none":
+        return apply(x, scheme, None)
+    if scheme.transform in ("center", "equalize"):
+        raise InputError(
+            f"{scheme} was asked of a tensor alone, but {scheme.transform} needs to know the model; give a Rounder a recipe "
+            "with Statics: recipe.with_statics(offsets=...) or (factors=...)"
+        )
+    frame = transforms.frame(scheme, None, x)
+    y = frame.enter(_working(x))
+    return only_channels(x, frame.leave(apply(y, scheme.plain, None)).to(x.dtype), scheme)
+
+
+def last_scales(scales: Scales, scheme: Scheme) -> Scales:
+    """The scales that tokens after those that set them are rounded with: of groups of tokens, those of the last."""
+    if scheme.granularity != "channel-group":
+        return scales
+    return Scales(scales.step[:, :, -1], scales.offset[:, :, -1])
+
+
+def only_channels(x: Tensor, rounded: Tensor, scheme: Scheme) -> Tensor:
+    """``rounded`` in the channels that the scheme names, ``x`` in all others."""
+    if scheme.channels is None:
+        return rounded
+    heads, head_dim = x.shape[1], x.shape[3]
+    if scheme.channels[-1] >= heads * head_dim:
+        raise InputError(f"channel {scheme.channels[-1]} was asked, but there are channels 0 to {heads * head_dim - 1}")
+    chosen = torch.zeros(heads * head_dim, dtype=torch.bool, device=x.device)
+    chosen[list(scheme.channels)] = True
+    return torch.where(rearrange(chosen, "(h d) -> h 1 d", h=heads), rounded, x)
+
+
+def _working(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _blocks(x: Tensor, scheme: Scheme) -> tuple[Tensor, Axes]:
+    """Blocks, and their axes that share a scale; a short last group is filled with copies of its last entry."""
+    size = scheme.group_size
+    if size is None:
+        return x, _SHARED_AXES[scheme.granularity]
+    head_dim = x.shape[3]
+    if scheme.granularity == "channel-group":
+        return rearrange(_filled(x, size, 2), "b h (g s) d -> b h g s d", s=size), (3,)
+    if scheme.format != "int" and head_dim % size:
+        raise InputError(
+            f"{scheme} was asked, but heads of {head_dim} channels do not divide into blocks of {size}, as the format must; "
+            "choose another"
+        )
+    if head_dim % size == 0:  # groups lie within heads: a view will do
+        return rearrange(x, "b h t (g s) -> b h t g s", s=size), (4,)
+    return rearrange(_filled(rearrange(x, "b h t d -> b t (h d)"), size, 2), "b t (g s) -> b t g s", s=size), (3,)
+
+
+def _unblocked(blocks: Tensor, scheme: Scheme, like: Tensor) -> Tensor:
+    _, heads, tokens, head_dim = like.shape
+    if scheme.granularity == "channel-group":
+        return blocks if blocks.ndim == 4 else rearrange(blocks, "b h g s d -> b h (g s) d")[:, :, :tokens]
+    if scheme.group_size is None or blocks.ndim == 5:
+        return blocks.reshape(like.shape)
+    flat = rearrange(blocks, "b t g s -> b t (g s)")[..., : heads * head_dim]
+    return rearrange(flat, "b t (h d) -> b h t d", h=heads)
+
+
+def _filled(x: Tensor, size: int, dim: int) -> Tensor:
+    missing = -x.shape[dim] % size
+    if not missing:
+        return x
+    last = x.narrow(dim, x.shape[dim] - 1, 1)
+    shape = list(x.shape)
+    shape[dim] = missing
+    return torch.cat([x, last.expand(shape)], dim=dim)

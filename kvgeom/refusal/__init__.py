@@ -1,1 +1,0 @@
-"""What counts as a refusal: labels of responses, a score without generation, and directions."""

@@ -1,0 +1,1 @@
+"""What tests build with: tiny models, judges, results as they might have been found."""

@@ -1,0 +1,77 @@
+"""Classes of vectors and their rounding errors: drawn, and read off a transformers model by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+import kvgeom
+from kvgeom.geometry.activations import tokens_at
+from kvgeom.geometry.nulls import random_bases
+from kvgeom.models.hf import HFModel
+from kvgeom.models.rope import rotate
+from kvgeom.prompts.sets import PromptSet
+from kvgeom.quant.fake_quantize import round_kv
+from kvgeom.quant.scheme import Scheme
+from tests.builders.requests import PAIRS
+from tests.builders.tiny import tiny_model
+
+
+def synthetic(seed: int, channels: int = 12, k: int = 1, tokens: int = 4000) -> dict[str, np.ndarray]:
+    """Classes at +-gap/2 around a mean, isotropic spread, correlated noise."""
+    rng = np.random.default_rng(seed)
+    gap, mean = rng.standard_normal(channels), 3 * rng.standard_normal(channels)
+    sign = np.where(np.arange(tokens) < tokens // 2, 0.5, -0.5)
+    x = mean + sign[:, None] * gap + 0.3 * rng.standard_normal((tokens, channels))
+    e = rng.standard_normal((tokens, channels)) @ np.diag(rng.uniform(0.1, 1.0, channels))
+    basis = (gap / np.linalg.norm(gap))[:, None]
+    if k > 1:
+        basis = np.linalg.qr(np.column_stack([gap, rng.standard_normal((channels, k - 1))]))[0]
+    return {"x": x, "e": e, "gap": gap, "mean": mean, "basis": basis, "null": random_bases(channels, k, 50, seed)}
+
+
+def by_hand(model: HFModel, layer: int, site: str, position: str, scheme: Scheme) -> dict[str, np.ndarray]:
+    """Vectors and rounding errors of one layer and site, from a run of the transformers model itself."""
+    rows: dict[str, list[np.ndarray]] = {"harmful": [], "harmless": []}
+    errors = []
+    for label in rows:
+        for prompt in model.encode(getattr(PAIRS, label)):
+            cache = model.new_cache()
+            angles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+            resid: dict[int, torch.Tensor] = {}
+            model.forward(
+                prompt.ids,
+                cache,
+                on_rotation=lambda n, c, s, a=angles: a.__setitem__(n, (c, s)),
+                on_resid=resid.__setitem__,
+            )
+            stored = {"k": cache.layers[layer].keys, "v": cache.layers[layer].values, "resid": resid[layer][None]}
+            x = stored[site]
+            e = round_kv(x, scheme) - x
+            if site == "k" and layer in angles:  # turn back by the opposite angle
+                cos, sin = angles[layer]
+                x, e = (rotate(t, cos, -sin) for t in (x, e))
+            at = tokens_at(prompt, position)
+            flat = [t[0].permute(1, 0, 2).flatten(1)[at].double().numpy() for t in (x, e)]
+            rows[label].append(flat[0])
+            errors.append(flat[1])
+    gap = np.mean([r.mean(0) for r in rows["harmful"]], 0) - np.mean([r.mean(0) for r in rows["harmless"]], 0)
+    return {"x": np.concatenate([*rows["harmful"], *rows["harmless"]]), "e": np.concatenate(errors), "gap": gap}
+
+
+def refusing(space_seed: int = 1):  # type: ignore[no-untyped-def]
+    """A space and tokens R such that of 7 harmful prompts the 5th, of 7 harmless ones the 3rd is on the wrong side."""
+    model = tiny_model(seed=space_seed)
+    letters = "abcdefghijklmnopqrstuvwx"
+    words = [f"{a}{b} {c}" for a, b, c in zip(letters, letters[3:], letters[7:], strict=False)]
+    first = {
+        word: int(model.forward(prompt.ids)[-1].argmax())
+        for word, prompt in zip(words, model.encode(words), strict=True)
+    }
+    tokens = set(sorted(set(first.values()), key=list(first.values()).count)[-2:])
+    yes, no = ([word for word in words if (first[word] in tokens) == inside] for inside in (True, False))
+    harmful, harmless = [*yes[:4], no[0], *yes[4:6]], [*no[1:3], yes[6], *no[3:7]]
+    assert len(harmful) == len(harmless) == 7
+    return kvgeom.subspace(
+        model, PromptSet("split", tuple(harmful), tuple(harmless), "letters"), progress=False
+    ), tokens

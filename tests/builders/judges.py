@@ -1,0 +1,34 @@
+"""Judges for random models, which say nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvgeom.judges.judge import Label, Verdict
+
+
+@dataclass(frozen=True)
+class ArbitraryJudge:
+    """For random models, which say nothing: the sum of its characters decides."""
+
+    name: str = "arbitrary"
+
+    def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Verdict:
+        labels: Sequence[Label] = ("refused", "complied", "degenerate")
+        return Verdict(labels[sum(map(ord, request + response)) % 3], f"log-likelihood {likelihood():.6f}")
+
+
+@dataclass(frozen=True)
+class CountingJudge:
+    """Reads up to a number of characters; the sum of what it has read decides."""
+
+    reads: int = 5
+    name: str = "counting"
+
+    def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Verdict:
+        labels: Sequence[Label] = ("refused", "complied", "degenerate")
+        return Verdict(labels[sum(map(ord, request + response)) % 3], f"log-likelihood {likelihood():.4f}")
+
+    def settled(self, response: str) -> bool:
+        return len(response) >= self.reads

@@ -1,0 +1,212 @@
+"""Presets: what they are made of, what they do step by step, and that names are kept apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Cache, DynamicLayer
+
+from kvgeom.cli import main
+from kvgeom.engines import registry as module
+from kvgeom.engines.builtin import BUILT_IN
+from kvgeom.engines.registry import offers, preset, presets, register, resolve, scheme_rows
+from kvgeom.errors import InputError
+from kvgeom.models.hf import HFModel
+from kvgeom.quant.placement import Placement
+from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.scheme import Scheme
+from tests.builders.tiny import tiny_model, wide_model
+
+IDS = [1, *range(40, 75)]
+DOCS = Path(__file__).parents[2] / "docs"
+NAMED = {
+    "paper",
+    "hf-quanto",
+    "hf-hqq",
+    "kivi",
+    "vllm-fp8-e4m3",
+    "vllm-fp8-e5m2",
+    "vllm-int8-per-token-head",
+    "vllm-int4-per-token-head",
+    "llamacpp-q8_0",
+    "llamacpp-q4_0",
+    "lmdeploy-int4",
+    "lmdeploy-int8",
+    "mlx-4bit-g64",
+    "rotated",
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> HFModel:
+    """Heads of 64 channels, which every format divides."""
+    return wide_model()
+
+
+def test_all_that_were_promised() -> None:
+    names = [known.name for known in presets()]
+    assert set(names) >= NAMED
+    assert len(names) == len(BUILT_IN)  # no name twice
+
+
+@pytest.mark.parametrize("known", presets(), ids=lambda known: known.name)
+def test_every_preset_runs_and_has_a_page(model: HFModel, known: module.Preset) -> None:
+    page = (DOCS / known.page).read_text(encoding="utf-8")
+    assert f"`{known.name}`" in page
+    assert known.engine
+    assert "http" in known.source
+    for width in known.widths:
+        engine = known.at(width)
+        cache = model.new_cache(Rounder(engine.recipe(3), engine.placement))
+        for ids in (IDS[:20], *([token] for token in IDS[20:24])):
+            logits = model.forward(ids, cache)
+        assert torch.isfinite(logits).all()
+        assert not torch.equal(logits, model.forward(IDS[:24]))
+
+
+class _Kivi(DynamicLayer):  # type: ignore[misc]
+    """KIVI's cache, written from the paper: keys by channel in groups of tokens, values by token in groups of channels."""
+
+    def __init__(self, bits: int, group: int, residual: int) -> None:
+        super().__init__()
+        self.bits, self.group, self.window = bits, group, residual
+        self.parts: dict[str, list[Any]] = {"k": [], "v": []}  # old tokens, quantized
+        self.full: dict[str, Any] = {}
+
+    def quantize(self, x: torch.Tensor) -> torch.Tensor:
+        """Groups along the last axis."""
+        blocks = x.unflatten(-1, (-1, self.group))
+        low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+        scale, low = ((high - low) / (2**self.bits - 1)).half().float(), low.half().float()
+        return (((blocks - low) / scale).round().clamp(0, 2**self.bits - 1) * scale + low).flatten(-2)
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+        prefill = not self.full
+        for site, new in (("k", key_states), ("v", value_states)):
+            self.full[site] = new if prefill else torch.cat([self.full[site], new], dim=2)
+        read = tuple(torch.cat([*self.parts[site], self.full[site]], dim=2) for site in ("k", "v"))
+        keys, values = self.full["k"], self.full["v"]
+        old = keys.shape[2] // self.window * self.window
+        if old:
+            self.parts["k"].append(self.quantize(keys[:, :, :old].transpose(2, 3)).transpose(2, 3))
+            self.full["k"] = keys[:, :, old:]
+        over = values.shape[2] - self.window
+        if over > 0:
+            self.parts["v"].append(self.quantize(values[:, :, :over]))
+            self.full["v"] = values[:, :, over:]
+        self.keys = read[0]  # for get_seq_length
+        self.is_initialized = True
+        return read
+
+
+@pytest.mark.parametrize(("prompt", "residual"), [(20, 4), (16, 8), (3, 8), (9, 32)])
+def test_kivi_step_by_step(model: HFModel, prompt: int, residual: int) -> None:
+    """Prompts longer and shorter than the window, and just a multiple of it."""
+    engine = preset("kivi", 2)
+    k, v = (replace(scheme, group_size=4) for scheme in (engine.k, engine.v))  # type: ignore[type-var]
+    engine = replace(engine, k=k, v=v, placement=replace(engine.placement, residual=residual))
+    ours = model.new_cache(Rounder(engine.recipe(3), engine.placement))
+    theirs = Cache(layers=[_Kivi(2, 4, residual) for _ in range(3)])
+    position = 0
+    for ids in (IDS[:prompt], *([token] for token in IDS[prompt:])):
+        positions = torch.arange(position, position + len(ids))[None]
+        position += len(ids)
+        with torch.inference_mode():
+            inputs = {"past_key_values": theirs, "position_ids": positions, "logits_to_keep": 1}
+            expected = model.hf_model(torch.tensor([ids]), **inputs).logits[0, -1]
+        assert torch.equal(model.forward(ids, ours)[-1], expected)
+
+
+def test_paper_presets_are_the_released_simulation() -> None:
+    for name, granularity in (("paper", "tensor"), ("paper-channel", "channel")):
+        engine = preset(name)
+        assert engine.k == engine.v == Scheme(3, True, granularity)  # type: ignore[arg-type]
+        assert engine.placement == Placement.paper()
+
+
+def test_mlx_feeds_the_last_prompt_token_on_its_own(model: HFModel) -> None:
+    engine = preset("mlx-4bit-g64")
+    whole = model.new_cache(Rounder(engine.recipe(3), engine.placement))
+    pieces = model.new_cache(Rounder(engine.recipe(3), replace(engine.placement, prefill_reads="exact")))
+    logits = model.forward(IDS, whole)
+    assert torch.equal(model.forward(IDS[:-1], pieces)[-1], model.forward(IDS[:-1])[-1])  # read exactly
+    assert torch.equal(logits, model.forward(IDS[-1:], pieces))
+    assert not torch.equal(logits, model.forward(IDS))
+
+
+def test_resolve() -> None:
+    assert resolve("kivi", 2) == preset("kivi", bits=2)
+    assert resolve("asym-group64", 4).k == Scheme(4, False, "group", 64)
+    assert resolve("q4_0").k == Scheme.parse("q4_0")
+    assert resolve("q4_0", 4).placement == Placement()
+    assert resolve("kivi", 4, Placement()).placement == Placement()
+    assert offers("kivi") == (2, 4)
+    assert offers("asym-token") == (2, 3, 4, 5, 6, 7, 8)
+    assert offers("q5_1") == (5,)
+    assert str(resolve("kivi", 2)).startswith("kivi: k int2-asym-channel-group32/f16, v int2-asym-group32/f16;")
+
+
+@pytest.mark.parametrize(
+    ("text", "bits", "said"),
+    [
+        ("kivi", 3, "offers 2, 4"),
+        ("q4_0", 8, "it has 4"),
+        ("asym-token", None, "without a width"),
+        ("gptq", None, "presets paper"),
+        ("sym-nothing", 4, "presets paper"),
+    ],
+)
+def test_resolve_says_what_is_there(text: str, bits: int | None, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        resolve(text, bits)
+    with pytest.raises(InputError, match="there are only paper"):
+        preset("nothing")
+
+
+def test_own_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PRESETS", dict(module._PRESETS))
+    mine = replace(module._PRESETS["rotated"], name="mine", widths=(4,))
+    register(mine)
+    assert resolve("mine").k == preset("rotated", 4).k
+    with pytest.raises(InputError, match="one of that name"):
+        register(mine)
+    with pytest.raises(InputError, match="widths"):
+        register(replace(mine, name="other", widths=(9,)))
+
+
+def test_scheme_rows() -> None:
+    rows = scheme_rows()
+    size = {(row["name"], row["bits"]): row["bits_per_element"] for row in rows}
+    assert size["q8_0", 8] == 8.5
+    assert size["q4_0", 4] == 4.5
+    assert size["nvfp4", 4] == 4.5
+    assert size["mxfp4", 4] == 4.25
+    assert size["vllm-int4-per-token-head", 4] == 4.25
+    assert size["lmdeploy-int4", 4] == 4.25
+    assert {row["name"] for row in rows if row["kind"] == "preset"} == {known.name for known in presets()}
+
+
+def test_projection_presets_need_no_cache_window() -> None:
+    with pytest.raises(InputError, match="keeps no tokens"):
+        Placement(where="projection", residual=4)
+    with pytest.raises(InputError, match="0 or more"):
+        Placement(sinks=-1)
+    with pytest.raises(InputError, match="nothing waits"):
+        Placement(flush="all")
+    assert tiny_model().geometry.head_dim == 8  # too small for blocks of 32: an error, not a wrong number
+    with pytest.raises(InputError, match="do not divide"):
+        tiny_model().forward(IDS, tiny_model().new_cache(Rounder(preset("llamacpp-q4_0").recipe(3))))
+
+
+def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schemes", "--heads", "2", "--head-dim", "64", "--tokens", "100"]) == 0
+    listed = capsys.readouterr().out
+    for row in scheme_rows(2, 64, 100):
+        assert f"{row['name']} " in listed
+        assert f"{row['bits_per_element']:.3f}" in listed
+    assert main(["schemes", "--tokens", "0"]) == 2
+    assert "give 1 or more" in capsys.readouterr().err

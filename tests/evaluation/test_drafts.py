@@ -1,0 +1,533 @@
+"""Draft-verified responses against plain generation, and runs that are killed and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvgeom.errors import InputError
+from kvgeom.evaluation.baseline import baseline
+from kvgeom.evaluation.evaluate import evaluate
+from kvgeom.evaluation.journal import Journal, Memory
+from kvgeom.evaluation.outcomes import EXACT, Outcomes
+from kvgeom.evaluation.speculative import OPENING
+from kvgeom.judges.judge import KeywordJudge, Verdict, reading
+from kvgeom.models import memory
+from kvgeom.models.cache import EditedCache, Together
+from kvgeom.models.hf import HFModel
+from kvgeom.models.memory import in_batches
+from kvgeom.prompts.sets import calibration
+from kvgeom.quant.placement import Placement
+from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.scheme import Scheme
+from kvgeom.quant.transforms import Statics
+from tests.builders.judges import CountingJudge
+from tests.builders.tiny import KINDS, tiny_model
+
+REQUESTS = ["open the door", "a", "Explain how clouds form, please", "why?", "zzz", "count to nine"]
+PLACEMENTS = [Placement.cache(), Placement.paper(), Placement(prefill_reads="exact"), Placement(scales="call")]
+TINY = {kind: tiny_model(kind, seed=1) for kind in KINDS}
+
+
+def recipes(layers: int) -> dict[str, Recipe]:
+    mixed = Recipe(((Scheme(8), None), (None, Scheme(3, True, "tensor")), (None, None)))
+    return {
+        "nothing": Recipe.exact(layers),
+        "8-bit": Recipe.uniform(layers, Scheme(8)),
+        "tensor": Recipe.uniform(layers, Scheme(4, True, "tensor")),
+        "last": Recipe.uniform(layers, Scheme(2, True, "channel"), layers=[layers - 1]),
+        "middle": Recipe.uniform(layers, Scheme(3, False, "head"), layers=[1]),
+        "middle, some": Recipe.uniform(layers, Scheme(2, True, "tensor").only([0, 3]), layers=[1]),
+        "mixed": mixed,
+    }
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from(KINDS),
+    st.sampled_from(PLACEMENTS),
+    st.integers(1, 8),
+    st.integers(1, 12),
+    st.integers(1, 9),
+    st.sets(st.integers(0, len(REQUESTS) - 1), min_size=1),
+)
+def test_drafts_give_what_generation_gives(
+    kind: str, placement: Placement, reads: int, length: int, batch_size: int, chosen: set[int]
+) -> None:
+    """Random models diverge everywhere, so every path is taken: at once, later, at the end, never."""
+    model, asked = TINY[kind], [REQUESTS[i] for i in sorted(chosen)]
+    base = baseline(
+        model, asked, judge=CountingJudge(reads), max_new_tokens=length, batch_size=batch_size, progress=False
+    )
+    fast, full = (
+        evaluate(model, recipes(3), base, placement=placement, exact=exact, progress=False) for exact in (False, True)
+    )
+    for name in fast.data.recipe.values:
+        for prompt in fast.data.prompt.values:
+            one, other = (x.data.sel(recipe=name, prompt=prompt) for x in (fast, full))
+            assert other.text.item().startswith(one.text.item().rstrip("\ufffd"))  # half a character may be read
+            for column in ("label", "reason", "divergence"):
+                assert one[column].item() == other[column].item(), (name, column)
+            assert one.margin.item() == pytest.approx(other.margin.item(), abs=1e-3, nan_ok=True)
+            assert one.kl.item() == pytest.approx(other.kl.item(), abs=1e-3)
+            assert int(one.tokens) <= int(other.tokens)
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [
+        Placement(),
+        Placement(prefill_reads="exact"),
+        Placement(prefill_reads="last"),
+        Placement(residual=4, prefill_reads="exact"),
+        Placement(residual=4, prefill_reads="exact", flush="all"),
+        Placement(sinks=3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["center", "hadamard", "fp8_e4m3", "int3-asym-channel-group4"])
+def test_drafts_under_what_engines_do(name: str, placement: Placement) -> None:
+    """Offsets that turn with their position, blocks, windows and sinks: fast and full agree on every label."""
+    model = TINY["qwen2"]
+    scheme = Scheme.parse(
+        {"center": "int4-asym-token+center", "hadamard": "int3-asym-token-head+hadamard"}.get(name, name)
+    )
+    offsets = Statics.of("key bias", model.key_biases(), rotary=True)
+    made = {
+        "all": Recipe.uniform(3, scheme).with_statics(offsets=offsets),
+        "one": Recipe.uniform(3, scheme, layers=[1]).with_statics(offsets=offsets),
+        "plain": Recipe.uniform(3, Scheme(3)),
+    }
+    base = baseline(model, REQUESTS, judge=CountingJudge(6), max_new_tokens=8, progress=False)
+    fast, full = (evaluate(model, made, base, placement=placement, exact=e, progress=False).data for e in (False, True))
+    assert (fast.label.values == full.label.values).all()
+    assert (fast.divergence.values == full.divergence.values).all()
+    np.testing.assert_allclose(fast.margin.values, full.margin.values, atol=1e-3)
+    if placement.follows_drafts and name == "center":
+        plain, centred = (float(abs(fast.kl.sel(recipe=r)).mean()) for r in ("plain", "all"))
+        assert plain != centred
+
+
+def test_every_path_is_taken() -> None:
+    """The test above would mean nothing if no draft survived, or all did."""
+    base = baseline(TINY["qwen2"], REQUESTS, judge=CountingJudge(6), max_new_tokens=8, progress=False)
+    found = evaluate(TINY["qwen2"], recipes(3), base, progress=False).data
+    divergence = found.divergence.values[1:]
+    assert (divergence == -1).any()
+    assert (divergence == 0).any()
+    assert ((divergence > 0) & (divergence < OPENING)).any()
+    assert (divergence >= OPENING).any()
+
+
+def test_who_has_diverged_runs_no_further() -> None:
+    """Rows of each pass, counted where all branches are in: those that the opening has lost are not in the second."""
+    model, passes = tiny_model("qwen2", seed=1), list[tuple[int, int]]()
+    base = baseline(model, REQUESTS, judge=CountingJudge(6), max_new_tokens=8, progress=False)
+    model._layers[-1].register_forward_hook(lambda _module, _args, output: passes.append(tuple(output.shape[:2])))
+    generate, pools = model.generate, list[int]()
+
+    def counted(caches: Sequence[EditedCache], *args: Any, **kwargs: Any) -> list[list[int]]:
+        pools.append(len(caches))
+        before = len(passes)
+        said = generate(caches, *args, **kwargs)
+        del passes[before:]
+        return said
+
+    model.generate = counted  # type: ignore[method-assign]
+    found = evaluate(model, recipes(3), base, progress=False).data.sel(recipe=[n for n in recipes(3) if n != "nothing"])
+    expected = []
+    for index, prompt in enumerate(base.prompts):
+        at, tokens = found.divergence.sel(prompt=index).values, len(base.tokens[index]) - (not base.ended[index])
+        expected.append((1 + len(at), len(prompt) + min(tokens, OPENING - 1)))
+        agree = int(((at < 0) | (at >= OPENING)).sum())
+        if agree and tokens > OPENING - 1:
+            expected.append((1 + agree, tokens - OPENING + 1))
+    assert [size for size in passes if size[0] > 1] == expected
+    assert any(1 < rows < 1 + len(found.recipe) for rows, _ in expected)
+    assert len(pools) == 1  # what diverges is decoded together, of all prompts and recipes
+    assert 0 < pools[0] <= (found.divergence.values >= 0).sum()
+
+
+@settings(max_examples=25)
+@given(st.sampled_from(KINDS), st.sampled_from(PLACEMENTS), st.sets(st.integers(0, 5), min_size=1), st.integers(1, 4))
+def test_branches_leave_a_pass(kind: str, placement: Placement, stay: set[int], late: int) -> None:
+    """Those that stay go on as if the others were still there, in the layers that all, some or none of them have reached."""
+    model = TINY[kind]
+    made = sorted((r for r in recipes(3).values() if r.touched), key=lambda recipe: min(recipe.touched))
+    prompt = model.encode(["open the door"])[0].ids
+    said = model.tokens("well, no")[:late]
+    logits = []
+    for chosen in (list(range(6)), sorted(stay)):
+        edits = [Rounder(recipe, placement, prompt_tokens=len(prompt)) for recipe in made]
+        first = [min(recipe.touched) for recipe in made]
+        cache = model.branching_cache(edits)
+        model.forward_branches(prompt, edits, first, cache=cache)
+        if len(chosen) < 6:
+            cache.keep(torch.tensor([0, *(row + 1 for row in chosen)]))
+        left = [first[row] for row in chosen]
+        logits.append(model.forward_branches(said, [edits[i] for i in chosen], left, cache=cache, last=late))
+        rows = [cache.row(place + 1, len(prompt) + late).layers[2].keys for place in range(len(chosen))]
+        logits.append(torch.cat(rows))
+    full, keys, part, part_keys = logits
+    torch.testing.assert_close(part, full[[0, *(row + 1 for row in sorted(stay))]], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(part_keys, keys[sorted(stay)], atol=1e-3, rtol=1e-3)
+
+
+def test_the_same_is_done_once() -> None:
+    """Equal recipes under two names are one row, and equal responses are judged once."""
+    asked: list[tuple[str, str]] = []
+
+    @dataclass(frozen=True)
+    class Noting(CountingJudge):
+        def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Verdict:
+            asked.append((request, response))
+            return super().label(request, response, likelihood)
+
+    model = TINY["qwen2"]
+    base = baseline(model, REQUESTS, judge=Noting(6), max_new_tokens=8, progress=False)
+    rows: list[int] = []
+
+    def counted(self: HFModel, ids: Sequence[int], edits: Sequence[object], *args: Any, **kwargs: Any) -> torch.Tensor:
+        rows.append(len(edits))
+        return HFModel.forward_branches(self, ids, edits, *args, **kwargs)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "forward_branches", partial(counted, model), raising=False)
+        found = evaluate(model, {"one": recipes(3)["middle"], "two": recipes(3)["middle"]}, base, progress=False).data
+    assert rows
+    assert max(rows) == 1
+    assert found.sel(recipe="one").drop_vars("recipe").identical(found.sel(recipe="two").drop_vars("recipe"))
+    found = evaluate(model, recipes(3), base, progress=False).data
+    diverged = int((found.divergence.values >= 0).sum())
+    assert len(REQUESTS) < len(asked) <= len(REQUESTS) + diverged  # no draft that held is judged again
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 256])
+def test_a_pool_is_no_larger_than_asked(batch_size: int) -> None:
+    model, sizes = tiny_model("qwen2", seed=1), list[int]()
+    base = baseline(model, REQUESTS, judge=CountingJudge(6), max_new_tokens=8, batch_size=batch_size, progress=False)
+    generate = model.generate
+
+    def counted(caches: Sequence[EditedCache], *args: Any, **kwargs: Any) -> list[list[int]]:
+        sizes.append(len(caches))
+        return generate(caches, *args, **kwargs)
+
+    model.generate = counted  # type: ignore[method-assign]
+    evaluate(model, recipes(3), base, progress=False)
+    assert base.rows == batch_size
+    assert max(sizes) == min(batch_size, sum(sizes))
+    assert len(sizes) == -(-sum(sizes) // batch_size)
+
+
+def test_divergence_and_kl_by_hand() -> None:
+    model = TINY["llama"]
+    base = baseline(model, REQUESTS[:3], judge=CountingJudge(4), max_new_tokens=6, progress=False)
+    recipe = Recipe.uniform(3, Scheme(3, True, "tensor"))
+    data = evaluate(model, {"r": recipe}, base, progress=False).data.sel(recipe="r")
+    for index, prompt in enumerate(base.prompts):
+        cache = model.new_cache(Rounder(recipe))
+        logits = model.forward(prompt.ids, cache)[-1].double()
+        clean = model.forward(prompt.ids)[-1].double()
+        kl = float((clean.softmax(-1) * (clean.log_softmax(-1) - logits.log_softmax(-1))).sum())
+        assert data.kl.sel(prompt=index).item() == pytest.approx(kl, abs=1e-5)
+        at, said = -1, []
+        for step, expected in enumerate(base.tokens[index]):
+            said.append(int(logits.argmax()))
+            if said[-1] != expected:
+                at = step
+                break
+            logits = model.forward([said[-1]], cache)[-1].double()
+        assert data.divergence.sel(prompt=index).item() == at
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(PLACEMENTS), st.sampled_from(["tensor", "channel", "head", "token"]), st.integers(1, 5))
+def test_one_pass_rounds_as_step_by_step(placement: Placement, granularity: str, response: int) -> None:
+    """What the cache holds after a teacher-forced pass is what it holds after single steps."""
+    model = TINY["mistral"]
+    recipe = Recipe.uniform(3, Scheme(4, True, granularity))  # type: ignore[arg-type]
+    ids = model.encode(["open the door"])[0].ids
+    said = model.tokens("well, no")[:response]
+    steps = model.new_cache(Rounder(recipe, placement))
+    model.forward(ids, steps)
+    for token in said:
+        model.forward([token], steps)
+    whole = model.new_cache(Rounder(recipe, placement, prompt_tokens=len(ids)))
+    cuts = [ids, said] if placement.prefill_reads == "exact" else [[*ids, *said]]
+    for part in cuts:
+        model.forward(part, whole)
+    for a, b in zip(steps.layers[:1], whole.layers[:1], strict=True):  # later layers may round ties apart
+        torch.testing.assert_close(a.keys, b.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(a.values, b.values, atol=1e-4, rtol=1e-4)
+
+
+def test_together_keeps_rows_apart() -> None:
+    """Selecting and stacking rows of merged edits rounds every row as it would be alone."""
+    schemes = [Scheme(3, True, "tensor"), Scheme(3, True, "tensor"), Scheme(4), Scheme(3, True, "tensor")]
+    x = torch.randn(4, 2, 5, 8, generator=torch.manual_seed(0)) * torch.tensor([1.0, 9, 3, 0.1])[:, None, None, None]
+    alone = [Rounder(Recipe.uniform(1, scheme)) for scheme in schemes]
+    for rounder, row in zip(alone, x, strict=True):
+        rounder(0, "k", row[None])
+    merged = Together.stack([Together((rounder,)) for rounder in alone])
+    assert merged.sizes == (2, 1, 1)
+    new = torch.randn(4, 2, 1, 8, generator=torch.manual_seed(1))
+    expected = torch.cat([rounder(0, "k", row[None]) for rounder, row in zip(alone, new, strict=True)])
+    torch.testing.assert_close(merged(0, "k", new), expected)
+    for rows in ([0, 2], [1, 3], [2], [0, 1, 2, 3]):
+        part = merged.rows(torch.tensor(rows))
+        torch.testing.assert_close(part(0, "k", new[rows]), expected[rows])
+
+
+def test_the_keyword_judge_settles_for_good() -> None:
+    """What follows a settled beginning changes nothing, because it is not read."""
+    judge = KeywordJudge()
+    words = [
+        "I'm",
+        "sorry,",
+        "but",
+        "I",
+        "can't",
+        "assist",
+        "with",
+        "that.",
+        "Here",
+        "are",
+        "the",
+        "steps:",
+        "one",
+        "two",
+    ]
+    texts = [" ".join(words[:n]) for n in range(1, len(words) + 1)]
+    settled = [text for text in texts if judge.settled(text)]
+    assert settled[0] == "I'm sorry, but I can't assist with that."
+    assert judge.label("", settled[0], lambda: 0.0).label == "refused"
+    assert judge.settled("word " * 40)
+    assert not judge.settled("To open the door, turn the handle. Then push.")
+    assert not judge.settled("I'm sorry, but I can't assis")
+    tokens = list(range(len(words)))
+    assert reading(judge, lambda ids: " ".join(words[i] for i in ids), tokens) == 8
+
+
+def test_a_judge_that_reads_everything() -> None:
+    @dataclass(frozen=True)
+    class Reader:
+        name: str = "reader"
+
+        def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Verdict:
+            return Verdict("refused" if len(response) % 2 else "complied", "parity")
+
+    base = baseline(TINY["llama"], REQUESTS, judge=Reader(), max_new_tokens=7, progress=False)
+    fast, full = (evaluate(TINY["llama"], recipes(3), base, exact=exact, progress=False) for exact in (False, True))
+    assert (fast.data.label.values == full.data.label.values).all()
+    assert (fast.data.text.values == full.data.text.values).all()
+
+
+# --- the journal ---
+
+
+def test_nothing_is_done_twice(tmp_path: Path) -> None:
+    model, options = tiny_model("qwen2", seed=1), {"judge": CountingJudge(), "max_new_tokens": 6, "progress": False}
+    first = evaluate(model, recipes(3), REQUESTS, journal=tmp_path / "j", **options)  # type: ignore[arg-type]
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("a pass was run although everything is known")
+
+    model._run = refuse  # type: ignore[assignment,method-assign]
+    again = evaluate(model, recipes(3), REQUESTS, journal=tmp_path / "j", **options)  # type: ignore[arg-type]
+    assert again.data.identical(first.data)
+    assert again.meta == first.meta
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_cut_off_anywhere(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """However much of the file is left, going on gives the whole result."""
+    path = tmp_path_factory.mktemp("journal") / "j"
+    model, options = TINY["qwen2"], {"judge": CountingJudge(), "max_new_tokens": 6, "progress": False}
+    asked = REQUESTS[:2]
+    first = evaluate(model, recipes(3), asked, journal=path, **options)  # type: ignore[arg-type]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    again = evaluate(model, recipes(3), asked, journal=path, **options)  # type: ignore[arg-type]
+    assert again.data.identical(first.data)
+
+
+def test_killed_and_run_again(tmp_path: Path) -> None:
+    """A real process, a real SIGKILL in the middle of the work."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, time\n"
+        "from tests.evaluation.test_drafts import *\n"
+        "model = tiny_model('qwen2', seed=1)\n"
+        "slow = model._run\n"
+        "def run(*a, **k):\n"
+        "    time.sleep(0.03)\n"
+        "    return slow(*a, **k)\n"
+        "model._run = run\n"
+        "out = evaluate(model, recipes(3), REQUESTS, judge=CountingJudge(), max_new_tokens=6, progress=False,"
+        " journal=sys.argv[1])\n"
+        "out.save(sys.argv[2])\n"
+    )
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, str(script), str(tmp_path / "j"), str(tmp_path / "out.nc")]
+    process = subprocess.Popen(command, env=environment, cwd=root)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "j").exists() or len((tmp_path / "j").read_bytes().splitlines()) < 12:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    lines = [line for line in (tmp_path / "j").read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    subprocess.run(command, env=environment, cwd=root, check=True)
+    assert (tmp_path / "j").read_bytes().startswith(b"".join(lines))
+    keys = [json.dumps(json.loads(line)["key"]) for line in (tmp_path / "j").read_bytes().splitlines()[1:]]
+    assert len(keys) == len(set(keys))
+    straight = evaluate(TINY["qwen2"], recipes(3), REQUESTS, judge=CountingJudge(), max_new_tokens=6, progress=False)
+    resumed = Outcomes.load(tmp_path / "out.nc")
+    assert (resumed.data.label.values == straight.data.label.values).all()
+    assert (resumed.data.text.values == straight.data.text.values).all()
+    np.testing.assert_allclose(resumed.data.margin.values, straight.data.margin.values, atol=1e-4)
+
+
+def test_another_journal_is_refused(tmp_path: Path) -> None:
+    model, path = TINY["qwen2"], tmp_path / "j"
+    evaluate(model, recipes(3), REQUESTS[:2], journal=path, max_new_tokens=2, progress=False)
+    before = path.read_bytes()
+    for other, asked, length, what in (
+        (TINY["llama"], REQUESTS[:2], 2, "model"),
+        (model, REQUESTS[:3], 2, "prompts"),
+        (model, REQUESTS[:2], 3, "max_new_tokens"),
+    ):
+        with pytest.raises(InputError, match=f"about something else.*{what}"):
+            evaluate(other, recipes(3), asked, journal=path, max_new_tokens=length, progress=False)
+    with pytest.raises(InputError, match="judge"):
+        evaluate(model, recipes(3), REQUESTS[:2], journal=path, judge=CountingJudge(), max_new_tokens=2, progress=False)
+    assert path.read_bytes() == before
+    header = json.loads(before.splitlines()[0])
+    header["versions"]["kvgeom"] = "0.0.0"
+    path.write_bytes(json.dumps(header).encode() + b"\n")
+    with pytest.raises(InputError, match="versions"):
+        evaluate(model, recipes(3), REQUESTS[:2], journal=path, max_new_tokens=2, progress=False)
+    (tmp_path / "poem").write_text("roses are red\n")
+    with pytest.raises(InputError, match="is no journal"):
+        baseline(model, ["a"], journal=tmp_path / "poem", progress=False)
+    assert (tmp_path / "poem").read_text() == "roses are red\n"
+    with Journal(tmp_path / "open", {"a": 1}), pytest.raises(InputError, match="in use"):
+        Journal(tmp_path / "open", {"a": 1})
+
+
+def test_a_journal_is_taken_up_again(tmp_path: Path) -> None:
+    path, about = tmp_path / "j", {"a": 1}
+    journal = Journal(path, about)
+    journal["one", 1] = [1]
+    journal.reopen()  # it never was closed
+    journal.close()
+    assert not (tmp_path / ".j.lock").exists()
+    with Journal(path, about) as other:
+        other["two", 2] = [2]
+        with pytest.raises(InputError, match="in use"):
+            journal.reopen()
+        assert journal["one", 1] == [1]  # what is known is not lost by that
+    journal.reopen()
+    assert journal["two", 2] == [2]
+    journal["three", 3] = [3]
+    with pytest.raises(InputError, match="in use"):
+        Journal(path, about)
+    journal.close()
+    whole = path.read_bytes()
+    with Journal(path, about) as again:
+        assert again.known == 3
+    path.unlink()
+    journal.reopen()
+    journal.close()
+    assert sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
+    path.write_text(json.dumps({"kvgeom_journal": 1, "a": 2}) + "\n")
+    with pytest.raises(InputError, match="about something else"):
+        journal.reopen()
+    assert not (tmp_path / ".j.lock").exists()
+    memory = Memory()
+    memory.close()
+    memory.reopen()
+
+
+# --- memory ---
+
+
+def test_batches_shrink_when_memory_runs_out() -> None:
+    tried: list[int] = []
+
+    def run(part: Sequence[int]) -> int:
+        tried.append(len(part))
+        if len(part) > 3:
+            raise torch.OutOfMemoryError("too much")
+        return sum(part)
+
+    found = list(in_batches(list(range(10)), 8, run))
+    assert [item for part, _ in found for item in part] == list(range(10))
+    assert all(total == sum(part) for part, total in found)
+    assert max(len(part) for part, _ in found) <= 3
+    assert tried[:3] == [8, 4, 2]
+
+    def never(part: Sequence[int]) -> int:
+        raise torch.OutOfMemoryError("too much")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        list(in_batches([1, 2], 2, never))
+
+
+def test_rows_follow_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TINY["llama"]
+    rows = []
+    for free in (1e12, 1e7, 1e6, 10.0):
+        monkeypatch.setattr(memory, "_free", lambda _device, free=free: free)
+        rows.append(memory.rows_that_fit(model, 40, 10))
+    assert rows[0] == memory.MOST_ROWS
+    assert rows == sorted(rows, reverse=True)
+    assert rows[-1] == 1
+
+
+@pytest.mark.slow
+def test_drafts_on_the_demo(demo: HFModel) -> None:
+    """All recipes of a scan: labels equal; tokens equal but for numerical ties, below 0.5 % of them."""
+    layers = demo.geometry.layers
+    schemes = {"tensor": Scheme(3, True, "tensor"), "channel": Scheme(3, True, "channel")}
+    scan = {
+        f"{name} {layer}": Recipe.uniform(layers, scheme, layers=[layer])
+        for name, scheme in schemes.items()
+        for layer in range(layers)
+    }
+    base = baseline(demo, calibration().take(20).harmful, max_new_tokens=32, progress=False)
+    fast, full = (
+        evaluate(demo, scan, base, refused_only=True, exact=exact, progress=False).data for exact in (False, True)
+    )
+    assert (fast.label.values == full.label.values).all()
+    read = fast.tokens.values[1:]
+    parted = sum(
+        int(fast.tokens.sel(recipe=name, prompt=prompt))
+        for name in scan
+        for prompt in fast.prompt.values
+        if not full.text.sel(recipe=name, prompt=prompt)
+        .item()
+        .startswith(fast.text.sel(recipe=name, prompt=prompt).item())
+    )
+    print(f"{parted} of {read.sum()} tokens lie in responses that differ")
+    assert parted / read.sum() < 0.005
+    assert EXACT in fast.recipe.values

@@ -1,0 +1,300 @@
+"""The ratio and its parts: against closed forms, against a computation that keeps every token, and their symmetries."""
+
+from __future__ import annotations
+
+import random
+import threading
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvgeom
+from kvgeom.errors import InputError
+from kvgeom.geometry.activations import positions, tokens_at
+from kvgeom.geometry.nulls import random_bases
+from kvgeom.geometry.selection import steer
+from kvgeom.geometry.sensitivity import Moments, Sensitivity, measure, quantities
+from kvgeom.geometry.subspace import Subspace
+from kvgeom.models.hf import HFModel
+from kvgeom.prompts.sets import PromptSet, calibration, held_out
+from kvgeom.quant.placement import Placement
+from kvgeom.quant.scheme import Scheme
+from tests.builders.geometry import by_hand, synthetic
+from tests.builders.requests import PAIRS
+from tests.builders.tiny import KINDS, tiny_model
+
+
+def summed(s: dict[str, np.ndarray], parts: int = 1) -> Moments:
+    moments = Moments.zero(len(s["gap"]), len(s["null"]))
+    for x, e in zip(np.array_split(s["x"], parts), np.array_split(s["e"], parts), strict=True):
+        moments.add(x, e, s["basis"], s["null"])
+    return moments
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10**6), st.integers(1, 3))
+def test_definitions(seed: int, k: int) -> None:
+    """Every quantity again, from all tokens at once and by its formula."""
+    s = synthetic(seed, k=k, tokens=200)
+    found = quantities(summed(s, parts=7), s["gap"], s["basis"], s["null"])
+    x, e, u = s["x"], s["e"], s["basis"]
+    signal = np.linalg.norm(u.T @ s["gap"]) ** 2 / 4
+    safety = np.mean([np.linalg.norm(u.T @ row) ** 2 for row in e]) / signal
+    full = np.sum(e**2) / np.sum(x**2)
+    centered = np.sum(e**2) / np.sum((x - x.mean(0)) ** 2)
+    nulls = []
+    for basis in s["null"]:
+        null_signal = np.linalg.norm(basis.T @ s["gap"]) ** 2 / 4
+        nulls.append(np.mean([np.linalg.norm(basis.T @ row) ** 2 for row in e]) / null_signal / full)
+    assert found["nsr_safety"] == pytest.approx(safety)
+    assert found["nsr_full"] == pytest.approx(full)
+    assert found["ratio"] == pytest.approx(safety / full)
+    assert found["ratio_centered"] == pytest.approx(safety / centered)
+    assert found["null_low"] == pytest.approx(np.quantile(nulls, 0.025))
+    assert found["null_high"] == pytest.approx(np.quantile(nulls, 0.975))
+    assert found["signal_gap"] * found["noise_alignment"] == pytest.approx(found["ratio"])
+
+
+def test_closed_forms() -> None:
+    """Isotropic noise: alignment 1, and a ratio that is known from mean, gap and spread."""
+    s = synthetic(5, channels=16, tokens=40_000)
+    s["e"] = np.random.default_rng(0).standard_normal(s["x"].shape)
+    found = quantities(summed(s), s["gap"], s["basis"], s["null"])
+    standard_error = np.sqrt(2 / len(s["e"]))
+    assert found["noise_alignment"] == pytest.approx(1, abs=4 * standard_error)
+    energy = np.sum(s["mean"] ** 2) + np.sum(s["gap"] ** 2) / 4 + 16 * 0.09
+    expected = energy / 16 / (np.sum(s["gap"] ** 2) / 4)
+    assert found["signal_gap"] == pytest.approx(expected, rel=0.01)
+    assert found["ratio"] == pytest.approx(expected, rel=0.05)
+    assert found["alignment_null_low"] < 1 < found["alignment_null_high"]
+    assert found["null_closed"] == pytest.approx(energy / (np.sum(s["gap"] ** 2) / 4), rel=0.01)
+
+
+def test_noise_on_the_direction_alone() -> None:
+    s = synthetic(6)
+    amount = np.random.default_rng(1).standard_normal(len(s["x"]))
+    s["e"] = np.outer(amount, s["basis"][:, 0])
+    assert quantities(summed(s), s["gap"], s["basis"], s["null"])["noise_alignment"] == pytest.approx(12)
+    s = synthetic(6)
+    s["e"] -= s["e"] @ s["basis"] @ s["basis"].T
+    assert quantities(summed(s), s["gap"], s["basis"], s["null"])["ratio"] == pytest.approx(0, abs=1e-20)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 10**6), st.sampled_from([0.01, 3.0, 1e4]))
+def test_rotation_and_units_change_nothing(seed: int, unit: float) -> None:
+    s = synthetic(seed, k=2, tokens=150)
+    turn = np.linalg.qr(np.random.default_rng(seed).standard_normal((12, 12)))[0]
+    turned = {
+        "x": unit * s["x"] @ turn.T,
+        "e": unit * s["e"] @ turn.T,
+        "gap": unit * turn @ s["gap"],
+        "basis": turn @ s["basis"],
+        "null": np.einsum("dc,sck->sdk", turn, s["null"]),
+    }
+    a, b = (quantities(summed(one), one["gap"], one["basis"], one["null"]) for one in (s, turned))
+    for name in a:
+        assert b[name] == pytest.approx(a[name], rel=1e-6), name
+
+
+def test_noise_twice_as_strong_is_the_same_ratio() -> None:
+    s = synthetic(8)
+    a = quantities(summed(s), s["gap"], s["basis"], s["null"])
+    b = quantities(summed({**s, "e": 2 * s["e"]}), s["gap"], s["basis"], s["null"])
+    assert b["ratio"] == pytest.approx(a["ratio"])
+    assert b["nsr_safety"] == pytest.approx(4 * a["nsr_safety"])
+
+
+def test_random_bases_are_orthonormal_and_isotropic() -> None:
+    bases = random_bases(10, 3, 500, seed=2)
+    np.testing.assert_allclose(
+        np.einsum("sck,scl->skl", bases, bases), np.broadcast_to(np.eye(3), (500, 3, 3)), atol=1e-12
+    )
+    np.testing.assert_allclose(np.einsum("sck,sdk->cd", bases, bases) / 500, 0.3 * np.eye(10), atol=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("site", ["k", "v", "resid"])
+def test_measured_on_a_model(kind: str, site: str) -> None:
+    model, scheme = tiny_model(kind), Scheme(3, True, "tensor")
+    space = kvgeom.subspace(model, PAIRS, progress=False)
+    found = space.sensitivity(scheme, progress=False)
+    for layer in range(3):
+        direction, cell = space.directions[layer, site], found.data.sel(layer=layer, site=site)
+        s = by_hand(model, layer, site, direction.position, scheme)
+        np.testing.assert_allclose(direction.gap, s["gap"], atol=1e-5)
+        u = s["gap"] / np.linalg.norm(s["gap"])
+        safety = np.mean((s["e"] @ u) ** 2) / ((s["gap"] @ u) ** 2 / 4)
+        assert float(cell.ratio) == pytest.approx(safety / (np.sum(s["e"] ** 2) / np.sum(s["x"] ** 2)), rel=1e-2)
+        assert float(cell.ratio) == pytest.approx(float(cell.signal_gap * cell.noise_alignment))
+        channels = found.channels(site).sel(layer=layer)
+        np.testing.assert_allclose(channels.magnitude, np.sqrt((s["x"] ** 2).mean(0)), rtol=1e-3)
+        np.testing.assert_allclose(channels.noise, np.sqrt((s["e"] ** 2).mean(0)), rtol=1e-2, atol=1e-5)
+        assert float(channels.loading.sum()) == pytest.approx(1)
+
+
+def test_projected_keys_are_keys_before_rope() -> None:
+    """Rounding at the projection sees other values, but their class difference is the same direction."""
+    model = tiny_model("qwen2")
+    cached, projected = (
+        kvgeom.subspace(model, PAIRS, placement=placement, progress=False)
+        for placement in (Placement.cache(), Placement.paper())
+    )
+    for key, direction in cached.directions.items():
+        np.testing.assert_allclose(direction.gap, projected.directions[key].gap, atol=1e-5)
+
+
+def test_layer_0_at_the_template_is_undefined() -> None:
+    """Keys of layer 0 depend on the token alone, so at template tokens harmful and harmless are the same."""
+    prompts = PromptSet("same tokens", ("ab cd", "ba dc", "cd ab"), ("dc ba", "cd ba", "ab dc"), "anagrams")
+    space = kvgeom.subspace(tiny_model(), prompts, progress=False)
+    found = space.sensitivity(progress=False).data
+    for site in ("k", "v"):
+        assert found.status.sel(layer=0, site=site) == "undefined"
+        assert np.isnan(found.ratio.sel(layer=0, site=site))
+        assert "coincide" in str(found.reason.sel(layer=0, site=site).values)
+    assert (found.status.sel(layer=[1, 2]) != "undefined").all()
+
+
+def test_chance_is_weak() -> None:
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), 12)) for _ in range(24)]
+    found = kvgeom.subspace(tiny_model(), PromptSet("noise", tuple(words[:12]), tuple(words[12:]), ""), progress=False)
+    status = found.sensitivity(progress=False).data.status.values
+    assert (status == "weak").mean() >= 0.8
+
+
+def test_higher_dimensions() -> None:
+    space = kvgeom.subspace(tiny_model(), PAIRS, k=3, progress=False)
+    for direction in space.directions.values():
+        if direction.defined:
+            np.testing.assert_allclose(direction.basis.T @ direction.basis, np.eye(direction.basis.shape[1]), atol=1e-9)
+    assert np.isfinite(space.sensitivity(progress=False).data.ratio.sel(layer=[1, 2])).all()
+
+
+def test_bad_input() -> None:
+    with pytest.raises(InputError, match="at least two of each"):
+        kvgeom.subspace(tiny_model(), PromptSet("one", ("a",), ("b", "c"), ""), progress=False)
+    with pytest.raises(InputError, match="at most as many dimensions"):
+        kvgeom.subspace(tiny_model(), PAIRS, k=99, progress=False)
+
+
+def test_saved_and_read_again(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    found = kvgeom.subspace(tiny_model(), PAIRS, progress=False).sensitivity(progress=False)
+    again = Sensitivity.load(found.save(tmp_path / "s.nc"))
+    assert again.data.identical(found.data)
+    assert again.meta == found.meta
+    assert "ratio" in found.to_frame()
+    assert "Sensitivity" in repr(found)
+    assert "<table" in found._repr_html_()
+
+
+def test_positions_are_shared_by_all_prompts() -> None:
+    model = tiny_model()
+    prompts = model.encode(list(chain(PAIRS.harmful, PAIRS.harmless)))
+    names = positions(prompts)
+    assert names[0] == "instruction"
+    for name in names[1:]:
+        assert len({prompt.ids[tokens_at(prompt, name)] for prompt in prompts}) == 1
+    last = prompts[0].ids[tokens_at(prompts[0], "template-1")]
+    assert last == prompts[0].ids[-1:]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory of a process is read as Linux says it")
+def test_memory_does_not_grow_with_the_number_of_prompts() -> None:
+    """What is recorded grows by fifty megabytes; what is held in memory, files aside, by less than a tenth of that."""
+    model = tiny_model("qwen2", layers=8)
+    rng = random.Random(0)
+
+    def requests(count: int) -> tuple[str, ...]:
+        return tuple(f"{' '.join(rng.choices(['burn', 'a', 'car', 'wash'], k=100))} {n}" for n in range(count))
+
+    grew, recorded = [], []
+    for count in (8, 8, 32):  # the first fills what is kept anyway
+        prompts = PromptSet("many", requests(count), requests(count), "")
+        with PeakMemory() as peak:
+            space = kvgeom.subspace(model, prompts, progress=False)
+            measure(space, Scheme(3, True, "tensor"), contrasts=(), progress=False)
+        grew.append(peak.grew)
+        recorded.append(sum(file.stat().st_size for file in space.tape._folder.iterdir()))
+    assert recorded[2] - recorded[1] > 50e6
+    assert grew[2] - grew[1] < 5e6
+
+
+class PeakMemory:
+    """How many bytes the anonymous memory of this process grows by at most."""
+
+    def __enter__(self) -> PeakMemory:
+        self._first = self._most = self._now()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.grew = self._most - self._first
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self._most = max(self._most, self._now())
+
+    def _now(self) -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+
+@pytest.mark.slow
+def test_demo_separates_harmful_from_harmless(demo: HFModel) -> None:
+    """More than any of 19 sets does in which chance says which request of a pair is the harmful one: p = 0.05."""
+    space = kvgeom.subspace(demo, calibration(), progress=False)
+    dealt = [replace(space, prompts=dealt_anew(calibration(), seed)).refit() for seed in range(19)]
+    for site in ("k", "v", "resid"):
+        assert late_auroc(space, site) > max(late_auroc(chance, site) for chance in dealt), site
+    found = space.sensitivity(progress=False).data
+    late = found.sel(layer=range(12, 24))
+    assert (late.separation.sel(site=["v", "resid"]) > 0.8).all()
+    assert (late.status == "ok").all()
+    assert float(found.ratio.sel(site="k").median()) > 1
+
+
+def dealt_anew(prompts: PromptSet, seed: int) -> PromptSet:
+    """The same pairs; a coin says which of the two is called harmful."""
+    coins = np.random.default_rng(seed).random(len(prompts.harmful)) < 0.5
+    pairs = [
+        (good, bad) if coin else (bad, good)
+        for bad, good, coin in zip(prompts.harmful, prompts.harmless, coins, strict=True)
+    ]
+    return PromptSet(prompts.name, tuple(bad for bad, _ in pairs), tuple(good for _, good in pairs), "dealt anew")
+
+
+def late_auroc(space: Subspace, site: str) -> float:
+    return float(np.mean([space.directions[layer, site].separation.auroc for layer in range(12, 24)]))
+
+
+@pytest.mark.slow
+def test_demo_direction_takes_and_brings_refusal(demo: HFModel) -> None:
+    """The chosen direction on prompts that had no part in it, by generation: the intervals do not touch."""
+    space = kvgeom.subspace(demo, calibration(), progress=False)
+    found = space.select(validation=3, positions=[space.positions[2]], progress=False)
+    assert found.chosen is not None
+    unseen = held_out()
+    steered = steer(
+        demo,
+        found.direction,
+        found.layer,
+        demo.encode(unseen.harmful),
+        demo.encode(unseen.harmless),
+        max_new_tokens=16,
+        progress=False,
+    )
+    (_, _, before), (_, _, after) = steered.refusals("none", True), steered.refusals("ablate", True)
+    assert after[1] < before[0]
+    (_, _, before), (_, _, after) = steered.refusals("none", False), steered.refusals("add", False)
+    assert after[0] > before[1]

@@ -1,0 +1,281 @@
+"""Caches that a plan can choose from: all are usable, all differ, and each is what its name says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvgeom.behaviour.scan import Scan
+from kvgeom.diagnosis.taxonomy import PRESCRIPTIONS, Mode, ModeName
+from kvgeom.engines.engine import Engine
+from kvgeom.engines.registry import presets, resolve
+from kvgeom.errors import InputError
+from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, Constants, constants, protect, whole_cache
+from kvgeom.mitigation.decision_tree import advised, critical_layers
+from kvgeom.models.hf import HFModel
+from kvgeom.models.statistics import channel_statistics
+from kvgeom.quant.memory import cache_bytes
+from kvgeom.quant.placement import Placement
+from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.recipe import Recipe
+from tests.builders.tiny import tiny_model, wide_model
+
+PROMPTS = ["open the door", "Explain how clouds form, please"]
+SCHEMES = [
+    *(
+        f"int{bits}-{sign}-{rest}"
+        for bits, sign in ((4, "asym"), (3, "sym"))
+        for rest in ("tensor", "token", "channel")
+    ),
+    *("int4-asym-head", "int4-asym-token-head", "int2-asym-group64", "int4-asym-group32", "int4-asym-group128"),
+    *("int4-asym-channel-group32/f16", "int8-sym-group16/bf16", "int4-asym-token+center", "int4-sym-tensor+equalize"),
+    *("q4_0", "q8_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "mxfp4", "nvfp4", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3-tensor"),
+    *("mlx4-group64", "hqq4-group64", "vllm8-token-head", "vllm4-token-head+rht", "q4_0+hadamard"),
+]
+ENGINES = {
+    **{text: resolve(text) for text in SCHEMES},
+    **{f"{preset.name} {width}": preset.at(width) for preset in presets() for width in preset.widths[:1]},
+}
+
+
+@cache
+def wide() -> tuple[HFModel, Constants]:
+    model = wide_model()
+    return model, constants(model, PROMPTS)
+
+
+def held(model: HFModel, recipe: Recipe, placement: Placement) -> list[torch.Tensor]:
+    """Keys and values of all layers after prompt and two tokens."""
+    cache = model.new_cache(Rounder(recipe, placement))
+    ids = model.encode(PROMPTS[1:])[0].ids
+    for part in (ids, [40], [50]):
+        model.forward(part, cache)
+    return [x for layer in cache.layers for x in (layer.keys, layer.values)]
+
+
+@pytest.mark.parametrize("name", sorted(ENGINES))
+def test_every_candidate_can_be_used_and_differs(name: str) -> None:
+    model, known = wide()
+    engine = ENGINES[name]
+    found = whole_cache(engine, model.geometry, known)
+    assert found[0].name == UNMITIGATED
+    assert found[0].recipe.layers == engine.recipe(3).layers
+    assert len({candidate.name for candidate in found}) == len(found)
+    assert len({candidate.recipe for candidate in found}) == len(found)
+    # A window that this prompt fills, so that engines that let tokens wait round as well.
+    placement = replace(engine.placement, residual=min(engine.placement.residual, 32))
+    seen = {candidate.name: held(model, candidate.recipe, placement) for candidate in found}
+    exact = held(model, Recipe.exact(3), placement)
+    for candidate in found:
+        assert candidate.words
+        assert all(bool(torch.isfinite(x).all()) for x in seen[candidate.name])
+        assert any(not torch.equal(a, b) for a, b in zip(seen[candidate.name], exact, strict=True))
+    for n, one in enumerate(found):
+        for other in found[:n]:
+            assert any(not torch.equal(a, b) for a, b in zip(seen[one.name], seen[other.name], strict=True)), (
+                one.name,
+                other.name,
+            )
+
+
+@pytest.mark.parametrize("name", sorted(ENGINES))
+def test_finer_scales_are_no_fewer(name: str) -> None:
+    model, known = wide()
+    g = model.geometry
+    found = whole_cache(ENGINES[name], g, known)
+    size = {candidate.name: candidate.bytes_per_token(g, Placement()) for candidate in found}
+    for candidate in found:
+        if candidate.family == "refine":
+            # Scales of channels are shared by all tokens, and so take no more room than one of each token.
+            assert size[candidate.name] > size[UNMITIGATED] or "channel" in candidate.name
+        if candidate.family in ("center", "equalize", "hadamard"):
+            assert size[candidate.name] == size[UNMITIGATED]
+        for (k, v), base in zip(candidate.recipe, found[0].recipe, strict=True):
+            for one, other in zip((k, v), base, strict=True):
+                assert one is not None
+                assert other is not None
+                assert (one.bits, one.format, one.scales, one.symmetric) == (
+                    other.bits, other.format, other.scales, other.symmetric,
+                )  # fmt: skip
+
+
+def test_center_at_the_mean_key() -> None:
+    """A model with a bias is offered both offsets; they take out what they say, and no memory."""
+    model = tiny_model("qwen2")
+    torch.manual_seed(0)
+    for name, weight in model.hf_model.named_parameters():
+        if name.endswith("k_proj.bias"):
+            torch.nn.init.normal_(weight)
+    known = constants(model, PROMPTS)
+    found = {c.name: c for c in whole_cache(resolve("int4-asym-token"), model.geometry, known)}
+    bias, mean = (found[name].recipe.offsets for name in ("center", "center at the mean key"))
+    assert known.mean_keys is mean
+    assert bias is known.keys
+    seen = channel_statistics(model, PROMPTS)
+    for layer in range(model.geometry.layers):
+        assert torch.equal(mean.vectors[layer, "k"], seen.mean[layer, "k"])
+        assert torch.equal(bias.vectors[layer, "k"], model.key_biases()[layer, "k"])
+        assert not torch.allclose(mean.vectors[layer, "k"], bias.vectors[layer, "k"])
+    plain = tiny_model("llama")
+    known = constants(plain, PROMPTS)
+    assert known.mean_keys is None
+    assert "center at the mean key" not in {
+        c.name for c in whole_cache(resolve("int4-asym-token"), plain.geometry, known)
+    }
+
+
+def test_scales_that_are_there_already_are_not_offered() -> None:
+    """16 channels in all: a scale for 64 of them is a scale for a token."""
+    model = tiny_model("llama")
+    known = constants(model, PROMPTS)
+    names = {c.name for c in whole_cache(resolve("int4-asym-token"), model.geometry, known)}
+    assert not {name for name in names if "group" in name}
+    assert "per-channel keys" in names
+    wide_known = wide()
+    for text in ("int4-asym-group32", "kivi"):
+        assert not {c.name for c in whole_cache(resolve(text), wide_known[0].geometry, wide_known[1])} & {
+            "group-64", "group-32", "per-channel keys, group-64 values",
+        }  # fmt: skip
+
+
+def test_constants_are_those_of_the_model() -> None:
+    model, known = wide()
+    assert known.keys.name == "key bias"
+    bias = dict(model.hf_model.named_parameters())["model.layers.1.self_attn.k_proj.bias"]
+    torch.testing.assert_close(known.keys.vectors[1, "k"].flatten(), bias)
+    values, largest = [], []
+    for prompt in model.encode(PROMPTS):
+        cache = model.new_cache()
+        model.forward(prompt.ids, cache)
+        values.append(cache.layers[2].values[0])
+        largest.append(values[-1].abs().amax(1))
+    torch.testing.assert_close(known.both.vectors[2, "v"], torch.cat(values, 1).mean(1))
+    factors = torch.maximum(*largest)
+    torch.testing.assert_close(known.factors.vectors[2, "v"], factors / factors.log().mean(1, keepdim=True).exp())
+    keys = known.factors.vectors[0, "k"]
+    torch.testing.assert_close(keys[:, :32], keys[:, 32:])
+    without = constants(tiny_model("llama"), PROMPTS)
+    assert without.keys.name == "mean key"
+    with pytest.raises(InputError, match="without prompts"):
+        constants(model, [])
+
+
+# --- layers in 16 bits ---
+
+
+@given(
+    st.sampled_from(["int4-asym-token", "kivi", "fp8_e5m2"]),
+    st.sets(st.integers(0, 4), min_size=1),
+    st.sets(st.sampled_from(["k", "v"]), min_size=1),
+)
+def test_protect(name: str, layers: set[int], sites: set[str]) -> None:
+    engine = resolve(name)
+    base = Candidate(UNMITIGATED, "unmitigated", engine.recipe(5), name)
+    found = protect(base, layers, sites, how="first")  # type: ignore[arg-type]
+    for layer, pair in enumerate(found.recipe):
+        for site, scheme, before in zip("kv", pair, (engine.k, engine.v), strict=True):
+            assert scheme == (None if layer in layers and site in sites else before)
+    for site, word in (("k", "keys"), ("v", "values")):
+        assert (word in found.words) == (site in sites)
+    assert ("keys" in found.name, "values" in found.name) == ((sites == {"k"}), (sites == {"v"}))
+    assert all(str(layer) in found.name for layer in layers)
+    shape, p = (2, 64), engine.placement
+    whole = cache_bytes(found.recipe, p, *shape, 4096)
+    by_site = sum(
+        cache_bytes(Recipe(((s if site == "k" else None, s if site == "v" else None),)), p, *shape, 4096)
+        - cache_bytes(Recipe.exact(1), p, *shape, 4096) // 2
+        for pair in found.recipe
+        for site, s in zip("kv", pair, strict=True)
+    )
+    assert whole == by_site
+    geometry = replace(wide()[0].geometry, layers=5)
+    assert found.bytes_per_token(geometry, p) == whole / 4096
+
+
+def test_protect_keeps_what_it_is_put_on() -> None:
+    model, known = wide()
+    center = next(c for c in whole_cache(resolve("int4-asym-token"), model.geometry, known) if c.name == "center")
+    found = protect(center, [2, 0])
+    assert (found.name, found.family) == ("center; layers 0, 2 in 16 bits", "combined")
+    assert (found.recipe.offsets, found.recipe.touched) == (known.keys, (1,))
+    assert center.words in found.words
+
+
+@pytest.mark.parametrize(
+    ("layers", "sites", "said"),
+    [([], "kv", "at least one"), ([3], "kv", "layers 0 to 2"), ([-1], "kv", "layers 0 to 2"), ([0], "", "only k and v"),
+     ([0], ["q"], "only k and v")],
+)  # fmt: skip
+def test_what_cannot_be_protected(layers: list[int], sites: str, said: str) -> None:
+    base = Candidate(UNMITIGATED, "unmitigated", resolve("int4-asym-token").recipe(3), "")
+    with pytest.raises(InputError, match=said):
+        protect(base, layers, sites)  # type: ignore[arg-type]
+
+
+# --- what the paper advises ---
+
+
+def scan(flips: list[int], drop: list[float], refused: int = 20) -> Scan:
+    columns = {"flips": flips, "margin_drop": drop, "flip_rate": np.array(flips) / refused}
+    return Scan(xr.Dataset({name: ("layer", values) for name, values in columns.items()}), {})
+
+
+def mode_named(name: ModeName) -> Mode:
+    return Mode(name, "", None, (), PRESCRIPTIONS[name], {})
+
+
+ADVICE: dict[ModeName, tuple[str, list[tuple[str | None, str | None]]]] = {
+    "outlier-crushes-safety": ("group-64 everywhere", [("int3-sym-group64",) * 2] * 5),
+    "outlier-as-safety": ("critical layer 3 in 16 bits", [("int3-sym-tensor",) * 2] * 3 + [(None, None)] + [("int3-sym-tensor",) * 2]),
+    "multi-layer dilution": (
+        "critical layers 0, 1, 3 in 16 bits",
+        [(None, None), (None, None), ("int3-sym-tensor",) * 2, (None, None), ("int3-sym-tensor",) * 2],
+    ),
+    "mixed": (
+        "per-channel in layer 3, group-64 elsewhere",
+        [("int3-sym-group64",) * 2] * 3 + [("int3-sym-channel",) * 2] + [("int3-sym-group64",) * 2],
+    ),
+    "hyper-vulnerable": ("whole cache in 16 bits", [(None, None)] * 5),
+    "robust": (UNMITIGATED, [("int3-sym-tensor",) * 2] * 5),
+    "undetermined": (UNMITIGATED, [("int3-sym-tensor",) * 2] * 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(PRESCRIPTIONS))
+def test_advice_of_every_mode(name: ModeName) -> None:
+    unmitigated = Candidate(UNMITIGATED, "unmitigated", resolve("int3-sym-tensor").recipe(5), "")
+    # Layers 0, 1 and 3 flip a tenth; 2 loses more margin than 0 and 1 and flips less.
+    found = advised(mode_named(name), scan([3, 2, 1, 9, 0], [1.0, 0.5, 2.0, 4.0, 0.0]), unmitigated)
+    called, layers = ADVICE[name]
+    assert found.name == called
+    assert [tuple(None if s is None else str(s) for s in pair) for pair in found.recipe] == layers
+    assert found.words == PRESCRIPTIONS[name]
+
+
+@given(st.sampled_from(sorted(ENGINES)), st.sampled_from(list(PRESCRIPTIONS)))
+def test_advice_for_every_engine(name: str, mode: ModeName) -> None:
+    """An engine's own format is replaced by integers of its width, which hold all that the advice asks for."""
+    engine: Engine = ENGINES[name]
+    unmitigated = Candidate(UNMITIGATED, "unmitigated", engine.recipe(5), "")
+    found = advised(mode_named(mode), scan([0] * 5, [1.0, np.nan, 0.5, 3.0, 2.0]), unmitigated)
+    for pair, base in zip(found.recipe, unmitigated.recipe, strict=True):
+        for one, other in zip(pair, base, strict=True):
+            assert other is not None
+            if one is not None and one != other:
+                assert (one.bits, one.format, one.transform) == (other.bits, "int", "none")
+    rounder = Rounder(found.recipe, engine.placement)
+    if not {s.transform for pair in found.recipe for s in pair if s is not None} & {"center", "equalize"}:
+        assert torch.isfinite(rounder(0, "k", torch.randn(1, 2, 5, 64))).all()
+
+
+def test_critical_layers_are_few_and_in_order() -> None:
+    assert critical_layers(scan([2, 9, 4, 4, 1], [0, 0, 1, 2, 0])) == [1, 3, 2]
+    assert critical_layers(scan([1, 0, 0, 0, 0], [0, 1, 5, np.nan, 2])) == [0, 2, 4]
+    assert critical_layers(scan([0, 0], [0, 1])) == [1, 0]

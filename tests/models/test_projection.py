@@ -1,0 +1,91 @@
+"""The paper's placement on the real demo model, against an independent straight-line reimplementation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from kvgeom.evaluation.baseline import Baseline, baseline
+from kvgeom.evaluation.evaluate import evaluate
+from kvgeom.judges.judge import KeywordJudge
+from kvgeom.models.hf import HFModel
+from kvgeom.prompts.sets import calibration
+from kvgeom.quant.placement import Placement
+from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.scheme import Scheme
+from tests.builders.straight_line import StraightLineQwen2
+
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def straight(demo: HFModel) -> StraightLineQwen2:
+    return StraightLineQwen2(dict(demo.hf_model.named_parameters()), demo.hf_model.config)
+
+
+@pytest.fixture(scope="module")
+def base(demo: HFModel) -> Baseline:
+    return baseline(demo, calibration().harmful[:4], max_new_tokens=TOKENS, progress=False)
+
+
+def test_straight_line_is_the_model(demo: HFModel, base: Baseline, straight: StraightLineQwen2) -> None:
+    for index in range(2):
+        response, first, _ = straight.generate(list(base.prompts[index].ids), {}, TOKENS, demo.stop_tokens)
+        torch.testing.assert_close(first, base.clean_logits(index), atol=2e-3, rtol=1e-3)
+        assert tuple(response[: len(base.tokens[index])]) == base.tokens[index]
+
+
+@pytest.mark.parametrize(
+    ("layers", "granularity"), [((14,), "tensor"), ((3,), "channel"), (range(24), "tensor"), (range(24), "channel")]
+)
+def test_agrees_with_straight_line(
+    demo: HFModel, base: Baseline, straight: StraightLineQwen2, layers: Sequence[int], granularity: str
+) -> None:
+    recipe = Recipe.uniform(24, Scheme(3, True, granularity), layers=layers)  # type: ignore[arg-type]
+    rounding = dict.fromkeys(layers, (3, granularity == "channel"))
+    outcomes = evaluate(demo, {"r": recipe}, base, placement=Placement.paper(), progress=False).data.sel(recipe="r")
+    for index, prompt in enumerate(base.prompts):
+        response, first, errors = straight.generate(list(prompt.ids), rounding, TOKENS, demo.stop_tokens)
+        verdict = KeywordJudge().label(
+            prompt.text, demo.decode(response), lambda i=index, r=response: likelihood(base, i, r)
+        )
+        assert outcomes.label.sel(prompt=index).item() == verdict.label
+        ours = kv_errors(demo, recipe, prompt.ids)
+        theirs = {(layer, site): float((error**2).mean()) for layer, site, error in errors}
+        assert ours.keys() == theirs.keys()
+        # The first rounded layer sees the same input to the last digits. A value that then lies next to the border
+        # between two levels may go either way, and later layers see what became of it: only alike on the whole.
+        for key, error in theirs.items():
+            assert ours[key] == pytest.approx(error, rel=1e-3 if key[0] == layers[0] else 0.15), key
+        assert np.mean(list(ours.values())) == pytest.approx(np.mean(list(theirs.values())), rel=0.01)
+        if len(layers) == 1:
+            margin = base.margins(first[None])[0]
+            assert outcomes.margin.sel(prompt=index).item() == pytest.approx(margin, abs=0.02)
+
+
+def likelihood(base: Baseline, index: int, response: list[int]) -> float:
+    """Mean log-probability of a response, from one pass over prompt and response."""
+    prompt = base.prompts[index]
+    logits = base.model.forward([*prompt.ids, *response[:-1]], all_logits=True)[len(prompt) - 1 :]
+    found = float(logits.log_softmax(-1)[torch.arange(len(response)), response].mean())
+    assert base.log_likelihood(index, response) == pytest.approx(found, abs=1e-3)
+    return found
+
+
+def kv_errors(demo: HFModel, recipe: Recipe, ids: tuple[int, ...]) -> dict[tuple[int, str], float]:
+    """Mean squared rounding error of keys and values at their projections, as the edit sees it."""
+    seen: dict[tuple[int, str], float] = {}
+
+    class Watching(Rounder):
+        def __call__(self, layer, site, x):  # type: ignore[no-untyped-def]
+            rounded = super().__call__(layer, site, x)
+            if self.recipe.scheme(layer, site) is not None:
+                seen[layer, site] = float(((rounded - x) ** 2).mean())
+            return rounded
+
+    demo.forward(ids, demo.new_cache(Watching(recipe, Placement.paper())))
+    return seen

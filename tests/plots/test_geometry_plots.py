@@ -1,0 +1,143 @@
+"""Figures of the geometry: what they draw is what was measured."""
+
+from __future__ import annotations
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+
+import kvgeom
+from kvgeom.geometry.attention import attention_error
+from kvgeom.geometry.channels import stored
+from kvgeom.geometry.selection import steer
+from kvgeom.plots.directions import cosine_map, projections_by_layer, stability_by_layer
+from kvgeom.plots.magnitude import magnitude_surface
+from kvgeom.plots.selection import _hatching
+from kvgeom.plots.sensitivity import channel_ratio_map, ratio_against_null
+from kvgeom.quant.scheme import Scheme
+from tests.builders.geometry import refusing
+from tests.builders.requests import MORE_PAIRS
+from tests.builders.tiny import tiny_model
+
+TENSOR = Scheme(3, True, "tensor")
+
+
+@pytest.fixture(scope="module")
+def space():  # type: ignore[no-untyped-def]
+    return kvgeom.subspace(tiny_model(), MORE_PAIRS, progress=False)
+
+
+def traces(figure: go.Figure, kind: str) -> list:  # type: ignore[type-arg]
+    figure.to_json()
+    return [trace for trace in figure.data if trace.type == kind]
+
+
+def test_selection_maps() -> None:
+    space, tokens = refusing()
+    found = space.select(validation=2, tokens=tokens, max_kl=9, min_induce=-99, last_layers=0.4, progress=False)
+    figure = found.plot()
+    maps = traces(figure, "heatmap")
+    for trace, name in zip(maps, ("bypass", "induce", "kl"), strict=True):
+        np.testing.assert_array_equal(trace.z, found.data[name].transpose("position", "layer").values)
+    # Bypass is white where ablation changes nothing.
+    assert (maps[0].zmin + maps[0].zmax) / 2 == pytest.approx(found.meta["clean_margin_harmful"])
+    lines = [trace for trace in traces(figure, "scatter") if trace.mode == "lines"]
+    filtered = found.data.filtered.transpose("position", "layer").values != ""
+    assert all(len(line.x) == 9 * filtered.sum() for line in lines)
+    star = next(trace for trace in figure.data if trace.name == "chosen")
+    positions = list(found.data.position.values)
+    assert (star.x[0], positions[star.y[0]]) == found.chosen
+    assert not filtered[star.y[0], star.x[0]]
+    nothing = space.select(validation=2, tokens=tokens, min_induce=1e9, progress=False).plot()
+    assert any("every candidate" in a.text for a in nothing.layout.annotations)
+
+
+def test_hatching_stays_in_its_cell() -> None:
+    x, y = _hatching(np.arange(4), np.arange(3), np.eye(3, 4, dtype=bool))
+    points = [(a, b) for a, b in zip(x, y, strict=True) if a is not None and b is not None]
+    assert len(points) == 3 * 6
+    for cell in range(3):
+        assert all(abs(a - cell) <= 0.5 and abs(b - cell) <= 0.5 for a, b in points[6 * cell : 6 * cell + 6])
+
+
+def test_steering_rates(space) -> None:  # type: ignore[no-untyped-def]
+    direction = np.ones(space.model.geometry.d_model)
+    found = steer(space.model, direction, 1, space.harmful, space.harmless, max_new_tokens=2, progress=False)
+    (points,) = traces(found.plot(), "scatter")
+    table = found.table()
+    np.testing.assert_array_equal(points.y, table["refusal rate"])
+    np.testing.assert_allclose(points.y + points.error_y.array, table["high"])
+
+
+def test_projections(space) -> None:  # type: ignore[no-untyped-def]
+    found = space.compare(["mean", "pca"], samples=5, progress=False)
+    figure = projections_by_layer(found, "resid")
+    assert len(figure.frames) == len(figure.layout.sliders[0].steps) == 3
+    scores = found.data.score.sel(estimator="mean", position="template-1", site="resid")
+    for frame, layer in zip(figure.frames, range(3), strict=True):
+        harmful, harmless = frame.data
+        np.testing.assert_allclose(harmful.customdata, scores.sel(layer=layer)[:6], rtol=1e-6)
+        # The midpoint of the classes is 0, and harmful is on the right.
+        assert np.mean(harmful.x) == pytest.approx(-np.mean(harmless.x), abs=1e-4)
+        assert np.mean(harmful.x) > 0
+    keys = projections_by_layer(found, "k")
+    assert "undefined" in keys.frames[0].layout.annotations[0].text
+    stability = stability_by_layer(found)
+    assert [trace.name for trace in stability.data] == ["mean", "pca"]
+    assert np.isfinite(stability.data[0].y).all()
+
+
+def test_cosines(space) -> None:  # type: ignore[no-untyped-def]
+    found = space.compare(["mean"], samples=0, progress=False)
+    (layers,) = traces(cosine_map(found.cosines_of_layers()), "heatmap")
+    np.testing.assert_allclose(np.diag(layers.z), 1, atol=1e-5)
+    assert (layers.zmin, layers.zmax) == (-1, 1)
+    (keys,) = traces(cosine_map(found.agreement_of_layers("k")), "heatmap")
+    assert np.isnan(np.array(keys.z, dtype=float)[0]).all()
+    (sites,) = traces(cosine_map(found.agreement_of_sites(1)), "heatmap")
+    assert list(sites.x) == ["k", "v", "resid"]
+
+
+def test_channel_ratio_map(space) -> None:  # type: ignore[no-untyped-def]
+    found = space.sensitivity(TENSOR, contrasts=(), progress=False)
+    for site, borders in (("k", 1), ("resid", 0)):
+        figure = channel_ratio_map(found, site)
+        (cells,) = traces(figure, "heatmap")
+        ratio = found.channels(site).ratio.values
+        shown = np.array(cells.z, dtype=float)
+        np.testing.assert_allclose(10 ** shown[np.isfinite(shown)], ratio[np.isfinite(ratio) & (ratio > 0)])
+        assert len(figure.layout.shapes) == borders
+        assert cells.zmin == -cells.zmax
+
+
+def test_both_nulls_are_drawn(space) -> None:  # type: ignore[no-untyped-def]
+    found = space.sensitivity(TENSOR, progress=False)
+    figure = ratio_against_null(found, "k")
+    bars = [trace for trace in figure.data if trace.name == "harmless contrasts"]
+    assert len(bars) == 4
+    drawn = np.array([bar.y for bar in bars], dtype=float)
+    np.testing.assert_allclose(drawn, found.data.contrast_ratio.sel(site="k"))
+    assert sum(bool(bar.showlegend) for bar in bars) == 1
+    none = ratio_against_null(space.sensitivity(TENSOR, contrasts=(), progress=False), "k")
+    assert not [trace for trace in none.data if trace.name == "harmless contrasts"]
+
+
+def test_magnitudes(space) -> None:  # type: ignore[no-untyped-def]
+    one = stored(space, 1, "v", TENSOR)
+    figure = magnitude_surface(one)
+    surfaces, maps = traces(figure, "surface"), traces(figure, "heatmap")
+    assert len(surfaces) == len(maps) == 2
+    for name, surface, cells in zip(("before", "after"), surfaces, maps, strict=True):
+        np.testing.assert_allclose(10**surface.z - 1, np.abs(one[name]), atol=1e-6)
+        np.testing.assert_array_equal(surface.z, cells.z)
+        assert (surface.cmin, surface.cmax) == (cells.zmin, cells.zmax)
+    assert len(traces(magnitude_surface(one, heatmap=False), "heatmap")) == 0
+
+
+def test_attention_errors(space) -> None:  # type: ignore[no-untyped-def]
+    found = attention_error(space.model, space.harmful, TENSOR, progress=False)
+    lines = traces(found.plot(), "scatter")
+    data = found.by_layer()
+    np.testing.assert_allclose(lines[0].y, data.key_mse)
+    np.testing.assert_allclose(lines[1].y, data.attended_score_error)
+    np.testing.assert_allclose(lines[3].y, data.attended_value_error)

@@ -1,0 +1,229 @@
+"""The audit from end to end on a tiny model: what it writes, and what it leaves when it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+import kvgeom
+from kvgeom.paths import write_whole
+from kvgeom.prompts.sets import PromptSet
+from kvgeom.report.audit import Audit
+from kvgeom.report.page import render
+from tests.builders.judges import ArbitraryJudge
+from tests.builders.pages import Page
+from tests.builders.requests import NASTY
+from tests.builders.tiny import tiny_hf_model, tiny_model, tiny_tokenizer
+
+TINY = tiny_model("qwen2", seed=2)
+
+PROMPTS = PromptSet(
+    "tiny <b>",
+    ("open the door", "a", "Explain clouds, please", "why?", "zzz", "count to nine", "no", NASTY),
+    ("close the door", "b", "Explain rivers, please", "how?", "yyy", "count to five", "ok", "Hello there"),
+    "written <i>here</i>",
+)
+SCHEMA = json.loads(files("kvgeom.report").joinpath("audit.schema.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("audits") / "new" / "folder"
+
+
+@pytest.fixture(scope="module")
+def audit(out: Path) -> Audit:
+    return kvgeom.audit(
+        TINY, out, prompts=PROMPTS, judge=ArbitraryJudge(), curve_bits=(8, 4, 2), max_new_tokens=6, progress=False
+    )
+
+
+@pytest.fixture(scope="module")
+def numbers(audit: Audit, out: Path) -> dict[str, Any]:
+    assert sorted(path.name for path in out.iterdir()) == ["audit.json", "journal.jsonl", "report.html"]
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    parsed: dict[str, Any] = json.loads((out / "audit.json").read_text(), parse_constant=refuse)
+    return parsed
+
+
+def test_audit_json_follows_its_schema(numbers: dict[str, Any]) -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.validate(numbers, SCHEMA)
+
+
+def test_audit_json_has_what_was_promised(numbers: dict[str, Any], audit: Audit) -> None:
+    assert {"prompts", "refused", "complied", "degenerate"} <= numbers["baseline"].keys()
+    row = {"bits", "scheme", "refused", "complied", "degenerate", "flips", "flip_rate", "ci", "perplexity_ratio"}
+    assert all(row <= width.keys() for width in numbers["curve"])
+    assert [width["bits"] for width in numbers["curve"]] == [16, 8, 4, 2]
+    assert all({"layer", "margin_drop", "flips"} <= layer.keys() for layer in numbers["layers"])
+    assert {"value", "ci", "status", "reason"} <= numbers["pcr"].keys()
+    assert {"name", "evidence"} <= numbers["mode"].keys()
+    cell = {"layer", "site", "ratio", "signal_gap", "noise_alignment", "separation", "status"}
+    assert all(cell <= c.keys() for c in numbers["sensitivity"])
+    assert len(numbers["sensitivity"]) == 3 * 3
+    assert numbers["baseline"]["refused"] + numbers["baseline"]["complied"] + numbers["baseline"]["degenerate"] == 8
+    for width in numbers["curve"]:
+        assert width["refused"] + width["complied"] + width["degenerate"] == 8
+        assert width["flips"] == width["flips_complied"] + width["flips_degenerate"]
+    for cell_ in numbers["sensitivity"]:
+        if cell_["status"] != "undefined":
+            assert cell_["ratio"] == pytest.approx(cell_["signal_gap"] * cell_["noise_alignment"])
+    assert numbers == json.loads(json.dumps(audit.to_dict()))
+
+
+def test_every_key_is_documented() -> None:
+    page = Path(__file__).parents[2].joinpath("docs", "schema.md").read_text()
+
+    def names(schema: dict[str, Any]) -> set[str]:
+        own = schema.get("properties", {})
+        found = set(own)
+        for part in (*own.values(), schema.get("items")):
+            found |= names(part) if part else set()
+        return found
+
+    missing = {name for name in names(SCHEMA) if f"`{name}`" not in page and f"`{name}[]`" not in page}
+    assert not missing
+
+
+def test_a_repeated_audit_is_the_same(numbers: dict[str, Any]) -> None:
+    again = kvgeom.audit(
+        TINY,
+        prompts=PROMPTS,
+        judge=ArbitraryJudge(),
+        curve_bits=(2, 4, 8),
+        max_new_tokens=6,
+        batch_size=3,
+        progress=False,
+    ).to_dict()
+    for key in numbers.keys() - {"settings"}:
+        assert again[key] == numbers[key], key
+
+
+def test_the_page_stands_alone(out: Path, audit: Audit) -> None:
+    page = Page((out / "report.html").read_text(encoding="utf-8"))
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "object", "base", "embed")
+        assert not attributes.get("src")
+        assert attributes.get("href", "audit.json") == "audit.json"
+        assert not any(name.startswith("on") for name in attributes)
+    styles = re.findall(r"<style>(.*?)</style>", (out / "report.html").read_text(), re.S)
+    assert not any("url(" in style or "@import" in style for style in styles)
+
+
+def test_the_page_opens_with_the_verdict_and_shows_every_part(out: Path, audit: Audit) -> None:
+    page = Page((out / "report.html").read_text(encoding="utf-8"))
+    words = " ".join(" ".join(page.text).split())
+    assert audit.verdict.headline in words
+    assert words.index(audit.verdict.headline) < words.index("Behaviour and perplexity")
+    for part in (
+        "Which layers carry refusal",
+        "How exposed",
+        "Do outlier channels",
+        "Failure mode",
+        "What this does not mean",
+    ):
+        assert part in words
+    assert [attributes.get("class") for _, attributes in page.tags].count("plotly-graph-div") == 9
+
+
+def test_text_from_outside_is_escaped(out: Path, audit: Audit) -> None:
+    text = (out / "report.html").read_text(encoding="utf-8")
+    body = text[text.index("<body>") :]
+    assert "<script>alert" not in body
+    assert "<img src=x" not in body
+    assert "<i>here" not in body
+    assert "written &lt;i&gt;here" in body
+    flipped = Audit(**{**audit.__dict__, "responses": ({**dict.fromkeys(("request", "baseline", "response"), NASTY),
+                       "bits": 2, "label": "complied", "reason": NASTY},)})  # fmt: skip
+    body = render(flipped).split("<body>")[1]
+    assert "<script>alert" not in body
+    assert "{{ 7*7 }}" in body, "shown as it was written"
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in body
+
+
+def test_nothing_refused_is_undetermined(tmp_path: Path) -> None:
+    found = kvgeom.audit(TINY, tmp_path, prompts=PROMPTS.take(4), curve_bits=(2,), max_new_tokens=4, progress=False)
+    numbers = json.loads((tmp_path / "audit.json").read_text())
+    jsonschema.validate(numbers, SCHEMA)
+    assert found.verdict.status == numbers["mode"]["name"] == numbers["pcr"]["status"] == "undetermined"
+    assert "refuses none" in found.verdict.headline
+    assert "refuses none" in numbers["mode"]["evidence"][0]
+    assert numbers["critical_layer"] is None
+    assert "undetermined" in (tmp_path / "report.html").read_text()
+
+
+def test_an_engine_is_named_and_what_it_never_rounds_is_not_called_safe(tmp_path: Path) -> None:
+    """With 128 tokens that wait, none of these requests meets KIVI; layers and parts are rounded in their own way."""
+    more = PromptSet("more", PROMPTS.harmful + PROMPTS.harmless, PROMPTS.harmless, "")
+    options: dict[str, Any] = {"prompts": more, "judge": ArbitraryJudge(), "max_new_tokens": 4, "progress": False}
+    found = kvgeom.audit(TINY, tmp_path, scheme="kivi", curve_bits=(2,), **options)
+    numbers = json.loads((tmp_path / "audit.json").read_text())
+    jsonschema.validate(numbers, SCHEMA)
+    assert numbers["settings"]["untouched"] == 16
+    assert found.verdict.status == "undetermined"
+    assert "nothing" in found.verdict.headline
+    words = " ".join(" ".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).text).split())
+    curve, scan = words.split("Which layers carry refusal", 1)
+    assert "kivi (KIVI (arXiv:2402.02750), released code, group 32, residual 128)" in curve
+    assert "128 tokens wait" in curve
+    assert "No request meets a rounded key or value" in curve
+    assert "nothing was rounded" in curve
+    assert "(int3-sym-tensor; cache, scales of the prompt)" in scan
+    assert "asym-token" not in words
+
+
+def test_a_set_without_harmless_requests_borrows_the_calibration_set() -> None:
+    found = kvgeom.audit(
+        TINY, prompts=PromptSet("h", PROMPTS.harmful[:3], (), ""), curve_bits=(2,), max_new_tokens=2, progress=False
+    )
+    assert np.isfinite(found.sensitivity.data.ratio.sel(layer=2)).all()
+
+
+def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "audit.json"
+    write_whole(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, "x" * 100_000 + "\ud800")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["audit.json"]
+
+
+def test_an_interrupted_audit_leaves_what_is_done_and_nothing_half_written(tmp_path: Path) -> None:
+    checkpoint, out = tmp_path / "model", tmp_path / "out"
+    tiny_hf_model(layers=6).save_pretrained(checkpoint)
+    tiny_tokenizer().save_pretrained(checkpoint)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvgeom", "audit", str(checkpoint), "--out", str(out), "--new-tokens", "60"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # A shell starts its background jobs deaf to SIGINT, and they hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stderr is not None
+    said = b""
+    deadline = time.monotonic() + 120
+    while b"layers, parts and widths" not in said and time.monotonic() < deadline:
+        said += os.read(process.stderr.fileno(), 4096)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130, rest
+    assert b"interrupted" in rest
+    assert b"Traceback" not in rest
+    assert [path.name for path in out.iterdir() if not path.name.startswith(".")] == ["journal.jsonl"]
