@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import xarray as xr
 
-from kvgeom.behaviour.widths import ROUNDING, about, at_widths, spelled, width_recipes
+from kvgeom.behaviour.widths import ROUNDING, about, at_widths, name_of, width_recipes
+from kvgeom.engines.engine import CacheConfig
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.evaluate import evaluate
 from kvgeom.evaluation.outcomes import EXACT, Outcomes
@@ -146,7 +147,7 @@ def bit_width_curve(
     text: str,
     *,
     bits: Sequence[int] | None = None,
-    scheme: Scheme | str | None = None,
+    scheme: CacheConfig | Scheme | str | None = None,
     placement: Placement | None = None,
     refused_only: bool = False,
     exact: bool = False,
@@ -270,7 +271,7 @@ def over_refusal(
     base: Baseline,
     *,
     bits: Sequence[int] | None = None,
-    scheme: Scheme | str | None = None,
+    scheme: CacheConfig | Scheme | str | None = None,
     placement: Placement | None = None,
     progress: bool = True,
 ) -> OverRefusal:
@@ -299,7 +300,7 @@ def over_refusal(
     }
     meta = {
         **outcomes.made_by,
-        "scheme": spelled(scheme),
+        "scheme": name_of(scheme),
         "prompts": n,
     }
     data = xr.Dataset({name: ("bits", values) for name, values in columns.items()}, coords={"bits": [16, *engines]})

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvgeom.engines.engine import Engine
-from kvgeom.engines.registry import engine_of, offers, resolve
+from kvgeom.engines.engine import CacheConfig
+from kvgeom.engines.registry import resolve, widths
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
@@ -18,25 +18,27 @@ WIDTHS = (8, 6, 5, 4, 3, 2)
 
 
 def at_widths(
-    scheme: Scheme | str | None, bits: Sequence[int] | None = None, placement: Placement | None = None
-) -> dict[int, Engine]:
+    scheme: CacheConfig | Recipe | Scheme | str | None,
+    bits: Sequence[int] | None = None,
+    placement: Placement | str | None = None,
+) -> dict[int, CacheConfig]:
     """What is done to the cache at each width, widest first; see :func:`~kvgeom.behaviour.curve.bit_width_curve`.
 
     Raises
     ------
     InputError
-        For a scheme or width that there is not.
+        For a scheme or width that does not exist.
     """
-    name = spelled(scheme)
+    spec = without_width(scheme)
     if bits is None:
-        offered = offers(name)
+        offered = widths(spec)
         bits = [b for b in WIDTHS if b in offered] or list(offered)
-    widths = sorted({check_bits(b) for b in bits} - {16}, reverse=True)
-    return {b: resolve(name, b, placement) for b in widths}
+    chosen = sorted({check_bits(b) for b in bits} - {16}, reverse=True)
+    return {b: resolve(spec, bits=b, placement=placement) for b in chosen}
 
 
 def width_recipes(
-    n_layers: int, engines: Mapping[int, Engine], placement: Placement | None = None
+    n_layers: int, engines: Mapping[int, CacheConfig], placement: Placement | None = None
 ) -> tuple[dict[str, Recipe], Placement]:
     """Recipes ``"8-bit"``, ``"6-bit"``, ... of what :func:`at_widths` found, and the placement that they share.
 
@@ -46,42 +48,51 @@ def width_recipes(
     return recipes, next((engine.placement for engine in engines.values()), placement or Placement())
 
 
-def spelled(scheme: Scheme | str | None) -> str:
-    """A scheme as :func:`kvgeom.engines.registry.resolve` takes it, without its width where that is free."""
-    text = "asym-token" if scheme is None else str(scheme)
-    found = re.match(r"int\d-((?:a?sym)-.*)", text)
-    return found[1] if found and not isinstance(scheme, str) else text
+def without_width(scheme: CacheConfig | Recipe | Scheme | str | None) -> CacheConfig | Recipe | Scheme | str:
+    """What :func:`kvgeom.engines.registry.resolve` takes at any width: the bits of an integer Scheme are left open."""
+    if scheme is None:
+        return "asym-token"
+    found = re.match(r"int\d-((?:a?sym)-.*)", str(scheme)) if isinstance(scheme, Scheme) else None
+    return found[1] if found else scheme
+
+
+def name_of(scheme: CacheConfig | Recipe | Scheme | str | None) -> str:
+    """The scheme of a curve as a string, without its width where that is open."""
+    spec = without_width(scheme)
+    return spec.name if isinstance(spec, CacheConfig) else str(spec)
 
 
 #: What a curve's ``meta`` says of the rounding itself, whoever labels the responses.
 ROUNDING = ("scheme", "engine", "rounded", "untouched")
 
 
-def about(base: Baseline, scheme: Scheme | str | None, engines: Mapping[int, Engine]) -> dict[str, Any]:
+def about(
+    base: Baseline, scheme: CacheConfig | Recipe | Scheme | str | None, engines: Mapping[int, CacheConfig]
+) -> dict[str, Any]:
     """What is done to the cache, in words, and how many prompts never meet it: the keys of :data:`ROUNDING`.
 
     Parameters
     ----------
     base : Baseline
-    scheme : Scheme or str, optional
-        As it was asked for.
-    engines : mapping of int to Engine
+    scheme : CacheConfig, Recipe, Scheme or str, optional
+        As given to :func:`at_widths`.
+    engines : mapping of int to CacheConfig
         From :func:`at_widths`.
     """
-    name = spelled(scheme)
+    spec = without_width(scheme)
+    config = next(iter(engines.values()), None) or resolve(spec, bits=widths(spec)[0])
 
     def untouched(prompt: int) -> bool:
         held = prompt + base.max_new_tokens - 1  # the last token is said, never read
         return not any(
-            engine.placement.rounds(prompt, held, site.spans_tokens)
-            for engine in engines.values()
-            for site in (engine.k, engine.v)
-            if site is not None
+            config.placement.rounds(prompt, held, one.spans_tokens)
+            for config in engines.values()
+            for one in config.schemes
         )
 
     return {
-        "scheme": name,
-        "engine": engine_of(name),
-        "rounded": {str(bits): engine.held for bits, engine in engines.items()},
+        "scheme": name_of(scheme),
+        "engine": config.version,
+        "rounded": {str(bits): at.stored for bits, at in engines.items()},
         "untouched": sum(untouched(len(prompt.ids)) for prompt in base.prompts) if engines else 0,
     }

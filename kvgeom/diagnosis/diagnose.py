@@ -24,6 +24,7 @@ from kvgeom.behaviour.scan import Scan, scan_of, single_layers
 from kvgeom.behaviour.widths import at_widths, width_recipes
 from kvgeom.diagnosis.evidence import FlipTable, evidence_from, shares
 from kvgeom.diagnosis.taxonomy import Evidence, Mode, classify
+from kvgeom.engines.engine import CacheConfig
 from kvgeom.evaluation.baseline import Baseline, baseline
 from kvgeom.evaluation.evaluate import evaluate
 from kvgeom.evaluation.outcomes import Outcomes
@@ -123,7 +124,7 @@ class Diagnosis:
         self,
         *,
         memory: float = 0.02,
-        scheme: str | None = None,
+        scheme: CacheConfig | Scheme | str | None = None,
         bits: int | None = None,
         placement: Placement | None = None,
         seed: int = 0,
@@ -139,8 +140,8 @@ class Diagnosis:
         ----------
         memory : float
             Budget: the share by which the cache may exceed the unmitigated one, scales and offsets counted.
-        scheme : str, optional
-            The cache to mend, a spelling or an engine's preset; that of the curve by default.
+        scheme : str, Scheme or CacheConfig, optional
+            The cache to mend, a scheme or an engine's preset; that of the curve by default.
         bits : int, optional
             Its width; that of the diagnosis by default.
         placement : Placement, optional
@@ -188,7 +189,7 @@ def diagnose(
     model: Any,
     prompts: PromptSet | None = None,
     *,
-    scheme: Scheme | str | None = None,
+    scheme: CacheConfig | Scheme | str | None = None,
     curve_bits: Sequence[int] | None = None,
     bits: int = 3,
     placement: Placement | None = None,

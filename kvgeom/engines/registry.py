@@ -6,17 +6,18 @@ documentation says what it does and how that was checked. Add your own with :fun
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 from kvgeom.engines.builtin import BUILT_IN
-from kvgeom.engines.engine import Engine, Preset
+from kvgeom.engines.engine import CacheConfig, Preset
 from kvgeom.errors import InputError
 from kvgeom.quant.memory import bits_per_element
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.scheme import BITS, BLOCK_FORMATS, FLOAT_FORMATS, Scheme
-
-__all__ = ["Engine", "Preset", "engine_of", "offers", "preset", "presets", "register", "resolve", "scheme_rows"]
+from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.scheme import BITS, BLOCK_FORMATS, ENGINE_FORMATS, FLOAT_FORMATS, Scheme
 
 _PRESETS: dict[str, Preset] = {known.name: known for known in BUILT_IN}
 
@@ -44,74 +45,99 @@ def presets() -> tuple[Preset, ...]:
     return tuple(_PRESETS.values())
 
 
-def preset(name: str, bits: int | None = None) -> Engine:
-    """An engine by the name of its preset, for instance ``preset("kivi", bits=2)``.
-
-    Raises
-    ------
-    InputError
-        If there is none of that name, or the engine does not offer that width.
-    """
-    if name not in _PRESETS:
-        raise InputError(f"preset {name!r} was asked, but there are only {', '.join(_PRESETS)}")
-    return _PRESETS[name].at(bits)
-
-
-def engine_of(text: str) -> str:
-    """Which engine, of which version, a preset's name stands for; empty if the text is a scheme of no engine."""
-    return _PRESETS[text].engine if text in _PRESETS else ""
-
-
-def resolve(text: str, bits: int | None = None, placement: Placement | None = None) -> Engine:
-    """What a user means by a scheme: a preset, a scheme, or a scheme without its width.
+def resolve(
+    spec: CacheConfig | Recipe | Scheme | str, *, bits: int | None = None, placement: Placement | str | None = None
+) -> CacheConfig:
+    """What a user means by a scheme, a preset or a recipe.
 
     Parameters
     ----------
-    text : str
-        ``"kivi"``, ``"q4_0+hadamard"``, ``"int4-asym-group64"`` or, with ``bits``, ``"asym-group64"``.
+    spec : CacheConfig, Recipe, Scheme or str
+        A string is the name of a preset (``"kivi"``), a scheme (``"q4_0+hadamard"``, ``"int4-asym-group64"``) or, with
+        ``bits``, a scheme without its width (``"asym-group64"``).
     bits : int, optional
-        Width. A preset has a default; a scheme that spells its own must agree with it.
-    placement : Placement, optional
+        Width. A preset has a default; what has a width of its own must agree.
+    placement : Placement or {"cache", "paper"}, optional
         Instead of the preset's, or of the decode-faithful default.
 
     Raises
     ------
     InputError
-        If it is none of these.
+        If it is none of these, or not available at that width.
 
     Examples
     --------
-    >>> str(resolve("asym-group64", 4).k)
+    >>> str(resolve("asym-group64", bits=4).k)
     'int4-asym-group64'
-    >>> resolve("kivi", 2).placement.residual
+    >>> resolve("kivi", bits=2).placement.residual
     128
+    >>> resolve("int3-sym-tensor", placement="paper").placement.where
+    'projection'
     """
-    if text in _PRESETS:
-        found = preset(text, bits)
-        return found if placement is None else replace(found, placement=placement)
-    if leaves_width_open(text):
+    where = _placement(placement)
+    if isinstance(spec, str) and spec in _PRESETS:
+        found = _PRESETS[spec].at(bits)
+    elif isinstance(spec, CacheConfig):
+        found = spec
+    elif isinstance(spec, Recipe):
+        found = CacheConfig(str(spec), "", None, None, Placement(), spec)
+    else:
+        scheme = spec if isinstance(spec, Scheme) else _parse(spec, bits)
+        found = CacheConfig(str(scheme), "", scheme, scheme, Placement())
+    if bits not in (None, found.bits):
+        raise InputError(f"{found.name!r} has {found.bits} bits, got bits={bits}; leave one of them out")
+    return found if where is None else replace(found, placement=where)
+
+
+def needs_bits(spec: object) -> bool:
+    """Whether a spec is a scheme without its width, as ``"asym-group64"`` is."""
+    return isinstance(spec, str) and spec not in _PRESETS and spec.startswith(("sym-", "asym-"))
+
+
+def widths(spec: CacheConfig | Recipe | Scheme | str) -> tuple[int, ...]:
+    """The widths, narrowest first, at which :func:`resolve` takes a spec: for a curve over bits.
+
+    Raises
+    ------
+    InputError
+        If :func:`resolve` does not know it.
+    """
+    if isinstance(spec, str) and spec in _PRESETS:
+        return tuple(sorted(_PRESETS[spec].widths))
+    if needs_bits(spec):
+        resolve(spec, bits=BITS[0])
+        return BITS
+    return (resolve(spec).bits,)
+
+
+#: How a scheme begins, as against a preset that is misspelt.
+_SCHEME = re.compile(
+    "|".join(["a?sym-", r"int\d", *(rf"{name}\d" for name in ENGINE_FORMATS), *FLOAT_FORMATS, *BLOCK_FORMATS])
+)
+
+
+def _parse(spec: str, bits: int | None) -> Scheme:
+    if not isinstance(spec, str):
+        raise InputError(
+            f"a cache is given as a scheme, the name of a preset, a Recipe or a CacheConfig; got {type(spec).__name__}"
+        )
+    if needs_bits(spec):
         if bits is None:
-            raise InputError(f"scheme {text!r} was asked without a width; give one, for instance int4-{text}")
-        text = f"int{bits}-{text}"
-    try:
-        scheme = Scheme.parse(text)
-    except InputError as error:
-        raise InputError(f"{error}; or give one of the presets {', '.join(_PRESETS)}") from error
-    if bits not in (None, scheme.bits):
-        raise InputError(f"scheme {text!r} was asked with {bits} bits, but it has {scheme.bits}; give one of the two")
-    return Engine(text, scheme, scheme, placement or Placement())
+            raise InputError(f"scheme {spec!r} has no width; give bits, or write it as int4-{spec}")
+        return Scheme.parse(f"int{bits}-{spec}")
+    if _SCHEME.match(spec):
+        return Scheme.parse(spec)
+    close = get_close_matches(spec.lower(), _PRESETS, 1)
+    choose = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(_PRESETS)};"
+    raise InputError(f"unknown preset {spec!r}; {choose} `kvgeom schemes` lists presets and formats")
 
 
-def leaves_width_open(text: str) -> bool:
-    """Whether a scheme is spelled without its width, as ``"asym-group64"`` is."""
-    return text.startswith(("sym-", "asym-"))
-
-
-def offers(text: str) -> tuple[int, ...]:
-    """The widths in which :func:`resolve` can give a scheme: for a curve over bits."""
-    if text in _PRESETS:
-        return tuple(sorted(_PRESETS[text].widths))
-    return BITS if leaves_width_open(text) else (Scheme.parse(text).bits,)
+def _placement(given: Placement | str | None) -> Placement | None:
+    if not isinstance(given, str):
+        return given
+    if given not in ("cache", "paper"):
+        raise InputError(f"unknown placement {given!r}; choose from cache, paper, or give a Placement")
+    return Placement.paper() if given == "paper" else Placement()
 
 
 def scheme_rows(kv_heads: int = 8, head_dim: int = 128, tokens: int = 4096) -> list[dict[str, Any]]:
@@ -126,15 +152,17 @@ def scheme_rows(kv_heads: int = 8, head_dim: int = 128, tokens: int = 4096) -> l
     rows: list[dict[str, Any]] = []
     shape = (kv_heads, head_dim, tokens)
     for text, note in _FORMATS.items():
-        scheme = Scheme.parse(text)
-        rows.append(_row("format", text, scheme.bits, Engine(text, scheme, scheme, Placement()), shape, note))
+        config = resolve(text)
+        rows.append(_row("format", text, config.bits, config, shape, note))
     for known in presets():
         rows += [_row("preset", known.name, width, known.at(width), shape, known.engine) for width in known.widths]
     return rows
 
 
-def _row(kind: str, name: str, bits: int, engine: Engine, shape: tuple[int, int, int], note: str) -> dict[str, Any]:
-    size = bits_per_element(engine.recipe(1), engine.placement, *shape)
+def _row(
+    kind: str, name: str, bits: int, config: CacheConfig, shape: tuple[int, int, int], note: str
+) -> dict[str, Any]:
+    size = bits_per_element(config.recipe(1), config.placement, *shape)
     return {"kind": kind, "name": name, "bits": bits, "bits_per_element": size, "note": note}
 
 

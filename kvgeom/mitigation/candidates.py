@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from kvgeom.engines.engine import Engine
+from kvgeom.engines.engine import CacheConfig
 from kvgeom.errors import InputError
 from kvgeom.models.model import KVGeometry, Model
 from kvgeom.models.statistics import channel_statistics
@@ -90,7 +90,7 @@ def constants(model: Model, prompts: Sequence[str]) -> Constants:
     )
 
 
-def whole_cache(engine: Engine, geometry: KVGeometry, known: Constants) -> list[Candidate]:
+def whole_cache(engine: CacheConfig, geometry: KVGeometry, known: Constants) -> list[Candidate]:
     """All candidates that treat every layer alike: the engine itself, transforms, finer scales, and both.
 
     Those that an engine's format cannot express are left out (one that transforms already keeps its own transform, and

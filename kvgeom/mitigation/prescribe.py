@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from kvgeom.engines.engine import Engine
-from kvgeom.engines.registry import leaves_width_open, resolve
+from kvgeom.engines.engine import CacheConfig
+from kvgeom.engines.registry import needs_bits, resolve
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.evaluate import evaluate
@@ -23,6 +23,7 @@ from kvgeom.mitigation.search import Search, check_budget, preference, search_of
 from kvgeom.prompts.sets import calibration
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Site
+from kvgeom.quant.scheme import Scheme
 
 if TYPE_CHECKING:
     from kvgeom.diagnosis.diagnose import Diagnosis
@@ -37,7 +38,7 @@ def prescribe(
     diagnosis: Diagnosis,
     *,
     memory: float = 0.02,
-    scheme: str | None = None,
+    scheme: CacheConfig | Scheme | str | None = None,
     bits: int | None = None,
     placement: Placement | None = None,
     seed: int = 0,
@@ -46,7 +47,12 @@ def prescribe(
     """Find a cache that keeps refusals; see :meth:`kvgeom.diagnosis.diagnose.Diagnosis.prescribe`."""
     check_budget(memory)
     base, geometry = diagnosis.baseline, diagnosis.baseline.model.geometry
-    engine = resolve(scheme or diagnosis.curve.meta["scheme"], _width(scheme, bits, diagnosis), placement)
+    spec = scheme or diagnosis.curve.meta["scheme"]
+    if bits is None and needs_bits(spec):
+        bits = int(diagnosis.scan.meta["bits"])  # as diagnosed
+    engine = resolve(spec, bits=bits, placement=placement)
+    if engine.per_layer is not None:
+        raise InputError("a plan starts from one scheme for all layers, got a recipe; give a scheme or a preset")
     if not base.refused:
         raise InputError(
             f"a plan was asked, but {base.model.name} refuses none of the {len(base.prompts)} prompts unquantized, so that "
@@ -100,13 +106,7 @@ def prescribe(
     )
 
 
-def _width(scheme: str | None, bits: int | None, diagnosis: Diagnosis) -> int | None:
-    """Of the cache to mend: as asked, else as diagnosed; none where a scheme spells its own."""
-    width_is_open = leaves_width_open(scheme or diagnosis.curve.meta["scheme"])
-    return bits if bits is not None or not width_is_open else int(diagnosis.scan.meta["bits"])
-
-
-def _caveats(diagnosis: Diagnosis, engine: Engine) -> list[str]:
+def _caveats(diagnosis: Diagnosis, engine: CacheConfig) -> list[str]:
     """That requests were too short to meet any rounding, if the diagnosed cache is the one to mend."""
     curve = diagnosis.curve
     same = (engine.name, str(engine.placement)) == (curve.meta["scheme"], curve.meta["placement"])

@@ -18,7 +18,7 @@ from kvgeom.behaviour.scan import Scan
 from kvgeom.behaviour.widths import ROUNDING
 from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
 from kvgeom.diagnosis.taxonomy import Mode
-from kvgeom.engines.registry import leaves_width_open
+from kvgeom.engines.registry import needs_bits
 from kvgeom.errors import InputError
 from kvgeom.geometry.sensitivity import Sensitivity
 from kvgeom.judges.judge import Judge
@@ -271,7 +271,7 @@ def _examples(found: Diagnosis, per_width: int = 3) -> tuple[dict[str, Any], ...
 
 def _at_width(scheme: str, bits: int) -> str:
     """How a row of the curve is rounded: a spelling with its width, or the name of a preset."""
-    return "exact" if bits == 16 else f"int{bits}-{scheme}" if leaves_width_open(scheme) else scheme
+    return "exact" if bits == 16 else f"int{bits}-{scheme}" if needs_bits(scheme) else scheme
 
 
 def _records(ablation: Ablation) -> list[dict[Any, Any]]:

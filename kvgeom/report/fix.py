@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
-from kvgeom.engines.registry import leaves_width_open, offers, resolve
+from kvgeom.engines.engine import CacheConfig
+from kvgeom.engines.registry import resolve, widths
 from kvgeom.errors import InputError
 from kvgeom.judges.judge import Judge
 from kvgeom.mitigation.plan import Plan
@@ -21,7 +22,7 @@ from kvgeom.models.load import load
 from kvgeom.paths import writable_folder, write_whole
 from kvgeom.prompts.sets import PromptSet, calibration, held_out
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.scheme import check_bits
+from kvgeom.quant.scheme import Scheme, check_bits
 from kvgeom.report.mended import COLUMNS, before_and_after, sentences
 from kvgeom.report.terminal import table
 
@@ -137,7 +138,7 @@ def fix(
         work where that can be known.
     """
     started = time.monotonic()
-    bits = check(bits, scheme, memory, placement, controls)
+    config = check(bits, scheme, memory, placement, controls)
     prompts, verify_prompts = prompts or calibration(), verify_prompts or held_out()
     check_prompts(prompts, verify_prompts)
     folder = None if out is None else writable_folder(out)
@@ -152,16 +153,16 @@ def fix(
     found = diagnose(
         loaded,
         prompts,
-        scheme=scheme,
-        bits=bits,
-        curve_bits=[bits],
+        scheme=config,
+        bits=config.bits,
+        curve_bits=[config.bits],
         placement=placement,
         max_new_tokens=max_new_tokens,
         geometry=geometry,
         journal=None if folder is None else folder / "journal.jsonl",
         **running,
     )
-    plan = found.prescribe(memory=memory, scheme=scheme, bits=bits, placement=placement, seed=seed, progress=progress)
+    plan = found.prescribe(memory=memory, scheme=config, seed=seed, progress=progress)
     proof = plan.verify(
         loaded,
         verify_prompts,
@@ -175,7 +176,7 @@ def fix(
         "verification": _described(verify_prompts),
         "fingerprint": loaded.fingerprint,
         "runs_on": f"{loaded.backend}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}",
-        "bits": bits,
+        "bits": config.bits,
         "memory": memory,
         "controls": controls,
         "seed": seed,
@@ -189,24 +190,29 @@ def fix(
     return made
 
 
-def check(bits: int | None, scheme: str, memory: float, placement: Placement | None = None, controls: int = 0) -> int:
-    """Say what is wrong with the cache that is to be mended; return its width. Needs no model.
+def check(
+    bits: int | None,
+    scheme: CacheConfig | Scheme | str,
+    memory: float,
+    placement: Placement | str | None = None,
+    controls: int = 0,
+) -> CacheConfig:
+    """The cache that is to be mended, resolved; says what is wrong with it. Needs no model.
 
     Raises
     ------
     InputError
-        For a scheme or width that there is not, 16 bits, or a negative budget or number of controls.
+        For a scheme or width that does not exist, 16 bits, or a negative budget or number of controls.
     """
     check_budget(memory)
     if controls < 0:
-        raise InputError(f"{controls} controls were asked; give 0 or more")
+        raise InputError(f"controls must be 0 or more, got {controls}")
     if bits is not None and check_bits(bits) == 16:
-        raise InputError("bits=16 was asked, but 16 bits round nothing, so that nothing needs fixing; give 2-8")
-    resolve(scheme, USUAL_BITS if bits is None and leaves_width_open(scheme) else bits, placement)
-    if bits is not None:
-        return bits
-    offered = offers(scheme)
-    return USUAL_BITS if USUAL_BITS in offered else offered[0]
+        raise InputError("bits must be 2 to 8, got 16, which rounds nothing")
+    if bits is None:
+        offered = widths(scheme)
+        bits = USUAL_BITS if USUAL_BITS in offered else offered[0]
+    return resolve(scheme, bits=bits, placement=placement)
 
 
 def check_prompts(prompts: PromptSet, verify_prompts: PromptSet) -> None:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from gguf.quants import dequantize
 
-from kvgeom.engines.registry import Engine, preset, resolve
+from kvgeom.engines.engine import CacheConfig
+from kvgeom.engines.registry import resolve
 from kvgeom.models.hf import HFModel
 from kvgeom.models.model import Model
 from kvgeom.quant.fake_quantize import round_kv
@@ -32,13 +33,15 @@ def needs(package: str) -> Any:
     return pytest.importorskip(package, reason=f"{package} is not installed; pip install 'kvgeom[engines]'")
 
 
-def step_by_step(model: Model, engine: Engine | None, prompt: Sequence[int], forced: Sequence[int]) -> torch.Tensor:
+def step_by_step(
+    model: Model, engine: CacheConfig | None, prompt: Sequence[int], forced: Sequence[int]
+) -> torch.Tensor:
     edit = None if engine is None else Rounder(engine.recipe(model.geometry.layers), engine.placement)
     cache = model.new_cache(edit)
     return torch.stack([model.forward(prompt, cache)[-1], *(model.forward([token], cache)[-1] for token in forced)])
 
 
-def transformers_cache(model: HFModel, engine: Engine, **options: Any) -> Any:
+def transformers_cache(model: HFModel, engine: CacheConfig, **options: Any) -> Any:
     from transformers import QuantizedCache
 
     backend = engine.name.removeprefix("hf-")
@@ -67,7 +70,7 @@ def run_transformers(model: HFModel, cache: Any, prompt: Sequence[int], forced: 
     ("name", "bits"), [("hf-quanto", 4), ("hf-quanto", 2), ("hf-hqq", 4), ("hf-hqq", 8), ("hf-fp8", 8)]
 )
 def test_transformers_caches_bit_for_bit(name: str, bits: int, residual: int) -> None:
-    model, engine = wide_model(), preset(name, bits)
+    model, engine = wide_model(), resolve(name, bits=bits)
     if name != "hf-fp8":
         engine = replace(engine, placement=replace(engine.placement, residual=residual))
     theirs = run_transformers(model, transformers_cache(model, engine), IDS[:20], IDS[20:])
@@ -77,7 +80,7 @@ def test_transformers_caches_bit_for_bit(name: str, bits: int, residual: int) ->
 @pytest.mark.parametrize("residual", [2, 4, 8, 128])
 def test_two_bits_of_hqq_where_the_engine_can(residual: int) -> None:
     """Its packing needs a number of groups that four divides: here an even number of tokens at every flush."""
-    model, engine = wide_model(), preset("hf-hqq", 2)
+    model, engine = wide_model(), resolve("hf-hqq", bits=2)
     engine = replace(engine, placement=replace(engine.placement, residual=residual))
     theirs = run_transformers(model, transformers_cache(model, engine), IDS[:20], IDS[20:])
     assert torch.equal(step_by_step(model, engine, IDS[:20], IDS[20:]), theirs)
@@ -87,7 +90,7 @@ def test_two_bits_of_hqq_where_the_engine_can(residual: int) -> None:
 def test_where_hqq_itself_fails(bits: int, prompt: int) -> None:
     """Why the preset offers no 3 bits, and what the page says of 2; if this passes one day, look at both again."""
     model = wide_model()
-    engine = replace(preset("hf-hqq", 4), k=Scheme.parse(f"hqq{bits}-group64"))
+    engine = replace(resolve("hf-hqq", bits=4), k=Scheme.parse(f"hqq{bits}-group64"))
     with pytest.raises(RuntimeError, match="must match"):
         run_transformers(model, transformers_cache(model, engine), IDS[:prompt], IDS[prompt : prompt + 2])
 
@@ -111,7 +114,7 @@ def test_hqq_solver_bit_for_bit(bits: int, group: int) -> None:
 )
 def test_transformers_caches_on_the_demo_model(demo: HFModel, name: str, bits: int, residual: int) -> None:
     """The same logits, and so the same greedy tokens: those of the engine are fed to both."""
-    engine = preset(name, bits)
+    engine = resolve(name, bits=bits)
     if name != "hf-fp8":
         engine = replace(engine, placement=replace(engine.placement, residual=residual))
     prompt = demo.encode(REQUESTS[1:2])[0].ids
@@ -167,7 +170,7 @@ def test_mlx_lm_itself(demo: HFModel, bits: int) -> None:
         quantized_kv_start=0,
     )
     theirs = torch.stack([torch.from_numpy(np.array(step[1].astype(mx.float32))) for step in steps])
-    ours = step_by_step(demo, preset("mlx-4bit-g64", bits), prompt, forced).log_softmax(-1)
+    ours = step_by_step(demo, resolve("mlx-4bit-g64", bits=bits), prompt, forced).log_softmax(-1)
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
     assert (ours - theirs).abs().mean() < 0.2 * (theirs - exact).abs().mean()
 
@@ -249,7 +252,7 @@ def test_the_bytes_in_llamacpps_cache(demo: HFModel, demo_gguf: Path, kind: str)
     llama.feed(prompt)
     held = dequantize(llama.first_keys(demo.geometry.channels // block * size), kind_of)
     llama.close()
-    cache = demo.new_cache(Rounder(preset(f"llamacpp-{kind}").recipe(demo.geometry.layers)))
+    cache = demo.new_cache(Rounder(resolve(f"llamacpp-{kind}").recipe(demo.geometry.layers)))
     demo.forward(prompt, cache)
     ours = cache.layers[0].keys[0]
     # The engine holds rotated keys, and pairs the channels of its rotary embedding as transformers does.

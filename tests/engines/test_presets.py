@@ -13,11 +13,12 @@ from transformers import Cache, DynamicLayer
 from kvgeom.cli import main
 from kvgeom.engines import registry as module
 from kvgeom.engines.builtin import BUILT_IN
-from kvgeom.engines.registry import offers, preset, presets, register, resolve, scheme_rows
+from kvgeom.engines.registry import presets, register, resolve, scheme_rows, widths
 from kvgeom.errors import InputError
 from kvgeom.models.hf import HFModel
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from tests.builders.tiny import tiny_model, wide_model
 
@@ -106,7 +107,7 @@ class _Kivi(DynamicLayer):  # type: ignore[misc]
 @pytest.mark.parametrize(("prompt", "residual"), [(20, 4), (16, 8), (3, 8), (9, 32)])
 def test_kivi_step_by_step(model: HFModel, prompt: int, residual: int) -> None:
     """Prompts longer and shorter than the window, and just a multiple of it."""
-    engine = preset("kivi", 2)
+    engine = resolve("kivi", bits=2)
     k, v = (replace(scheme, group_size=4) for scheme in (engine.k, engine.v))  # type: ignore[type-var]
     engine = replace(engine, k=k, v=v, placement=replace(engine.placement, residual=residual))
     ours = model.new_cache(Rounder(engine.recipe(3), engine.placement))
@@ -123,13 +124,13 @@ def test_kivi_step_by_step(model: HFModel, prompt: int, residual: int) -> None:
 
 def test_paper_presets_are_the_released_simulation() -> None:
     for name, granularity in (("paper", "tensor"), ("paper-channel", "channel")):
-        engine = preset(name)
+        engine = resolve(name)
         assert engine.k == engine.v == Scheme(3, True, granularity)  # type: ignore[arg-type]
         assert engine.placement == Placement.paper()
 
 
 def test_mlx_feeds_the_last_prompt_token_on_its_own(model: HFModel) -> None:
-    engine = preset("mlx-4bit-g64")
+    engine = resolve("mlx-4bit-g64")
     whole = model.new_cache(Rounder(engine.recipe(3), engine.placement))
     pieces = model.new_cache(Rounder(engine.recipe(3), replace(engine.placement, prefill_reads="exact")))
     logits = model.forward(IDS, whole)
@@ -139,39 +140,71 @@ def test_mlx_feeds_the_last_prompt_token_on_its_own(model: HFModel) -> None:
 
 
 def test_resolve() -> None:
-    assert resolve("kivi", 2) == preset("kivi", bits=2)
-    assert resolve("asym-group64", 4).k == Scheme(4, False, "group", 64)
+    assert resolve("kivi", bits=2) == resolve("kivi", bits=2)
+    assert resolve("asym-group64", bits=4).k == Scheme(4, False, "group", 64)
     assert resolve("q4_0").k == Scheme.parse("q4_0")
-    assert resolve("q4_0", 4).placement == Placement()
-    assert resolve("kivi", 4, Placement()).placement == Placement()
-    assert offers("kivi") == (2, 4)
-    assert offers("asym-token") == (2, 3, 4, 5, 6, 7, 8)
-    assert offers("q5_1") == (5,)
-    assert str(resolve("kivi", 2)).startswith("kivi: k int2-asym-channel-group32/f16, v int2-asym-group32/f16;")
+    assert resolve("q4_0", bits=4).placement == Placement()
+    assert resolve("kivi", bits=4, placement=Placement()).placement == Placement()
+    assert widths("kivi") == (2, 4)
+    assert widths("asym-token") == (2, 3, 4, 5, 6, 7, 8)
+    assert widths("q5_1") == (5,)
+    assert str(resolve("kivi", bits=2)).startswith("kivi: k int2-asym-channel-group32/f16, v int2-asym-group32/f16;")
+
+
+def test_resolve_takes_what_users_write() -> None:
+    four = Scheme.parse("int4-asym-group64")
+    assert resolve(four).k == four
+    assert resolve(four).name == "int4-asym-group64"
+    assert resolve("int3-sym-tensor", placement="paper").placement == Placement.paper()
+    assert resolve("kivi", placement="cache").placement == Placement()
+    kivi = resolve("kivi")
+    assert resolve(kivi) is kivi
+    assert resolve(kivi, bits=2) is kivi
+    assert "KIVI" in kivi.version
+    assert resolve(four).version == ""
+    recipe = Recipe.uniform(5, four).keep([0])
+    config = resolve(recipe, placement="paper")
+    assert config.recipe(5) is recipe
+    assert (config.schemes, config.bits) == ((four,), 4)
+    with pytest.raises(InputError, match="4 layers"):
+        config.recipe(4)
+    assert resolve(Recipe.exact(2)).bits == 16
 
 
 @pytest.mark.parametrize(
-    ("text", "bits", "said"),
+    ("spec", "bits", "word"),
     [
-        ("kivi", 3, "offers 2, 4"),
-        ("q4_0", 8, "it has 4"),
-        ("asym-token", None, "without a width"),
-        ("gptq", None, "presets paper"),
-        ("sym-nothing", 4, "presets paper"),
+        ("kivi", 3, "2, 4"),
+        ("q4_0", 8, "q4_0"),
+        (Scheme(4), 3, "int4-asym-token"),
+        (Recipe.uniform(2, Scheme(4)), 3, "4 bits"),
+        (resolve("kivi"), 4, "kivi"),
+        ("asym-token", None, "int4-asym-token"),
+        ("gptq", None, "paper"),
+        ("kvii", None, "'kivi'"),
+        ("KIVI", 2, "'kivi'"),
+        ("vllm-fp8", None, "'vllm-fp8-e[45]m[32]'"),
+        ("sym-nothing", 4, "nothing"),
+        ("int4-asym-tokn", None, "tokn"),
+        ("hqq5-group64", None, "hqq"),
+        (4, None, "got int"),
     ],
 )
-def test_resolve_says_what_is_there(text: str, bits: int | None, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        resolve(text, bits)
-    with pytest.raises(InputError, match="there are only paper"):
-        preset("nothing")
+def test_what_cannot_be_resolved(spec: Any, bits: int | None, word: str) -> None:
+    with pytest.raises(InputError, match=word):
+        resolve(spec, bits=bits)
+
+
+def test_an_unknown_placement() -> None:
+    with pytest.raises(InputError, match="papr"):
+        resolve("kivi", placement="papr")
 
 
 def test_own_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PRESETS", dict(module._PRESETS))
     mine = replace(module._PRESETS["rotated"], name="mine", widths=(4,))
     register(mine)
-    assert resolve("mine").k == preset("rotated", 4).k
+    assert resolve("mine").k == resolve("rotated", bits=4).k
     with pytest.raises(InputError, match="one of that name"):
         register(mine)
     with pytest.raises(InputError, match="widths"):
@@ -199,7 +232,7 @@ def test_projection_presets_need_no_cache_window() -> None:
         Placement(flush="all")
     assert tiny_model().geometry.head_dim == 8  # too small for blocks of 32: an error, not a wrong number
     with pytest.raises(InputError, match="do not divide"):
-        tiny_model().forward(IDS, tiny_model().new_cache(Rounder(preset("llamacpp-q4_0").recipe(3))))
+        tiny_model().forward(IDS, tiny_model().new_cache(Rounder(resolve("llamacpp-q4_0").recipe(3))))
 
 
 def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:

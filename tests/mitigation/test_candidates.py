@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvgeom.behaviour.scan import Scan
 from kvgeom.diagnosis.taxonomy import PRESCRIPTIONS, Mode, ModeName
-from kvgeom.engines.engine import Engine
+from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import presets, resolve
 from kvgeom.errors import InputError
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, Constants, constants, protect, whole_cache
@@ -262,7 +262,7 @@ def test_advice_of_every_mode(name: ModeName) -> None:
 @given(st.sampled_from(sorted(ENGINES)), st.sampled_from(list(PRESCRIPTIONS)))
 def test_advice_for_every_engine(name: str, mode: ModeName) -> None:
     """An engine's own format is replaced by integers of its width, which hold all that the advice asks for."""
-    engine: Engine = ENGINES[name]
+    engine: CacheConfig = ENGINES[name]
     unmitigated = Candidate(UNMITIGATED, "unmitigated", engine.recipe(5), "")
     found = advised(mode_named(mode), scan([0] * 5, [1.0, np.nan, 0.5, 3.0, 2.0]), unmitigated)
     for pair, base in zip(found.recipe, unmitigated.recipe, strict=True):
