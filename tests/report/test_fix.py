@@ -357,7 +357,7 @@ def test_the_command(model: HFModel, tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--bits", "16"], "16 bits round nothing"),
+        (["--bits", "16"], "got 16"),
         (["--bits", "1"], "bits=1"),
         (["--memory", "-1"], "memory budget of -1.0"),
         (["--verify-prompts", "calibration"], "are also in"),
