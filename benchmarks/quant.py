@@ -71,7 +71,7 @@ def cache_cost(name: str) -> None:
 
     print(f"{model!r}, prompt of {len(prompt)} tokens, {NEW_TOKENS} new; over transformers' DynamicCache")
     engines = [resolve(text) for text in (*SCHEMES, *OTHERS)]
-    engines += [known.at() for known in presets() if known.placement.windowed and known.name != "hf-hqq"]
+    engines += [resolve(known.name) for known in presets() if known.placement.windowed and known.name != "hf-hqq"]
     for engine in engines:
 
         def simulated(engine: object = engine) -> object:

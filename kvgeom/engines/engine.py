@@ -1,14 +1,19 @@
-"""What a cache holds: :class:`CacheConfig`, and the presets that name one."""
+"""What an engine is: how it stores a cache (presets) and how it is configured (export)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvgeom.errors import InputError
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Schemes
 from kvgeom.quant.scheme import Scheme
+
+if TYPE_CHECKING:
+    from kvgeom.models.model import KVGeometry
 
 
 @dataclass(frozen=True)
@@ -74,47 +79,121 @@ class CacheConfig:
 
 
 @dataclass(frozen=True)
+class Export:
+    """How an engine is configured for a recipe, and what of the recipe it leaves out.
+
+    An engine that lacks a format gets the *nearest* one: for each site, its format of the same width, or else the next wider
+    one, or else 16 bits; never a narrower one. Where one setting serves several layers or both sites, the widest width
+    decides, and a layer of which any part stays in 16 bits stays there as a whole.
+
+    Attributes
+    ----------
+    engine : str
+    text : str
+        Flags, or lines of Python to paste.
+    versions : str
+        Versions of the engine that have what the text uses, and the one that was looked at.
+    cannot : tuple of str
+        What the engine does otherwise than the recipe says; empty if nothing.
+    notes : tuple of str
+        What must hold for the text to work.
+    recipe, placement : Recipe, Placement
+        What the engine stores, as nearly as kvgeom emulates it. Evaluate this before you rely on an export.
+    """
+
+    engine: str
+    text: str
+    versions: str
+    cannot: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    recipe: Recipe = field(default=Recipe(()), repr=False)
+    placement: Placement = field(default=Placement(), repr=False)
+
+    def __str__(self) -> str:
+        lines = [f"# {self.engine} ({self.versions})", self.text]
+        lines += [f"# cannot: {line}" for line in self.cannot] + [f"# note: {line}" for line in self.notes]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
 class Preset:
-    """A named engine.
+    """A quantized cache of an engine, under a name.
 
     Attributes
     ----------
     name : str
-    engine : str
-        Which engine, and of which version this is true.
-    source : str
-        Where the behaviour is defined.
-    checked : str
-        What it was compared with, in a few words; the page in the documentation has the numbers.
+        What users write, for instance ``"kivi"``.
+    setting : str
+        How the engine is set up for it.
     widths : tuple of int
         Bits that the engine offers; the first is the default.
     schemes : callable (bits) -> (Scheme or None, Scheme or None)
-        Rounding of keys and values at a width.
+        Schemes of keys and of values at a width.
     placement : Placement
-    page : str
-        Of the documentation.
     """
 
     name: str
-    engine: str
-    source: str
-    checked: str
+    setting: str
     widths: tuple[int, ...]
     schemes: Callable[[int], Schemes]
-    placement: Placement
-    page: str
+    placement: Placement = field(default=Placement())
 
-    def at(self, bits: int | None = None) -> CacheConfig:
-        """The cache at a width, the default one if none is given.
+
+@dataclass(frozen=True)
+class Engine:
+    """Software that stores a quantized cache; made known by :func:`kvgeom.engines.registry.register_engine`.
+
+    Attributes
+    ----------
+    name : str
+        Key in the registry, for instance ``"llamacpp"``.
+    title : str
+        As its makers write it, for instance ``"llama.cpp"``.
+    version : str
+        Version that the presets describe.
+    source : str
+        Where the behaviour is defined.
+    checked : str
+        What the presets were compared with, in a few words; the page has the numbers.
+    page : str
+        File in ``docs/``, or a URL.
+    presets : tuple of Preset
+    export : callable (recipe, placement, geometry) -> Export, optional
+        The configuration that is nearest to a recipe, for an engine that can be configured.
+    export_plan : callable (file, recipe, placement) -> Export or None, optional
+        For an engine that reads a saved plan and so loses nothing of it; ``None`` where it cannot run this one.
+    serve : callable, optional
+        Starts a server. No engine has one yet.
+    """
+
+    name: str
+    title: str
+    version: str
+    source: str
+    checked: str
+    page: str
+    presets: tuple[Preset, ...] = ()
+    export: Callable[[Recipe, Placement, KVGeometry], Export] | None = None
+    export_plan: Callable[[str | Path, Recipe, Placement], Export | None] | None = None
+    serve: Callable[..., object] | None = None
+
+    def config(self, preset: Preset, bits: int | None = None) -> CacheConfig:
+        """The cache of one of the presets at a width, the default one if none is given.
 
         Raises
         ------
         InputError
             If the engine does not offer that width.
         """
-        width = self.widths[0] if bits is None else bits
-        if width not in self.widths:
-            offered = ", ".join(map(str, self.widths))
-            raise InputError(f"preset {self.name!r} offers bits {offered}; got {width}")
-        k, v = self.schemes(width)
-        return CacheConfig(self.name, self.engine, k, v, self.placement)
+        width = preset.widths[0] if bits is None else bits
+        if width not in preset.widths:
+            offered = ", ".join(map(str, preset.widths))
+            raise InputError(f"preset {preset.name!r} offers bits {offered}; got {width}")
+        k, v = preset.schemes(width)
+        version = f"{self.title} {self.version}, {preset.setting}"
+        return CacheConfig(preset.name, version, k, v, preset.placement)
+
+
+def both(scheme: str) -> Callable[[int], Schemes]:
+    """The same scheme for keys and values, for :attr:`Preset.schemes`; ``{bits}`` in it stands for the width."""
+    return lambda bits: (Scheme.parse(scheme.format(bits=bits)),) * 2

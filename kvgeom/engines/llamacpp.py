@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from kvgeom.engines.export import Export, differences, kept, spelled
-from kvgeom.models.model import KVGeometry
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kvgeom.engines.differences import differences, layer_names, unrounded
+from kvgeom.engines.engine import Engine, Export, Preset
+from kvgeom.engines.registry import register_engine
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.recipe import Recipe, Site
+from kvgeom.quant.recipe import Recipe, Schemes, Site
 from kvgeom.quant.scheme import Scheme
+
+if TYPE_CHECKING:
+    from kvgeom.models.model import KVGeometry
 
 #: Types that a cache may have, narrow ones first.
 _TYPES = ("q4_0", "iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0", "f16")
@@ -14,10 +21,10 @@ _BLOCK = 32
 
 
 def export(recipe: Recipe, placement: Placement, geometry: KVGeometry) -> Export:
-    """The flags of llama.cpp that are nearest to a recipe (:class:`~kvgeom.engines.export.Export`).
+    """Flags of llama.cpp that come nearest to a recipe (:class:`~kvgeom.engines.engine.Export`).
 
-    There is one type for all layers. Where a site is to stay in 16 bits in some layer, it stays so in all: the layers that
-    a mitigation protects must not be rounded for want of a flag.
+    There is one type for all layers. A site that stays in 16 bits in some layer stays so in all of them: layers that a
+    mitigation protects must not be rounded because a flag is missing.
 
     Parameters
     ----------
@@ -28,16 +35,16 @@ def export(recipe: Recipe, placement: Placement, geometry: KVGeometry) -> Export
     """
     sites: tuple[Site, Site] = ("k", "v")
     chosen = {site: _type([recipe.scheme(n, site) for n in range(len(recipe))], geometry.head_dim) for site in sites}
-    held = Recipe(tuple((_held("k", chosen["k"], geometry), _held("v", chosen["v"], geometry)) for _ in recipe))
-    cannot = list(differences(recipe, placement, held, Placement()))
-    protected = kept(recipe)
+    stored = Recipe(tuple((_stored("k", chosen["k"], geometry), _stored("v", chosen["v"], geometry)) for _ in recipe))
+    cannot = list(differences(recipe, placement, stored, Placement()))
+    protected = unrounded(recipe)
     if 0 < len(protected) < len(recipe):
         rest = [
             _type([s for s in (recipe.scheme(n, site) for n in range(len(recipe))) if s], geometry.head_dim)
             for site in sites
         ]
         cannot.append(
-            f"{spelled(protected, len(recipe))} cannot have a type of their own; {_flags(*rest)} would round them with all others"
+            f"{layer_names(protected, len(recipe))} cannot have their own type; {_flags(*rest)} would round them with all others"
         )
     return Export(
         engine="llama.cpp",
@@ -45,7 +52,7 @@ def export(recipe: Recipe, placement: Placement, geometry: KVGeometry) -> Export
         versions="July 2026 (as in llama-cpp-python 0.3.36) was run; rotation of heads since April 2026",
         cannot=tuple(cannot),
         notes=tuple(_notes(chosen["k"], chosen["v"], geometry)),
-        recipe=held,
+        recipe=stored,
         placement=Placement(),
     )
 
@@ -57,11 +64,11 @@ def _flags(k: str, v: str) -> str:
 def _notes(k: str, v: str, geometry: KVGeometry) -> list[str]:
     notes = []
     if v != "f16":
-        notes.append("a quantized type of values needs flash attention (-fa on), and fails at the start without it")
+        notes.append("a quantized type of values needs flash attention; llama.cpp does not start without -fa on")
     if (k, v) not in (("f16", "f16"), ("q4_0", "q4_0"), ("q8_0", "q8_0")):
-        notes.append("on CUDA, types other than q4_0 or q8_0 for both need a build with GGML_CUDA_FA_ALL_QUANTS=ON")
+        notes.append("on CUDA, anything but q4_0 or q8_0 for both sites needs a build with GGML_CUDA_FA_ALL_QUANTS=ON")
     if geometry.head_dim % _BLOCK:
-        notes.append(f"heads of {geometry.head_dim} channels cannot be quantized: blocks have {_BLOCK}")
+        notes.append(f"heads of {geometry.head_dim} channels cannot be quantized: blocks have {_BLOCK} channels")
     return notes
 
 
@@ -81,9 +88,30 @@ def _nearest(scheme: Scheme | None) -> str:
     return f"q{max(scheme.bits, 4)}_{0 if scheme.symmetric else 1}"
 
 
-def _held(site: Site, kind: str, geometry: KVGeometry) -> Scheme | None:
+def _stored(site: Site, kind: str, geometry: KVGeometry) -> Scheme | None:
     """As llama.cpp stores it: heads of a multiple of 64 channels are rotated first."""
     if kind == "f16":
         return None
     rotation = {"k": "+hadamard", "v": "+hadamard64"}[site] if geometry.head_dim % 64 == 0 else ""
     return Scheme.parse(kind + rotation)
+
+
+def _rotated(kind: str) -> Callable[[int], Schemes]:
+    return lambda _: (Scheme.parse(f"{kind}+hadamard"), Scheme.parse(f"{kind}+hadamard64"))
+
+
+LLAMACPP = register_engine(
+    Engine(
+        name="llamacpp",
+        title="llama.cpp",
+        version="(July 2026, in llama-cpp-python 0.3.36)",
+        source="https://github.com/ggml-org/llama.cpp (src/llama-kv-cache.cpp, ggml/src/ggml-quants.c)",
+        checked="its blocks bit for bit (gguf package); the engine itself in greedy tokens and logits",
+        page="engine-llamacpp.md",
+        presets=tuple(
+            Preset(f"llamacpp-{kind}", f"type_k = type_v = {kind}", (bits,), _rotated(kind))
+            for kind, bits in (("q8_0", 8), ("q4_0", 4))
+        ),
+        export=export,
+    )
+)

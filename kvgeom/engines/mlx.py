@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from itertools import groupby
+from typing import TYPE_CHECKING
 
-from kvgeom.engines.export import Export, differences, widest
-from kvgeom.models.model import KVGeometry
+from kvgeom.engines.differences import differences, widest
+from kvgeom.engines.engine import Engine, Export, Preset, both
+from kvgeom.engines.registry import register_engine
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Schemes
 from kvgeom.quant.scheme import Scheme
+
+if TYPE_CHECKING:
+    from kvgeom.models.model import KVGeometry
 
 _GROUPS = (128, 64, 32)
 _DEFAULT_GROUP = 64
@@ -16,10 +21,10 @@ _WORD = 32
 
 
 def export(recipe: Recipe, placement: Placement, geometry: KVGeometry) -> Export:
-    """Lines of Python with the list of caches that is nearest to a recipe (:class:`~kvgeom.engines.export.Export`).
+    """Lines of Python with the list of caches that comes nearest to a recipe (:class:`~kvgeom.engines.engine.Export`).
 
     In MLX-LM a layer has one width and group size for keys and values, 2, 3, 4, 5, 6 or 8 bits for 32, 64 or 128 channels
-    of a head. The group is the largest that is no larger than was asked (64 where no group was asked).
+    of a head. The group is the largest that does not exceed that of the recipe (64 where the recipe has none).
 
     Parameters
     ----------
@@ -29,15 +34,13 @@ def export(recipe: Recipe, placement: Placement, geometry: KVGeometry) -> Export
         Of the model.
     """
     layers = [_nearest(pair, geometry.head_dim) for pair in recipe]
-    held = Recipe(tuple((scheme, scheme) for scheme in layers))
-    notes = [
-        "a whole list is needed: generate(..., kv_bits=...) would quantize all layers, and only from 5,000 tokens on"
-    ]
+    stored = Recipe(tuple((scheme, scheme) for scheme in layers))
+    notes = ["pass the whole list: generate(..., kv_bits=...) would quantize all layers, and only from 5,000 tokens on"]
     if geometry.head_dim % min(_GROUPS):
         notes.append(f"heads of {geometry.head_dim} channels cannot be quantized: MLX needs a multiple of 32")
     if geometry.sliding_window is not None:
         notes.append(
-            "layers with a sliding window hold the whole sequence here; MLX-LM cannot quantize its rotating caches"
+            "layers with a sliding window store the whole sequence here; MLX-LM cannot quantize its rotating caches"
         )
     entries = []
     for scheme, run in groupby(layers):
@@ -59,20 +62,20 @@ def export(recipe: Recipe, placement: Placement, geometry: KVGeometry) -> Export
         engine="MLX-LM",
         text=text,
         versions="checked with 0.32.2",
-        cannot=differences(recipe, placement, held, Placement()),
+        cannot=differences(recipe, placement, stored, Placement()),
         notes=tuple(notes),
-        recipe=held,
+        recipe=stored,
         placement=Placement(),
     )
 
 
 def _nearest(pair: Schemes, head_dim: int) -> Scheme | None:
-    """What one layer holds; none where it stays in 16 bits."""
+    """What one layer stores; ``None`` where it stays in 16 bits."""
     fitting = [size for size in _GROUPS if head_dim % size == 0]
     if None in pair or not fitting:
         return None
-    asked = [scheme.group_size for scheme in pair if scheme is not None and scheme.granularity == "group"]
-    limit = min((size for size in asked if size is not None), default=_DEFAULT_GROUP)
+    wanted = [scheme.group_size for scheme in pair if scheme is not None and scheme.granularity == "group"]
+    limit = min((size for size in wanted if size is not None), default=_DEFAULT_GROUP)
     size = next((size for size in fitting if size <= limit), fitting[-1])
     bits = next(width for width in (2, 3, 4, 5, 6, 8) if width >= widest(pair) and _allocates(width, head_dim))
     return Scheme.parse(f"mlx{bits}-group{size}")
@@ -81,3 +84,25 @@ def _nearest(pair: Schemes, head_dim: int) -> Scheme | None:
 def _allocates(bits: int, head_dim: int) -> bool:
     """Whether an empty ``QuantizedKVCache`` reserves as many words as a head of codes takes (not so for 5 bits of 128)."""
     return head_dim // (_WORD // bits) == head_dim * bits // _WORD
+
+
+MLX = register_engine(
+    Engine(
+        name="mlx",
+        title="MLX-LM",
+        version="0.32.2 (MLX 0.32.4)",
+        source="https://github.com/ml-explore/mlx-lm (mlx_lm/models/cache.py), mx.quantize",
+        checked="mx.quantize bit for bit; MLX-LM itself in greedy tokens and logits",
+        page="engine-mlx.md",
+        presets=(
+            Preset(
+                "mlx-4bit-g64",
+                "kv_group_size=64, quantized_kv_start=0",
+                (4, 2, 3, 6, 8),
+                both("mlx{bits}-group64"),
+                Placement(prefill_reads="last"),
+            ),
+        ),
+        export=export,
+    )
+)

@@ -1,48 +1,77 @@
-"""Engines by name: what each holds in its cache, as a recipe and a placement.
+"""Engines and their presets by name, and what a user means by one.
 
-A preset is a recipe factory. Those in :mod:`kvgeom.engines.builtin` name engine, version and source; the page of each in the
-documentation says what it does and how that was checked. Add your own with :func:`register`.
+Built-in engines are the modules of this package; each registers its own :class:`~kvgeom.engines.engine.Engine`, as yours does
+with :func:`register_engine`. The page of each in the documentation says what it does and how that was checked.
 """
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from dataclasses import replace
 from difflib import get_close_matches
+from importlib import import_module
 from typing import Any
 
-from kvgeom.engines.builtin import BUILT_IN
-from kvgeom.engines.engine import CacheConfig, Preset
+from kvgeom import engines as package
+from kvgeom.engines.engine import CacheConfig, Engine, Preset
 from kvgeom.errors import InputError
 from kvgeom.quant.memory import bits_per_element
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import BITS, BLOCK_FORMATS, ENGINE_FORMATS, FLOAT_FORMATS, Scheme
 
-_PRESETS: dict[str, Preset] = {known.name: known for known in BUILT_IN}
+_ENGINES: dict[str, Engine] = {}
+_imported: list[str] = []
 
 
-def register(preset: Preset) -> Preset:
-    """Make a preset known by its name.
+def _import_built_in() -> None:
+    """Import the modules of this package once; each registers its engine."""
+    if not _imported:
+        _imported.extend(module.name for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."))
+        for name in _imported:
+            import_module(name)
+
+
+def register_engine(engine: Engine) -> Engine:
+    """Make an engine and its presets known; returns the engine.
 
     Raises
     ------
     InputError
-        If the name is taken, or would be read as a scheme.
+        If a name is taken or reads as a scheme, or a preset has no width or one that cannot be made.
     """
-    if preset.name in _PRESETS:
-        raise InputError(f"preset {preset.name!r} was registered, but there is one of that name; choose another")
-    if not preset.widths or any(width not in BITS for width in preset.widths):
-        raise InputError(f"preset {preset.name!r} was registered with widths {preset.widths}; give some of {BITS}")
-    for width in preset.widths:
-        preset.at(width)
-    _PRESETS[preset.name] = preset
-    return preset
+    _import_built_in()
+    if engine.name in _ENGINES:
+        raise InputError(f"an engine named {engine.name!r} is registered already; choose another name")
+    taken = _presets()
+    for preset in engine.presets:
+        if preset.name in taken:
+            raise InputError(f"engine {taken[preset.name][0].name!r} has a preset {preset.name!r}; choose another name")
+        if _SCHEME.match(preset.name):
+            raise InputError(f"preset name {preset.name!r} reads as a scheme; choose another name")
+        if not preset.widths or not {*preset.widths} <= {*BITS}:
+            raise InputError(f"widths of preset {preset.name!r} must be some of {BITS}, got {preset.widths}")
+        for width in preset.widths:
+            engine.config(preset, width)
+        taken[preset.name] = engine, preset
+    _ENGINES[engine.name] = engine
+    return engine
+
+
+def engines() -> tuple[Engine, ...]:
+    """All registered engines, by name."""
+    _import_built_in()
+    return tuple(_ENGINES[name] for name in sorted(_ENGINES))
 
 
 def presets() -> tuple[Preset, ...]:
-    """All presets that are registered."""
-    return tuple(_PRESETS.values())
+    """The presets of all registered engines."""
+    return tuple(preset for engine in engines() for preset in engine.presets)
+
+
+def _presets() -> dict[str, tuple[Engine, Preset]]:
+    return {preset.name: (engine, preset) for engine in engines() for preset in engine.presets}
 
 
 def resolve(
@@ -75,8 +104,9 @@ def resolve(
     'projection'
     """
     where = _placement(placement)
-    if isinstance(spec, str) and spec in _PRESETS:
-        found = _PRESETS[spec].at(bits)
+    if isinstance(spec, str) and spec in (known := _presets()):
+        engine, preset = known[spec]
+        found = engine.config(preset, bits)
     elif isinstance(spec, CacheConfig):
         found = spec
     elif isinstance(spec, Recipe):
@@ -91,7 +121,7 @@ def resolve(
 
 def needs_bits(spec: object) -> bool:
     """Whether a spec is a scheme without its width, as ``"asym-group64"`` is."""
-    return isinstance(spec, str) and spec not in _PRESETS and spec.startswith(("sym-", "asym-"))
+    return isinstance(spec, str) and spec.startswith(("sym-", "asym-"))
 
 
 def widths(spec: CacheConfig | Recipe | Scheme | str) -> tuple[int, ...]:
@@ -102,8 +132,8 @@ def widths(spec: CacheConfig | Recipe | Scheme | str) -> tuple[int, ...]:
     InputError
         If :func:`resolve` does not know it.
     """
-    if isinstance(spec, str) and spec in _PRESETS:
-        return tuple(sorted(_PRESETS[spec].widths))
+    if isinstance(spec, str) and spec in (known := _presets()):
+        return tuple(sorted(known[spec][1].widths))
     if needs_bits(spec):
         resolve(spec, bits=BITS[0])
         return BITS
@@ -127,8 +157,9 @@ def _parse(spec: str, bits: int | None) -> Scheme:
         return Scheme.parse(f"int{bits}-{spec}")
     if _SCHEME.match(spec):
         return Scheme.parse(spec)
-    close = get_close_matches(spec.lower(), _PRESETS, 1)
-    choose = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(_PRESETS)};"
+    known = _presets()
+    close = get_close_matches(spec.lower(), known, 1)
+    choose = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known)};"
     raise InputError(f"unknown preset {spec!r}; {choose} `kvgeom schemes` lists presets and formats")
 
 
@@ -147,15 +178,17 @@ def scheme_rows(kv_heads: int = 8, head_dim: int = 128, tokens: int = 4096) -> l
     -------
     list of dict
         ``kind`` (``"format"`` or ``"preset"``), ``name``, ``bits``, ``bits_per_element`` (mean of k and v; scales and offsets
-        included as the format holds them, waiting tokens at 16 bits), ``note``.
+        included at their own precision, tokens of a residual window at 16 bits), ``note``.
     """
     rows: list[dict[str, Any]] = []
     shape = (kv_heads, head_dim, tokens)
     for text, note in _FORMATS.items():
         config = resolve(text)
         rows.append(_row("format", text, config.bits, config, shape, note))
-    for known in presets():
-        rows += [_row("preset", known.name, width, known.at(width), shape, known.engine) for width in known.widths]
+    for engine in engines():
+        for preset in engine.presets:
+            configs = ((width, engine.config(preset, width)) for width in preset.widths)
+            rows += [_row("preset", preset.name, width, config, shape, config.version) for width, config in configs]
     return rows
 
 

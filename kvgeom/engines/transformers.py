@@ -1,42 +1,41 @@
-"""Plain transformers: a cache that holds codes, for ``generate`` of a model that knows nothing of kvgeom."""
+"""transformers: its own quantized caches, and a cache of packed codes that its ``generate`` takes."""
 
 from __future__ import annotations
 
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
-
-from kvgeom.engines.export import Export
+from kvgeom.engines.engine import Engine, Export, Preset, both
+from kvgeom.engines.registry import register_engine
 from kvgeom.errors import InputError
-from kvgeom.models.hf import HFModel
-from kvgeom.models.modules import decoder_layers
-from kvgeom.models.packed import PackedCache
-from kvgeom.models.rotary import Rotary
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
 from kvgeom.quant.recipe import Recipe
 
-_SINGLE = "one sequence, not padded; greedy or sampled, no beams and no draft model"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kvgeom.models.model import KVGeometry, Model
+    from kvgeom.models.packed import PackedCache
+
+_VERSIONS = "5.0 or later, with kvgeom; checked with 5.23"
+_SINGLE = "one sequence without padding; greedy or sampled, no beams and no draft model"
 
 
-def quantized_cache(
-    model: PreTrainedModel | HFModel, recipe: Recipe, placement: Placement | None = None
-) -> PackedCache:
+def quantized_cache(model: PreTrainedModel | Model, recipe: Recipe, placement: Placement | None = None) -> PackedCache:
     """An empty cache of one sequence: ``hf_model.generate(**inputs, past_key_values=quantized_cache(hf_model, recipe))``.
 
-    It holds packed codes and decodes them whenever attention reads, so that it is small and slow. Where the recipe takes
-    offsets out of rotated keys (``center``), it asks the model's own rotary embedding for them, at positions 0, 1, 2, ...:
-    inputs must not be padded, not even one sequence. Layers with a sliding window hold the whole sequence.
+    It stores packed codes and decodes them whenever attention reads, which makes it small and slow. Where the recipe
+    subtracts offsets from rotated keys (``center``), it asks the model's own rotary embedding for positions 0, 1, 2, ...;
+    inputs must not be padded, not even a single sequence. Layers with a sliding window store the whole sequence.
 
     Parameters
     ----------
-    model : PreTrainedModel or HFModel
-        A plain transformers model, or kvgeom's view of one. Nothing in it is changed.
+    model : PreTrainedModel or Model
+        A plain transformers model, or what :func:`kvgeom.load` made of one. It is not changed.
     recipe : Recipe
     placement : Placement, optional
-        As in :class:`~kvgeom.quant.quantizer.Rounder`; the decode-faithful default.
+        The decode-faithful default if not given.
 
     Returns
     -------
@@ -46,16 +45,23 @@ def quantized_cache(
     Raises
     ------
     InputError
-        If the recipe has another number of layers or rounds single channels, of which no codes exist; or if the placement
-        rounds at the projection, or runs the last prompt token apart, which ``generate`` does not.
+        If the recipe has another number of layers than the model, or rounds single channels, which cannot be packed; or
+        if the placement rounds at the projection, or feeds the last prompt token separately, which ``generate`` does not.
     ModelError
-        If offsets of keys must be turned and the model's rotary embedding cannot be followed.
+        If offsets of keys must be rotated and the model's rotary embedding cannot be followed.
     """
-    hf_model: Any = model.hf_model if isinstance(model, HFModel) else model
-    name = model.name if isinstance(model, HFModel) else type(model).__name__
+    from kvgeom.models.modules import decoder_layers
+    from kvgeom.models.packed import PackedCache
+    from kvgeom.models.rotary import Rotary
+    from kvgeom.quant.quantizer import Rounder
+
+    hf_model: Any = getattr(model, "hf_model", model)
+    name = type(model).__name__ if hf_model is model else getattr(model, "name", "")
+    if not hasattr(hf_model, "config"):
+        raise InputError(f"quantized_cache takes a transformers model, got {type(model).__name__}")
     count = int(hf_model.config.get_text_config().num_hidden_layers)
     if len(recipe) != count:
-        raise InputError(f"a recipe of {len(recipe)} layers was given for {name}, which has {count} layers")
+        raise InputError(f"{name} has {count} layers, got a recipe for {len(recipe)}")
     placement = placement or Placement()
     _check(recipe, placement)
     rounder = Rounder(recipe, placement)
@@ -67,31 +73,32 @@ def quantized_cache(
 
 def _check(recipe: Recipe, placement: Placement) -> None:
     if placement.where != "cache":
-        raise InputError(
-            f"a cache was asked under '{placement}', which stores nothing rounded; give a placement with where='cache'"
-        )
+        raise InputError(f"placement '{placement}' stores nothing rounded; give a placement with where='cache'")
     if placement.prefill_reads == "last":
         raise InputError(
-            "a cache for generate was asked whose prompt is fed without its last token first, which generate does not; give a "
-            "placement with prefill_reads='rounded' or 'exact'"
+            "generate does not feed the last prompt token separately; give a placement with prefill_reads 'rounded' or 'exact', "
+            "not 'last'"
         )
     partial = [
         n for n, pair in enumerate(recipe) for scheme in pair if scheme is not None and scheme.channels is not None
     ]
     if partial:
         raise InputError(
-            f"a cache was asked that rounds some channels of layer {partial[0]} only, but codes are made of whole heads; give "
-            "schemes without channels"
+            f"the recipe rounds only some channels of layer {partial[0]}, which cannot be packed; give schemes without channels"
         )
 
 
-def export(recipe: Recipe, placement: Placement, file: str | Path | None = None) -> Export:
+def export(
+    recipe: Recipe, placement: Placement, geometry: KVGeometry | None = None, *, file: str | Path | None = None
+) -> Export:
     """Lines of Python that run a recipe in transformers' own ``generate``; nothing of it is lost.
 
     Parameters
     ----------
     recipe : Recipe
     placement : Placement
+    geometry : KVGeometry, optional
+        Not needed: every shape can be stored.
     file : str or Path, optional
         Where :func:`~kvgeom.quant.serialization.save_recipe` has put both. Needed for offsets and factors.
 
@@ -109,49 +116,41 @@ def export(recipe: Recipe, placement: Placement, file: str | Path | None = None)
             f"recipe, placement = load_recipe({str(file)!r})",
         ]
     else:
-        lines += _spelled(recipe, placement)
+        lines += _as_python(recipe, placement)
     lines += [
         "",
         "cache = quantized_cache(hf_model, recipe, placement)  # a new one for each prompt",
         "output = hf_model.generate(**inputs, past_key_values=cache)",
     ]
-    return Export(
-        engine="transformers",
-        text="\n".join(lines),
-        versions="5.0 or later, with kvgeom; checked with 5.23",
-        cannot=(),
-        notes=(_SINGLE,),
-        recipe=recipe,
-        placement=placement,
-    )
+    text = "\n".join(lines)
+    return Export("transformers", text, _VERSIONS, (), (_SINGLE,), recipe, placement)
 
 
-def export_plan(file: str | Path) -> Export:
-    """Lines of Python that run a plan.
+def export_plan(file: str | Path, recipe: Recipe, placement: Placement) -> Export | None:
+    """Lines of Python that run a saved plan; ``None`` if the placement feeds the last prompt token separately.
 
     Parameters
     ----------
     file : str or Path
         Where the plan is saved.
+    recipe, placement : Recipe, Placement
+        What it stores.
     """
-    return Export(
-        engine="transformers",
-        text=(
-            "import kvgeom\n\n"
-            f"plan = kvgeom.Plan.load({str(file)!r})\n"
-            "cache = plan.cache(model)  # a new one for each prompt\n"
-            "output = model.generate(**inputs, past_key_values=cache)"
-        ),
-        versions="5.0 or later, with kvgeom; checked with 5.23",
-        cannot=(),
-        notes=(_SINGLE,),
+    if placement.prefill_reads == "last":
+        return None
+    text = (
+        "import kvgeom\n\n"
+        f"plan = kvgeom.Plan.load({str(file)!r})\n"
+        "cache = plan.cache(model)  # a new one for each prompt\n"
+        "output = model.generate(**inputs, past_key_values=cache)"
     )
+    return Export("transformers", text, _VERSIONS, (), (_SINGLE,), recipe, placement)
 
 
-def _spelled(recipe: Recipe, placement: Placement) -> list[str]:
+def _as_python(recipe: Recipe, placement: Placement) -> list[str]:
     if recipe.offsets is not None or recipe.factors is not None:
         raise InputError(
-            "lines of Python were asked for a recipe with offsets or factors, which are tensors; write them with "
+            "offsets and factors of a recipe are tensors and cannot be pasted; write them with "
             "kvgeom.quant.serialization.save_recipe and give file="
         )
     pairs = [tuple(scheme and str(scheme) for scheme in pair) for pair in recipe]
@@ -166,3 +165,36 @@ def _spelled(recipe: Recipe, placement: Placement) -> list[str]:
         "recipe = Recipe(tuple(tuple(text and Scheme.parse(text) for text in pair) for pair in layers))",
         f"placement = {placement!r}",
     ]
+
+
+_WAITS = Placement(prefill_reads="exact", residual=128, flush="all")
+
+TRANSFORMERS = register_engine(
+    Engine(
+        name="transformers",
+        title="transformers",
+        version="5.23",
+        source="https://github.com/huggingface/transformers (src/transformers/cache_utils.py, QuantizedLayer)",
+        checked="the engine itself, bit for bit",
+        page="engine-transformers.md",
+        presets=(
+            Preset(
+                "hf-quanto",
+                "QuantizedCache('quanto'), optimum-quanto 0.2.7",
+                (4, 2),
+                both("int{bits}-asym-group64"),
+                _WAITS,
+            ),
+            Preset(
+                "hf-hqq",
+                "QuantizedCache('hqq', axis 1), hqq 0.2.8",
+                (4, 2, 8),  # the engine also takes 3, and fails at every length
+                both("hqq{bits}-group64"),
+                _WAITS,
+            ),
+            Preset("hf-fp8", "QuantizedCache('fp8')", (8,), both("fp8_e4m3-tensor"), Placement(prefill_reads="exact")),
+        ),
+        export=export,
+        export_plan=export_plan,
+    )
+)

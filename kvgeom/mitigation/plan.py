@@ -29,7 +29,7 @@ from kvgeom.results import plain
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from kvgeom.engines.export import Export
+    from kvgeom.engines.engine import Export
     from kvgeom.models.packed import PackedCache
 
 
@@ -323,7 +323,9 @@ class Plan:
         return save_checkpoint(folded, directory, [f"{found.name}, {' and '.join(sites)}"])
 
     def exports(self, file: str | Path = "plan.json") -> tuple[Export, ...]:
-        """How to run the chosen cache in transformers, vLLM, MLX-LM and llama.cpp, and what each cannot do.
+        """How to run the chosen cache in every engine that can be configured, and what each cannot do.
+
+        Engines that run the plan as it is come first.
 
         Parameters
         ----------
@@ -335,15 +337,18 @@ class Plan:
         InputError
             If the placement rounds where no cache does.
         """
-        from kvgeom.engines import llamacpp, mlx, transformers, vllm
+        from kvgeom.engines.registry import engines
 
         if self.placement.where != "cache":
-            raise InputError(
-                f"an export was asked under '{self.placement}', but no engine rounds there: it can be measured and not be run"
-            )
-        own = () if self.placement.prefill_reads == "last" else (transformers.export_plan(file),)
-        nearest = (engine.export(self.chosen.recipe, self.placement, self.geometry) for engine in (vllm, mlx, llamacpp))
-        return (*own, *nearest)
+            raise InputError(f"placement '{self.placement}' is a simulation, which no engine runs; it has no exports")
+        recipe, placement = self.chosen.recipe, self.placement
+        whole = (engine.export_plan(file, recipe, placement) for engine in engines() if engine.export_plan)
+        nearest = (
+            engine.export(recipe, placement, self.geometry)
+            for engine in engines()
+            if engine.export and not engine.export_plan
+        )
+        return (*(found for found in whole if found is not None), *nearest)
 
     # --- words and figures ---
 

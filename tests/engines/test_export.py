@@ -184,11 +184,11 @@ def test_a_model_without_rotary_embedding() -> None:
 def test_what_cannot_be_held_is_refused() -> None:
     hf = tiny_hf_model()
     four = Recipe.uniform(3, Scheme(4))
-    with pytest.raises(InputError, match="2 layers was given"):
+    with pytest.raises(InputError, match="for 2"):
         export.quantized_cache(hf, Recipe.uniform(2, Scheme(4)))
     with pytest.raises(InputError, match="where='cache'"):
         export.quantized_cache(hf, four, Placement.paper())
-    with pytest.raises(InputError, match="last token first"):
+    with pytest.raises(InputError, match="last prompt token"):
         export.quantized_cache(hf, four, Placement(prefill_reads="last"))
     with pytest.raises(InputError, match="some channels of layer 0"):
         export.quantized_cache(hf, Recipe.uniform(3, Scheme(4).only([1])))
@@ -212,7 +212,7 @@ def test_pasted_lines_run(tmp_path: Any) -> None:
     save_recipe(file, named["mixed"], WAITING)
     for made, recipe, placement in (
         (export.export(plain, Placement(sinks=1)), plain, Placement(sinks=1)),
-        (export.export(named["mixed"], WAITING, file), named["mixed"], WAITING),
+        (export.export(named["mixed"], WAITING, file=file), named["mixed"], WAITING),
     ):
         names: dict[str, Any] = {
             "hf_model": model.hf_model,

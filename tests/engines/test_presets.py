@@ -11,9 +11,8 @@ import torch
 from transformers import Cache, DynamicLayer
 
 from kvgeom.cli import main
-from kvgeom.engines import registry as module
-from kvgeom.engines.builtin import BUILT_IN
-from kvgeom.engines.registry import presets, register, resolve, scheme_rows, widths
+from kvgeom.engines.engine import Engine, Preset
+from kvgeom.engines.registry import engines, presets, resolve, scheme_rows, widths
 from kvgeom.errors import InputError
 from kvgeom.models.hf import HFModel
 from kvgeom.quant.placement import Placement
@@ -48,21 +47,26 @@ def model() -> HFModel:
     return wide_model()
 
 
-def test_all_that_were_promised() -> None:
-    names = [known.name for known in presets()]
+def test_built_in_presets() -> None:
+    names = [preset.name for preset in presets()]
     assert set(names) >= NAMED
-    assert len(names) == len(BUILT_IN)  # no name twice
+    assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("known", presets(), ids=lambda known: known.name)
-def test_every_preset_runs_and_has_a_page(model: HFModel, known: module.Preset) -> None:
-    page = (DOCS / known.page).read_text(encoding="utf-8")
-    assert f"`{known.name}`" in page
-    assert known.engine
-    assert "http" in known.source
-    for width in known.widths:
-        engine = known.at(width)
-        cache = model.new_cache(Rounder(engine.recipe(3), engine.placement))
+@pytest.mark.parametrize(
+    ("engine", "preset"),
+    [(engine, preset) for engine in engines() for preset in engine.presets],
+    ids=[preset.name for preset in presets()],
+)
+def test_every_preset_runs_and_has_a_page(model: HFModel, engine: Engine, preset: Preset) -> None:
+    page = (DOCS / engine.page).read_text(encoding="utf-8")
+    assert f"`{preset.name}`" in page
+    assert "http" in engine.source
+    for width in preset.widths:
+        config = resolve(preset.name, bits=width)
+        assert engine.title in config.version
+        assert preset.setting in config.version
+        cache = model.new_cache(Rounder(config.recipe(3), config.placement))
         for ids in (IDS[:20], *([token] for token in IDS[20:24])):
             logits = model.forward(ids, cache)
         assert torch.isfinite(logits).all()
@@ -200,17 +204,6 @@ def test_an_unknown_placement() -> None:
         resolve("kivi", placement="papr")
 
 
-def test_own_presets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PRESETS", dict(module._PRESETS))
-    mine = replace(module._PRESETS["rotated"], name="mine", widths=(4,))
-    register(mine)
-    assert resolve("mine").k == resolve("rotated", bits=4).k
-    with pytest.raises(InputError, match="one of that name"):
-        register(mine)
-    with pytest.raises(InputError, match="widths"):
-        register(replace(mine, name="other", widths=(9,)))
-
-
 def test_scheme_rows() -> None:
     rows = scheme_rows()
     size = {(row["name"], row["bits"]): row["bits_per_element"] for row in rows}
@@ -220,7 +213,7 @@ def test_scheme_rows() -> None:
     assert size["mxfp4", 4] == 4.25
     assert size["vllm-int4-per-token-head", 4] == 4.25
     assert size["lmdeploy-int4", 4] == 4.25
-    assert {row["name"] for row in rows if row["kind"] == "preset"} == {known.name for known in presets()}
+    assert {row["name"] for row in rows if row["kind"] == "preset"} == {preset.name for preset in presets()}
 
 
 def test_projection_presets_need_no_cache_window() -> None:

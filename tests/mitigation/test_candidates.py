@@ -41,7 +41,11 @@ SCHEMES = [
 ]
 ENGINES = {
     **{text: resolve(text) for text in SCHEMES},
-    **{f"{preset.name} {width}": preset.at(width) for preset in presets() for width in preset.widths[:1]},
+    **{
+        f"{preset.name} {width}": resolve(preset.name, bits=width)
+        for preset in presets()
+        for width in preset.widths[:1]
+    },
 }
 
 

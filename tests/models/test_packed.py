@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvgeom.engines.registry import presets
+from kvgeom.engines.registry import presets, resolve
 from kvgeom.errors import InputError
 from kvgeom.models.packed import PackedCache
 from kvgeom.quant.memory import bits_per_element, bytes_per_token, cache_bytes
@@ -83,11 +83,11 @@ def test_any_window_and_prompt(
 
 
 @pytest.mark.parametrize(
-    "known", [known for known in presets() if known.at().placement.where == "cache"], ids=lambda p: p.name
+    "known", [known for known in presets() if known.placement.where == "cache"], ids=lambda p: p.name
 )
 def test_presets(known) -> None:  # type: ignore[no-untyped-def]
     for width in known.widths:
-        engine = known.at(width)
+        engine = resolve(known.name, bits=width)
         compare(engine.recipe(3), engine.placement, 20, 5)
 
 
