@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import kvgeom
+from kvgeom.engines import registry
 from kvgeom.prompts.sets import PromptSet
 from tests.builders.tiny import tiny_model
 
@@ -59,6 +60,17 @@ def test_the_page_on_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for block in python_blocks(ROOT / "docs" / "export.md"):
         exec(block, names)
     assert (tmp_path / "folded" / "model.safetensors").is_file()
+
+
+def test_the_page_on_engines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a tiny model instead of the demo."""
+    tiny = tiny_model("qwen2")
+    monkeypatch.setattr(kvgeom, "load", lambda _: tiny)
+    monkeypatch.setattr(registry, "_ENGINES", {engine.name: engine for engine in registry.engines()})
+    names: dict[str, object] = {}
+    for block in python_blocks(ROOT / "docs" / "engines.md"):
+        exec(block, names)
+    assert "ours-int4" in capsys.readouterr().out
 
 
 @pytest.mark.slow
