@@ -1,1 +1,1 @@
-"""Engines: what each holds in its cache, how it is configured, and how far that is from what was asked."""
+"""Engines: how each stores a cache, how it is configured, and how that differs from a recipe."""

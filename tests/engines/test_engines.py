@@ -243,20 +243,20 @@ def test_llamacpp_itself(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
 def test_the_bytes_in_llamacpps_cache(demo: HFModel, demo_gguf: Path, kind: str) -> None:
-    """Keys of layer 0, which no earlier rounding has touched: what the engine holds is what the emulation holds."""
+    """Keys of layer 0, which no earlier rounding has touched: what the engine stores is what the emulation stores."""
     needs("llama_cpp")
     prompt = demo.encode(REQUESTS[:1])[0].ids
     kind_of = getattr(gguf.GGMLQuantizationType, kind.upper())
     block, size = gguf.GGML_QUANT_SIZES[kind_of]
     llama = LlamaCpp(demo_gguf, kind)
     llama.feed(prompt)
-    held = dequantize(llama.first_keys(demo.geometry.channels // block * size), kind_of)
+    stored = dequantize(llama.first_keys(demo.geometry.channels // block * size), kind_of)
     llama.close()
     cache = demo.new_cache(Rounder(resolve(f"llamacpp-{kind}").recipe(demo.geometry.layers)))
     demo.forward(prompt, cache)
     ours = cache.layers[0].keys[0]
-    # The engine holds rotated keys, and pairs the channels of its rotary embedding as transformers does.
-    theirs = round_back(torch.from_numpy(held).reshape(len(prompt), -1, demo.geometry.head_dim).transpose(0, 1))
+    # The engine stores rotated keys, and pairs the channels of its rotary embedding as transformers does.
+    theirs = round_back(torch.from_numpy(stored).reshape(len(prompt), -1, demo.geometry.head_dim).transpose(0, 1))
     assert (ours == theirs).float().mean() > 0.999  # a value just between two codes may go to either
 
 

@@ -95,7 +95,7 @@ def test_plain_generate_has_the_tokens_of_our_own_path(model: HFModel, which: st
     assert cache.nbytes == cache_bytes(recipe, placement, g.kv_heads, g.head_dim, len(IDS), fed, exact_bytes=4)
 
 
-def test_it_holds_what_our_own_pass_holds(model: HFModel) -> None:
+def test_it_stores_what_our_own_pass_stores(model: HFModel) -> None:
     """Keys and values of every layer and token, bit for bit, with no hook left in the model."""
     recipe = recipes(model)["center"]
     packed, simulated = export.quantized_cache(model, recipe), model.new_cache(Rounder(recipe))
@@ -181,7 +181,7 @@ def test_a_model_without_rotary_embedding() -> None:
         export.quantized_cache(hf, turned)
 
 
-def test_what_cannot_be_held_is_refused() -> None:
+def test_what_cannot_be_stored_is_refused() -> None:
     hf = tiny_hf_model()
     four = Recipe.uniform(3, Scheme(4))
     with pytest.raises(InputError, match="for 2"):

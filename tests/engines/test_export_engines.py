@@ -1,4 +1,4 @@
-"""Flags and lists for engines: never narrower than asked, and honest about what they leave out."""
+"""Flags and lists for engines: never narrower than the recipe, and honest about what they leave out."""
 
 from __future__ import annotations
 
@@ -72,22 +72,22 @@ def test_never_narrower_and_nothing_is_silent(
     found = made(engine, recipe, placement, geometry)
     assert len(found.recipe) == 4
     silent = True
-    for asked_pair, held_pair in zip(recipe, found.recipe, strict=True):
-        for asked, held in zip(asked_pair, held_pair, strict=True):
-            assert held is None or (asked is not None and held.bits >= asked.bits)
-            silent &= asked == held
+    for pair, stored_pair in zip(recipe, found.recipe, strict=True):
+        for scheme, stored in zip(pair, stored_pair, strict=True):
+            assert stored is None or (scheme is not None and stored.bits >= scheme.bits)
+            silent &= scheme == stored
     if silent and (placement == Placement() or found.placement == placement):
         assert not found.cannot
     else:
         assert found.cannot
-    # All that is left out is said with the words that it was asked with.
-    told = "\n".join(found.cannot)
-    for asked_pair, held_pair in zip(recipe, found.recipe, strict=True):
-        for asked, held in zip(asked_pair, held_pair, strict=True):
-            assert asked == held or str(asked) in told
-            if asked is not None and held is not None and asked.transform in ("center", "equalize"):
-                assert f"({asked.transform}" in told
-    # And what is held is what the text says.
+    # Whatever is left out is named.
+    named = "\n".join(found.cannot)
+    for pair, stored_pair in zip(recipe, found.recipe, strict=True):
+        for scheme, stored in zip(pair, stored_pair, strict=True):
+            assert scheme == stored or str(scheme) in named
+            if scheme is not None and stored is not None and scheme.transform in ("center", "equalize"):
+                assert f"({scheme.transform}" in named
+    # And what is stored is what the text says.
     assert read(engine, found.text, geometry) == found.recipe
 
 
@@ -265,7 +265,7 @@ def test_mlx_lm_runs_the_list() -> None:
                     cache_module.QuantizedKVCache(group_size=32, bits=bits).update_and_fetch(x, x)
 
 
-def test_what_is_held_can_be_evaluated() -> None:
+def test_what_is_stored_can_be_evaluated() -> None:
     """The recipe of an export runs as any other."""
     model = wide_model()
     for name, module in ENGINES.items():
