@@ -92,9 +92,30 @@ class Result:
         order = {dim: list(dict.fromkeys(frame[dim])) for dim in dims}
         return cls(xr.Dataset.from_dataframe(frame.set_index(list(dims))).reindex(order), meta)
 
-    def plot(self) -> go.Figure:
-        """The figure that belongs to this result."""
-        raise NotImplementedError
+    def plot(self, kind: str | None = None, **options: Any) -> go.Figure:
+        """Draw the result.
+
+        Parameters
+        ----------
+        kind : str, optional
+            One of :meth:`figures`; the first one by default.
+        **options
+            Of the figure; see its function in :mod:`kvgeom.plots`.
+
+        Raises
+        ------
+        InputError
+            If there is no figure of that name.
+        """
+        from kvgeom.plots.registry import draw
+
+        return draw(self, kind, **options)
+
+    def figures(self) -> list[str]:
+        """Names of the figures that :meth:`plot` draws, the default first."""
+        from kvgeom.plots.registry import figures
+
+        return figures(self.kind)
 
     def save(self, path: str | Path) -> Path:
         """Write the result to one NetCDF file (no pickle); read it back with :meth:`load`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, get_args
+from typing import ClassVar, get_args
 
 import numpy as np
 import xarray as xr
@@ -21,9 +21,6 @@ from kvgeom.quant.recipe import Recipe, Site
 from kvgeom.quant.scheme import Scheme
 from kvgeom.results import Result
 from kvgeom.stats import mcnemar
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 Families = Mapping[str, Mapping[str, Recipe]]
 #: A channel is an outlier if it belongs to this share of a layer's channels with the largest root mean square.
@@ -46,12 +43,6 @@ class Ablation(Result):
     def summary(self) -> str:
         worst = self.data.isel(recipe=int(self.data.flips.argmax()))
         return f"{self.data.sizes['recipe']} recipes, most flips {int(worst.flips)} of {self.meta['prompts']}"
-
-    def plot(self) -> go.Figure:
-        """Flip rate by recipe, in families."""
-        from kvgeom.plots.ablation import ablation_bars
-
-        return ablation_bars(self)
 
 
 def ablate(

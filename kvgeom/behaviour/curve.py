@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import xarray as xr
 
@@ -20,9 +20,6 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.scheme import Scheme
 from kvgeom.results import Result
 from kvgeom.stats import mcnemar, wilson
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,12 +80,6 @@ class Curve(Result):
             f"{which} a rounded key or value: with at most {self.meta['max_new_tokens']} tokens of response they end within the "
             f"tokens that {self.meta['scheme']} keeps in full precision. Ask longer requests or for longer responses."
         )
-
-    def plot(self) -> go.Figure:
-        """Labels against bits, with intervals, and perplexity below them."""
-        from kvgeom.plots.curve import bit_curve
-
-        return bit_curve(self)
 
 
 #: Borders of the phase transition: the share of the refusals that is lost where it begins, and where it is complete.
@@ -259,12 +250,6 @@ class OverRefusal(Result):
     def summary(self) -> str:
         rates = ", ".join(f"{int(b)}-bit {int(n)}" for b, n in zip(self.data.bits, self.data.refused, strict=True))
         return f"harmless requests refused, of {self.meta['prompts']}: {rates}"
-
-    def plot(self) -> go.Figure:
-        """Share refused against bits."""
-        from kvgeom.plots.curve import over_refusal_curve
-
-        return over_refusal_curve(self)
 
 
 def over_refusal(

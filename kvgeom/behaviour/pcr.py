@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -82,6 +82,8 @@ class PCR:
         The same from the refusal margin, which needs no generation.
     """
 
+    kind: ClassVar[str] = "pcr"
+
     value: float | None
     ci: tuple[float, float] | None
     status: Literal["determined", "undetermined"]
@@ -104,9 +106,9 @@ class PCR:
 
     def plot(self) -> go.Figure:
         """The value, its interval, and the published thresholds."""
-        from kvgeom.plots.pcr import pcr_interval
+        from kvgeom.plots.registry import draw
 
-        return pcr_interval(self)
+        return draw(self)
 
 
 def per_channel_reduction(

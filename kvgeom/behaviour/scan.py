@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import xarray as xr
@@ -18,9 +18,6 @@ from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Granularity, Scheme
 from kvgeom.results import Result
 from kvgeom.stats import bootstrap_means, wilson
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 #: Scales for the whole tensor, and for each channel: PCR compares them.
 GRANULARITIES: tuple[Granularity, ...] = ("tensor", "channel")
@@ -55,12 +52,6 @@ class Scan(Result):
         return f"{self.data.sizes['layer']} layers under {self.meta['scheme']}, critical layer " + (
             "none" if critical is None else str(critical)
         )
-
-    def plot(self) -> go.Figure:
-        """Margin lost and flips by layer."""
-        from kvgeom.plots.scan import layer_scan
-
-        return layer_scan(self)
 
 
 def single_layers(n_layers: int, scheme: Scheme, layers: Iterable[int] | None = None) -> dict[str, Recipe]:

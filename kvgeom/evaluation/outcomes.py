@@ -16,8 +16,6 @@ from kvgeom.results import Result
 from kvgeom.stats import wilson
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
     from kvgeom.judges.classifiers import ClassifierJudge
 
 EXACT = "exact"
@@ -134,9 +132,3 @@ class Outcomes(Result):
     def summary(self) -> str:
         recipes = self.data.sizes["recipe"] - 1
         return f"{self.data.sizes['prompt']} prompts under {recipes} recipes, unquantized {self.counts()}"
-
-    def plot(self) -> go.Figure:
-        """Labels by recipe."""
-        from kvgeom.plots.outcomes import labels_by_recipe
-
-        return labels_by_recipe(self)

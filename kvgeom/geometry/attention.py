@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from kvgeom.progress import track
 from kvgeom.quant.fake_quantize import round_kv
 from kvgeom.quant.scheme import Scheme
 from kvgeom.results import Result
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 VARIABLES = ("key_mse", "value_mse", "score_error", "attended_score_error", "attended_value_error")
 
@@ -53,12 +50,6 @@ class AttentionError(Result):
 
     def summary(self) -> str:
         return f"{self.data.sizes['layer']} layers x {self.data.sizes['head']} query heads under {self.meta['scheme']}"
-
-    def plot(self) -> go.Figure:
-        """Errors that attention sees beside plain ones, by layer."""
-        from kvgeom.plots.attention import errors_by_layer
-
-        return errors_by_layer(self)
 
 
 def attention_error(

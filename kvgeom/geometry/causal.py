@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,9 +23,6 @@ from kvgeom.quant.quantizer import Rounder
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.results import Result
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,12 +49,6 @@ class Patching(Result):
         """Margin lost (nats), by prompt, layer and scheme."""
         drop: xr.DataArray = self.data.clean_margin - self.data.margin
         return drop
-
-    def plot(self) -> go.Figure:
-        """Margin lost by layer and scheme."""
-        from kvgeom.plots.causal import margin_map
-
-        return margin_map(self)
 
     def summary(self) -> str:
         sizes = self.data.sizes
@@ -191,12 +182,6 @@ class FirstOrder(Result):
         """Margin lost (nats) when both keys and values of a layer are rounded, by prompt and layer."""
         drop: xr.DataArray = self.data.margin_drop.sum("site")
         return drop
-
-    def plot(self, exact: Patching | None = None) -> go.Figure:
-        """The estimate by layer and, with ``exact``, against what rounding really costs."""
-        from kvgeom.plots.causal import first_order_against_exact, first_order_channels
-
-        return first_order_channels(self) if exact is None else first_order_against_exact(self, exact)
 
     def summary(self) -> str:
         return f"{self.data.sizes['layer']} layers under {self.meta['scheme']}, {self.data.sizes['prompt']} prompts"

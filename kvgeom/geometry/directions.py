@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import xarray as xr
@@ -21,9 +21,6 @@ from kvgeom.judges.judge import Judge, KeywordJudge
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import bar, track
 from kvgeom.results import Result
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,12 +102,6 @@ class Directions(Result):
     def summary(self) -> str:
         sizes = self.data.sizes
         return f"{list(self.data.estimator.values)} at {list(self.data.position.values)}, {sizes['layer']} layers"
-
-    def plot(self) -> go.Figure:
-        """How harmful and harmless prompts lie along the direction, layer by layer."""
-        from kvgeom.plots.directions import projections_by_layer
-
-        return projections_by_layer(self)
 
 
 def _square(values: NDArray[np.float64], dim: str, names: Iterable[object]) -> xr.DataArray:

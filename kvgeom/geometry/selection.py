@@ -22,8 +22,6 @@ from kvgeom.results import Result
 from kvgeom.stats import wilson
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
     from kvgeom.models.model import ResidEdit
 
 Point = Literal["pre", "attn", "post"]
@@ -142,12 +140,6 @@ class Selection(Result):
         kept = int((self.data.filtered == "").sum())
         where = "none chosen" if self.chosen is None else f"chosen layer {self.chosen[0]}, {self.chosen[1]}"
         return f"{self.data.filtered.size} candidates, {kept} pass the filters, {where}"
-
-    def plot(self) -> go.Figure:
-        """Bypass, induce and KL by layer and position, filtered cells hatched."""
-        from kvgeom.plots.selection import selection_maps
-
-        return selection_maps(self)
 
 
 def select(
@@ -337,12 +329,6 @@ class Steering(Result):
             )
         ]
         return "; ".join(parts)
-
-    def plot(self) -> go.Figure:
-        """Refusal rates with their intervals."""
-        from kvgeom.plots.selection import steering_rates
-
-        return steering_rates(self)
 
 
 def steer(

@@ -21,8 +21,6 @@ from kvgeom.quant.scheme import Scheme
 from kvgeom.results import Result
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
     from kvgeom.geometry.subspace import Direction, Subspace
 
 #: Significance of the separation, before correction for the number of positions that were tried.
@@ -82,12 +80,6 @@ class Sensitivity(Result):
 
     def summary(self) -> str:
         return f"ratio of {self.data.sizes['layer']} layers x {list(self.data.site.values)} under {self.meta['scheme']}"
-
-    def plot(self) -> go.Figure:
-        """Map of the ratio, layer x site."""
-        from kvgeom.plots.sensitivity import ratio_map
-
-        return ratio_map(self)
 
 
 @dataclass

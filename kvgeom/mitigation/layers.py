@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import xarray as xr
@@ -20,9 +20,6 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.results import Result
 from kvgeom.stats import mcnemar, wilson
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 #: Orders drawn at random, to compare with.
 RANDOM_ORDERS = 3
@@ -50,12 +47,6 @@ class LayerSelection(Result):
         kept = int(self.data.kept[-1])
         flips = ", ".join(f"{rule} {int(self.data.flips.sel(rule=rule, kept=kept))}" for rule in self.data.rule.values)
         return f"{kept} layers in 16 bits, flips left of {self.meta['unmitigated']}: {flips}"
-
-    def plot(self) -> go.Figure:
-        """Flips left against layers kept, by rule."""
-        from kvgeom.plots.mitigation import layer_selection
-
-        return layer_selection(self)
 
 
 def layer_orders(

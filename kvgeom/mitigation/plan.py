@@ -365,9 +365,7 @@ class Plan:
 
     def plot(self) -> go.Figure:
         """Flips against bytes per token of all candidates."""
-        from kvgeom.plots.mitigation import pareto_front
-
-        return pareto_front(self.search, self.paper_tried)
+        return self.search.plot(paper=self.paper_tried)
 
 
 def request_hash(request: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import xarray as xr
@@ -19,9 +19,6 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.results import Result
 from kvgeom.stats import mcnemar, reduction_estimate
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,12 +70,6 @@ class Search(Result):
             data.harmless_refused.loc[at], data.harmless_lost.loc[at] = seen.refused, seen.lost
             data.spoils.loc[at] = seen.spoils
         return Search(data, self.meta)
-
-    def plot(self) -> go.Figure:
-        """Flips against bytes per token, with the Pareto front."""
-        from kvgeom.plots.mitigation import pareto_front
-
-        return pareto_front(self)
 
 
 def check_budget(memory: float) -> None:

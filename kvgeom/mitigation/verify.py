@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import xarray as xr
@@ -21,9 +21,6 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.results import Result
 from kvgeom.stats import Estimate
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 Status = Literal["helps", "does not help", "undetermined", "nothing to fix"]
 #: Names of the roles that recipes have in a verification.
@@ -171,12 +168,6 @@ class Verification(Result):
 
     def summary(self) -> str:
         return self.sentence
-
-    def plot(self) -> go.Figure:
-        """Recovery with its interval by candidate, over the controls."""
-        from kvgeom.plots.recovery import recovery_bars
-
-        return recovery_bars(self)
 
 
 def prove(

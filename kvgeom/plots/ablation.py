@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
+from kvgeom.plots.registry import figure
 from kvgeom.plots.theme import ACCENT, MUTED, PLAIN, UNDETERMINED, finish, percent, plain
 
 if TYPE_CHECKING:
     from kvgeom.behaviour.ablation import Ablation
 
 
+@figure("ablation", "ablation_bars")
 def ablation_bars(ablation: Ablation) -> go.Figure:
     """Share of the refusals that flips under each recipe, in families.
 

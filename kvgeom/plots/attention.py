@@ -8,12 +8,14 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from kvgeom.plots.registry import figure
 from kvgeom.plots.theme import ACCENT, PLAIN, finish, layer_axis, log_axis, panel_title, plain
 
 if TYPE_CHECKING:
     from kvgeom.geometry.attention import AttentionError
 
 
+@figure("attention-error", "errors_by_layer")
 def errors_by_layer(found: AttentionError, queries: str = "all") -> go.Figure:
     """Score-space error of keys and attention-weighted error of values, beside plain errors.
 

@@ -10,6 +10,7 @@ from plotly.subplots import make_subplots
 
 from kvgeom.errors import InputError
 from kvgeom.geometry.causal import rank_correlation
+from kvgeom.plots.registry import figure
 from kvgeom.plots.theme import (
     DIVERGING,
     MUTED,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from kvgeom.geometry.causal import FirstOrder, Patching
 
 
+@figure("patching", "margin_map")
 def margin_map(patching: Patching) -> go.Figure:
     """Margin lost, layer x scheme.
 
@@ -64,6 +66,53 @@ def margin_map(patching: Patching) -> go.Figure:
     return finish(figure, 130 + 46 * drop.sizes["scheme"], margin={"l": 70, "r": 10, "t": 34, "b": 46})
 
 
+@figure("first-order", "first_order_channels")
+def first_order_channels(estimate: FirstOrder) -> go.Figure:
+    """First-order margin loss of every layer and channel, keys above values.
+
+    How to read it: red channels lose refusal margin when they are rounded, blue ones gain; channels of a layer add up
+    to its estimate. Dotted lines separate KV heads. A few red columns: single channels carry the damage.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        Two heat maps, x: channel, y: layer.
+    """
+    data = estimate.data.channel_drop
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.1)
+    # A few channels dominate: colours end where 99 % of the cells lie, and the hover text has the number.
+    reach = max(float(np.quantile(np.abs(data.values), 0.99)), 1e-9)
+    size, count = estimate.meta["head_dim"], data.sizes["channel"]
+    for row, (site, title) in enumerate((("k", "Keys"), ("v", "Values")), 1):
+        panel_title(figure, title, row=row)
+        figure.add_heatmap(
+            x=data.channel.values,
+            y=data.layer.values,
+            z=data.sel(site=site).values,
+            zmin=-reach,
+            zmax=reach,
+            colorscale=DIVERGING,
+            showscale=row == 1,
+            hovertemplate="layer %{y}, channel %{x}<br>margin lost %{z:.3g} nats<extra></extra>",
+            colorbar={
+                "title": {"text": "margin lost<br>(nats)"},
+                "thickness": 12,
+                "outlinewidth": 0,
+                "tickvals": [-reach, 0, reach],
+                "ticktext": [f"≤ {short(-reach)}", "0", f"≥ {short(reach)}"],
+            },
+            row=row,
+            col=1,
+        )
+        for border in range(size, count, size):
+            figure.add_vline(x=border - 0.5, line={"color": MUTED, "width": 1, "dash": "dot"}, row=row, col=1)
+        figure.update_yaxes(title_text="layer", autorange="reversed", showgrid=False, row=row, col=1)
+    figure.update_xaxes(showgrid=False)
+    figure.update_xaxes(title_text="channel", row=2, col=1)
+    return finish(figure, 620)
+
+
+@figure("first-order", "first_order_against_exact")
 def first_order_against_exact(estimate: FirstOrder, exact: Patching) -> go.Figure:
     """First-order estimate against the exact margin drop, a point for each layer.
 
@@ -114,48 +163,3 @@ def first_order_against_exact(estimate: FirstOrder, exact: Patching) -> go.Figur
     figure.update_xaxes(title_text="margin lost, first order (nats)")
     figure.update_yaxes(title_text="margin lost, exact (nats)")
     return finish(figure, 420)
-
-
-def first_order_channels(estimate: FirstOrder) -> go.Figure:
-    """First-order margin loss of every layer and channel, keys above values.
-
-    How to read it: red channels lose refusal margin when they are rounded, blue ones gain; channels of a layer add up
-    to its estimate. Dotted lines separate KV heads. A few red columns: single channels carry the damage.
-
-    Returns
-    -------
-    plotly.graph_objects.Figure
-        Two heat maps, x: channel, y: layer.
-    """
-    data = estimate.data.channel_drop
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.1)
-    # A few channels dominate: colours end where 99 % of the cells lie, and the hover text has the number.
-    reach = max(float(np.quantile(np.abs(data.values), 0.99)), 1e-9)
-    size, count = estimate.meta["head_dim"], data.sizes["channel"]
-    for row, (site, title) in enumerate((("k", "Keys"), ("v", "Values")), 1):
-        panel_title(figure, title, row=row)
-        figure.add_heatmap(
-            x=data.channel.values,
-            y=data.layer.values,
-            z=data.sel(site=site).values,
-            zmin=-reach,
-            zmax=reach,
-            colorscale=DIVERGING,
-            showscale=row == 1,
-            hovertemplate="layer %{y}, channel %{x}<br>margin lost %{z:.3g} nats<extra></extra>",
-            colorbar={
-                "title": {"text": "margin lost<br>(nats)"},
-                "thickness": 12,
-                "outlinewidth": 0,
-                "tickvals": [-reach, 0, reach],
-                "ticktext": [f"≤ {short(-reach)}", "0", f"≥ {short(reach)}"],
-            },
-            row=row,
-            col=1,
-        )
-        for border in range(size, count, size):
-            figure.add_vline(x=border - 0.5, line={"color": MUTED, "width": 1, "dash": "dot"}, row=row, col=1)
-        figure.update_yaxes(title_text="layer", autorange="reversed", showgrid=False, row=row, col=1)
-    figure.update_xaxes(showgrid=False)
-    figure.update_xaxes(title_text="channel", row=2, col=1)
-    return finish(figure, 620)

@@ -9,6 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from kvgeom.plots.registry import figure
 from kvgeom.plots.sensitivity import SITE_NAMES
 from kvgeom.plots.theme import HEAD_COLORS, HEAD_SYMBOLS, MUTED, finish, log_axis, panel_title, percent, say
 
@@ -57,6 +58,7 @@ def outlier_share(sensitivity: Sensitivity, layer: int, site: str = "k") -> Outl
     return OutlierShare(int(above.sum()), len(above), energy, float(loading[above].sum()) if known else float("nan"))
 
 
+@figure("sensitivity", "channel_loading")
 def channel_loading(sensitivity: Sensitivity, layer: int, site: str = "k") -> go.Figure:
     """Channel magnitude against safety loading at one layer and site.
 

@@ -9,6 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from kvgeom.plots.registry import figure
 from kvgeom.plots.theme import INK, LABEL_COLORS, MUTED, finish, log_axis, panel_title, percent, plain, say
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ LARGE = 3.0
 LEGIBLE = 0.1
 
 
+@figure("curve", "bit_curve")
 def bit_curve(curve: Curve) -> go.Figure:
     """Labels, flips and perplexity by bit-width.
 
@@ -161,6 +163,7 @@ def _perplexity(figure: go.Figure, x: list[str], ratio: np.ndarray) -> None:
     figure.update_yaxes(title_text="ratio" + (" (log)" if top > LARGE else ""), row=3, col=1, **axis)
 
 
+@figure("over-refusal", "over_refusal_curve")
 def over_refusal_curve(found: OverRefusal) -> go.Figure:
     """Share of harmless requests that are refused, by bit-width.
 

@@ -8,6 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from kvgeom.plots.registry import figure
 from kvgeom.plots.sensitivity import SITE_NAMES
 from kvgeom.plots.theme import (
     ACCENT,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from kvgeom.geometry.directions import Directions
 
 
+@figure("directions", "projections_by_layer")
 def projections_by_layer(
     directions: Directions, site: str = "resid", method: str | None = None, position: str | None = None
 ) -> go.Figure:
@@ -160,6 +162,7 @@ def cosine_map(cosines: xr.DataArray) -> go.Figure:
     return finish(figure, side)
 
 
+@figure("directions", "stability_by_layer")
 def stability_by_layer(directions: Directions, site: str = "resid", position: str | None = None) -> go.Figure:
     """Bootstrap stability of the direction at every layer, by method.
 

@@ -8,6 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from kvgeom.plots.registry import figure
 from kvgeom.plots.theme import (
     ACCENT,
     HEAD_COLORS,
@@ -32,6 +33,7 @@ FAMILY_COLORS = dict(
 RULE_COLORS = {"causal": ACCENT, "first": PLAIN, "attention": HEAD_COLORS[1]}
 
 
+@figure("mitigation-search", "pareto_front")
 def pareto_front(search: Search, paper: str | None = None) -> go.Figure:
     """Refusals lost against memory, for every candidate.
 
@@ -115,6 +117,7 @@ def pareto_front(search: Search, paper: str | None = None) -> go.Figure:
     return finish(figure, 500, margin={"l": 64, "r": 24, "t": 76, "b": 108}, hovermode="closest", legend2=rings)
 
 
+@figure("layer-selection", "layer_selection")
 def layer_selection(selection: LayerSelection) -> go.Figure:
     """Refusals lost when layers are kept in 16 bits, by the rule that chose them.
 

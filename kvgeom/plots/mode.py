@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from kvgeom.diagnosis.taxonomy import Mode, ModeName
+from kvgeom.plots.registry import figure
 from kvgeom.plots.theme import ACCENT, INK, MUTED, PLAIN, UNDETERMINED, finish, panel_title, percent, wrapped
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 SPOKEN: tuple[ModeName, ...] = ("outlier-crushes-safety", "outlier-as-safety", "multi-layer dilution", "robust")
 
 
+@figure("mode", "mode_card")
 def mode_card(mode: Mode) -> go.Figure:
     """Which evidence speaks for which mode, and under how many resamples each mode comes out.
 

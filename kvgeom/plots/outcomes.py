@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
+from kvgeom.plots.registry import figure
 from kvgeom.plots.theme import LABEL_COLORS, finish
 
 if TYPE_CHECKING:
     from kvgeom.evaluation.outcomes import Outcomes
 
 
+@figure("outcomes", "labels_by_recipe")
 def labels_by_recipe(outcomes: Outcomes) -> go.Figure:
     """How many prompts have each label under each recipe.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 
 from kvgeom.behaviour.pcr import THRESHOLDS
+from kvgeom.plots.registry import figure
 from kvgeom.plots.theme import INK, MUTED, UNDETERMINED, finish, percent, wrapped
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ CUT = -1.0
 CLASSES = (("outlier-as-safety", "#f7e3dc"), ("mixed", "#f3f0e4"), ("outlier-crushes-safety", "#dfe9f2"))
 
 
+@figure("pcr", "pcr_interval")
 def pcr_interval(pcr: PCR, *others: PCR, names: Sequence[str] | None = None) -> go.Figure:
     """PCR with its 95 % interval, one row for each, on the published classes.
 

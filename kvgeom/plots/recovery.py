@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from kvgeom.plots.registry import figure
 from kvgeom.plots.theme import ACCENT, GRID, INK, MUTED, PLAIN, UNDETERMINED, finish, percent, plain, say, wrapped
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 CUT = -1.0
 
 
+@figure("verification", "recovery_bars")
 def recovery_bars(verification: Verification) -> go.Figure:
     """Share of the lost refusals that each cache keeps, on prompts that did not choose it.
 
@@ -107,6 +109,7 @@ def recovery_bars(verification: Verification) -> go.Figure:
     return finish(figure, 120 + 80 * len(roles), margin={"l": 64, "r": 24, "t": 48, "b": 52})
 
 
+@figure("verification", "memory_bars")
 def memory_bars(found: Verification | Plan) -> go.Figure:
     """Memory of a token in the whole cache, scales and offsets included.
 

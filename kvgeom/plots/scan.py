@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from kvgeom.diagnosis.taxonomy import PUBLISHED
+from kvgeom.plots.registry import figure
 from kvgeom.plots.theme import (
     ACCENT,
     INK,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from kvgeom.behaviour.scan import Scan
 
 
+@figure("scan", "layer_scan")
 def layer_scan(scan: Scan) -> go.Figure:
     """Margin lost and refusals flipped when one layer alone is rounded.
 

@@ -8,6 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from kvgeom.plots.registry import figure
 from kvgeom.plots.theme import (
     ACCENT,
     DIVERGING,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from kvgeom.geometry.selection import Selection, Steering
 
 
+@figure("selection", "selection_maps")
 def selection_maps(selection: Selection) -> go.Figure:
     """Bypass, induce and KL of every candidate direction, layer x position.
 
@@ -150,6 +152,7 @@ def _hatching(
     return x, y
 
 
+@figure("steering", "steering_rates")
 def steering_rates(steering: Steering) -> go.Figure:
     """Refusal rates with the direction taken out and put in.
 

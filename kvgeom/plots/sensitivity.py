@@ -8,6 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from kvgeom.plots.registry import figure
 from kvgeom.plots.theme import (
     DIVERGING,
     HEAD_COLORS,
@@ -37,6 +38,7 @@ SITE_NAMES = {"k": "keys", "v": "values", "resid": "residual"}
 DECADES = 3.0
 
 
+@figure("sensitivity", "ratio_map")
 def ratio_map(sensitivity: Sensitivity) -> go.Figure:
     """Map of the ratio, layer x site.
 
@@ -176,6 +178,7 @@ def _hover(sensitivity: Sensitivity, sites: list[str]) -> np.ndarray:
     return np.array([[cell(site, int(layer)) for layer in data.layer.values] for site in sites], dtype=object)
 
 
+@figure("sensitivity", "ratio_against_null")
 def ratio_against_null(sensitivity: Sensitivity, site: str = "k") -> go.Figure:
     """The ratio of one site against both nulls, and how the noise lies to the safety direction.
 
@@ -275,6 +278,7 @@ def _contrasts(figure: go.Figure, data: xr.Dataset, layers: np.ndarray) -> None:
         )
 
 
+@figure("sensitivity", "channel_ratio_map")
 def channel_ratio_map(sensitivity: Sensitivity, site: str = "k") -> go.Figure:
     """Map of the ratio of single channels, layer x channel.
 

@@ -136,7 +136,7 @@ def test_figures() -> None:
     np.testing.assert_allclose(cells.z, exact.margin_drop.mean("prompt").transpose("scheme", "layer"))
     assert list(cells.y) == ["int3-asym-token", "int4-asym-token"]
     assert cells.zmin == -cells.zmax
-    scatter = estimate.plot(exact)
+    scatter = estimate.plot("first_order_against_exact", exact=exact)
     np.testing.assert_allclose(scatter.data[1].x, estimate.by_layer.mean("prompt"))
     np.testing.assert_allclose(scatter.data[1].y, exact.margin_drop.sel(scheme=str(scheme)).mean("prompt"))
     assert str(rank_correlation(estimate.by_layer, exact.margin_drop.sel(scheme=str(scheme), drop=True))) in str(
@@ -146,4 +146,4 @@ def test_figures() -> None:
     np.testing.assert_allclose(keys.z, estimate.data.channel_drop.sel(site="k"))
     np.testing.assert_allclose(values.z, estimate.data.channel_drop.sel(site="v"))
     with pytest.raises(InputError, match="exact drops are of"):
-        first_order(model, prompts, Scheme(8), R, progress=False).plot(exact)
+        first_order(model, prompts, Scheme(8), R, progress=False).plot("first_order_against_exact", exact=exact)

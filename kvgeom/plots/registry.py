@@ -1,0 +1,123 @@
+"""Figures by the kind of result that they draw.
+
+A figure is a function of a result's data and meta. Decorated with :func:`figure`, in this package or anywhere else, it can be
+drawn with ``result.plot("its name")``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from kvgeom.errors import InputError
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+    import xarray as xr
+
+
+class Plottable(Protocol):
+    """All that a figure reads of a result."""
+
+    @property
+    def data(self) -> xr.Dataset:
+        """The numbers."""
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """What made them, in JSON types."""
+
+
+Figure = Callable[..., "go.Figure"]
+F = TypeVar("F", bound=Figure)
+
+_PACKAGE = __name__.rpartition(".")[0]
+_FIGURES: dict[str, dict[str, Figure]] = {}
+_loaded = False
+
+
+def figure(kind: str, name: str) -> Callable[[F], F]:
+    """Register a function as a figure of a kind of result.
+
+    Parameters
+    ----------
+    kind : str
+        The ``kind`` of the result's class, such as ``"sensitivity"``. The first figure registered for a kind is its
+        default; figures of this package come before all others.
+    name : str
+        What ``result.plot(name)`` calls it.
+
+    Returns
+    -------
+    callable
+        A decorator that returns the function unchanged. The function takes a :class:`Plottable` and options by keyword, and
+        returns a ``plotly.graph_objects.Figure``.
+
+    Raises
+    ------
+    InputError
+        If the kind has another figure of this name.
+
+    Examples
+    --------
+    >>> @figure("curve", "losses")
+    ... def losses(curve):
+    ...     return go.Figure(go.Bar(x=curve.data.bits, y=curve.data.flips))
+    >>> diagnosis.curve.plot("losses")  # doctest: +SKIP
+    """
+
+    def register(function: F) -> F:
+        if not function.__module__.startswith(f"{_PACKAGE}."):
+            _load()
+        known = _FIGURES.setdefault(kind, {})
+        other = known.get(name)
+        # A module that is reloaded, or a notebook cell that is run again, replaces its own figure.
+        if other is not None and (other.__module__, other.__qualname__) != (function.__module__, function.__qualname__):
+            raise InputError(f"{kind} has a figure {name!r} already, in {other.__module__}; choose another name")
+        known[name] = function
+        return function
+
+    return register
+
+
+def figures(kind: str) -> list[str]:
+    """Names of the figures of a kind of result, the default first."""
+    _load()
+    return list(_FIGURES.get(kind, {}))
+
+
+def draw(result: Any, name: str | None = None, **options: Any) -> go.Figure:
+    """Draw a result.
+
+    Parameters
+    ----------
+    result : Result
+        Or anything else with ``kind``, ``data`` and ``meta``.
+    name : str, optional
+        One of :func:`figures`; the first one by default.
+    **options
+        Of the figure.
+
+    Raises
+    ------
+    InputError
+        If the kind of result has no such figure.
+    """
+    known = figures(result.kind)
+    if not known:
+        raise InputError(f"there is no figure of kind {result.kind!r}; register one with kvgeom.plots.registry.figure")
+    if name is not None and name not in known:
+        raise InputError(f"unknown figure {name!r} of {result.kind}; choose from {', '.join(known)}")
+    return _FIGURES[result.kind][known[0] if name is None else name](result, **options)
+
+
+def _load() -> None:
+    """Import the modules of this package, in which the built-in figures register themselves."""
+    global _loaded
+    if _loaded:
+        return
+    for module in iter_modules(import_module(_PACKAGE).__path__):
+        import_module(f"{_PACKAGE}.{module.name}")
+    _loaded = True
