@@ -15,7 +15,7 @@ from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.evaluate import evaluate
 from kvgeom.evaluation.outcomes import Outcomes
-from kvgeom.geometry.activations import observe
+from kvgeom.models.reading import read
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Site
 from kvgeom.quant.scheme import Scheme
@@ -140,11 +140,10 @@ def channel_magnitudes(base: Baseline, placement: Placement | None = None) -> di
     sums: dict[Site, NDArray[np.float64]] = {site: np.zeros(shape) for site in get_args(Site)}
     tokens = 0
     for index in base.refused:
-        seen = observe(model, base.prompts[index], placement)
         tokens += len(base.prompts[index])
-        for site, total in sums.items():
-            for layer in range(shape[0]):
-                squares = seen[f"{site}.{layer}"].double() ** 2
+        for layer, activations in enumerate(read(model, base.prompts[index], placement.where)):
+            for site, total in sums.items():
+                squares = getattr(activations, site).double() ** 2
                 total[layer] += reduce(squares, "1 h t d -> (h d)", "sum").cpu().numpy()
     return {site: np.sqrt(total / max(tokens, 1)) for site, total in sums.items()}
 

@@ -1,13 +1,13 @@
-"""Seeing keys, values and residual stream of prompts as vectors of channels, keys freed of their position."""
+"""Activations of prompts: keys, values and residual stream as vectors of channels, keys without rotary embedding."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,108 +18,38 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvgeom.models.model import EncodedPrompt, Model
-from kvgeom.models.rope import unrotate
+from kvgeom.models.reading import LayerActivations, read
 from kvgeom.progress import track
 from kvgeom.quant.placement import Placement
 
-SITES = ("k", "v", "resid")
 Site = Literal["k", "v", "resid"]
-Seen = Callable[[int, Site, Tensor, Callable[[Tensor], Tensor]], None]
+SITES: tuple[Site, ...] = ("k", "v", "resid")
 
-#: A recording may take this share of the disk space that is free.
+#: A store may take this share of the disk space that is free.
 DISK_SHARE = 0.25
 
 
-class _Tap:
-    """An edit that changes nothing and remembers what passes the projections."""
-
-    where = "projection"
-    prefill_reads_exact = False
-
-    def __init__(self, seen: dict[str, Tensor]) -> None:
-        self._seen = seen
-
-    def __call__(self, layer: int, site: Literal["k", "v"], x: Tensor) -> Tensor:
-        self._seen[f"{site}.{layer}"] = x
-        return x
-
-    @property
-    def kind(self) -> int:
-        return id(self)
-
-    def rows(self, rows: Tensor) -> _Tap:
-        return self
-
-    @staticmethod
-    def stack(parts: Sequence[Any]) -> _Tap:
-        first: _Tap = parts[0]
-        return first
+def at_site(layer: LayerActivations, site: Site) -> Tensor:
+    """What rounding is applied to: ``[1, heads, tokens, head_dim]``; the residual stream has one head of ``d_model``."""
+    x: Tensor = getattr(layer, site)
+    return x
 
 
-def observe(model: Model, prompt: EncodedPrompt, placement: Placement) -> dict[str, Tensor]:
-    """Run one prompt and keep what every layer holds. Costs one forward pass.
+def vectors(layer: LayerActivations, site: Site, x: Tensor) -> Tensor:
+    """Vectors ``[tokens, channels]`` of ``x``, which is what :func:`at_site` returns or has its shape and frame.
 
-    Returns
-    -------
-    dict
-        For each layer n ``"k.n"`` and ``"v.n"``, ``[1, heads, tokens, head_dim]``, as stored in the cache or as
-        projected; ``"resid.n"``, ``[1, 1, tokens, d_model]``, the residual stream after the layer; and, where stored
-        keys are rotated, ``"cos.n"`` and ``"sin.n"``, ``[tokens, rotary_dim]``.
+    The rotary embedding is taken out of keys: a token's position rotates a key without changing its content, and would
+    blur the class means.
     """
-    seen: dict[str, Tensor] = {}
-    at_projection = placement.where == "projection"
-
-    def rotation(layer: int, cos: Tensor, sin: Tensor) -> None:
-        seen[f"cos.{layer}"], seen[f"sin.{layer}"] = cos, sin
-
-    cache = model.new_cache(_Tap(seen) if at_projection else None)
-    model.forward(
-        prompt.ids,
-        cache,
-        on_resid=lambda layer, x: seen.__setitem__(f"resid.{layer}", x[None]),
-        on_rotation=None if at_projection else rotation,
-    )
-    if not at_projection:
-        for layer, stored in enumerate(cache.layers):
-            seen[f"k.{layer}"], seen[f"v.{layer}"] = stored.keys, stored.values
-    return seen
+    return rearrange((layer.unrotated(x) if site == "k" else x)[0], "h t d -> t (h d)").float()
 
 
-def show(get: Callable[[str], Tensor], names: Sequence[str] | Mapping[str, Any], layers: int, see: Seen) -> None:
-    """Hand on what :func:`observe` found, layer by layer.
+class ActivationStore:
+    """Activations of some prompts: the model is run once, and any number of measures read them from disk.
 
-    Parameters
-    ----------
-    get : callable (name) -> Tensor
-    names : collection of str
-        What there is.
-    layers : int
-    see : callable (layer, site, x, flat) -> None
-        ``x`` is what rounding would be applied to, ``[1, heads, tokens, head_dim]`` (one head of ``d_model`` for
-        the residual stream after the layer). ``flat(y)`` turns ``x``, or anything in its shape and frame such as
-        a rounding error, into vectors ``[tokens, channels]``, and takes the rotary embedding out of stored keys:
-        position turns a key without changing its content, and would blur the class means.
-    """
-    for layer in range(layers):
-        flat = _vectors
-        if f"cos.{layer}" in names:
-            cos, sin = get(f"cos.{layer}"), get(f"sin.{layer}")
-            flat = lambda y, c=cos, s=sin: _vectors(unrotate(y, c, s))  # type: ignore[misc]  # noqa: E731
-        see(layer, "k", get(f"k.{layer}"), flat)
-        see(layer, "v", get(f"v.{layer}"), _vectors)
-        see(layer, "resid", get(f"resid.{layer}"), _vectors)
-
-
-def _vectors(x: Tensor) -> Tensor:
-    return rearrange(x[0], "h t d -> t (h d)").float()
-
-
-class Tape:
-    """Some prompts, run once: what :func:`observe` finds is kept on disk, and any number of measures read it again.
-
-    The memory it takes does not grow with the number of prompts. Where the disk has no room (a recording may take a
-    quarter of what is free in the folder of temporary files, which the variable ``TMPDIR`` moves), prompts are run
-    again instead. The recording is deleted with the last object that uses it.
+    Memory does not grow with the number of prompts. The store takes at most a quarter of the space that is free in the
+    folder of temporary files (the variable ``TMPDIR`` moves it); prompts that find no room are run again when they are
+    read. The files are deleted with the last object that uses the store.
 
     Parameters
     ----------
@@ -139,47 +69,57 @@ class Tape:
         self.placement = placement
         self.prompts = tuple(model.encode(requests))
         self.positions = tuple(positions(self.prompts))
-        self._rows = {prompt.text: row for row, prompt in enumerate(self.prompts)}
+        self._indices = {prompt.text: index for index, prompt in enumerate(self.prompts)}
         self._folder = Path(tempfile.mkdtemp(prefix="kvgeom-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._room = DISK_SHARE * shutil.disk_usage(self._folder).free
-        self._features: dict[str, NDArray[np.float32]] | None = None
+        self._features: dict[Site, NDArray[np.float32]] | None = None
 
-    def rows(self, requests: Sequence[str]) -> NDArray[np.int64]:
-        """Numbers of some of the prompts."""
-        return np.array([self._rows[request] for request in requests], dtype=np.int64)
+    def indices(self, requests: Sequence[str]) -> NDArray[np.int64]:
+        """Where some requests are in :attr:`prompts`."""
+        return np.array([self._indices[request] for request in requests], dtype=np.int64)
 
-    def play(self, row: int, see: Seen) -> None:
-        """Show one prompt to ``see`` (see :func:`show`): one forward pass the first time, a file afterwards."""
-        file, layers = self._folder / f"{row}.safetensors", self.model.geometry.layers
+    def layers(self, index: int) -> Iterator[LayerActivations]:
+        """Activations of one prompt, layer by layer: from a forward pass the first time, from a file afterwards."""
+        file = self._folder / f"{index}.safetensors"
         if file.exists():
-            with safe_open(file, "pt", device=str(self.model.device)) as recorded:
-                show(recorded.get_tensor, recorded.keys(), layers, see)
+            with safe_open(file, "pt", device=str(self.model.device)) as stored:
+                names = {*stored.keys()}
+                for layer in range(self.model.geometry.layers):
+                    k, v, resid, *rotation = (
+                        stored.get_tensor(f"{name}.{layer}") for name in _PARTS if f"{name}.{layer}" in names
+                    )
+                    yield LayerActivations(k, v, (rotation[0], rotation[1]) if rotation else None, resid)
             return
-        seen = observe(self.model, self.prompts[row], self.placement)
-        size = sum(x.numel() * x.element_size() for x in seen.values())
+        found = list(read(self.model, self.prompts[index], self.placement.where, resid=True))
+        tensors = {
+            f"{name}.{layer}": x
+            for layer, one in enumerate(found)
+            for name, x in zip(_PARTS, (one.k, one.v, one.resid, *(one.rotation or ())), strict=False)
+            if x is not None
+        }
+        size = sum(x.numel() * x.element_size() for x in tensors.values())
         if size <= self._room:
             self._room -= size
             # Copies: layers share their rotation, and a file of tensors that share memory is refused.
             copy = torch.contiguous_format
-            save_file({name: x.clone(memory_format=copy) for name, x in seen.items()}, file)
-        show(seen.__getitem__, seen, layers, see)
+            save_file({name: x.clone(memory_format=copy) for name, x in tensors.items()}, file)
+        yield from found
 
-    def features(self, site: str, progress: bool = True) -> NDArray[np.float32]:
+    def features(self, site: Site) -> NDArray[np.float32]:
         """Mean vector of every prompt at every position, ``[layers, prompts, positions, channels]``, on disk."""
         if self._features is None:
-            self._features = self._summarised(progress)
+            self._features = self._mean_vectors()
         return self._features[site]
 
-    def _summarised(self, progress: bool) -> dict[str, NDArray[np.float32]]:
+    def _mean_vectors(self) -> dict[Site, NDArray[np.float32]]:
         shape = (self.model.geometry.layers, len(self.prompts), len(self.positions))
         found = {site: self._array(site, (*shape, site_width(self.model, site))) for site in SITES}
-        for row, prompt in enumerate(track(self.prompts, "reading the geometry", len(self.prompts), progress)):
-
-            def see(layer: int, site: str, x: Tensor, flat: Any, row: int = row, prompt: Any = prompt) -> None:
-                found[site][layer, row] = stack_positions(flat(x), prompt, self.positions).cpu().numpy()
-
-            self.play(row, see)
+        for index, prompt in enumerate(track(self.prompts, "reading the geometry", len(self.prompts))):
+            for layer, activations in enumerate(self.layers(index)):
+                for site, means in found.items():
+                    x = vectors(activations, site, at_site(activations, site))
+                    means[layer, index] = stack_positions(x, prompt, self.positions).cpu().numpy()
         return found
 
     def _array(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -188,6 +128,10 @@ class Tape:
             return np.empty(shape, dtype=np.float32)
         self._room -= size
         return np.memmap(self._folder / f"{name}.f32", dtype=np.float32, mode="w+", shape=shape)
+
+
+#: Names of tensors in a file, each with the number of its layer after it.
+_PARTS = ("k", "v", "resid", "cos", "sin")
 
 
 def positions(prompts: Sequence[EncodedPrompt]) -> list[str]:
@@ -207,7 +151,7 @@ def tokens_at(prompt: EncodedPrompt, position: str) -> slice:
     return slice(token, token + 1)
 
 
-def site_width(model: Model, site: str) -> int:
+def site_width(model: Model, site: Site) -> int:
     """Channels of a site."""
     return model.geometry.d_model if site == "resid" else model.geometry.channels
 

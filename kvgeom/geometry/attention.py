@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvgeom.errors import InputError
+from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec, Rounding
 from kvgeom.models.model import AttentionRule, EncodedPrompt, Model
-from kvgeom.models.rope import rotate
+from kvgeom.models.reading import read
 from kvgeom.progress import track
-from kvgeom.quant.fake_quantize import round_kv
-from kvgeom.quant.scheme import Scheme
+from kvgeom.quant.placement import Placement
 from kvgeom.results import Result
 
 VARIABLES = ("key_mse", "value_mse", "score_error", "attended_score_error", "attended_value_error")
@@ -55,39 +55,51 @@ class AttentionError(Result):
 def attention_error(
     model: Model,
     prompts: Sequence[EncodedPrompt],
-    scheme: Scheme,
+    scheme: CacheSpec = DEFAULT_SCHEME,
     *,
+    placement: Placement | str | None = None,
     progress: bool = True,
 ) -> AttentionError:
     """Measure the error of attention scores and outputs under rounding. Costs one forward pass a prompt.
 
     Every layer's exact queries meet its exact keys and values, and those rounded as a cache stores them; errors do not
-    add up from layer to layer.
+    add up from layer to layer. Sites that a recipe leaves exact have no error.
 
     Parameters
     ----------
     model : Model
     prompts : sequence of EncodedPrompt
-    scheme : Scheme
+    scheme : CacheConfig, Recipe, Scheme or str
+        Anything that :func:`kvgeom.engines.registry.resolve` takes; see :class:`~kvgeom.geometry.rounding.Rounding`.
+        3-bit symmetric per-tensor by default.
+    placement : Placement or {"cache"}, optional
+        Instead of the preset's, or of the decode-faithful default.
 
     Raises
     ------
     InputError
-        Without prompts.
+        Without prompts, if ``scheme`` cannot be resolved, or for a placement at the projection.
     """
     if not prompts:
-        raise InputError("an attention error was asked without prompts; give at least one")
+        raise InputError("the attention error needs prompts, got none; give at least one")
+    rounding = Rounding.of(model, scheme, placement)
+    if rounding.placement.where != "cache":
+        raise InputError(
+            f"attention reads keys as the cache stores them, got a placement at the {rounding.placement.where}; "
+            "use placement='cache'"
+        )
     geometry = model.geometry
     shape = (geometry.layers, geometry.query_heads, 2)
     sums = {name: np.zeros(shape) for name in (*VARIABLES, "k2", "v2", "out2", "queries")}
     for prompt in track(prompts, "attention error", len(prompts), progress):
-        for layer, (q, keys, values_held) in enumerate(_read(model, prompt)):
-            k, v = keys[0].float(), values_held[0].float()
-            k_error, v_error = ((round_kv(x, scheme) - x)[0].float() for x in (keys, values_held))
-            for name, values in errors(q, k, v, k_error, v_error, model.attention(layer)).items():
+        for layer, found in enumerate(read(model, prompt, queries=True)):
+            k_error = (rounding(layer, "k", found.k, found.rotation) - found.k)[0].float()
+            v_error = (rounding(layer, "v", found.v) - found.v)[0].float()
+            exact = (found.queries, found.k[0].float(), found.v[0].float())
+            for name, values in errors(*exact, k_error, v_error, model.attention(layer)).items():
                 sums[name][layer] += values
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = {
+        means = {
             "key_mse": sums["key_mse"] / sums["k2"],
             "value_mse": sums["value_mse"] / sums["v2"],
             "score_error": np.sqrt(sums["score_error"] / sums["queries"]),
@@ -95,7 +107,7 @@ def attention_error(
             "attended_value_error": sums["attended_value_error"] / sums["out2"],
         }
     data = xr.Dataset(
-        {name: (("layer", "head", "queries"), values) for name, values in found.items()},
+        {name: (("layer", "head", "queries"), values) for name, values in means.items()},
         coords={
             "layer": np.arange(geometry.layers),
             "head": np.arange(geometry.query_heads),
@@ -105,7 +117,9 @@ def attention_error(
     meta = {
         "model": model.name,
         "fingerprint": model.fingerprint,
-        "scheme": str(scheme),
+        "scheme": rounding.stored,
+        "recipe": str(rounding.recipe),
+        "placement": str(rounding.placement),
         "prompts": len(prompts),
         "kv_heads": geometry.kv_heads,
     }
@@ -133,35 +147,16 @@ def attention_to_request(model: Model, prompts: Sequence[EncodedPrompt]) -> NDAr
         Without prompts.
     """
     if not prompts:
-        raise InputError("attention to requests was asked without prompts; give at least one")
+        raise InputError("attention to requests needs prompts, got none; give at least one")
     shares = np.zeros(model.geometry.layers)
     for prompt in prompts:
-        for layer, (queries, keys, _) in enumerate(_read(model, prompt)):
-            q, k, rule = queries[:, -1:], keys[0].float(), model.attention(layer)
+        for layer, found in enumerate(read(model, prompt, queries=True)):
+            q, k, rule = found.queries[:, -1:], found.k[0].float(), model.attention(layer)
             scores = _scores(q, k.repeat_interleave(q.shape[0] // k.shape[0], 0), rule)[:, 0]
             if rule.window is not None:
                 scores[:, : -rule.window] = -torch.inf
             shares[layer] += float(scores.softmax(-1)[:, prompt.instruction].sum(-1).mean())
     return shares / len(prompts)
-
-
-def _read(model: Model, prompt: EncodedPrompt) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What meets in the attention of each layer, in one forward pass.
-
-    Queries ``[query_heads, tokens, head_dim]`` in float32 and in the frame of the keys; keys and values as stored,
-    ``[1, kv_heads, tokens, head_dim]``.
-    """
-    queries: dict[int, Tensor] = {}
-    rotations: dict[int, tuple[Tensor, Tensor]] = {}
-    cache = model.new_cache()
-    model.forward(prompt.ids, cache, on_query=queries.__setitem__, on_rotation=_into(rotations))
-    for layer, stored in enumerate(cache.layers):
-        q = queries[layer][0].float()
-        yield (rotate(q, *rotations[layer]) if layer in rotations else q), stored.keys, stored.values
-
-
-def _into(rotations: dict[int, tuple[Tensor, Tensor]]) -> Callable[[int, Tensor, Tensor], None]:
-    return lambda layer, cos, sin: rotations.__setitem__(layer, (cos, sin))
 
 
 def errors(

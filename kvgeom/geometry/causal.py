@@ -13,10 +13,13 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from kvgeom.engines.engine import CacheConfig
 from kvgeom.errors import InputError
 from kvgeom.evaluation.margin import margin
+from kvgeom.geometry.rounding import CacheSpec, Rounding
 from kvgeom.models.memory import in_batches, rows_that_fit
 from kvgeom.models.model import EncodedPrompt, Model
+from kvgeom.models.reading import read
 from kvgeom.progress import bar, track
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Rounder
@@ -58,10 +61,10 @@ class Patching(Result):
 def patch_layers(
     model: Model,
     prompts: Sequence[EncodedPrompt],
-    schemes: Mapping[str, Scheme | Recipe] | Sequence[Scheme],
+    schemes: Mapping[str, CacheSpec] | Sequence[CacheSpec] | CacheSpec,
     refusal_tokens: Iterable[int],
     *,
-    placement: Placement | None = None,
+    placement: Placement | str | None = None,
     direction: NDArray[np.floating] | None = None,
     layers: Sequence[int] | None = None,
     progress: bool = True,
@@ -76,11 +79,14 @@ def patch_layers(
     ----------
     model : Model
     prompts : sequence of EncodedPrompt
-    schemes : sequence of Scheme, or mapping of name to Scheme or Recipe
-        Of a recipe each layer is taken alone, with its own schemes for keys and values.
+    schemes : mapping of name to scheme, sequence of schemes, or one
+        A scheme is anything that :func:`kvgeom.engines.registry.resolve` takes; see
+        :class:`~kvgeom.geometry.rounding.Rounding`. Of a recipe each layer is taken alone, with its own schemes for keys and
+        values.
     refusal_tokens : iterable of int
         The set R of :func:`kvgeom.evaluation.margin.refusal_tokens`; without any the margins are NaN.
-    placement : Placement, optional
+    placement : Placement or {"cache", "paper"}, optional
+        Instead of the presets', or of the decode-faithful default.
     direction : array [d_model], optional
         Refusal direction in the residual stream after the last layer, for ``resid_alignment``.
     layers : sequence of int, optional
@@ -89,15 +95,16 @@ def patch_layers(
     Raises
     ------
     InputError
-        Without schemes, or for layers that the model does not have.
+        Without schemes, if one cannot be resolved, or for layers that the model does not have.
     """
-    named = dict(schemes) if isinstance(schemes, Mapping) else {str(scheme): scheme for scheme in schemes}
-    if not named:
-        raise InputError("no scheme was given; name at least one to round the layers with")
+    named = _named(model, schemes, placement)
     n_layers = model.geometry.layers
     chosen = list(range(n_layers)) if layers is None else list(layers)
-    recipes = [s if isinstance(s, Recipe) else Recipe.uniform(n_layers, s) for s in named.values()]
-    branches = [(layer, recipe.only([layer])) for layer in sorted(chosen) for recipe in recipes]
+    branches = [
+        (layer, rounding.recipe.only([layer]), rounding.placement)
+        for layer in sorted(chosen)
+        for rounding in named.values()
+    ]
     tokens = frozenset(refusal_tokens)
     unit = None if direction is None else _unit(direction, model)
     dims = ("prompt", "layer", "scheme")
@@ -106,12 +113,12 @@ def patch_layers(
     most_likely = np.zeros(shape, dtype=np.int64)
     clean_margin = np.full(len(prompts), np.nan)
 
-    def run(part: Sequence[tuple[int, Recipe]], prompt: EncodedPrompt) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(part: Sequence[tuple[int, Recipe, Placement]], prompt: EncodedPrompt) -> tuple[torch.Tensor, torch.Tensor]:
         resid: dict[int, torch.Tensor] = {}
         logits = model.forward_branches(
             prompt.ids,
-            [Rounder(recipe, placement) for _, recipe in part],
-            [layer for layer, _ in part],
+            [Rounder(recipe, at) for _, recipe, at in part],
+            [layer for layer, *_ in part],
             on_resid=resid.__setitem__ if unit is not None else None,
         )[:, -1]
         return logits, resid[n_layers - 1][:, -1] if unit is not None else logits[:, :0]
@@ -140,7 +147,28 @@ def patch_layers(
         },
         coords={"prompt": np.arange(len(prompts)), "layer": sorted(chosen), "scheme": list(named)},
     )
-    return Patching(data, {**_provenance(model, placement), "schemes": {k: str(v) for k, v in named.items()}})
+    provenance = _provenance(model, *named.values())
+    return Patching(data, {**provenance, "schemes": {name: rounding.stored for name, rounding in named.items()}})
+
+
+def _named(
+    model: Model, schemes: Mapping[str, CacheSpec] | Sequence[CacheSpec] | CacheSpec, placement: Placement | str | None
+) -> dict[str, Rounding]:
+    """What is rounded in each branch, by name."""
+    if isinstance(schemes, Mapping):
+        named = {str(name): Rounding.of(model, spec, placement) for name, spec in schemes.items()}
+    else:
+        specs = (schemes,) if isinstance(schemes, CacheConfig | Recipe | Scheme | str) else schemes
+        found = (Rounding.of(model, spec, placement) for spec in specs)
+        named = {rounding.name: rounding for rounding in found}
+    if not named:
+        raise InputError("no scheme was given; name at least one to round the layers with")
+    if len({(r.placement.where, r.placement.prefill_reads) for r in named.values()}) > 1:
+        raise InputError(
+            f"schemes {', '.join(named)} round at different places or times, which one pass cannot do; patch them one by "
+            "one, or give a placement for all"
+        )
+    return named
 
 
 def _unit(direction: NDArray[np.floating], model: Model) -> NDArray[np.float64]:
@@ -190,10 +218,10 @@ class FirstOrder(Result):
 def first_order(
     model: Model,
     prompts: Sequence[EncodedPrompt],
-    scheme: Scheme,
+    scheme: CacheSpec,
     refusal_tokens: Iterable[int],
     *,
-    placement: Placement | None = None,
+    placement: Placement | str | None = None,
     progress: bool = True,
 ) -> FirstOrder:
     """Estimate what rounding costs in every layer, site and channel from one forward and one backward pass a prompt.
@@ -202,15 +230,18 @@ def first_order(
     ----------
     model : Model
     prompts : sequence of EncodedPrompt
-    scheme : Scheme
+    scheme : CacheConfig, Recipe, Scheme or str
+        Anything that :func:`kvgeom.engines.registry.resolve` takes; see :class:`~kvgeom.geometry.rounding.Rounding`.
+        Sites that a recipe leaves exact lose nothing.
     refusal_tokens : iterable of int
         Must not be empty: the margin is what is differentiated.
-    placement : Placement, optional
+    placement : Placement or {"cache", "paper"}, optional
+        Instead of the preset's, or of the decode-faithful default.
 
     Raises
     ------
     InputError
-        Without refusal tokens or prompts.
+        Without refusal tokens or prompts, or if ``scheme`` cannot be resolved.
 
     Notes
     -----
@@ -220,22 +251,22 @@ def first_order(
     tokens = frozenset(refusal_tokens)
     if not tokens or not prompts:
         raise InputError(
-            f"a first-order estimate was asked with {len(tokens)} refusal tokens and {len(prompts)} prompts; it needs "
-            "some of both: prompts that the model refuses"
+            f"a first-order estimate needs prompts that the model refuses and the tokens that refusals begin with, got "
+            f"{len(prompts)} prompts and {len(tokens)} refusal tokens"
         )
-    placement = placement or Placement()
+    rounding = Rounding.of(model, scheme, placement)
+    where = rounding.placement.where
     geometry = model.geometry
     sites = ("k", "v")
     drops = np.zeros((len(prompts), geometry.layers, len(sites)))
     channels = np.zeros((geometry.layers, len(sites), geometry.channels))
     clean = np.zeros(len(prompts))
-    recipe = Recipe.uniform(geometry.layers, scheme)
     for row, prompt in enumerate(track(prompts, "first-order estimate", len(prompts), progress)):
-        found = model.gradients(prompt.ids, lambda logits: margin(logits, tokens), where=placement.where)
+        found = model.gradients(prompt.ids, lambda logits: margin(logits, tokens), where=where)
         clean[row] = found.score
-        rounder = Rounder(recipe, placement)
+        rotations = [layer.rotation for layer in read(model, prompt, where)] if rounding.needs_rotation else None
         for (layer, site), x in found.x.items():
-            error = rounder(layer, site, x) - x
+            error = rounding(layer, site, x, rotations[layer] if rotations and site == "k" else None) - x
             lost = -(found.grad[layer, site] * error)[0].double().sum(1).flatten().cpu().numpy()
             drops[row, layer, sites.index(site)] = lost.sum()
             channels[layer, sites.index(site)] += lost / len(prompts)
@@ -252,11 +283,18 @@ def first_order(
             "channel": np.arange(geometry.channels),
         },
     )
-    return FirstOrder(data, {**_provenance(model, placement), "scheme": str(scheme), "head_dim": geometry.head_dim})
+    meta = {
+        **_provenance(model, rounding),
+        "scheme": rounding.stored,
+        "recipe": str(rounding.recipe),
+        "head_dim": geometry.head_dim,
+    }
+    return FirstOrder(data, meta)
 
 
-def _provenance(model: Model, placement: Placement | None) -> dict[str, Any]:
-    return {"model": model.name, "fingerprint": model.fingerprint, "placement": str(placement or Placement())}
+def _provenance(model: Model, *roundings: Rounding) -> dict[str, Any]:
+    placements = dict.fromkeys(str(rounding.placement) for rounding in roundings)
+    return {"model": model.name, "fingerprint": model.fingerprint, "placement": "; ".join(placements)}
 
 
 @dataclass(frozen=True)

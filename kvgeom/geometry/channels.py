@@ -8,12 +8,10 @@ import numpy as np
 import xarray as xr
 from einops import rearrange
 from numpy.typing import NDArray
-from torch import Tensor
 
 from kvgeom.errors import InputError
-from kvgeom.geometry.activations import SITES, Tape
-from kvgeom.quant.fake_quantize import round_kv
-from kvgeom.quant.scheme import Scheme
+from kvgeom.geometry.activations import SITES, Site, at_site
+from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec, Rounding
 
 if TYPE_CHECKING:
     from kvgeom.geometry.sensitivity import Sensitivity
@@ -94,7 +92,9 @@ def channel_view(sensitivity: Sensitivity, site: str = "k", *, permutations: int
     )
 
 
-def stored(space: Subspace, layer: int, site: str = "k", scheme: Scheme | None = None, *, row: int = 0) -> xr.Dataset:
+def stored(
+    space: Subspace, layer: int, site: Site = "k", scheme: CacheSpec = DEFAULT_SCHEME, *, row: int = 0
+) -> xr.Dataset:
     """One prompt's vectors at one layer, before and after rounding, in the frame in which they are rounded.
 
     Parameters
@@ -102,7 +102,8 @@ def stored(space: Subspace, layer: int, site: str = "k", scheme: Scheme | None =
     space : Subspace
     layer : int
     site : {"k", "v", "resid"}
-    scheme : Scheme, optional
+    scheme : CacheConfig, Recipe, Scheme or str
+        Anything that :func:`kvgeom.engines.registry.resolve` takes; see :class:`~kvgeom.geometry.rounding.Rounding`.
         3-bit symmetric per-tensor by default.
     row : int
         Which prompt of the subspace, harmful ones first.
@@ -115,27 +116,26 @@ def stored(space: Subspace, layer: int, site: str = "k", scheme: Scheme | None =
     Raises
     ------
     InputError
-        For a layer, site or prompt that there is not.
+        For a layer, site or prompt that does not exist, or if ``scheme`` cannot be resolved.
     """
-    scheme = scheme or Scheme(3, symmetric=True, granularity="tensor")
-    tape: Tape = space.tape
-    geometry = space.model.geometry
-    if not 0 <= layer < geometry.layers or site not in SITES or not 0 <= row < len(tape.prompts):
+    store, geometry = space.activations, space.model.geometry
+    if not 0 <= layer < geometry.layers or site not in SITES or not 0 <= row < len(store.prompts):
         raise InputError(
-            f"layer {layer}, site {site!r}, prompt {row} were asked; there are {geometry.layers} layers, the sites "
-            f"{', '.join(SITES)} and {len(tape.prompts)} prompts"
+            f"unknown layer {layer}, site {site!r} or prompt {row}; choose from layers 0 to {geometry.layers - 1}, sites "
+            f"{', '.join(SITES)} and prompts 0 to {len(store.prompts) - 1}"
         )
-    found: dict[str, NDArray[np.float32]] = {}
-
-    def see(at: int, which: str, x: Tensor, flat: object) -> None:
-        if (at, which) == (layer, site):
-            for name, y in (("before", x), ("after", round_kv(x, scheme))):
-                found[name] = rearrange(y[0], "h t d -> t (h d)").float().cpu().numpy()
-
-    tape.play(row, see)
-    text = np.array([space.model.decode([token]) for token in tape.prompts[row].ids], dtype=object)
+    rounding = Rounding.at(space.model, scheme, space.placement)
+    # To the end: a pass that is broken off is not kept.
+    activations = list(store.layers(row))[layer]
+    x = at_site(activations, site)
+    rounded = rounding(layer, site, x, activations.rotation if site == "k" else None)
+    found = {
+        name: rearrange(y[0], "h t d -> t (h d)").float().cpu().numpy()
+        for name, y in (("before", x), ("after", rounded))
+    }
+    text = np.array([space.model.decode([token]) for token in store.prompts[row].ids], dtype=object)
     return xr.Dataset(
         {name: (("token", "channel"), values) for name, values in found.items()} | {"text": ("token", text)},
         coords={"token": np.arange(len(text)), "channel": np.arange(found["before"].shape[1])},
-        attrs={"layer": layer, "site": site, "scheme": str(scheme), "kv_heads": geometry.kv_heads},
+        attrs={"layer": layer, "site": site, "scheme": rounding.stored, "kv_heads": geometry.kv_heads},
     )

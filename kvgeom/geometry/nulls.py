@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kvgeom.geometry.activations import Tape
+from kvgeom.geometry.activations import ActivationStore
 from kvgeom.geometry.subspace import Subspace, fit
 from kvgeom.prompts.sets import PromptSet
 
@@ -28,7 +28,7 @@ def random_bases(channels: int, k: int, count: int, seed: int = 0) -> NDArray[np
     return np.linalg.qr(rng.standard_normal((count, channels, k)))[0]
 
 
-def contrast_spaces(space: Subspace, contrasts: Sequence[PromptSet], progress: bool = True) -> dict[str, Subspace]:
+def contrast_spaces(space: Subspace, contrasts: Sequence[PromptSet]) -> dict[str, Subspace]:
     """Subspaces of contrasts between harmless requests (null b), found as the safety subspace was.
 
     Their prompts are run once, whatever number of contrasts they are part of, and once for all schemes.
@@ -46,8 +46,8 @@ def contrast_spaces(space: Subspace, contrasts: Sequence[PromptSet], progress: b
     if not requests:
         return {}
     key = PromptSet("", requests, (), "").fingerprint
-    tape = space.contrast_tapes.get(key)
-    if tape is None:
-        tape = space.contrast_tapes[key] = Tape(space.model, requests, space.placement)
-        tape.features("k", progress)
-    return {contrast.name: fit(tape, contrast, space) for contrast in small}
+    store = space.contrast_activations.get(key)
+    if store is None:
+        store = space.contrast_activations[key] = ActivationStore(space.model, requests, space.placement)
+        store.features("k")
+    return {contrast.name: fit(store, contrast, space) for contrast in small}

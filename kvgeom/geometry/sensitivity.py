@@ -7,22 +7,21 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 import xarray as xr
 from numpy.typing import NDArray
 
 from kvgeom.errors import InputError
-from kvgeom.geometry.activations import SITES, site_width, tokens_at
+from kvgeom.geometry.activations import SITES, Site, at_site, site_width, tokens_at, vectors
 from kvgeom.geometry.nulls import contrast_spaces, random_bases
-from kvgeom.progress import track
+from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec, Rounding
+from kvgeom.progress import shown, track
 from kvgeom.prompts.sets import PromptSet, concept_contrasts
-from kvgeom.quant.fake_quantize import round_kv
-from kvgeom.quant.scheme import Scheme
 from kvgeom.results import Result
 
 if TYPE_CHECKING:
     from kvgeom.geometry.subspace import Direction, Subspace
 
+_STORED: tuple[Site, Site] = ("k", "v")
 #: Significance of the separation, before correction for the number of positions that were tried.
 ALPHA = 0.05
 
@@ -249,7 +248,7 @@ def head_quantities(
 
 def measure(
     space: Subspace,
-    scheme: Scheme | None = None,
+    scheme: CacheSpec = DEFAULT_SCHEME,
     *,
     noise_pairs: int | None = None,
     contrasts: Sequence[PromptSet] | None = None,
@@ -260,14 +259,17 @@ def measure(
     """Rounding noise on the safety subspace against noise on everything, at every layer and site.
 
     Keys and values are rounded with scales over exactly the tokens that a cache would share them over, and only sums
-    are kept. The residual stream is not stored in a cache: for it the same rounding is a comparison, as if it were.
+    are kept. The residual stream is not stored in a cache: it is rounded as if it were, with the scheme of the layer's keys
+    and no transform. A site that a recipe leaves exact has no rounding error and no ratio; its status is ``"undefined"``.
     Costs no forward pass over the prompts of the subspace, and one over those of the contrasts, the first time.
 
     Parameters
     ----------
     space : Subspace
-    scheme : Scheme, optional
-        3-bit symmetric per-tensor by default, as in the paper's layer scan.
+    scheme : CacheConfig, Recipe, Scheme or str
+        Anything that :func:`kvgeom.engines.registry.resolve` takes: ``"int3-asym-tensor+center"``, ``"kivi"``, a recipe; see
+        :class:`~kvgeom.geometry.rounding.Rounding`. 3-bit symmetric per-tensor by default, as in the paper's layer scan.
+        An engine preset keeps its placement, which must be where the subspace was read; all else takes the subspace's.
     noise_pairs : int, optional
         Use only so many harmful and harmless prompts for the noise; all by default.
     contrasts : sequence of PromptSet, optional
@@ -281,44 +283,46 @@ def measure(
     Raises
     ------
     InputError
-        For fewer than one noise pair or fewer than two random subspaces.
+        For fewer than one noise pair or fewer than two random subspaces, or if ``scheme`` cannot be resolved.
     """
-    scheme = scheme or Scheme(3, symmetric=True, granularity="tensor")
     if null_subspaces < 2 or (noise_pairs is not None and noise_pairs < 1):
         raise InputError(
-            f"{null_subspaces} random subspaces and {noise_pairs} noise pairs were asked; at least 2 and 1 are needed"
+            f"null_subspaces must be at least 2 and noise_pairs at least 1, got {null_subspaces} and {noise_pairs}"
         )
+    rounding = Rounding.at(space.model, scheme, space.placement)
     geometry = space.model.geometry
     nulls = {
         width: random_bases(width, space.k, null_subspaces, seed) for width in {geometry.channels, geometry.d_model}
     }
-    moments = _moments(space, scheme, noise_pairs, nulls, "rounding noise", progress)
-    others = contrast_spaces(space, concept_contrasts() if contrasts is None else contrasts, progress)
-    beside = {
-        name: (other, _moments(other, scheme, noise_pairs, None, f"null: {name}", progress))
-        for name, other in others.items()
-    }
-    pairs = noise_pairs or len(space.tape.prompts)
+    with shown(progress):
+        moments = _moments(space, rounding, noise_pairs, nulls, "rounding noise")
+        others = contrast_spaces(space, concept_contrasts() if contrasts is None else contrasts)
+        beside = {
+            name: (other, _moments(other, rounding, noise_pairs, None, f"null: {name}"))
+            for name, other in others.items()
+        }
+    pairs = noise_pairs or len(space.activations.prompts)
     meta = {
         **space.meta(),
-        "scheme": str(scheme),
+        "scheme": rounding.stored,
+        "recipe": str(rounding.recipe),
+        "placement": str(rounding.placement),
         "noise_prompts": len(space.prompts.harmful[:pairs]) + len(space.prompts.harmless[:pairs]),
         "seed": seed,
         "contrasts": list(others),
     }
-    return Sensitivity(_with_contrasts(_table(space, moments, nulls), beside), meta)
+    return Sensitivity(_with_contrasts(_table(space, rounding, moments, nulls), beside), meta)
 
 
 def _moments(
     space: Subspace,
-    scheme: Scheme,
+    rounding: Rounding,
     pairs: int | None,
     nulls: dict[int, NDArray[np.float64]] | None,
     title: str,
-    progress: bool,
-) -> dict[tuple[int, str], Moments]:
+) -> dict[tuple[int, Site], Moments]:
     """Sums over the prompts, or over the first ``pairs`` of each class; with heads and ``nulls`` if these are given."""
-    heads: dict[tuple[int, str], NDArray[np.float64]] = {}
+    heads: dict[tuple[int, Site], NDArray[np.float64]] = {}
     if nulls is not None:
         count = space.model.geometry.kv_heads
         heads = {key: head_bases(d.basis, count) for key, d in space.directions.items() if key[1] != "resid"}
@@ -331,21 +335,22 @@ def _moments(
         for layer, site in space.directions
     }
     chosen = [*space.prompts.harmful[:pairs], *space.prompts.harmless[:pairs]]
-    for row in track(map(int, space.tape.rows(chosen)), title, len(chosen), progress):
-        prompt = space.tape.prompts[row]
-
-        def see(layer: int, site: str, x: torch.Tensor, flat: Any, prompt: Any = prompt) -> None:
-            direction = space.directions[layer, site]
-            at = tokens_at(prompt, direction.position)
-            stored, error = (flat(t)[at].double().cpu().numpy() for t in (x, round_kv(x, scheme) - x))
-            null = None if nulls is None else nulls[stored.shape[1]]
-            moments[layer, site].add(stored, error, direction.basis, null, heads.get((layer, site)))
-
-        space.tape.play(row, see)
+    for index in track(map(int, space.activations.indices(chosen)), title, len(chosen)):
+        prompt = space.activations.prompts[index]
+        for layer, activations in enumerate(space.activations.layers(index)):
+            for site in SITES:
+                direction, x = space.directions[layer, site], at_site(activations, site)
+                error = rounding(layer, site, x, activations.rotation if site == "k" else None) - x
+                at = tokens_at(prompt, direction.position)
+                exact, noise = (vectors(activations, site, y)[at].double().cpu().numpy() for y in (x, error))
+                null = None if nulls is None else nulls[exact.shape[1]]
+                moments[layer, site].add(exact, noise, direction.basis, null, heads.get((layer, site)))
     return moments
 
 
-def _with_contrasts(data: xr.Dataset, beside: dict[str, tuple[Subspace, dict[tuple[int, str], Moments]]]) -> xr.Dataset:
+def _with_contrasts(
+    data: xr.Dataset, beside: dict[str, tuple[Subspace, dict[tuple[int, Site], Moments]]]
+) -> xr.Dataset:
     """Null (b), and whether the ratio is above it."""
     layers, sites = data.layer.values, data.site.values
     ratios = np.full((len(beside), len(layers), len(sites)), np.nan)
@@ -367,18 +372,21 @@ def _with_contrasts(data: xr.Dataset, beside: dict[str, tuple[Subspace, dict[tup
 
 
 def _table(
-    space: Subspace, moments: dict[tuple[int, str], Moments], nulls: dict[int, NDArray[np.float64]]
+    space: Subspace,
+    rounding: Rounding,
+    moments: dict[tuple[int, Site], Moments],
+    nulls: dict[int, NDArray[np.float64]],
 ) -> xr.Dataset:
     geometry = space.model.geometry
     layers = range(geometry.layers)
-    cells = [[_cell(space, moments[layer, site], site, layer, nulls) for site in SITES] for layer in layers]
+    cells = [[_cell(space, rounding, moments[layer, site], site, layer, nulls) for site in SITES] for layer in layers]
     data = xr.Dataset(
         {name: (("layer", "site"), np.array([[cell[name] for cell in row] for row in cells])) for name in cells[0][0]},
         coords={"layer": list(layers), "site": list(SITES)},
     )
     kv = [[_channels(space.directions[layer, s], moments[layer, s]) for s in ("k", "v")] for layer in layers]
     resid = [_channels(space.directions[layer, "resid"], moments[layer, "resid"]) for layer in layers]
-    heads = [[_heads(space, moments[layer, s], layer, s) for s in ("k", "v")] for layer in layers]
+    heads = [[_heads(space, moments[layer, s], layer, s) for s in _STORED] for layer in layers]
     channels: dict[str, Any] = {
         f"head_{name}": (("layer", "kv", "head"), np.array([[h[name] for h in row] for row in heads]))
         for name in heads[0][0]
@@ -395,7 +403,7 @@ def _table(
 
 
 def _cell(
-    space: Subspace, moments: Moments, site: str, layer: int, nulls: dict[int, NDArray[np.float64]]
+    space: Subspace, rounding: Rounding, moments: Moments, site: Site, layer: int, nulls: dict[int, NDArray[np.float64]]
 ) -> dict[str, Any]:
     direction = space.directions[layer, site]
     numbers = quantities(moments, direction.gap, direction.basis, nulls[len(direction.gap)])
@@ -407,6 +415,9 @@ def _cell(
             "undefined",
             f"harmful and harmless means coincide at {'every position' if len(space.tried) > 1 else space.tried[0]}",
         )
+    elif rounding.scheme(layer, site) is None:
+        what = {"k": "keys", "v": "values", "resid": "keys, by whose scheme the residual stream is rounded,"}[site]
+        status, reason = "undefined", f"the recipe leaves {what} of this layer exact"
     elif moments.e2.sum() == 0:
         status, reason = "undefined", "rounding makes no error here"
     elif p > ALPHA:
@@ -426,7 +437,7 @@ def _cell(
     }
 
 
-def _heads(space: Subspace, moments: Moments, layer: int, site: str) -> dict[str, NDArray[np.float64]]:
+def _heads(space: Subspace, moments: Moments, layer: int, site: Site) -> dict[str, NDArray[np.float64]]:
     direction = space.directions[layer, site]
     return head_quantities(moments, direction.gap, head_bases(direction.basis, space.model.geometry.kv_heads))
 

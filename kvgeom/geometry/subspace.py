@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvgeom.errors import InputError
-from kvgeom.geometry.activations import SITES, Tape
+from kvgeom.geometry.activations import SITES, ActivationStore, Site
 from kvgeom.geometry.estimators import (
     METHODS,
     Separation,
@@ -19,8 +19,10 @@ from kvgeom.geometry.estimators import (
     estimate,
     separation,
 )
+from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec
 from kvgeom.models.load import load
 from kvgeom.models.model import EncodedPrompt, Model
+from kvgeom.progress import shown
 from kvgeom.prompts.sets import PromptSet, calibration
 from kvgeom.quant.placement import Placement
 
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from kvgeom.geometry.directions import Directions
     from kvgeom.geometry.selection import Selection
     from kvgeom.geometry.sensitivity import Sensitivity
-    from kvgeom.quant.scheme import Scheme
 
 #: A class difference smaller than this share of the mean square is rounding error of the arithmetic, not signal.
 COINCIDENT = 1e-10
@@ -65,8 +66,9 @@ class Subspace:
 
     Attributes
     ----------
-    tape : Tape
-        What the model holds of the prompts: everything below is computed from it, without running the model again.
+    activations : ActivationStore
+        Keys, values and residual stream of the prompts: all that follows is computed from it, without running the model
+        again.
     prompts : PromptSet
     k : int
         Dimensions of each subspace.
@@ -77,42 +79,42 @@ class Subspace:
     directions : dict of (layer, site) to Direction
     """
 
-    tape: Tape = field(repr=False)
+    activations: ActivationStore = field(repr=False)
     prompts: PromptSet
     k: int
     method: str
     tried: tuple[str, ...]
-    directions: dict[tuple[int, str], Direction] = field(repr=False)
-    contrast_tapes: dict[str, Tape] = field(default_factory=dict, repr=False)
+    directions: dict[tuple[int, Site], Direction] = field(repr=False)
+    contrast_activations: dict[str, ActivationStore] = field(default_factory=dict, repr=False)
 
     @property
     def model(self) -> Model:
         """The model that it is a subspace of."""
-        return self.tape.model
+        return self.activations.model
 
     @property
     def placement(self) -> Placement:
         """Which keys and values are meant."""
-        return self.tape.placement
+        return self.activations.placement
 
     @property
     def positions(self) -> tuple[str, ...]:
         """Positions that the prompts share."""
-        return self.tape.positions
+        return self.activations.positions
 
     @property
     def harmful(self) -> tuple[EncodedPrompt, ...]:
         """The harmful prompts as tokens."""
-        return tuple(self.tape.prompts[row] for row in self.tape.rows(self.prompts.harmful))
+        return tuple(self.activations.prompts[row] for row in self.activations.indices(self.prompts.harmful))
 
     @property
     def harmless(self) -> tuple[EncodedPrompt, ...]:
         """The harmless prompts as tokens."""
-        return tuple(self.tape.prompts[row] for row in self.tape.rows(self.prompts.harmless))
+        return tuple(self.activations.prompts[row] for row in self.activations.indices(self.prompts.harmless))
 
-    def features(self, layer: int, site: str) -> NDArray[np.float64]:
+    def features(self, layer: int, site: Site) -> NDArray[np.float64]:
         """Mean vector of every prompt at every position, ``[prompts, positions, channels]``, harmful prompts first."""
-        return _features(self.tape, self.prompts, layer, site)
+        return _features(self.activations, self.prompts, layer, site)
 
     @property
     def is_harmful(self) -> NDArray[np.bool_]:
@@ -121,19 +123,19 @@ class Subspace:
 
     def refit(self, *, k: int = 1, method: str = "mean", position: str | None = None) -> Subspace:
         """The same prompts, another subspace; the model is not run again. Parameters as in :func:`subspace`."""
-        found = _fit(self.tape, self.prompts, k, method, position)
-        return replace(found, contrast_tapes=self.contrast_tapes)
+        found = _fit(self.activations, self.prompts, k, method, position)
+        return replace(found, contrast_activations=self.contrast_activations)
 
     def sensitivity(
         self,
-        scheme: Scheme | None = None,
+        scheme: CacheSpec = DEFAULT_SCHEME,
         *,
         noise_pairs: int | None = None,
         contrasts: Sequence[PromptSet] | None = None,
         progress: bool = True,
         seed: int = 0,
     ) -> Sensitivity:
-        """How exposed the subspace is to the rounding error of ``scheme``.
+        """How exposed the subspace is to the rounding error of a scheme, an engine preset or a recipe.
 
         Runs no prompt of the subspace again; the harmless contrasts that it is held against are run once.
         See :func:`kvgeom.geometry.sensitivity.measure`.
@@ -191,7 +193,7 @@ def subspace(
 
     At each layer and site the class difference is taken at the instruction's tokens (their mean) and at every
     template token after it, and the best separated position is kept. Costs one forward pass over the prompts, which
-    are kept on disk for whatever is measured afterwards (see :class:`kvgeom.geometry.activations.Tape`).
+    are kept on disk for whatever is measured afterwards (see :class:`kvgeom.geometry.activations.ActivationStore`).
 
     Parameters
     ----------
@@ -221,14 +223,17 @@ def subspace(
     loaded = load(model, **load_options)
     prompts = prompts or calibration()
     _check_classes(prompts)
-    tape = Tape(loaded, tuple(dict.fromkeys([*prompts.harmful, *prompts.harmless])), placement or Placement())
-    return _fit(tape, prompts, k, method, position, progress)
+    store = ActivationStore(
+        loaded, tuple(dict.fromkeys([*prompts.harmful, *prompts.harmless])), placement or Placement()
+    )
+    with shown(progress):
+        return _fit(store, prompts, k, method, position)
 
 
-def fit(tape: Tape, prompts: PromptSet, like: Subspace) -> Subspace:
-    """The subspace of some prompts of a tape, found as ``like`` was."""
+def fit(store: ActivationStore, prompts: PromptSet, like: Subspace) -> Subspace:
+    """The subspace of some prompts of a store, found as ``like`` was."""
     position = like.tried[0] if len(like.tried) == 1 else None
-    return _fit(tape, prompts, like.k, like.method, position)
+    return _fit(store, prompts, like.k, like.method, position)
 
 
 def _check_classes(prompts: PromptSet) -> None:
@@ -239,8 +244,8 @@ def _check_classes(prompts: PromptSet) -> None:
         )
 
 
-def _fit(tape: Tape, prompts: PromptSet, k: int, method: str, position: str | None, progress: bool = True) -> Subspace:
-    names = tape.positions
+def _fit(store: ActivationStore, prompts: PromptSet, k: int, method: str, position: str | None) -> Subspace:
+    names = store.positions
     if position is not None and position not in names:
         raise InputError(f"position {position!r} was asked, but the prompts share {', '.join(names)}; choose one")
     tried = names if position is None else (position,)
@@ -253,14 +258,14 @@ def _fit(tape: Tape, prompts: PromptSet, k: int, method: str, position: str | No
             f"k={k} was asked, but {len(tried)} positions and {pairs} pairs of requests give method {method!r} at most "
             f"as many dimensions as {most}; method='pca' gives one for each pair"
         )
-    tape.features("k", progress)
+    store.features("k")
     harmful = _labels(prompts)
     directions = {
-        (layer, site): _direction(_features(tape, prompts, layer, site), harmful, names, tried, k, method)
-        for layer in range(tape.model.geometry.layers)
+        (layer, site): _direction(_features(store, prompts, layer, site), harmful, names, tried, k, method)
+        for layer in range(store.model.geometry.layers)
         for site in SITES
     }
-    return Subspace(tape, prompts, k, method, tuple(tried), directions)
+    return Subspace(store, prompts, k, method, tuple(tried), directions)
 
 
 def _labels(prompts: PromptSet) -> NDArray[np.bool_]:
@@ -268,9 +273,9 @@ def _labels(prompts: PromptSet) -> NDArray[np.bool_]:
     return harmful
 
 
-def _features(tape: Tape, prompts: PromptSet, layer: int, site: str) -> NDArray[np.float64]:
-    rows = tape.rows([*prompts.harmful, *prompts.harmless])
-    found: NDArray[np.float64] = tape.features(site)[layer][rows].astype(np.float64)
+def _features(store: ActivationStore, prompts: PromptSet, layer: int, site: Site) -> NDArray[np.float64]:
+    rows = store.indices([*prompts.harmful, *prompts.harmless])
+    found: NDArray[np.float64] = store.features(site)[layer][rows].astype(np.float64)
     return found
 
 

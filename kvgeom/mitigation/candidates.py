@@ -8,13 +8,12 @@ from typing import Literal, get_args
 
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.errors import InputError
-from kvgeom.models.model import KVGeometry, Model
-from kvgeom.models.statistics import channel_statistics
+from kvgeom.models.model import KVGeometry
+from kvgeom.models.statistics import Constants
 from kvgeom.quant.memory import bytes_per_token
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Schemes, Site
 from kvgeom.quant.scheme import Scheme, Transform
-from kvgeom.quant.transforms import Statics, pair_factors
 
 Family = Literal["unmitigated", "center", "equalize", "hadamard", "refine", "protect", "combined"]
 #: The cache as the engine makes it.
@@ -43,51 +42,6 @@ class Candidate:
     def bytes_per_token(self, geometry: KVGeometry, placement: Placement) -> float:
         """Memory of a token in all layers, scales and offsets included, of a prompt of 4,096 tokens."""
         return bytes_per_token(self.recipe, placement, geometry.kv_heads, geometry.head_dim)
-
-
-@dataclass(frozen=True)
-class Constants:
-    """What ``center`` and ``equalize`` need to know of a model; made by :func:`constants`.
-
-    Attributes
-    ----------
-    keys, both : Statics
-        Offsets of keys alone, and of keys and values. Those of keys are the bias of their projection, or where a model
-        has none the calibration mean, freed of the rotary embedding; those of values are the calibration mean.
-    mean_keys : Statics or None
-        The calibration mean of keys where ``keys`` is not that already. It holds what prompts have in common beside the bias,
-        and hangs on which prompts these are.
-    factors : Statics
-        Channel sizes over the calibration prompts; the two channels of a rotary pair share one.
-    """
-
-    keys: Statics
-    both: Statics
-    mean_keys: Statics | None
-    factors: Statics
-
-
-def constants(model: Model, prompts: Sequence[str]) -> Constants:
-    """Measure offsets and sizes of channels. Costs one pass a prompt.
-
-    Raises
-    ------
-    InputError
-        Without prompts.
-    """
-    seen = channel_statistics(model, prompts)
-    biases = model.key_biases()
-    source = "key bias" if biases else "mean key"
-    means = {key: mean for key, mean in seen.mean.items() if key[1] == "k"}
-    keys, rotary = biases or means, seen.rotary_dim > 0
-    values = {key: mean for key, mean in seen.mean.items() if key[1] == "v"}
-    sizes = {(n, s): pair_factors(top, seen.rotary_dim if s == "k" else 0) for (n, s), top in seen.largest.items()}
-    return Constants(
-        Statics.of(source, keys, rotary=rotary),
-        Statics.of(f"{source} and mean value", {**keys, **values}, rotary=rotary),
-        Statics.of("mean key", means, rotary=rotary) if biases else None,
-        Statics.of("channel sizes", sizes),
-    )
 
 
 def whole_cache(engine: CacheConfig, geometry: KVGeometry, known: Constants) -> list[Candidate]:

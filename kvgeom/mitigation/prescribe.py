@@ -13,13 +13,14 @@ from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.evaluate import evaluate
 from kvgeom.evaluation.journal import Journal
 from kvgeom.evaluation.outcomes import Outcomes
-from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, constants, protect, whole_cache
+from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, protect, whole_cache
 from kvgeom.mitigation.decision_tree import advised
 from kvgeom.mitigation.harmless import asked, harmless_under
 from kvgeom.mitigation.layers import counts, layer_orders, protections, selection_of
 from kvgeom.mitigation.plan import Plan, request_hash
 from kvgeom.mitigation.reasons import advice_in_words, reasons
 from kvgeom.mitigation.search import Search, check_budget, preference, search_of
+from kvgeom.models.statistics import constants
 from kvgeom.prompts.sets import calibration
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Site

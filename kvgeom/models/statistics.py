@@ -1,24 +1,26 @@
-"""Per-channel statistics of keys and values over some prompts: what constant offsets and factors are made of."""
+"""Constants of a model that transforms need (``center``, ``equalize``), measured over some prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from kvgeom.errors import InputError
 from kvgeom.models.model import Model
-from kvgeom.models.rope import unrotate
+from kvgeom.models.reading import read
+from kvgeom.quant.recipe import Recipe, Site
+from kvgeom.quant.transforms import Statics, pair_factors
 
-Key = tuple[int, Literal["k", "v"]]
+Key = tuple[int, Site]
 
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Mean and largest magnitude of every channel, keys freed of their rotary embedding.
+    """Mean and largest magnitude of every channel, keys without their rotary embedding.
 
     Attributes
     ----------
@@ -35,9 +37,9 @@ class ChannelStatistics:
 
 
 def channel_statistics(model: Model, prompts: Sequence[str]) -> ChannelStatistics:
-    """Run some prompts (one pass each) and summarise what the cache holds of them.
+    """Run some prompts (one pass each) and summarize what the cache stores of them.
 
-    Sums are kept, no prompt is.
+    Only sums are kept.
 
     Raises
     ------
@@ -45,25 +47,101 @@ def channel_statistics(model: Model, prompts: Sequence[str]) -> ChannelStatistic
         Without prompts.
     """
     if not prompts:
-        raise InputError("statistics of keys and values were asked without prompts; give at least one")
+        raise InputError("statistics of keys and values need prompts, got none; give at least one")
     sums: dict[Key, Tensor] = {}
     largest: dict[Key, Tensor] = {}
     tokens, rotary_dim = 0, 0
     for prompt in model.encode(prompts):
-        rotations: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def see(layer: int, cos: Tensor, sin: Tensor, seen: dict[int, tuple[Tensor, Tensor]] = rotations) -> None:
-            seen[layer] = (cos, sin)
-
-        cache = model.new_cache()
-        model.forward(prompt.ids, cache, on_rotation=see)
         tokens += len(prompt)
-        for index, layer in enumerate(cache.layers):
-            keys = unrotate(layer.keys, *rotations[index]) if index in rotations else layer.keys
-            rotary_dim = rotations[index][0].shape[-1] if index in rotations else 0
-            for site, x in (("k", keys), ("v", layer.values)):
-                key: Key = (index, site)  # type: ignore[assignment]
-                own = x[0].float()
+        for index, layer in enumerate(read(model, prompt)):
+            rotary_dim = 0 if layer.rotation is None else layer.rotation[0].shape[-1]
+            sites: tuple[tuple[Site, Tensor], ...] = (("k", layer.unrotated()), ("v", layer.v))
+            for site, x in sites:
+                key, own = (index, site), x[0].float()
                 sums[key] = sums.get(key, torch.zeros(())) + own.sum(1)
                 largest[key] = torch.maximum(largest.get(key, torch.zeros_like(own[:, 0])), own.abs().amax(1))
     return ChannelStatistics({key: total / tokens for key, total in sums.items()}, largest, rotary_dim, tokens)
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What ``center`` and ``equalize`` need to know of a model; made by :func:`constants`.
+
+    Attributes
+    ----------
+    keys, both : Statics
+        Offsets of keys alone, and of keys and values. Those of keys are the bias of their projection or, where a model
+        has none, the calibration mean without the rotary embedding; those of values are the calibration mean.
+    mean_keys : Statics or None
+        The calibration mean of keys where ``keys`` is not that already. It contains what prompts have in common beside
+        the bias, so it depends on the prompts.
+    factors : Statics
+        Channel sizes over the calibration prompts; the two channels of a rotary pair share one.
+    """
+
+    keys: Statics
+    both: Statics
+    mean_keys: Statics | None
+    factors: Statics
+
+
+def constants(model: Model, prompts: Sequence[str]) -> Constants:
+    """Measure offsets and sizes of channels. Costs one pass a prompt.
+
+    Raises
+    ------
+    InputError
+        Without prompts.
+    """
+    seen = channel_statistics(model, prompts)
+    biases = model.key_biases()
+    source = "key bias" if biases else "mean key"
+    means = {key: mean for key, mean in seen.mean.items() if key[1] == "k"}
+    keys, rotary = biases or means, seen.rotary_dim > 0
+    values = {key: mean for key, mean in seen.mean.items() if key[1] == "v"}
+    sizes = {(n, s): pair_factors(top, seen.rotary_dim if s == "k" else 0) for (n, s), top in seen.largest.items()}
+    return Constants(
+        Statics.of(source, keys, rotary=rotary),
+        Statics.of(f"{source} and mean value", {**keys, **values}, rotary=rotary),
+        Statics.of("mean key", means, rotary=rotary) if biases else None,
+        Statics.of("channel sizes", sizes),
+    )
+
+
+def with_constants(model: Model, recipe: Recipe, prompts: Sequence[str]) -> Recipe:
+    """The same recipe with the offsets and factors that its schemes need and it does not have.
+
+    Parameters
+    ----------
+    model : Model
+    recipe : Recipe
+    prompts : sequence of str
+        Calibration prompts. They are run (one pass each) only if something must be measured; key biases are read off the
+        model.
+
+    Returns
+    -------
+    Recipe
+        ``recipe`` itself if it needs nothing, or has all that it needs. Offsets are those of :class:`Constants`: of keys
+        alone where no values are centred.
+    """
+    offsets = _transformed(recipe, "center") if recipe.offsets is None else frozenset()
+    factors = _transformed(recipe, "equalize") if recipe.factors is None else frozenset()
+    if not offsets and not factors:
+        return recipe
+    if not factors and offsets == {"k"} and (biases := model.key_biases()):
+        rotary = model.geometry.rope != "none"
+        return recipe.with_statics(offsets=Statics.of("key bias", biases, rotary=rotary))
+    known = constants(model, prompts)
+    centred = (known.both if "v" in offsets else known.keys) if offsets else None
+    return recipe.with_statics(offsets=centred, factors=known.factors if factors else None)
+
+
+def _transformed(recipe: Recipe, transform: str) -> frozenset[Site]:
+    """Sites at which some layer is rounded after a transform."""
+    return frozenset(
+        site
+        for pair in recipe
+        for site, scheme in zip(get_args(Site), pair, strict=True)
+        if scheme is not None and scheme.transform == transform
+    )

@@ -132,10 +132,10 @@ def test_stored_vectors() -> None:
     space = kvgeom.subspace(model, PAIRS, progress=False)
     found = stored(space, 1, "k", TENSOR, row=5)
     cache = model.new_cache()
-    model.forward(space.tape.prompts[5].ids, cache)
+    model.forward(space.activations.prompts[5].ids, cache)
     x = cache.layers[1].keys
     for name, y in (("before", x), ("after", round_kv(x, TENSOR))):
         np.testing.assert_array_equal(found[name], y[0].permute(1, 0, 2).flatten(1).numpy())
-    assert found.sizes["token"] == len(space.tape.prompts[5])
+    assert found.sizes["token"] == len(space.activations.prompts[5])
     with pytest.raises(InputError, match="layer 9"):
         stored(space, 9)

@@ -179,7 +179,7 @@ def test_recording_leaves_with_its_owner() -> None:
     import gc
 
     found = kvgeom.subspace(tiny_model(), MORE_PAIRS, progress=False)
-    folder = found.tape._folder
+    folder = found.activations._folder
     assert len(list(folder.glob("*.safetensors"))) == 12
     del found
     gc.collect()
@@ -189,7 +189,7 @@ def test_recording_leaves_with_its_owner() -> None:
 def test_no_room_on_disk_changes_nothing(space, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr("kvgeom.geometry.activations.DISK_SHARE", 0.0)
     other = kvgeom.subspace(tiny_model(), MORE_PAIRS, progress=False)
-    assert not list(other.tape._folder.iterdir())
+    assert not list(other.activations._folder.iterdir())
     a, b = (one.sensitivity(contrasts=(), progress=False).data for one in (space, other))
     np.testing.assert_array_equal(a.ratio, b.ratio)
 

@@ -221,7 +221,7 @@ def test_memory_does_not_grow_with_the_number_of_prompts() -> None:
             space = kvgeom.subspace(model, prompts, progress=False)
             measure(space, Scheme(3, True, "tensor"), contrasts=(), progress=False)
         grew.append(peak.grew)
-        recorded.append(sum(file.stat().st_size for file in space.tape._folder.iterdir()))
+        recorded.append(sum(file.stat().st_size for file in space.activations._folder.iterdir()))
     assert recorded[2] - recorded[1] > 50e6
     assert grew[2] - grew[1] < 5e6
 

@@ -17,10 +17,10 @@ from kvgeom.diagnosis.taxonomy import PRESCRIPTIONS, Mode, ModeName
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import presets, resolve
 from kvgeom.errors import InputError
-from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, Constants, constants, protect, whole_cache
+from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, protect, whole_cache
 from kvgeom.mitigation.decision_tree import advised, critical_layers
 from kvgeom.models.hf import HFModel
-from kvgeom.models.statistics import channel_statistics
+from kvgeom.models.statistics import Constants, channel_statistics, constants
 from kvgeom.quant.memory import cache_bytes
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Rounder
@@ -167,7 +167,7 @@ def test_constants_are_those_of_the_model() -> None:
     torch.testing.assert_close(keys[:, :32], keys[:, 32:])
     without = constants(tiny_model("llama"), PROMPTS)
     assert without.keys.name == "mean key"
-    with pytest.raises(InputError, match="without prompts"):
+    with pytest.raises(InputError, match="prompts"):
         constants(model, [])
 
 

@@ -1,0 +1,145 @@
+"""Rounding the activations of a prompt as a cache rounds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvgeom.engines.engine import CacheConfig
+from kvgeom.engines.registry import resolve
+from kvgeom.errors import InputError
+from kvgeom.geometry.activations import Site
+from kvgeom.models.model import Model
+from kvgeom.models.rope import turning
+from kvgeom.models.statistics import with_constants
+from kvgeom.prompts.sets import calibration
+from kvgeom.quant.placement import Placement
+from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.scheme import Scheme
+
+#: What a user writes for a quantized cache; see :func:`kvgeom.engines.registry.resolve`.
+CacheSpec = CacheConfig | Recipe | Scheme | str
+#: That of the layer scan in arXiv:2606.09864.
+DEFAULT_SCHEME = Scheme(3, symmetric=True, granularity="tensor")
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A recipe with all its constants, under a placement. Made by :meth:`of`.
+
+    Attributes
+    ----------
+    name : str
+        Name of the preset, or the scheme or recipe as a string.
+    stored : str
+        What keys and values are stored as.
+    recipe : Recipe
+    placement : Placement
+
+    Notes
+    -----
+    Scales that tokens share are computed over the tokens that the cache shares them over. Sinks stay exact. A residual
+    window is left out: every other token is rounded, as it is once it has left the window.
+
+    The residual stream is not stored in a cache. It is rounded as if it were, with the scheme of the layer's keys, all
+    channels and no transform.
+    """
+
+    name: str
+    stored: str
+    recipe: Recipe
+    placement: Placement
+
+    @classmethod
+    def of(cls, model: Model, spec: CacheSpec, placement: Placement | str | None = None) -> Rounding:
+        """Resolve a spec for a model and measure the constants that it needs.
+
+        Parameters
+        ----------
+        model : Model
+        spec : CacheConfig, Recipe, Scheme or str
+            Constants that a transform needs and the recipe does not bring are measured: offsets of keys are key biases
+            where the model has them; all others come from a pass over the calibration prompts.
+        placement : Placement or str, optional
+            Instead of the preset's, or of the decode-faithful default.
+
+        Raises
+        ------
+        InputError
+            If the spec cannot be resolved, or is a recipe for another number of layers.
+        """
+        config = resolve(spec, placement=placement)
+        prompts = calibration()
+        recipe = with_constants(model, config.recipe(model.geometry.layers), (*prompts.harmful, *prompts.harmless))
+        return cls(config.name, config.stored, recipe, config.placement)
+
+    @classmethod
+    def at(cls, model: Model, spec: CacheSpec, placement: Placement) -> Rounding:
+        """The same for keys and values that were read at a placement: engine presets keep theirs, all else takes it.
+
+        Raises
+        ------
+        InputError
+            As :meth:`of`, or if a preset rounds elsewhere.
+        """
+        own = resolve(spec)
+        keeps = isinstance(spec, CacheConfig) or own.version != ""
+        if keeps and own.placement.where != placement.where:
+            raise InputError(
+                f"{own.name!r} rounds at the {own.placement.where}, but the activations were read at the "
+                f"{placement.where}; read them with placement={'cache' if placement.where == 'projection' else 'paper'!r}"
+            )
+        return cls.of(model, spec, None if keeps else placement)
+
+    @property
+    def needs_rotation(self) -> bool:
+        """Whether keys can only be rounded together with their rotary embedding."""
+        return Rounder(self.recipe, self.placement).needs_rotation
+
+    def scheme(self, layer: int, site: Site) -> Scheme | None:
+        """The scheme of a site of a layer; None where it stays exact."""
+        if site != "resid":
+            return self.recipe.scheme(layer, site)
+        keys = self.recipe.scheme(layer, "k")
+        return None if keys is None else keys.plain
+
+    def __call__(self, layer: int, site: Site, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """What the cache returns of one prompt's keys, values or residual stream.
+
+        Parameters
+        ----------
+        layer : int
+        site : {"k", "v", "resid"}
+        x : Tensor [1, heads, tokens, head_dim]
+        rotation : (cos, sin), optional
+            Rotary embedding that is in ``x``, ``[tokens, rotary_dim]`` each.
+        """
+        scheme = self.scheme(layer, site)
+        if scheme is None:
+            return x
+        recipe = self.recipe
+        if site == "resid":
+            site, recipe = "k", replace(Recipe.uniform(len(recipe), scheme), scatter=recipe.scatter)
+        rounder = Rounder(recipe, self.placement)
+        parts = []
+        for tokens in _shared(self.placement, scheme, x.shape[2]):
+            if rotation is not None and rounder.needs_rotation:
+                cos, sin = (angles[None, tokens] for angles in rotation)
+                rounder.turned(layer, turning(cos, sin))
+            parts.append(rounder(layer, site, x[:, :, tokens]))
+        return torch.cat([x[:, :, : x.shape[2] - sum(part.shape[2] for part in parts)], *parts], dim=2)
+
+
+def _shared(placement: Placement, scheme: Scheme, tokens: int) -> Sequence[slice]:
+    """Tokens of a prompt that are rounded in one call, after the sinks; those that would wait come last."""
+    parts, settled = [], -1
+    for held in (tokens - 1, tokens) if placement.prefill_reads == "last" else (tokens,):
+        start, stop = placement.due(settled, held, scheme.spans_tokens)
+        parts.append(slice(max(start, settled), stop))
+        settled = stop
+    parts.append(slice(settled, tokens))
+    return [part for part in parts if part.start < part.stop]

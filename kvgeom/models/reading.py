@@ -1,0 +1,112 @@
+"""Reading what a model computes of one prompt: keys, values, residual stream, queries and rotary embedding of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from kvgeom.models.model import EncodedPrompt, Model
+from kvgeom.models.rope import rotate, unrotate
+
+Where = Literal["cache", "projection"]
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """What one layer computes of one prompt.
+
+    Attributes
+    ----------
+    k, v : Tensor [1, kv_heads, tokens, head_dim]
+        As stored in the cache (keys after their rotary embedding), or as projected.
+    rotation : (cos, sin) or None
+        Rotary embedding that is in ``k``, ``[tokens, rotary_dim]`` each; None where there is none.
+    resid : Tensor [1, 1, tokens, d_model] or None
+        Residual stream after the layer, if it was asked for.
+    q : Tensor [1, query_heads, tokens, head_dim] or None
+        Queries before their rotary embedding, if they were asked for.
+    """
+
+    k: Tensor
+    v: Tensor
+    rotation: tuple[Tensor, Tensor] | None = None
+    resid: Tensor | None = None
+    q: Tensor | None = None
+
+    @property
+    def queries(self) -> Tensor:
+        """Queries in the frame of ``k``, ``[query_heads, tokens, head_dim]`` in float32."""
+        if self.q is None:
+            raise ValueError("the queries were not read; read with queries=True")
+        q = self.q[0].float()
+        return q if self.rotation is None else rotate(q, *self.rotation)
+
+    def unrotated(self, keys: Tensor | None = None) -> Tensor:
+        """Keys, or anything in their shape and frame, without the rotary embedding; those of the layer by default."""
+        keys = self.k if keys is None else keys
+        return keys if self.rotation is None else unrotate(keys, *self.rotation)
+
+
+def read(
+    model: Model, prompt: EncodedPrompt, where: Where = "cache", *, resid: bool = False, queries: bool = False
+) -> Iterator[LayerActivations]:
+    """Run one prompt and read every layer, layer 0 first. Costs one forward pass.
+
+    Parameters
+    ----------
+    model : Model
+    prompt : EncodedPrompt
+    where : {"cache", "projection"}
+        Keys and values as stored, or as they leave their projections.
+    resid, queries : bool
+        Whether to read the residual stream and the queries too.
+    """
+    taken: dict[tuple[int, str], Tensor] = {}
+    rotations: dict[int, tuple[Tensor, Tensor]] = {}
+    q: dict[int, Tensor] = {}
+    streams: dict[int, Tensor] = {}
+
+    def on_rotation(layer: int, cos: Tensor, sin: Tensor) -> None:
+        rotations[layer] = cos, sin
+
+    cache = model.new_cache(_Tap(taken) if where == "projection" else None)
+    model.forward(
+        prompt.ids,
+        cache,
+        on_resid=streams.__setitem__ if resid else None,
+        on_rotation=on_rotation if where == "cache" else None,
+        on_query=q.__setitem__ if queries else None,
+    )
+    for layer, stored in enumerate(cache.layers):
+        k, v = (stored.keys, stored.values) if where == "cache" else (taken[layer, "k"], taken[layer, "v"])
+        stream = streams[layer][None] if resid else None
+        yield LayerActivations(k, v, rotations.get(layer), stream, q.get(layer))
+
+
+class _Tap:
+    """An edit that changes nothing and keeps what passes the projections."""
+
+    where = "projection"
+    prefill_reads_exact = False
+
+    def __init__(self, taken: dict[tuple[int, str], Tensor]) -> None:
+        self._taken = taken
+
+    def __call__(self, layer: int, site: Literal["k", "v"], x: Tensor) -> Tensor:
+        self._taken[layer, site] = x
+        return x
+
+    @property
+    def kind(self) -> int:
+        return id(self)
+
+    def rows(self, rows: Tensor) -> _Tap:
+        return self
+
+    @staticmethod
+    def stack(parts: Sequence[Any]) -> _Tap:
+        first: _Tap = parts[0]
+        return first
