@@ -1,4 +1,9 @@
-"""The errors that kvgeom raises on purpose: each says what was asked, what was found, what to do."""
+"""The errors that kvgeom raises on purpose: each says what is wrong, what was found, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class KvgeomError(Exception):
@@ -15,3 +20,38 @@ class ModelError(KvgeomError):
 
 class DownloadError(KvgeomError):
     """Something that had to be fetched did not arrive, or is not what its hash says."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
+    """The error for a name that is not one of those known, with the nearest of them where one is near.
+
+    Parameters
+    ----------
+    kind : str
+        What it should name, for instance ``"backend"``.
+    name : object
+        What was given.
+    known : iterable of str
+
+    Examples
+    --------
+    >>> unknown("backend", "jax", ["hf", "lens"])
+    InputError("unknown backend 'jax'; choose from hf, lens")
+    >>> unknown("judge", "keywords", ["keyword", "minos"])
+    InputError("unknown judge 'keywords'; did you mean 'keyword'?")
+    """
+    names = [*known]
+    close = get_close_matches(str(name).lower(), names, 1)
+    hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}"
+    return InputError(f"unknown {kind} {name!r}; {hint}")
+
+
+def unknown_option(name: str, known: Iterable[str]) -> InputError:
+    """The error for a keyword option that does not exist.
+
+    Examples
+    --------
+    >>> unknown_option("dtpye", ["dtype", "device"])
+    InputError("unknown option 'dtpye'; did you mean 'dtype'?")
+    """
+    return unknown("option", name, sorted(known))
