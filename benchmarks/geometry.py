@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable
 
 import kvgeom
-from kvgeom.geometry.causal import first_order, patch_layers, rank_correlation
+from kvgeom.geometry.causal import first_order, patch_layers
 from kvgeom.geometry.sensitivity import measure
 from kvgeom.quant.scheme import Scheme
+from kvgeom.stats import rank_correlation
 
 PAIRS = 10  # 20 prompts
 TENSOR, CHANNEL = Scheme(3, True, "tensor"), Scheme(3, True, "channel")

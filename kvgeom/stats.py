@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest
+from scipy.stats import binomtest, spearmanr
+
+from kvgeom.errors import InputError
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 Interval = tuple[float, float]
 
@@ -127,3 +133,75 @@ def mcnemar(one: ArrayLike, other: ArrayLike) -> float:
     if only_one + only_other == 0:
         return 1.0
     return float(binomtest(only_one, only_one + only_other).pvalue)
+
+
+@dataclass(frozen=True)
+class RankCorrelation:
+    """Spearman's rank correlation over layers, with its bootstrap 95 % interval over prompts.
+
+    Attributes
+    ----------
+    value, low, high : float
+        NaN where one side does not vary. The interval alone is NaN where one side does not vary in more than a twentieth
+        of the resamples, as with a single flip: so few prompts decide nothing.
+    layers, prompts : int
+    """
+
+    value: float
+    low: float
+    high: float
+    layers: int
+    prompts: int
+
+    def __str__(self) -> str:
+        if not np.isfinite(self.value):
+            return "rank correlation undetermined (one side does not vary)"
+        if not np.isfinite(self.low):
+            return (
+                f"rank correlation {self.value:.2f}, undetermined (one side does not vary in many resamples of "
+                f"{self.prompts} prompts)"
+            )
+        return (
+            f"rank correlation {self.value:.2f} [{self.low:.2f}, {self.high:.2f}] "
+            f"over {self.layers} layers ({self.prompts} prompts)"
+        )
+
+
+def rank_correlation(a: xr.DataArray, b: xr.DataArray, *, samples: int = 1000, seed: int = 0) -> RankCorrelation:
+    """Do two measures rank the layers alike? Means over prompts are compared, prompts are resampled together.
+
+    Parameters
+    ----------
+    a, b : DataArray (prompt, layer), or (layer) for a measure that has no prompts
+        For instance ``first_order(...).by_layer`` and ``patch_layers(...).margin_drop.sel(scheme=...)``.
+
+    Raises
+    ------
+    InputError
+        If they are not about the same layers or prompts, or neither has prompts.
+    """
+    if list(a.layer.values) != list(b.layer.values):
+        raise InputError(
+            f"layers {list(a.layer.values)} and {list(b.layer.values)} cannot be compared; measure the same"
+        )
+    sizes = {x.sizes["prompt"] for x in (a, b) if "prompt" in x.dims}
+    if len(sizes) != 1:
+        raise InputError(
+            f"measures over {sorted(sizes) or 'no'} prompts cannot be compared; use the same prompts for both"
+        )
+    n = sizes.pop()
+    one, two = (np.asarray(x.transpose(..., "layer").values, dtype=float) for x in (a, b))
+    rng = np.random.default_rng(seed)
+    draws = [_spearman(one, two, rng.integers(0, n, n)) for _ in range(samples)]
+    finite = [d for d in draws if np.isfinite(d)]
+    value = _spearman(one, two, np.arange(n))
+    decided = np.isfinite(value) and len(finite) >= 0.95 * samples
+    low, high = np.quantile(finite, [0.025, 0.975]) if decided else (np.nan, np.nan)
+    return RankCorrelation(value, float(low), float(high), one.shape[-1], n)
+
+
+def _spearman(a: NDArray[np.float64], b: NDArray[np.float64], rows: NDArray[np.int64]) -> float:
+    one, two = (x[rows].mean(0) if x.ndim == 2 else x for x in (a, b))
+    if np.ptp(one) == 0 or np.ptp(two) == 0:
+        return float("nan")
+    return float(spearmanr(one, two).statistic)

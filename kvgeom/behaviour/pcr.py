@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
+import xarray as xr
 from numpy.typing import ArrayLike
 
 from kvgeom.behaviour.scan import GRANULARITIES, single_layers
@@ -95,6 +96,27 @@ class PCR:
     prompts: int
     bootstrap_ci: tuple[float, float] | None = None
     by_margin: MarginPCR | None = None
+
+    @property
+    def data(self) -> xr.Dataset:
+        """The numbers, NaN where undefined, as figures read them."""
+        ends = {"": (self.value, self.ci), "bootstrap_": (None, self.bootstrap_ci)}
+        ends["margin_"] = (self.by_margin.value, self.by_margin.ci) if self.by_margin else (None, None)
+        numbers: dict[str, float] = {name: getattr(self, name) for name in ("flips_tensor", "flips_channel", "prompts")}
+        for prefix, (value, ci) in ends.items():
+            low, high = ci or (math.nan, math.nan)
+            numbers |= {
+                f"{prefix}value": math.nan if value is None else value,
+                f"{prefix}low": low,
+                f"{prefix}high": high,
+            }
+        return xr.Dataset({name: ((), number) for name, number in numbers.items()})
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What is not a number."""
+        named = {name: getattr(self, name) for name in ("layer", "bits", "status", "reason")}
+        return {**named, "thresholds": list(THRESHOLDS)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

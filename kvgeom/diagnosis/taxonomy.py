@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
+import xarray as xr
+
+from kvgeom.behaviour.pcr import THRESHOLDS
+from kvgeom.behaviour.scan import CRITICAL_SHARE
 from kvgeom.stats import Estimate, wilson
 
 ModeName = Literal[
@@ -46,9 +51,9 @@ class Thresholds:
         around it: up to 36 % for outlier-as-safety, 55 % and more for outlier-crushes-safety.
     """
 
-    critical: float = 0.1
-    pcr_low: float = 0.3
-    pcr_high: float = 0.7
+    critical: float = CRITICAL_SHARE
+    pcr_low: float = THRESHOLDS[0]
+    pcr_high: float = THRESHOLDS[1]
     rescue: float = 0.5
 
 
@@ -154,6 +159,30 @@ class Mode:
     findings: tuple[Finding, ...]
     prescription: str
     shares: dict[str, dict[str, float]]
+
+    @property
+    def data(self) -> xr.Dataset:
+        """Findings, what they speak for, and shares, as figures read them."""
+        modes = get_args(ModeName)
+        speaks = [[mode in f.speaks_for for mode in modes] for f in self.findings]
+        share = [
+            [self.shares.get(kind, {}).get(mode, float("nan")) for mode in modes] for kind in ("prompts", "thresholds")
+        ]
+        return xr.Dataset(
+            {
+                "name": ("finding", np.array([f.name for f in self.findings], dtype=object)),
+                "value": ("finding", np.array([f.value for f in self.findings], dtype=object)),
+                "decisive": ("finding", np.array([f.decisive for f in self.findings], dtype=bool)),
+                "speaks_for": (("finding", "mode"), np.array(speaks, dtype=bool).reshape(-1, len(modes))),
+                "share": (("resampling", "mode"), share),
+            },
+            coords={"mode": list(modes), "resampling": ["prompts", "thresholds"]},
+        )
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What is not a table."""
+        return {name: getattr(self, name) for name in ("name", "reason", "pattern", "prescription")}
 
     @property
     def evidence(self) -> tuple[str, ...]:

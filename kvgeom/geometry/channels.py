@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,6 +49,53 @@ def overlap(
     slack = 1e-9 * max(found, 1.0)
     tails = (1 + int((draws >= found - slack).sum()), 1 + int((draws <= found + slack).sum()))
     return found, min(1.0, 2 * min(tails) / (permutations + 1))
+
+
+#: A channel is an outlier if its root mean square is more than so many times that of the layer's median channel.
+OUTLIER_FACTOR = 5.0
+
+
+def outliers(magnitude: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Which channels are outliers, along the last axis: root mean square above :data:`OUTLIER_FACTOR` times the median's."""
+    found: NDArray[np.bool_] = magnitude > OUTLIER_FACTOR * np.median(magnitude, axis=-1, keepdims=True)
+    return found
+
+
+@dataclass(frozen=True)
+class OutlierShare:
+    """What the outlier channels of a layer hold.
+
+    Attributes
+    ----------
+    outliers, channels : int
+    energy : float
+        Share of the mean square of the stored vectors that lies in them.
+    loading : float
+        Share of the safety direction that lies in them; NaN where there is no direction.
+    """
+
+    outliers: int
+    channels: int
+    energy: float
+    loading: float
+
+    def __str__(self) -> str:
+        if self.outliers == 0:
+            return f"No channel is an outlier (root mean square above {OUTLIER_FACTOR:g} × the median channel)"
+        loading = "" if not np.isfinite(self.loading) else f" and {100 * self.loading:.0f} % of the safety direction"
+        these = f"{self.outliers} outlier channel{'s' if self.outliers > 1 else ''} of {self.channels}"
+        return f"{these} hold{'s' if self.outliers == 1 else ''} {100 * self.energy:.0f} % of the energy{loading}"
+
+
+def outlier_share(sensitivity: Sensitivity, layer: int, site: str = "k") -> OutlierShare:
+    """Count the outlier channels of one layer, with their share of the energy and of the safety direction."""
+    channels = sensitivity.channels(site).sel(layer=layer)
+    magnitude, loading = (channels[name].values.astype(float) for name in ("magnitude", "loading"))
+    above = outliers(magnitude)
+    energy = float((magnitude[above] ** 2).sum() / max((magnitude**2).sum(), 1e-30))
+    status = str(sensitivity.data.status.sel(layer=layer, site=site).item())
+    known = status != "undefined" and bool(np.isfinite(loading).all())
+    return OutlierShare(int(above.sum()), len(above), energy, float(loading[above].sum()) if known else float("nan"))
 
 
 def channel_view(sensitivity: Sensitivity, site: str = "k", *, permutations: int = 2000, seed: int = 0) -> xr.Dataset:

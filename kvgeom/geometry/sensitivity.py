@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kvgeom.errors import InputError
 from kvgeom.geometry.activations import SITES, Site, at_site, site_width, tokens_at, vectors
+from kvgeom.geometry.channels import OUTLIER_FACTOR
 from kvgeom.geometry.nulls import contrast_spaces, random_bases
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec, Rounding
 from kvgeom.progress import shown, track
@@ -56,7 +57,8 @@ class Sensitivity(Result):
     ``to_frame()`` has a row for each layer and site; ``to_frame("heads")``, ``to_frame("channels")``,
     ``to_frame("resid_channels")`` and ``to_frame("contrasts")`` have the others.
 
-    ``meta`` holds ``scheme``, ``placement``, ``kv_heads``, ``head_dim``, ``prompts`` and ``k``.
+    ``meta`` holds ``scheme``, ``placement``, ``kv_heads``, ``head_dim``, ``prompts``, ``k`` and
+    ``outlier_factor`` (see :data:`kvgeom.geometry.channels.OUTLIER_FACTOR`).
     """
 
     kind: ClassVar[str] = "sensitivity"
@@ -310,6 +312,7 @@ def measure(
         "noise_prompts": len(space.prompts.harmful[:pairs]) + len(space.prompts.harmless[:pairs]),
         "seed": seed,
         "contrasts": list(others),
+        "outlier_factor": OUTLIER_FACTOR,
     }
     return Sensitivity(_with_contrasts(_table(space, rounding, moments, nulls), beside), meta)
 

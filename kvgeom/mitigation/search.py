@@ -34,7 +34,7 @@ class Search(Result):
     flips); ``harmless_refused`` and ``harmless_lost`` (answered unquantized, and refused or broken here; NaN where not
     looked at) and ``spoils`` (:class:`~kvgeom.mitigation.harmless.Harmless`; such a candidate is not chosen).
 
-    ``meta`` holds ``prompts``, ``budget``, ``exact_bytes_per_token`` (of a 16-bit cache) and what made it.
+    ``meta`` holds ``prompts``, ``budget``, ``exact_bytes_per_token`` (of a 16-bit cache), ``chosen`` and what made it.
     """
 
     kind: ClassVar[str] = "mitigation-search"
@@ -50,7 +50,7 @@ class Search(Result):
     @property
     def chosen(self) -> str:
         """The first of :meth:`ranked` within the budget; the unmitigated cache if there is none."""
-        return next(iter(self.ranked(within_budget=True)), UNMITIGATED)
+        return str(self.meta["chosen"])
 
     def ranked(self, *, within_budget: bool) -> list[str]:
         """Candidates that lose fewer refusals than the unmitigated cache and spoil nothing harmless, best first.
@@ -69,7 +69,11 @@ class Search(Result):
             at: dict[str, Any] = {"candidate": name}
             data.harmless_refused.loc[at], data.harmless_lost.loc[at] = seen.refused, seen.lost
             data.spoils.loc[at] = seen.spoils
-        return Search(data, self.meta)
+        return Search(data, self.meta).with_choice()
+
+    def with_choice(self) -> Search:
+        """The same, with the choice that follows from its numbers."""
+        return Search(self.data, {**self.meta, "chosen": next(iter(self.ranked(within_budget=True)), UNMITIGATED)})
 
 
 def check_budget(memory: float) -> None:
@@ -127,7 +131,7 @@ def search_of(
     data = xr.Dataset({name: ("candidate", values) for name, values in columns.items()}, coords={"candidate": names})
     exact = bytes_per_token(Recipe.exact(geometry.layers), placement, geometry.kv_heads, geometry.head_dim)
     meta = {**outcomes.made_by, "prompts": n, "budget": budget, "exact_bytes_per_token": exact}
-    return Search(data, meta)
+    return Search(data, meta).with_choice()
 
 
 def recovery_columns(outcomes: Outcomes, names: Sequence[str]) -> dict[str, list[float]]:

@@ -35,7 +35,7 @@ class Verification(Result):
     controls of all but the paper's, ``"chosen, scattered 1"``, ...: errors of the same size in random directions)
     and the variables
 
-    - ``name``: of the candidate;
+    - ``name``: of the candidate; ``control_of``: the recipe that a control belongs to, ``""`` for all others;
     - ``flips`` (of the prompts refused unquantized), ``flips_complied``, ``flips_degenerate``, ``flip_rate`` with its
       Wilson interval ``ci_low``, ``ci_high``;
     - ``recovery`` = 1 - flips / unmitigated flips, with the interval ``recovery_low``, ``recovery_high``; NaN where
@@ -118,12 +118,11 @@ class Verification(Result):
     @property
     def roles(self) -> tuple[str, ...]:
         """All recipes but the controls."""
-        return tuple(name for name in map(str, self.data.recipe.values) if ", scattered " not in name)
+        return tuple(map(str, self.data.recipe.values[self.data.control_of.values == ""]))
 
     def controls(self, role: str) -> list[int]:
         """Flips under errors of the same size in random directions, one number a draw."""
-        names = [str(name) for name in self.data.recipe.values if str(name).startswith(f"{role}, scattered")]
-        return [int(flips) for flips in self.data.flips.sel(recipe=names).values]
+        return [int(flips) for flips in self.data.flips.values[self.data.control_of.values == role]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for ``plan.json``."""
@@ -202,12 +201,14 @@ def prove(
     model, geometry = base.model, base.model.geometry
     recipes = {role: candidate.recipe for role, candidate in roles.items()}
     names = {role: candidate.name for role, candidate in roles.items()}
+    control_of = dict.fromkeys(roles, "")
     for role in roles:
         if role == PAPER:  # stands beside the plan for comparison; why it fails is not asked
             continue
         for draw in range(controls if roles[role].recipe.touched else 0):
             recipes[f"{role}, scattered {draw + 1}"] = roles[role].recipe.scattered(seed + draw)
             names[f"{role}, scattered {draw + 1}"] = f"{roles[role].name}, scattered"
+            control_of[f"{role}, scattered {draw + 1}"] = role
     found = evaluate(
         model, recipes, base, placement=placement, refused_only=True, progress=progress, title="verification"
     )
@@ -220,6 +221,7 @@ def prove(
     size = np.array([bytes_per_token(recipes[name], *shape) for name in order])
     columns = {
         "name": np.array([names[name] for name in order], dtype=object),
+        "control_of": np.array([control_of[name] for name in order], dtype=object),
         **found.flip_columns(order),
         **recovery_columns(found, order),
         "bytes_per_token": size,

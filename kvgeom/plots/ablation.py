@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import plotly.graph_objects as go
 
-from kvgeom.plots.registry import figure
-from kvgeom.plots.theme import ACCENT, MUTED, PLAIN, UNDETERMINED, finish, percent, plain
-
-if TYPE_CHECKING:
-    from kvgeom.behaviour.ablation import Ablation
+from kvgeom.plots.registry import Plottable, figure
+from kvgeom.plots.theme import ACCENT, MUTED, PLAIN, UNDETERMINED, finish, interval, percent, plain
 
 
 @figure("ablation", "ablation_bars")
-def ablation_bars(ablation: Ablation) -> go.Figure:
-    """Share of the refusals that flips under each recipe, in families.
+def ablation_bars(ablation: Plottable) -> go.Figure:
+    """Share of the refusals that flip under each recipe, by family.
 
-    How to read it: each row rounds a part of the cache; the bar is the share of the unquantized refusals that is lost,
-    its whiskers the Wilson 95 % interval. The dotted line is the reference (red), in which everything is rounded: a row that comes
-    near it has what matters. Grey rows cannot be told from the reference (exact McNemar p above 5 %).
+    How to read it: each row rounds a part of the cache. The bar is the share of the unquantized refusals that is lost, with
+    its Wilson 95 % interval. The reference (red, dotted line) rounds everything: a part that comes near it matters. Grey rows
+    cannot be told from the reference (exact McNemar p above 5 %).
 
     Parameters
     ----------
     ablation : Ablation
+        ``flips``, ``flip_rate``, ... over ``recipe``, with its ``family``.
 
     Returns
     -------
@@ -44,14 +40,7 @@ def ablation_bars(ablation: Ablation) -> go.Figure:
         x=rate,
         orientation="h",
         marker_color=colours,
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": np.maximum(0, high - rate),
-            "arrayminus": np.maximum(0, rate - low),
-            "color": MUTED,
-            "thickness": 1,
-        },
+        error_x=interval(rate, low, high, color=MUTED, thickness=1),
         customdata=np.stack(
             [data.flips.values, data.flips_complied.values, data.flips_degenerate.values, data.p.values], axis=1
         ),

@@ -1,40 +1,38 @@
-"""Rounding errors that attention sees, and those that it does not."""
+"""Rounding errors as attention sees them, beside plain ones."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from kvgeom.plots.registry import figure
+from kvgeom.plots.registry import Plottable, figure
 from kvgeom.plots.theme import ACCENT, PLAIN, finish, layer_axis, log_axis, panel_title, plain
-
-if TYPE_CHECKING:
-    from kvgeom.geometry.attention import AttentionError
 
 
 @figure("attention-error", "errors_by_layer")
-def errors_by_layer(found: AttentionError, queries: str = "all") -> go.Figure:
+def errors_by_layer(found: Plottable, queries: str = "all") -> go.Figure:
     """Score-space error of keys and attention-weighted error of values, beside plain errors.
 
-    How to read it: on top, blue is the relative squared error of the keys (left axis), red the error of the attention
-    scores in nats, modulo a shift that softmax does not see (right axis). Where blue is high and red low, rounding
-    changes the keys much and attention little. Below the same for values: red is the error of the head's output, which is
-    smaller than blue as far as errors of several tokens average out.
+    How to read it: in the upper panel blue is the relative squared error of the keys (left axis) and red the error of the
+    attention scores (right axis, nats), without the shift that softmax ignores. Where blue is high and red is low, rounding
+    changes the keys much and attention little. The lower panel shows the same for values: red is the error of the head's
+    output, which is below blue where the errors of several tokens average out.
 
     Parameters
     ----------
     found : AttentionError
     queries : {"all", "last"}
+        All tokens, or the last one, from which the first response token is predicted.
 
     Returns
     -------
     plotly.graph_objects.Figure
         Two panels that share the layer axis.
     """
-    data = found.by_layer(queries)
+    by_head = found.data.sel(queries=queries)
+    # Heads are averaged: errors of scores as root mean squares, relative errors as they are.
+    data = by_head.mean("head").assign(attended_score_error=np.sqrt((by_head.attended_score_error**2).mean("head")))
     layers = data.layer.values.astype(int)
     figure = make_subplots(
         rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.14, specs=[[{"secondary_y": True}], [{}]]

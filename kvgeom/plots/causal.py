@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from kvgeom.errors import InputError
-from kvgeom.geometry.causal import rank_correlation
-from kvgeom.plots.registry import figure
+from kvgeom.plots.registry import Plottable, figure
 from kvgeom.plots.theme import (
     DIVERGING,
     MUTED,
     PLAIN,
+    channel_names,
+    colour_bar,
     finish,
+    head_borders,
     layer_axis,
     panel_title,
     plain,
     short,
     symmetric_range,
 )
-
-if TYPE_CHECKING:
-    from kvgeom.geometry.causal import FirstOrder, Patching
+from kvgeom.stats import rank_correlation
 
 
 @figure("patching", "margin_map")
-def margin_map(patching: Patching) -> go.Figure:
-    """Margin lost, layer x scheme.
+def margin_map(patching: Plottable) -> go.Figure:
+    """Refusal margin lost, layer by scheme.
 
     How to read it: every cell is one layer rounded alone under one scheme. Red: the refusal margin falls (nats, mean
-    over the prompts); blue: it rises; white: rounding this layer does not matter to the next token.
+    over the prompts). Blue: it rises. White: rounding this layer does not change the next token.
+
+    Parameters
+    ----------
+    patching : Patching
+        ``clean_margin``, ``margin`` and ``kl``.
 
     Returns
     -------
     plotly.graph_objects.Figure
         One heat map; x: layer, y: scheme.
     """
-    drop = patching.margin_drop.mean("prompt").transpose("scheme", "layer")
+    data = patching.data
+    drop = (data.clean_margin - data.margin).mean("prompt").transpose("scheme", "layer")
     layers = drop.layer.values.astype(int)
     low, high = symmetric_range(drop.values, least=0.1)
     wide = len(layers) > 36
@@ -55,9 +59,9 @@ def margin_map(patching: Patching) -> go.Figure:
             ygap=2,
             text=[["" if wide else f"{value:.1f}" for value in row] for row in drop.values],
             texttemplate="%{text}",
-            customdata=patching.data.kl.mean("prompt").transpose("scheme", "layer").values,
+            customdata=data.kl.mean("prompt").transpose("scheme", "layer").values,
             hovertemplate="<b>%{y}, layer %{x}</b><br>margin lost %{z:.2f} nats<br>KL %{customdata:.3g} nats<extra></extra>",
-            colorbar={"title": {"text": "margin lost<br>(nats)"}, "thickness": 12, "outlinewidth": 0},
+            colorbar=colour_bar("margin lost<br>(nats)"),
         )
     )
     figure.update_xaxes(**layer_axis(len(layers)))
@@ -67,11 +71,16 @@ def margin_map(patching: Patching) -> go.Figure:
 
 
 @figure("first-order", "first_order_channels")
-def first_order_channels(estimate: FirstOrder) -> go.Figure:
+def first_order_channels(estimate: Plottable) -> go.Figure:
     """First-order margin loss of every layer and channel, keys above values.
 
-    How to read it: red channels lose refusal margin when they are rounded, blue ones gain; channels of a layer add up
-    to its estimate. Dotted lines separate KV heads. A few red columns: single channels carry the damage.
+    How to read it: red channels lose refusal margin when they are rounded, blue ones gain. The channels of a layer add up
+    to its estimate. A few red columns mean that single channels carry the damage. Dotted lines separate KV heads.
+
+    Parameters
+    ----------
+    estimate : FirstOrder
+        ``channel_drop``; in ``meta`` also ``head_dim``.
 
     Returns
     -------
@@ -80,32 +89,29 @@ def first_order_channels(estimate: FirstOrder) -> go.Figure:
     """
     data = estimate.data.channel_drop
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.1)
-    # A few channels dominate: colours end where 99 % of the cells lie, and the hover text has the number.
-    reach = max(float(np.quantile(np.abs(data.values), 0.99)), 1e-9)
-    size, count = estimate.meta["head_dim"], data.sizes["channel"]
+    # A few channels dominate: colours end where 99 % of the cells lie; the hover text has the number.
+    low, high = symmetric_range(data.values, least=1e-9, share=0.99)
+    size, count = int(estimate.meta["head_dim"]), data.sizes["channel"]
+    names = np.tile(channel_names(count, size), (data.sizes["layer"], 1))
     for row, (site, title) in enumerate((("k", "Keys"), ("v", "Values")), 1):
         panel_title(figure, title, row=row)
         figure.add_heatmap(
             x=data.channel.values,
             y=data.layer.values,
             z=data.sel(site=site).values,
-            zmin=-reach,
-            zmax=reach,
+            zmin=low,
+            zmax=high,
             colorscale=DIVERGING,
             showscale=row == 1,
-            hovertemplate="layer %{y}, channel %{x}<br>margin lost %{z:.3g} nats<extra></extra>",
-            colorbar={
-                "title": {"text": "margin lost<br>(nats)"},
-                "thickness": 12,
-                "outlinewidth": 0,
-                "tickvals": [-reach, 0, reach],
-                "ticktext": [f"≤ {short(-reach)}", "0", f"≥ {short(reach)}"],
-            },
+            customdata=names,
+            hovertemplate=title + ", layer %{y}, %{customdata}<br>margin lost %{z:.3g} nats<extra></extra>",
+            colorbar=colour_bar(
+                "margin lost<br>(nats)", tickvals=[low, 0, high], ticktext=[f"≤ {short(low)}", "0", f"≥ {short(high)}"]
+            ),
             row=row,
             col=1,
         )
-        for border in range(size, count, size):
-            figure.add_vline(x=border - 0.5, line={"color": MUTED, "width": 1, "dash": "dot"}, row=row, col=1)
+        head_borders(figure, count, size, row=row)
         figure.update_yaxes(title_text="layer", autorange="reversed", showgrid=False, row=row, col=1)
     figure.update_xaxes(showgrid=False)
     figure.update_xaxes(title_text="channel", row=2, col=1)
@@ -113,33 +119,39 @@ def first_order_channels(estimate: FirstOrder) -> go.Figure:
 
 
 @figure("first-order", "first_order_against_exact")
-def first_order_against_exact(estimate: FirstOrder, exact: Patching) -> go.Figure:
+def first_order_against_exact(estimate: Plottable, exact: Plottable) -> go.Figure:
     """First-order estimate against the exact margin drop, a point for each layer.
 
-    How to read it: on the dashed line the estimate is right. Points far above it lose more than the gradient says: the
-    rounding error there is too large for a straight line. What matters for choosing layers is the order, which the
-    rank correlation in the heading measures, with its interval.
+    How to read it: on the dashed line the estimate is right. Points far above it lose more than the gradient says, because
+    the rounding error there is too large for a linear estimate. To choose layers their order is enough; the rank correlation
+    in the heading measures it, with its interval.
 
     Parameters
     ----------
     estimate : FirstOrder
+        ``margin_drop``; in ``meta`` also ``scheme``.
     exact : Patching
-        Of the same scheme and prompts, all layers.
+        Under the same scheme, of the same prompts, in all layers.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        x: first order, y: exact (nats).
 
     Raises
     ------
     InputError
-        If ``exact`` does not hold the estimate's scheme.
+        If ``exact`` does not have the scheme of the estimate.
     """
     wanted = estimate.meta["scheme"]
     name = next((key for key, value in exact.meta["schemes"].items() if value == wanted), None)
     if name is None:
-        raise InputError(
-            f"the estimate is of {wanted}, but the exact drops are of {list(exact.meta['schemes'].values())}"
-        )
-    drop = exact.margin_drop.sel(scheme=name, drop=True)
-    found = rank_correlation(estimate.by_layer, drop)
-    x, y = estimate.by_layer.mean("prompt").values, drop.mean("prompt").values
+        measured = ", ".join(map(str, exact.meta["schemes"].values()))
+        raise InputError(f"the estimate is under {wanted}, the exact margins under {measured}; patch the same scheme")
+    by_layer = estimate.data.margin_drop.sum("site")
+    drop = (exact.data.clean_margin - exact.data.margin).sel(scheme=name, drop=True)
+    found = rank_correlation(by_layer, drop)
+    x, y = by_layer.mean("prompt").values, drop.mean("prompt").values
     layers = drop.layer.values.astype(int)
     figure = make_subplots()
     panel_title(figure, f"First order against exact, {wanted}: {found}")

@@ -2,75 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from kvgeom.plots.registry import figure
-from kvgeom.plots.sensitivity import SITE_NAMES
-from kvgeom.plots.theme import HEAD_COLORS, HEAD_SYMBOLS, MUTED, finish, log_axis, panel_title, percent, say
+from kvgeom.plots.registry import Plottable, figure
+from kvgeom.plots.sensitivity import channels_of
+from kvgeom.plots.theme import (
+    HEAD_COLORS,
+    HEAD_SYMBOLS,
+    MUTED,
+    SITE_NAMES,
+    channel_names,
+    finish,
+    head_borders,
+    log_axis,
+    panel_title,
+    say,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from kvgeom.geometry.sensitivity import Sensitivity
-
-#: A channel is called an outlier when its root mean square is so many times the median channel's.
-OUTLIER = 5.0
-
-
-@dataclass(frozen=True)
-class OutlierShare:
-    """What the outlier channels of a layer hold.
-
-    Attributes
-    ----------
-    outliers, channels : int
-    energy : float
-        Share of the mean square of the stored vectors that lies in them.
-    loading : float
-        Share of the safety direction that lies in them; NaN where there is no direction.
-    """
-
-    outliers: int
-    channels: int
-    energy: float
-    loading: float
-
-    def __str__(self) -> str:
-        if self.outliers == 0:
-            return f"No channel is an outlier (root mean square above {OUTLIER:g} × the median channel)"
-        held = "" if not np.isfinite(self.loading) else f" and {percent(self.loading)} of the safety direction"
-        these = f"{self.outliers} outlier channel{'s' if self.outliers > 1 else ''} of {self.channels}"
-        return f"{these} hold{'s' if self.outliers == 1 else ''} {percent(self.energy)} of the energy{held}"
-
-
-def outlier_share(sensitivity: Sensitivity, layer: int, site: str = "k") -> OutlierShare:
-    """Count the outlier channels of one layer, and how much energy and how much of safety they hold."""
-    channels = sensitivity.channels(site).sel(layer=layer)
-    magnitude, loading = (channels[name].values.astype(float) for name in ("magnitude", "loading"))
-    above = magnitude > OUTLIER * np.median(magnitude)
-    energy = float((magnitude[above] ** 2).sum() / max((magnitude**2).sum(), 1e-30))
-    known = _has_direction(sensitivity, layer, site)
-    return OutlierShare(int(above.sum()), len(above), energy, float(loading[above].sum()) if known else float("nan"))
-
 
 @figure("sensitivity", "channel_loading")
-def channel_loading(sensitivity: Sensitivity, layer: int, site: str = "k") -> go.Figure:
+def channel_loading(sensitivity: Plottable, layer: int, site: str = "k") -> go.Figure:
     """Channel magnitude against safety loading at one layer and site.
 
-    How to read it: on the left every channel stands twice, its magnitude (root mean square of what is stored)
-    upwards and its share of the safety direction downwards; the KV heads have their colours and dotted lines
-    between them. If the tall bars above have tall bars below them, the outlier channels carry safety; if the lower
-    bars stand elsewhere, the outliers only set the scale. On the right each channel is a point: to the right of the
-    dotted line are outliers, above the dashed line channels with more than an even share of safety.
+    How to read it: on the left every channel has two bars: upwards its magnitude (root mean square of the stored values),
+    downwards its share of the safety direction. If tall upper bars have tall lower bars, the outlier channels carry safety;
+    if the tall lower bars are elsewhere, the outliers only set the scale. On the right each channel is a point: outliers are
+    to the right of the dotted line, channels with more than an even share of safety above the dashed line. Colours and
+    dotted lines separate KV heads.
 
     Parameters
     ----------
     sensitivity : Sensitivity
+        Per channel; in ``meta`` also ``kv_heads`` and ``outlier_factor``: a channel is an outlier if its magnitude is so
+        many times that of the median channel.
     layer : int
     site : {"k", "v", "resid"}
 
@@ -79,10 +50,13 @@ def channel_loading(sensitivity: Sensitivity, layer: int, site: str = "k") -> go
     plotly.graph_objects.Figure
         Two bar panels that share the channel axis, and a scatter panel.
     """
-    channels = sensitivity.channels(site).sel(layer=layer)
+    channels = channels_of(sensitivity.data, site).sel(layer=layer)
     magnitude, loading = (channels[name].values.astype(float) for name in ("magnitude", "loading"))
     count = len(magnitude)
-    known = _has_direction(sensitivity, layer, site)
+    known = _has_direction(sensitivity.data, layer, site)
+    heads = 1 if site == "resid" else int(sensitivity.meta["kv_heads"])
+    head_dim = None if site == "resid" else count // heads
+    texts = _hover(channels, layer, head_dim)
     name = SITE_NAMES.get(site, site)
     figure = make_subplots(
         rows=2,
@@ -95,10 +69,10 @@ def channel_loading(sensitivity: Sensitivity, layer: int, site: str = "k") -> go
     )
     panel_title(figure, f"Along the channels of layer {layer}, {name}", row=1, col=1)
     panel_title(figure, "Do large channels carry safety?", row=1, col=2)
-    for head, at in enumerate(_heads(sensitivity, site, count)):
+    for head, at in enumerate(np.arange(count).reshape(heads, -1)):
         color = HEAD_COLORS[head % len(HEAD_COLORS)]
         label = f"KV head {head}" if site != "resid" else "residual stream"
-        shared = {"legendgroup": label, "name": label, "customdata": _hover(channels, at, layer, site, head)}
+        shared = {"legendgroup": label, "name": label, "customdata": texts[at]}
         for row, values in ((1, magnitude), (2, loading)):
             if row == 2 and not known:
                 continue
@@ -124,11 +98,10 @@ def channel_loading(sensitivity: Sensitivity, layer: int, site: str = "k") -> go
                 col=2,
                 **shared,
             )
-        if head:
-            for row in (1, 2):
-                figure.add_vline(x=at[0] - 0.5, line={"color": MUTED, "width": 1, "dash": "dot"}, row=row, col=1)
+    for row in (1, 2):
+        head_borders(figure, count, head_dim, row=row)
     if known:
-        _guides(figure, magnitude)
+        _guides(figure, magnitude, float(sensitivity.meta["outlier_factor"]))
     else:
         reason = str(sensitivity.data.reason.sel(layer=layer, site=site).item())
         for row, col in ((2, 1), (1, 2)):
@@ -149,8 +122,8 @@ def _ticks(top: float) -> str:
     return ".0%" if top > 0.05 else ".1%"
 
 
-def _guides(figure: go.Figure, magnitude: np.ndarray) -> None:
-    border = OUTLIER * float(np.median(magnitude))
+def _guides(figure: go.Figure, magnitude: np.ndarray, outlier_factor: float) -> None:
+    border = outlier_factor * float(np.median(magnitude))
     if border > 0:
         figure.add_vline(x=border, line={"color": MUTED, "width": 1, "dash": "dot"}, row=1, col=2)
     figure.add_hline(y=1 / len(magnitude), line={"color": MUTED, "width": 1, "dash": "dash"}, row=1, col=2)
@@ -162,27 +135,21 @@ def _guides(figure: go.Figure, magnitude: np.ndarray) -> None:
         )  # fmt: skip
 
 
-def _has_direction(sensitivity: Sensitivity, layer: int, site: str) -> bool:
-    one = sensitivity.data.sel(layer=layer, site=site)
-    loading = sensitivity.channels(site).sel(layer=layer).loading.values
+def _has_direction(data: xr.Dataset, layer: int, site: str) -> bool:
+    one = data.sel(layer=layer, site=site)
+    loading = channels_of(data, site).sel(layer=layer).loading.values
     return str(one.status.item()) != "undefined" and bool(np.isfinite(loading).all())
 
 
-def _heads(sensitivity: Sensitivity, site: str, count: int) -> list[np.ndarray]:
-    """Channel numbers of each KV head; the residual stream has no heads."""
-    heads = int(sensitivity.meta["kv_heads"]) if site != "resid" else 1
-    return list(np.arange(count).reshape(heads, -1))
-
-
-def _hover(channels: xr.Dataset, at: np.ndarray, layer: int, site: str, head: int) -> list[str]:
-    picked = channels.isel(channel=at)
-    where = f"KV head {head}, " if site != "resid" else ""
-    return [
-        f"<b>layer {layer}, {where}channel {channel}</b>"
-        + (f" ({channel - at[0]} in its head)" if where else "")
-        + f"<br>magnitude {float(size):.3g}, noise {float(noise):.3g} (rms)<br>safety share {float(share):.2%}"
-        + (f"<br>ratio {float(ratio):,.3g}" if np.isfinite(ratio) else "<br>ratio undefined")
-        for channel, size, noise, share, ratio in zip(
-            at, picked.magnitude.values, picked.noise.values, picked.loading.values, picked.ratio.values, strict=True
-        )
-    ]
+def _hover(channels: xr.Dataset, layer: int, head_dim: int | None) -> np.ndarray:
+    """Text for every channel."""
+    names = channel_names(channels.sizes["channel"], head_dim)
+    columns = (channels[name].values for name in ("magnitude", "noise", "loading", "ratio"))
+    return np.array(
+        [
+            f"<b>layer {layer}, {name}</b><br>magnitude {magnitude:.3g}, noise {noise:.3g} (rms)<br>safety share {share:.2%}"
+            + (f"<br>ratio {ratio:,.3g}" if np.isfinite(ratio) else "<br>ratio undefined")
+            for name, magnitude, noise, share, ratio in zip(names, *columns, strict=True)
+        ],
+        dtype=object,
+    )

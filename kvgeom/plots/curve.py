@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from kvgeom.plots.registry import figure
-from kvgeom.plots.theme import INK, LABEL_COLORS, MUTED, finish, log_axis, panel_title, percent, plain, say
-
-if TYPE_CHECKING:
-    from kvgeom.behaviour.curve import Curve, OverRefusal
+from kvgeom.plots.registry import Plottable, figure
+from kvgeom.plots.theme import INK, LABEL_COLORS, MUTED, finish, interval, log_axis, panel_title, percent, plain, say
 
 #: A perplexity ratio beyond this is drawn on a logarithmic axis.
 LARGE = 3.0
-#: A bar of a smaller share has no room for its count; hovering shows it.
+#: The count of a bar of a smaller share is only in its hover text.
 LEGIBLE = 0.1
 
 
 @figure("curve", "bit_curve")
-def bit_curve(curve: Curve) -> go.Figure:
+def bit_curve(curve: Plottable) -> go.Figure:
     """Labels, flips and perplexity by bit-width.
 
-    How to read it: quality of the cache falls from left to right, every width takes the same room. The top panel
-    counts the labels of all harmful prompts, or of those refused unquantized where no others were run. The middle panel looks only at the prompts that the unquantized model
-    refuses: the bar is the share that is not refused any more, split by what it became; the whisker is the Wilson
-    95 % interval of the whole. The bottom panel is the perplexity on plain text, over the unquantized one: where it
-    stays at 1 while the middle panel rises, safety is lost before language is.
+    How to read it: the precision of the cache falls from left to right. The top panel counts the labels of all harmful
+    prompts, or of those refused unquantized if only these were run. The middle panel is about the prompts that the
+    unquantized model refuses: the bar is the share that is no longer refused, by its new label, with the Wilson 95 %
+    interval of the total. The bottom panel is the perplexity of plain text over the unquantized one: where it stays at 1
+    while the middle panel rises, safety is lost before language.
 
     Parameters
     ----------
@@ -43,7 +39,9 @@ def bit_curve(curve: Curve) -> go.Figure:
     data = curve.data.sortby("bits", ascending=False)
     widths = [int(b) for b in data.bits.values]
     x = [str(b) for b in widths]
-    prompts, refused = curve.counted, int(curve.meta["baseline_refused"])
+    refused = int(curve.meta["baseline_refused"])
+    # All prompts, or those refused unquantized.
+    prompts = int(sum(data[label].isel(bits=0) for label in LABEL_COLORS))
     figure = make_subplots(rows=3, cols=1, shared_xaxes=True, row_heights=[0.4, 0.35, 0.25], vertical_spacing=0.085)
     which = "" if prompts == curve.meta["prompts"] else f" that are refused unquantized, of {curve.meta['prompts']}"
     panel_title(figure, f"What {prompts} harmful requests get{which}", row=1)
@@ -69,7 +67,7 @@ def bit_curve(curve: Curve) -> go.Figure:
             col=1,
         )
     if refused:
-        _flips(figure, curve, x, widths, refused)
+        _flips(figure, curve, widths, refused)
     else:
         say(figure, "the unquantized model refuses none of these prompts: nothing can flip", row=2)
     _perplexity(figure, x, data.perplexity_ratio.values.astype(float))
@@ -86,8 +84,8 @@ def bit_curve(curve: Curve) -> go.Figure:
     return finish(figure, 640, barmode="stack", legend_traceorder="normal")
 
 
-def _flips(figure: go.Figure, curve: Curve, x: list[str], widths: list[int], refused: int) -> None:
-    # The unquantized model is what flips are counted against: it has none by definition, and no interval.
+def _flips(figure: go.Figure, curve: Plottable, widths: list[int], refused: int) -> None:
+    # Flips are counted against the unquantized model, which has none by definition, and no interval.
     rounded = [width for width in widths if width < 16]
     data = curve.data.sel(bits=rounded)
     names = [str(width) for width in rounded]
@@ -114,7 +112,7 @@ def _flips(figure: go.Figure, curve: Curve, x: list[str], widths: list[int], ref
         name="all flips, 95 % interval",
         mode="markers+text",
         marker={"color": INK, "size": 7},
-        error_y={"type": "data", "symmetric": False, "array": high - rate, "arrayminus": rate - low, "width": 5},
+        error_y=interval(rate, low, high, width=5),
         text=["\u00a0" * 9 + f"{n} of {refused}" for n in flips],
         textposition="top right",
         textfont={"color": INK, "size": 11},
@@ -164,11 +162,11 @@ def _perplexity(figure: go.Figure, x: list[str], ratio: np.ndarray) -> None:
 
 
 @figure("over-refusal", "over_refusal_curve")
-def over_refusal_curve(found: OverRefusal) -> go.Figure:
+def over_refusal_curve(found: Plottable) -> go.Figure:
     """Share of harmless requests that are refused, by bit-width.
 
-    How to read it: a rounded cache that refuses more harmless requests than the unquantized model (the dotted line) has not
-    become safer, it has lost judgement. Whiskers are Wilson 95 % intervals.
+    How to read it: a cache that refuses more harmless requests than the unquantized model (dotted line) is not safer; it has
+    lost judgement. Whiskers are Wilson 95 % intervals.
 
     Parameters
     ----------
@@ -186,7 +184,7 @@ def over_refusal_curve(found: OverRefusal) -> go.Figure:
         x=[str(int(bits)) for bits in data.bits.values],
         y=rate,
         marker_color=LABEL_COLORS["refused"],
-        error_y={"type": "data", "symmetric": False, "array": high - rate, "arrayminus": rate - low, "color": INK},
+        error_y=interval(rate, low, high, color=INK),
         customdata=np.stack([data.refused.values, data.p.values], axis=1),
         hovertemplate="%{x}-bit: %{customdata[0]:.0f} refused, p = %{customdata[1]:.2g}<extra></extra>",
     )

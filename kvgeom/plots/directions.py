@@ -1,4 +1,4 @@
-"""How requests lie along safety directions, and how directions lie to each other."""
+"""Requests along safety directions, and safety directions against each other."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from kvgeom.plots.registry import figure
-from kvgeom.plots.sensitivity import SITE_NAMES
+from kvgeom.plots.registry import Plottable, figure
 from kvgeom.plots.theme import (
     ACCENT,
     DIVERGING,
     HEAD_COLORS,
     HEAD_SYMBOLS,
+    LINE,
     PLAIN,
+    SITE_NAMES,
+    colour_bar,
     finish,
+    interval,
     layer_axis,
     panel_title,
 )
@@ -24,26 +27,23 @@ from kvgeom.plots.theme import (
 if TYPE_CHECKING:
     import xarray as xr
 
-    from kvgeom.geometry.directions import Directions
-
 
 @figure("directions", "projections_by_layer")
 def projections_by_layer(
-    directions: Directions, site: str = "resid", method: str | None = None, position: str | None = None
+    directions: Plottable, site: str = "resid", method: str | None = None, position: str | None = None
 ) -> go.Figure:
     """Harmful and harmless prompts along the safety direction, a layer at a time.
 
-    How to read it: every point is a prompt, red harmful, blue harmless, above and below only to tell them apart. The slider
-    chooses the layer. Where the clouds do not overlap, one number tells harmful from harmless. The direction was
-    computed from the same prompts, so clouds part a little even by chance: the heading has the AUROC of prompts
-    that it was not computed from.
+    How to read it: every point is a prompt, red harmful, blue harmless; the height only tells the classes apart. The slider
+    chooses the layer. Where the classes do not overlap, one number tells harmful from harmless. The direction was computed
+    from the same prompts, so the classes separate a little even by chance: the heading has the AUROC on prompts held out.
 
     Parameters
     ----------
     directions : Directions
     site : {"resid", "k", "v"}
     method, position : str, optional
-        The first ones of ``directions`` by default.
+        The first of each by default.
 
     Returns
     -------
@@ -72,7 +72,7 @@ def projections_by_layer(
                 name=name,
                 marker={"color": color, "size": 8, "opacity": 0.75, "line": {"width": 0.5, "color": "white"}},
                 customdata=scores[row, rows],
-                hovertemplate=f"{name} prompt %{{text}}<br>projection %{{customdata:.3g}}<extra></extra>",
+                hovertemplate=f"{SITE_NAMES[site]}, layer {layers[row]}<br>{name} prompt %{{text}}<br>projection %{{customdata:.3g}}<extra></extra>",
                 text=[str(n) for n in np.arange(rows.sum())],
             )
             for name, rows, color, height in (("harmful", harmful, ACCENT, 0.5), ("harmless", ~harmful, PLAIN, -0.5))
@@ -96,7 +96,7 @@ def projections_by_layer(
         range=[-reach, reach], title_text="projection, from the midpoint (within-class standard deviations)"
     )
     figure.update_yaxes(visible=False, range=[-1.1, 1.1])
-    figure.add_vline(x=0, line={"color": "#c4cad0", "width": 1})
+    figure.add_vline(x=0, line={"color": LINE, "width": 1})
     figure.update_layout(annotations=[_heading(heading(start))])
     steps = [
         {
@@ -118,12 +118,12 @@ def _heading(text: str) -> dict[str, object]:
 
 
 def cosine_map(cosines: xr.DataArray) -> go.Figure:
-    """Cosine of every pair of directions, for instance layer x layer.
+    """Cosine of every pair of directions, for instance layer by layer.
 
-    How to read it: red 1 (the same direction), white 0 (nothing in common), blue -1. A red block along the diagonal:
-    layers that share one direction. Empty rows are layers where the direction is undefined. For keys and values, whose
-    channels differ from layer to layer, the cosines are of the prompts' scores (class means taken out), and layers that
-    see the same differences between prompts of one class are red.
+    How to read it: red is 1 (the same direction), white 0 (nothing in common), blue -1. A red block along the diagonal is a
+    range of layers that share one direction. Empty rows are layers without a direction. For keys and values, whose channels
+    differ from layer to layer, the cosines are those of the prompts' scores without the class means: red layers see the same
+    differences between prompts of one class.
 
     Parameters
     ----------
@@ -153,7 +153,7 @@ def cosine_map(cosines: xr.DataArray) -> go.Figure:
             text=[[f"{v:.2f}" if len(labels) <= 8 and np.isfinite(v) else "" for v in row] for row in cosines.values],
             texttemplate="%{text}",
             hovertemplate=f"{dim} %{{y}} and %{{x}}: %{{z:.2f}}<extra></extra>",
-            colorbar={"title": {"text": "cosine"}, "thickness": 12, "outlinewidth": 0},
+            colorbar=colour_bar("cosine"),
         )
     )
     side = 320 if len(labels) <= 8 else 480
@@ -163,12 +163,18 @@ def cosine_map(cosines: xr.DataArray) -> go.Figure:
 
 
 @figure("directions", "stability_by_layer")
-def stability_by_layer(directions: Directions, site: str = "resid", position: str | None = None) -> go.Figure:
+def stability_by_layer(directions: Plottable, site: str = "resid", position: str | None = None) -> go.Figure:
     """Bootstrap stability of the direction at every layer, by method.
 
     How to read it: each point is the median cosine between the direction and those of resampled prompts, with its 95 %
-    interval; near 1 it does not hang on single prompts. A method far below the others needs more prompts than there
-    are.
+    interval. Near 1 the direction does not depend on single prompts. A method far below the others needs more prompts.
+
+    Parameters
+    ----------
+    directions : Directions
+    site : {"resid", "k", "v"}
+    position : str, optional
+        The first one by default.
 
     Returns
     -------
@@ -190,16 +196,9 @@ def stability_by_layer(directions: Directions, site: str = "resid", position: st
             mode="markers",
             name=method,
             marker={"color": HEAD_COLORS[number], "symbol": HEAD_SYMBOLS[number % len(HEAD_SYMBOLS)], "size": 6},
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": one.stability_high.values - middle,
-                "arrayminus": middle - one.stability_low.values,
-                "thickness": 1,
-                "width": 0,
-            },
+            error_y=interval(middle, one.stability_low, one.stability_high, thickness=1, width=0),
             customdata=layers,
-            hovertemplate=f"{method}, layer %{{customdata}}: %{{y:.2f}}<extra></extra>",
+            hovertemplate=f"{SITE_NAMES[site]}, {method}, layer %{{customdata}}: %{{y:.2f}}<extra></extra>",
         )
     figure.update_xaxes(**layer_axis(len(layers)))
     figure.update_yaxes(

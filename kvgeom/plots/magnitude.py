@@ -1,4 +1,4 @@
-"""What a layer stores, token by channel, before and after rounding."""
+"""The stored vectors of a layer, token by channel, before and after rounding."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from kvgeom.plots.sensitivity import SITE_NAMES
-from kvgeom.plots.theme import INK, finish, plain
+from kvgeom.plots.theme import SITE_NAMES, channel_names, colour_bar, finish, head_borders, panel_title, plain
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -21,17 +20,18 @@ MAGNITUDE = "Blues"
 def magnitude_surface(stored: xr.Dataset, *, heatmap: bool = True) -> go.Figure:
     """Magnitudes of one prompt's stored vectors before and after rounding, as surfaces beside heat maps.
 
-    How to read it: ridges along the token axis are outlier channels: the same channel is large at every token, and it
-    sets the step of whatever shares its scale. After rounding, everything lower than half a step is flat zero: what
-    is missing in the lower row is what the cache has forgotten. Dotted lines in the heat maps separate KV heads. Both
-    rows have the same scale; turn the surfaces with the mouse.
+    How to read it: ridges along the token axis are outlier channels: the same channel is large at every token, and sets the
+    step of all that shares its scale. After rounding, what is smaller than half a step is zero: the cache has lost what is
+    missing in the lower row. Dotted lines separate KV heads. Both rows have the same scale; the surfaces can be rotated with
+    the mouse.
 
     Parameters
     ----------
     stored : Dataset
-        From :func:`kvgeom.geometry.channels.stored`.
+        ``before`` and ``after`` over (token, channel), ``text`` over (token), and the attributes ``layer``, ``site``,
+        ``scheme`` and ``kv_heads``; from :func:`kvgeom.geometry.channels.stored`.
     heatmap : bool
-        False leaves the heat maps out.
+        Whether to draw the heat maps too.
 
     Returns
     -------
@@ -56,18 +56,15 @@ def magnitude_surface(stored: xr.Dataset, *, heatmap: bool = True) -> go.Figure:
         subplot_titles=[title for title in titles for _ in range(columns)] if not heatmap else None,
     )
     ticks = [v for v in (0, 1, 10, 100, 1000) if np.log10(1 + v) <= top]
-    bar = {
-        "title": {"text": "magnitude"},
-        "tickvals": [np.log10(1 + v) for v in ticks],
-        "ticktext": [str(v) for v in ticks],
-        "thickness": 12,
-        "outlinewidth": 0,
-    }
-    size = before.shape[1] // int(stored.attrs["kv_heads"]) if stored.attrs["site"] != "resid" else before.shape[1]
+    bar = colour_bar("magnitude", tickvals=[np.log10(1 + v) for v in ticks], ticktext=[str(v) for v in ticks])
+    count = before.shape[1]
+    head_dim = None if stored.attrs["site"] == "resid" else count // int(stored.attrs["kv_heads"])
+    names = channel_names(count, head_dim)
+    layer = f"layer {stored.attrs['layer']}"
+    text = np.array([[f"{layer}, {name}<br>token {token}" for name in names] for token in tokens], dtype=object)
     for row, (values, z) in enumerate(zip((before, after), heights, strict=True), 1):
         shared = {"z": z, "colorscale": MAGNITUDE, "customdata": values}
-        hover = "channel %{x}, token %{text}<br>magnitude %{customdata:.3g}<extra></extra>"
-        text = np.array([[token] * z.shape[1] for token in tokens], dtype=object)
+        hover = "%{text}<br>magnitude %{customdata:.3g}<extra></extra>"
         figure.add_surface(
             **shared,
             cmin=0,
@@ -83,19 +80,10 @@ def magnitude_surface(stored: xr.Dataset, *, heatmap: bool = True) -> go.Figure:
             figure.add_heatmap(
                 **shared, zmin=0, zmax=top, text=text, hovertemplate=hover, showscale=False, row=row, col=2
             )
-            for border in range(size, z.shape[1], size):
-                # By name of the axes: a line by row and column would be tried on the surfaces too.
-                axis = "" if row == 1 else "2"
-                figure.add_shape(
-                    type="line", x0=border - 0.5, x1=border - 0.5, y0=0, y1=1, xref=f"x{axis}", yref=f"y{axis} domain",
-                    line={"color": INK, "width": 1, "dash": "dot"},
-                )  # fmt: skip
+            head_borders(figure, count, head_dim, row=row, col=2)
             figure.update_xaxes(title_text="channel" if row == 2 else None, showgrid=False, row=row, col=2)
             figure.update_yaxes(title_text="token", autorange="reversed", showgrid=False, row=row, col=2)
-            figure.add_annotation(
-                text=f"<b>{titles[row - 1]}</b>", xref="x domain", yref="y domain", x=0, y=1, yshift=4,
-                xanchor="left", yanchor="bottom", showarrow=False, font={"size": 13}, row=row, col=2,
-            )  # fmt: skip
+            panel_title(figure, titles[row - 1], row=row, col=2)
     scene = {
         "xaxis": {"title": {"text": "channel"}},
         "yaxis": {"title": {"text": "token"}},

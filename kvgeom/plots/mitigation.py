@@ -1,14 +1,14 @@
-"""Candidates of a mitigation: what each keeps and costs, and which layers are worth keeping."""
+"""Candidates of a mitigation: what each keeps and costs, and which layers are worth keeping in 16 bits."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from kvgeom.plots.registry import figure
+from kvgeom.plots.registry import Plottable, figure
 from kvgeom.plots.theme import (
     ACCENT,
     HEAD_COLORS,
@@ -17,14 +17,11 @@ from kvgeom.plots.theme import (
     PLAIN,
     UNDETERMINED,
     finish,
+    interval,
     percent,
     plain,
     wrapped,
 )
-
-if TYPE_CHECKING:
-    from kvgeom.mitigation.layers import LayerSelection
-    from kvgeom.mitigation.search import Search
 
 FAMILY_COLORS = dict(
     zip(("unmitigated", "center", "equalize", "hadamard", "refine", "protect", "combined"),
@@ -34,17 +31,19 @@ RULE_COLORS = {"causal": ACCENT, "first": PLAIN, "attention": HEAD_COLORS[1]}
 
 
 @figure("mitigation-search", "pareto_front")
-def pareto_front(search: Search, paper: str | None = None) -> go.Figure:
+def pareto_front(search: Plottable, paper: str | None = None) -> go.Figure:
     """Refusals lost against memory, for every candidate.
 
-    How to read it: each point is a cache; down is safer, left is smaller. The line is the front: nothing else has both
-    fewer bytes and fewer flips than the caches on it. The unmitigated, the chosen and the paper's cache have rings of their
-    own, and whiskers (Wilson 95 %), as the front has; all other intervals are in the tooltips. Caches in the same
-    place are one point, whose tooltip names them all. Right of the dotted line the memory budget is exceeded.
+    How to read it: each point is a cache; lower is safer, further left is smaller. The line is the Pareto front: no other
+    cache has both fewer bytes and fewer flips. The unmitigated, the chosen and the paper's cache have rings and, like the
+    front, Wilson 95 % intervals; other intervals are in the hover text. Caches at the same place are one point whose hover
+    text names them all. To the right of the dotted line the memory budget is exceeded.
 
     Parameters
     ----------
     search : Search
+        Over ``candidate``, the unmitigated cache first; in ``meta`` also ``prompts``, ``budget``, ``chosen`` and
+        ``exact_bytes_per_token``.
     paper : str, optional
         Name of the candidate that is the paper's prescription.
 
@@ -53,7 +52,9 @@ def pareto_front(search: Search, paper: str | None = None) -> go.Figure:
     plotly.graph_objects.Figure
         x: share of the 16-bit cache. y: flips of the refused calibration prompts.
     """
-    rows, n, exact = search.records(), int(search.meta["prompts"]), float(search.meta["exact_bytes_per_token"])
+    frame = search.data.to_dataframe().reset_index()
+    rows: list[dict[str, Any]] = [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
+    n, exact = int(search.meta["prompts"]), float(search.meta["exact_bytes_per_token"])
     places: dict[tuple[float, int], list[dict[str, Any]]] = {}
     for row in rows:
         places.setdefault((float(row["bytes_per_token"]) / exact, int(row["flips"])), []).append(row)
@@ -86,7 +87,7 @@ def pareto_front(search: Search, paper: str | None = None) -> go.Figure:
     named = {str(row["candidate"]): row for row in rows}
     for role, name, symbol, size, colour in (
         ("unmitigated", str(rows[0]["candidate"]), "diamond-open", 17, INK),
-        ("chosen", search.chosen, "circle-open", 20, ACCENT),
+        ("chosen", search.meta["chosen"], "circle-open", 20, ACCENT),
         ("paper", paper, "square-open", 23, PLAIN),
     ):
         if name not in named:
@@ -118,17 +119,18 @@ def pareto_front(search: Search, paper: str | None = None) -> go.Figure:
 
 
 @figure("layer-selection", "layer_selection")
-def layer_selection(selection: LayerSelection) -> go.Figure:
+def layer_selection(selection: Plottable) -> go.Figure:
     """Refusals lost when layers are kept in 16 bits, by the rule that chose them.
 
-    How to read it: further right more layers are kept, which costs the same memory whatever the rule; lower is better.
-    A rule that is worth its name lies below the grey band, which spans layers drawn at random. Whiskers are Wilson
-    95 % intervals; the p-value in the tooltip compares with the causal rule at the same number of layers. The dotted line is the
-    cache with no layer kept.
+    How to read it: further right more layers are kept, which costs the same memory under every rule; lower is better. A
+    useful rule lies below the grey band, the range of layers drawn at random. Whiskers are Wilson 95 % intervals; the p-value
+    in the hover text compares with the causal rule at the same number of layers. The dotted line is the cache with no layer
+    kept.
 
     Parameters
     ----------
     selection : LayerSelection
+        Over (rule, kept); in ``meta`` also ``prompts`` and ``unmitigated``.
 
     Returns
     -------
@@ -180,8 +182,8 @@ def layer_selection(selection: LayerSelection) -> go.Figure:
     return finish(figure, 400)
 
 
-def _rule(figure: go.Figure, selection: LayerSelection, rule: str, x: NDArray[np.float64], colour: str, n: int) -> None:
-    """One rule of choice: a line with whiskers, or of a random draw small points."""
+def _rule(figure: go.Figure, selection: Plottable, rule: str, x: NDArray[np.float64], colour: str, n: int) -> None:
+    """One rule: a line with whiskers, or small points for a random draw."""
     own, drawn = selection.data.sel(rule=rule), rule.startswith("random")
     rows = [
         {name: own[name].values[i] for name in ("ci_low", "ci_high", "flips", "p", "layers")} for i in range(len(x))
@@ -208,19 +210,12 @@ def _rule(figure: go.Figure, selection: LayerSelection, rule: str, x: NDArray[np
 
 def _whiskers(rows: list[dict[str, Any]], n: int, colour: str, thickness: float) -> dict[str, Any]:
     """Wilson intervals of flip rates, as counts."""
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [max(0.0, row["ci_high"] * n - row["flips"]) for row in rows],
-        "arrayminus": [max(0.0, row["flips"] - row["ci_low"] * n) for row in rows],
-        "color": colour,
-        "thickness": thickness,
-        "width": 4,
-    }
+    flips, low, high = (np.array([row[name] for row in rows], dtype=float) for name in ("flips", "ci_low", "ci_high"))
+    return interval(flips, low * n, high * n, color=colour, thickness=thickness, width=4)
 
 
 def _candidate(row: dict[str, Any], n: int) -> str:
-    """What a tooltip says of a candidate."""
+    """Hover text of a candidate."""
     return (
         f"<b>{plain(row['candidate'])}</b>: {wrapped(row['words'], 80)}<br>"
         f"{row['flips']} of {n} lost [{percent(row['ci_low'])}, {percent(row['ci_high'])}]: {row['flips_complied']} comply, "

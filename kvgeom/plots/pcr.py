@@ -1,39 +1,36 @@
-"""Per-Channel Reduction against the published classes."""
+"""Per-channel reduction (PCR) against the published classes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from kvgeom.behaviour.pcr import THRESHOLDS
-from kvgeom.plots.registry import figure
+from kvgeom.plots.registry import Plottable, figure
 from kvgeom.plots.theme import INK, MUTED, UNDETERMINED, finish, percent, wrapped
 
-if TYPE_CHECKING:
-    from kvgeom.behaviour.pcr import PCR
-
-#: The axis ends here to the left; what lies beyond is said in words.
+#: The left end of the axis; the row says how far an interval reaches beyond it.
 CUT = -1.0
-#: Published classes with their shades.
+#: Published classes with their shades; their borders come with the result.
 CLASSES = (("outlier-as-safety", "#f7e3dc"), ("mixed", "#f3f0e4"), ("outlier-crushes-safety", "#dfe9f2"))
 
 
 @figure("pcr", "pcr_interval")
-def pcr_interval(pcr: PCR, *others: PCR, names: Sequence[str] | None = None) -> go.Figure:
-    """PCR with its 95 % interval, one row for each, on the published classes.
+def pcr_interval(pcr: Plottable, *others: Plottable, names: Sequence[str] | None = None) -> go.Figure:
+    """PCR with its 95 % interval on the published classes, one row for each.
 
-    How to read it: 100 % means that per-channel scales rescue every refusal that per-tensor rounding of the critical
-    layer loses, 0 % that they rescue none, below 0 that they lose more. A class is only decided when the whole
-    interval lies in one shade; otherwise the row is grey and says why. The axis is cut at -100 %; an interval that
-    reaches further ends in an arrow and the row says how far it goes.
+    How to read it: at 100 % per-channel scales rescue every refusal that per-tensor rounding of the layer loses, at 0 % they
+    rescue none, and below 0 they lose more. A class is determined only if the whole interval lies in one shade; otherwise
+    the row is grey and says why. The axis is cut at -100 %: an interval that reaches further ends in an arrow, and the row
+    says how far it goes.
 
     Parameters
     ----------
     pcr, *others : PCR
+        ``value``, ``low`` and ``high``; in ``meta`` also ``thresholds``, the borders of the classes.
     names : sequence of str, optional
-        What to call the rows, for instance two placements.
+        Names of the rows, for instance two placements.
 
     Returns
     -------
@@ -41,11 +38,12 @@ def pcr_interval(pcr: PCR, *others: PCR, names: Sequence[str] | None = None) -> 
         x: PCR as a share, at most 1. y: row number, the first on top.
     """
     rows = (pcr, *others)
-    names = list(names or [f"layer {p.layer}, {p.bits}-bit" if p.layer is not None else "PCR" for p in rows])
-    least = min([0.0, *(low for p in rows if p.ci for low in [min(p.ci[0], p.value or 0)])])
+    names = list(names or map(_name, rows))
+    ends = [float(found.data[end]) for found in rows for end in ("low", "value")]
+    least = min([0.0, *(end for end in ends if math.isfinite(end))])
     left = max(least, CUT) - 0.04
     figure = go.Figure()
-    edges = [left, *THRESHOLDS, 1.0]
+    edges = [left, *pcr.meta["thresholds"], 1.0]
     for (name, shade), start, end in zip(CLASSES, edges[:-1], edges[1:], strict=True):
         figure.add_vrect(x0=start, x1=end, fillcolor=shade, line_width=0, layer="below")
         figure.add_annotation(
@@ -73,18 +71,22 @@ def pcr_interval(pcr: PCR, *others: PCR, names: Sequence[str] | None = None) -> 
     return finish(figure, 140 + 84 * len(rows), showlegend=False, margin={"l": 130, "r": 20, "t": 58, "b": 50})
 
 
-def _row(figure: go.Figure, row: int, found: PCR, name: str) -> None:
-    said = found.reason
-    if found.value is None or found.ci is None:
+def _name(found: Plottable) -> str:
+    return "PCR" if found.meta["layer"] is None else f"layer {found.meta['layer']}, {found.meta['bits']}-bit"
+
+
+def _row(figure: go.Figure, row: int, found: Plottable, name: str) -> None:
+    reason = str(found.meta["reason"])
+    low, value, high = (float(found.data[end]) for end in ("low", "value", "high"))
+    if not math.isfinite(value):
         figure.add_annotation(
-            x=0.5, xref="paper", y=row, text=wrapped(f"undetermined: {said}", 110),
+            x=0.5, xref="paper", y=row, text=wrapped(f"undetermined: {reason}", 110),
             showarrow=False, font={"color": MUTED, "size": 13},
         )  # fmt: skip
         return
-    low, high = found.ci
-    decided = found.status == "determined"
+    decided = found.meta["status"] == "determined"
     color = INK if decided else "#8c96a0"
-    shown = [max(end, CUT) for end in (low, found.value, high)]
+    shown = [max(end, CUT) for end in (low, value, high)]
     figure.add_scatter(
         x=[shown[0], shown[2]],
         y=[row, row],
@@ -105,15 +107,15 @@ def _row(figure: go.Figure, row: int, found: PCR, name: str) -> None:
         name=name,
         mode="markers+text",
         marker={"size": 14, "color": INK if decided else UNDETERMINED, "line": {"color": color, "width": 2}},
-        text=[f"<b>{percent(found.value)}</b>" + ("" if decided else " undetermined")],
+        text=[f"<b>{percent(value)}</b>" + ("" if decided else " undetermined")],
         textposition="top center" if 0.08 < shown[1] < 0.92 else "top right" if shown[1] <= 0.08 else "top left",
         textfont={"color": INK if decided else MUTED, "size": 13},
-        hovertemplate=f"PCR {percent(found.value)}, 95 % interval {percent(low)} to {percent(high)}<extra></extra>",
+        hovertemplate=f"PCR {percent(value)}, 95 % interval {percent(low)} to {percent(high)}<extra></extra>",
         cliponaxis=False,
     )
     if low < CUT:
-        said += f" (the interval reaches {percent(low)}, beyond the axis)"
+        reason += f" (the interval reaches {percent(low)}, beyond the axis)"
     figure.add_annotation(
         x=0.01, xref="paper", xanchor="left", y=row + 0.16, yanchor="top", align="left",
-        text=wrapped(said, 130), showarrow=False, font={"color": MUTED, "size": 11},
+        text=wrapped(reason, 130), showarrow=False, font={"color": MUTED, "size": 11},
     )  # fmt: skip

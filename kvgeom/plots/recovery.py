@@ -1,4 +1,4 @@
-"""A verified plan: what it keeps of the lost refusals, and its memory."""
+"""A verified plan: the share of the lost refusals that it keeps, and its memory."""
 
 from __future__ import annotations
 
@@ -7,29 +7,42 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from kvgeom.plots.registry import figure
-from kvgeom.plots.theme import ACCENT, GRID, INK, MUTED, PLAIN, UNDETERMINED, finish, percent, plain, say, wrapped
+from kvgeom.plots.registry import Plottable, figure
+from kvgeom.plots.theme import (
+    ACCENT,
+    GRID,
+    INK,
+    MUTED,
+    PLAIN,
+    UNDETERMINED,
+    finish,
+    interval,
+    percent,
+    plain,
+    say,
+    wrapped,
+)
 
 if TYPE_CHECKING:
-    from kvgeom.mitigation.plan import Plan
-    from kvgeom.mitigation.verify import Verification
+    import xarray as xr
 
-#: The axis of recoveries ends here to the left; rows say how far an interval reaches.
+#: The left end of the axis of recoveries; the row says how far an interval reaches beyond it.
 CUT = -1.0
 
 
 @figure("verification", "recovery_bars")
-def recovery_bars(verification: Verification) -> go.Figure:
-    """Share of the lost refusals that each cache keeps, on prompts that did not choose it.
+def recovery_bars(verification: Plottable) -> go.Figure:
+    """Share of the lost refusals that each cache keeps, on prompts that were not used to choose it.
 
-    How to read it: 100 % means that every refusal that the unmitigated cache loses is kept, 0 that as many are lost as
-    without, below 0 that more are. Whiskers are 95 % intervals. Diamonds are controls: the same cache with errors of the same
-    size in random directions, one for each draw. Where they lie at the end of the bar, what is left of the error acts by its
-    size; where they lie far to the right of it, its direction is what loses refusals.
+    How to read it: at 100 % every refusal that the unmitigated cache loses is kept, at 0 as many are lost as without a
+    mitigation, and below 0 more. Whiskers are 95 % intervals. Diamonds are controls, one for each draw: errors of the same
+    size in random directions. If they lie at the end of the bar, the remaining error acts by its size; if they lie far to
+    the right, its direction is what loses refusals.
 
     Parameters
     ----------
     verification : Verification
+        Over ``recipe``, with ``control_of``; in ``meta`` also ``refused``.
 
     Returns
     -------
@@ -37,7 +50,7 @@ def recovery_bars(verification: Verification) -> go.Figure:
         x: recovery. y: row number; unmitigated, chosen, paper and other candidates from the top.
     """
     data, refused = verification.data, int(verification.meta["refused"])
-    roles = verification.roles
+    roles = _roles(data)
     before = int(data.flips.sel(recipe="unmitigated"))
     figure = make_subplots(rows=1, cols=1)
     if before == 0:
@@ -46,13 +59,12 @@ def recovery_bars(verification: Verification) -> go.Figure:
         figure.update_yaxes(visible=False)
         return finish(figure, 160)
     value, low, high = (
-        data[name].sel(recipe=list(roles)).values.astype(float)
-        for name in ("recovery", "recovery_low", "recovery_high")
+        data[name].sel(recipe=roles).values.astype(float) for name in ("recovery", "recovery_low", "recovery_high")
     )
     colours = {"unmitigated": UNDETERMINED, "chosen": ACCENT, "paper": PLAIN}
     for row, role in enumerate(roles):
         own = data.sel(recipe=role)
-        certain = role == "unmitigated"  # what others are held against has no interval of its own
+        certain = role == "unmitigated"  # the reference has no interval
         figure.add_bar(
             x=[max(value[row], CUT)],
             y=[row],
@@ -61,10 +73,9 @@ def recovery_bars(verification: Verification) -> go.Figure:
             name=role,
             showlegend=False,
             marker_color=colours.get(role, MUTED),
-            error_x=None if certain else {
-                "type": "data", "symmetric": False, "array": [high[row] - max(value[row], CUT)],
-                "arrayminus": [max(value[row], CUT) - max(low[row], CUT)], "color": INK, "thickness": 1.5, "width": 6,
-            },
+            error_x=None if certain else interval(
+                [max(value[row], CUT)], [max(low[row], CUT)], [high[row]], color=INK, thickness=1.5, width=6
+            ),
             customdata=[[
                 plain(str(own.name.item())), int(own.flips), int(own.flips_complied), int(own.flips_degenerate),
                 f"{float(own.p):.2g}", f"{percent(low[row])} to {percent(high[row])}",
@@ -73,11 +84,11 @@ def recovery_bars(verification: Verification) -> go.Figure:
             "%{customdata[3]} break down<br>" + ("" if certain else "interval %{customdata[5]}<br>")
             + "McNemar against unmitigated p = %{customdata[4]}<extra></extra>",
         )  # fmt: skip
-        drawn = verification.controls(role)
+        drawn = _controls(data, role)
         shares = [1 - flips / before for flips in drawn]
         figure.add_scatter(
             x=[max(share, CUT) for share in shares],
-            # Draws that flip as many lie below each other.
+            # Draws with equal flips lie below each other.
             y=[row + 0.34 + 0.22 * drawn[:k].count(flips) / len(drawn) for k, flips in enumerate(drawn)],
             name="same size, random direction",
             legendgroup="controls",
@@ -88,7 +99,7 @@ def recovery_bars(verification: Verification) -> go.Figure:
             hovertemplate=f"{role}, errors in random directions: %{{customdata[0]}} of {refused} lost<extra></extra>",
             cliponaxis=False,
         )
-    least = min([0.0, *low[1:], *value[1:], *(1 - f / before for role in roles for f in verification.controls(role))])
+    least = min([0.0, *low[1:], *value[1:], *(1 - f / before for role in roles for f in _controls(data, role))])
     figure.add_vline(x=0, line={"color": INK, "width": 1})
     for row in range(len(roles) - 1):
         figure.add_hline(y=row + 0.62, line={"color": GRID, "width": 1})
@@ -101,7 +112,7 @@ def recovery_bars(verification: Verification) -> go.Figure:
     )
     figure.update_yaxes(
         tickvals=list(range(len(roles))),
-        ticktext=[_row_name(verification, role) for role in roles],
+        ticktext=[_row_name(data.sel(recipe=role), role, refused) for role in roles],
         range=[len(roles) - 0.35, -0.6],
         showgrid=False,
         ticks="",
@@ -110,23 +121,28 @@ def recovery_bars(verification: Verification) -> go.Figure:
 
 
 @figure("verification", "memory_bars")
-def memory_bars(found: Verification | Plan) -> go.Figure:
+def memory_bars(verification: Plottable) -> go.Figure:
     """Memory of a token in the whole cache, scales and offsets included.
 
-    How to read it: the top bar is the cache in 16 bits. What a mitigation costs is the difference between its bar and the
-    unmitigated one, what quantization still saves the difference to the top bar.
+    How to read it: the top bar is the cache in 16 bits. A mitigation costs the difference between its bar and the unmitigated
+    one; quantization still saves the difference to the top bar.
 
     Parameters
     ----------
-    found : Verification or Plan
+    verification : Verification
+        ``bytes_per_token``, ``memory_of_exact`` and ``name``.
 
     Returns
     -------
     plotly.graph_objects.Figure
         x: bytes per token. y: 16-bit, unmitigated, chosen, paper.
     """
-    sizes = _sizes(found)
-    exact, unmitigated = sizes["16-bit"], sizes["unmitigated"]
+    size, share, names = (verification.data[name] for name in ("bytes_per_token", "memory_of_exact", "name"))
+    unmitigated = float(size.sel(recipe="unmitigated"))
+    exact = unmitigated / float(share.sel(recipe="unmitigated"))
+    sizes = {"16-bit": exact, "unmitigated": unmitigated} | {
+        f"{role}: {names.sel(recipe=role).item()}": float(size.sel(recipe=role)) for role in ("chosen", "paper")
+    }
     figure = go.Figure()
     figure.add_bar(
         x=list(sizes.values()),
@@ -149,36 +165,26 @@ def memory_bars(found: Verification | Plan) -> go.Figure:
     return finish(figure, 260, margin={"l": 64, "r": 24, "t": 28, "b": 52})
 
 
-def _sizes(found: Verification | Plan) -> dict[str, float]:
-    from kvgeom.mitigation.verify import Verification
-
-    if isinstance(found, Verification):
-        size, names = found.data.bytes_per_token, found.data.name
-        whole = float(size.sel(recipe="unmitigated")) / float(found.data.memory_of_exact.sel(recipe="unmitigated"))
-        chosen, paper = (
-            (f"{role}: {names.sel(recipe=role).item()}", float(size.sel(recipe=role))) for role in ("chosen", "paper")
-        )
-        return {"16-bit": whole, "unmitigated": float(size.sel(recipe="unmitigated")), **dict([chosen, paper])}
-    own = {
-        name: candidate.bytes_per_token(found.geometry, found.placement)
-        for name, candidate in (
-            ("unmitigated", found.unmitigated),
-            (f"chosen: {found.chosen.name}", found.chosen),
-            (f"paper: {found.paper.name}", found.paper),
-        )
-    }
-    return {"16-bit": float(found.search.meta["exact_bytes_per_token"]), **own}
+def _roles(data: xr.Dataset) -> list[str]:
+    """All recipes but the controls."""
+    return [str(role) for role, of in zip(data.recipe.values, data.control_of.values, strict=True) if not of]
 
 
-def _row_name(verification: Verification, role: str) -> str:
-    own = verification.data.sel(recipe=role)
-    counted = f"{int(own.flips)} of {verification.meta['refused']} lost"
+def _controls(data: xr.Dataset, role: str) -> list[int]:
+    """Flips under errors of the same size in random directions, one number for each draw."""
+    return [int(flips) for flips in data.flips.values[data.control_of.values == role]]
+
+
+def _row_name(own: xr.Dataset, role: str, refused: int) -> str:
+    counted = f"{int(own.flips)} of {refused} lost"
     if role == "unmitigated":
         return f"<b>{role}</b><br>{counted}"
-    said = f"{percent(float(own.recovery))} [{percent(float(own.recovery_low))}, {percent(float(own.recovery_high))}]"
+    recovery = (
+        f"{percent(float(own.recovery))} [{percent(float(own.recovery_low))}, {percent(float(own.recovery_high))}]"
+    )
     label = (
         f"<b>{role}</b>: {wrapped(own.name.item(), 38)}"
         if role in ("chosen", "paper")
         else f"<b>{wrapped(role, 38)}</b>"
     )
-    return f"{label}<br>{counted}, {said}"
+    return f"{label}<br>{counted}, {recovery}"

@@ -2,56 +2,55 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from kvgeom.diagnosis.taxonomy import PUBLISHED
-from kvgeom.plots.registry import figure
+from kvgeom.plots.registry import Plottable, figure
 from kvgeom.plots.theme import (
     ACCENT,
     INK,
+    LINE,
     MUTED,
     PLAIN,
     UNDETERMINED,
     finish,
+    interval,
     layer_axis,
     panel_title,
     percent,
     say,
 )
 
-if TYPE_CHECKING:
-    from kvgeom.behaviour.scan import Scan
-
 
 @figure("scan", "layer_scan")
-def layer_scan(scan: Scan) -> go.Figure:
+def layer_scan(scan: Plottable) -> go.Figure:
     """Margin lost and refusals flipped when one layer alone is rounded.
 
-    How to read it: each bar is one layer, rounded while all others stay exact; its height is the refusal margin
-    (log-odds, in nats) that is lost on average, with a bootstrap 95 % interval. A bar whose interval contains 0 may
-    do nothing. Below, for the layers where responses were generated, the share of refusals that flips, with its
-    Wilson 95 % interval; short grey strokes are layers where none were. The critical layer is red.
+    How to read it: each bar is one layer, rounded while all others stay exact. Its height is the mean loss of the refusal
+    margin (log-odds, in nats), with a bootstrap 95 % interval; if the interval contains 0, rounding the layer may do
+    nothing. The lower panel is the share of refusals that flip, with its Wilson 95 % interval; short grey strokes are layers
+    for which no responses were generated. The critical layer is red.
 
     Parameters
     ----------
     scan : Scan
+        Over ``layer``; in ``meta`` also ``critical_layer``, and ``critical_share``, where the dotted line is.
 
     Returns
     -------
     plotly.graph_objects.Figure
         Two rows that share the layer axis.
     """
-    data, refused, critical = scan.data, int(scan.meta["prompts"]), scan.critical_layer
+    data, refused, critical = scan.data, int(scan.meta["prompts"]), scan.meta["critical_layer"]
     layers = data.layer.values.astype(int)
     drop, low, high = (data[name].values.astype(float) for name in ("margin_drop", "margin_low", "margin_high"))
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.6, 0.4], vertical_spacing=0.13)
     panel_title(figure, "Refusal margin lost by rounding one layer", row=1)
     panel_title(
-        figure, f"Refusals that flip, of {refused} (critical above {percent(PUBLISHED.critical)}, dotted)", row=2
+        figure,
+        f"Refusals that flip, of {refused} (critical above {percent(scan.meta['critical_share'])}, dotted)",
+        row=2,
     )
     figure.add_bar(
         x=layers,
@@ -59,15 +58,7 @@ def layer_scan(scan: Scan) -> go.Figure:
         name="margin lost",
         showlegend=False,
         marker_color=[ACCENT if layer == critical else PLAIN for layer in layers],
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": high - drop,
-            "arrayminus": drop - low,
-            "color": INK,
-            "thickness": 1,
-            "width": 2,
-        },
+        error_y=interval(drop, low, high, color=INK, thickness=1, width=2),
         customdata=np.stack([low, high], axis=-1),
         hovertemplate="layer %{x}: margin lost %{y:.2f} nats"
         "<br>95 % interval %{customdata[0]:.2f} to %{customdata[1]:.2f}<extra></extra>",
@@ -75,7 +66,7 @@ def layer_scan(scan: Scan) -> go.Figure:
         col=1,
     )
     if refused:
-        figure.add_hline(y=0, line={"color": "#c4cad0", "width": 1}, row=1, col=1)
+        figure.add_hline(y=0, line={"color": LINE, "width": 1}, row=1, col=1)
         _flips(figure, scan, refused)
     else:
         for row in (1, 2):
@@ -92,7 +83,7 @@ def layer_scan(scan: Scan) -> go.Figure:
     ends = np.concatenate([low, high, drop, [0.0]])
     ends = ends[np.isfinite(ends)]
     span = max(float(ends.max() - ends.min()), 1e-6)
-    # Room above the bars for the words that name the critical layer.
+    # Room above the bars for the name of the critical layer.
     figure.update_yaxes(
         title_text="margin lost (nats)", range=[ends.min() - 0.05 * span, ends.max() + 0.2 * span], row=1, col=1
     )
@@ -103,7 +94,7 @@ def layer_scan(scan: Scan) -> go.Figure:
     return finish(figure, 480, bargap=0.25)
 
 
-def _flips(figure: go.Figure, scan: Scan, refused: int) -> None:
+def _flips(figure: go.Figure, scan: Plottable, refused: int) -> None:
     data = scan.data
     tried = np.isfinite(data.flips.values.astype(float))
     seen = data.isel(layer=np.flatnonzero(tried))
@@ -124,16 +115,8 @@ def _flips(figure: go.Figure, scan: Scan, refused: int) -> None:
         y=rate,
         name="flips, 95 % interval",
         mode="markers",
-        marker={"size": 8, "color": [ACCENT if layer == scan.critical_layer else PLAIN for layer in layers]},
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": high - rate,
-            "arrayminus": rate - low,
-            "color": INK,
-            "thickness": 1,
-            "width": 3,
-        },
+        marker={"size": 8, "color": [ACCENT if layer == scan.meta["critical_layer"] else PLAIN for layer in layers]},
+        error_y=interval(rate, low, high, color=INK, thickness=1, width=3),
         customdata=[
             f"{int(n)} of {refused} refusals flip<br>95 % interval {percent(a)} to {percent(b)}"
             for n, a, b in zip(seen.flips.values, low, high, strict=True)
@@ -142,7 +125,7 @@ def _flips(figure: go.Figure, scan: Scan, refused: int) -> None:
         row=2,
         col=1,
     )
-    figure.add_hline(y=PUBLISHED.critical, line={"color": MUTED, "width": 1, "dash": "dot"}, row=2, col=1)
+    figure.add_hline(y=scan.meta["critical_share"], line={"color": MUTED, "width": 1, "dash": "dot"}, row=2, col=1)
 
 
 def _mark(figure: go.Figure, critical: int, layers: int) -> None:

@@ -1,42 +1,47 @@
-"""Choosing a refusal direction, and what it does."""
+"""Candidates for a refusal direction, and what the chosen one does."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from kvgeom.plots.registry import figure
+from kvgeom.plots.registry import Plottable, figure
 from kvgeom.plots.theme import (
     ACCENT,
     DIVERGING,
     INK,
+    LABEL_COLORS,
     MUTED,
     PLAIN,
     UNDETERMINED,
+    colour_bar,
     finish,
+    interval,
     layer_axis,
     panel_title,
     plain,
     say,
+    symmetric_range,
     wrapped,
 )
-
-if TYPE_CHECKING:
-    from kvgeom.geometry.selection import Selection, Steering
+from kvgeom.stats import wilson
 
 
 @figure("selection", "selection_maps")
-def selection_maps(selection: Selection) -> go.Figure:
-    """Bypass, induce and KL of every candidate direction, layer x position.
+def selection_maps(selection: Plottable) -> go.Figure:
+    """Bypass, induce and KL of every candidate direction, layer by position.
 
-    How to read it: each cell is the class difference of the residual stream after one layer at one template token.
-    Top: the refusal margin of harmful prompts when it is ablated, white where it is as without ablation; the bluer,
-    the more refusal is lost. Middle: the margin of harmless prompts when it is added, white at even odds of refusal;
-    red is refusal induced. Bottom: how much ablation changes harmless prompts. Hatched cells are filtered out (hover says
-    why); the star is the chosen one, the bluest unhatched cell of the top map.
+    How to read it: each cell is a candidate, the class difference of the residual stream after one layer at one template
+    token. Top: the refusal margin of harmful prompts with the candidate ablated; white is the margin without ablation, and
+    the bluer, the more refusal is lost. Middle: the margin of harmless prompts with the candidate added; white is even odds
+    of refusal, red is refusal induced. Bottom: how much ablation changes harmless prompts. Hatched cells are filtered out, and
+    their hover text says why. The star is the chosen candidate, the bluest cell of the top map that is not hatched.
+
+    Parameters
+    ----------
+    selection : Selection
+        ``bypass``, ``induce``, ``kl`` and ``filtered``; in ``meta`` also ``chosen``, ``max_kl`` and the clean margins.
 
     Returns
     -------
@@ -45,7 +50,7 @@ def selection_maps(selection: Selection) -> go.Figure:
     """
     data, meta = selection.data, selection.meta
     layers, positions = data.layer.values.astype(int), [str(name) for name in data.position.values]
-    base = float(meta["clean_margin_harmful"])
+    base, chosen = float(meta["clean_margin_harmful"]), meta["chosen"]
     figure = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.1)
     panels = (
         ("bypass", f"Bypass: margin of harmful prompts, ablated (without: {base:.1f} nats)", base, DIVERGING),
@@ -80,8 +85,7 @@ def selection_maps(selection: Selection) -> go.Figure:
             top = max(3 * float(meta["max_kl"]), 1e-9)
             scale = {"zmin": 0.0, "zmax": top}
         else:
-            reach = max(float(np.nanmax(np.abs(values - centre), initial=0.0)), 1e-9)
-            scale = {"zmin": centre - reach, "zmax": centre + reach}
+            scale = dict(zip(("zmin", "zmax"), symmetric_range(values, 1e-9, centre=centre), strict=True))
         figure.add_heatmap(
             x=layers,
             y=np.arange(len(positions)),
@@ -92,14 +96,7 @@ def selection_maps(selection: Selection) -> go.Figure:
             customdata=hover,
             hovertemplate="%{customdata}<extra></extra>",
             hoverongaps=False,
-            colorbar={
-                "thickness": 10,
-                "outlinewidth": 0,
-                "len": 0.28,
-                "y": (0.87, 0.5, 0.13)[row - 1],
-                "title": {"text": "nats"},
-                "nticks": 2 + len(positions),
-            },
+            colorbar=colour_bar("nats", len=0.28, y=(0.87, 0.5, 0.13)[row - 1], nticks=2 + len(positions)),
             **scale,
             row=row,
             col=1,
@@ -115,10 +112,10 @@ def selection_maps(selection: Selection) -> go.Figure:
             row=row,
             col=1,
         )
-        if selection.chosen is not None:
+        if chosen is not None:
             figure.add_scatter(
-                x=[selection.chosen[0]],
-                y=[positions.index(selection.chosen[1])],
+                x=[chosen[0]],
+                y=[positions.index(chosen[1])],
                 mode="markers",
                 marker={"symbol": "star", "size": 13, "color": "#f2c14e", "line": {"color": INK, "width": 1}},
                 hoverinfo="skip",
@@ -133,7 +130,7 @@ def selection_maps(selection: Selection) -> go.Figure:
     figure.update_yaxes(
         tickvals=np.arange(len(positions)), ticktext=positions, showgrid=False, showline=False, ticks=""
     )
-    if selection.chosen is None:
+    if chosen is None:
         say(figure, "every candidate is filtered out", row=1)
     return finish(figure, 3 * (70 + 26 * max(2, len(positions))) + 60)
 
@@ -152,37 +149,48 @@ def _hatching(
     return x, y
 
 
-@figure("steering", "steering_rates")
-def steering_rates(steering: Steering) -> go.Figure:
-    """Refusal rates with the direction taken out and put in.
+#: Kinds of prompts and interventions, from left to right.
+_RUNS = ((True, "none", "as it is"), (True, "ablate", "ablated"), (False, "none", "as it is"), (False, "add", "added"))
 
-    How to read it: on the left harmful prompts, on the right harmless ones, each as the model is and under the
-    intervention; bars are Wilson 95 % intervals. A refusal direction worth its name empties the left pair and fills
-    the right one. Degenerate responses count as not refused, and the hover text tells how many there are.
+
+@figure("steering", "steering_rates")
+def steering_rates(steering: Plottable) -> go.Figure:
+    """Refusal rates with the direction ablated and added.
+
+    How to read it: harmful prompts on the left, harmless prompts on the right, each without and with the intervention, with
+    Wilson 95 % intervals. A refusal direction brings the left pair down to 0 and the right pair up. Degenerate responses
+    count as not refused; the hover text has their number.
+
+    Parameters
+    ----------
+    steering : Steering
+        ``label`` over (intervention, prompt), ``harmful`` over (prompt).
 
     Returns
     -------
     plotly.graph_objects.Figure
         Four points with intervals; y: refusal rate.
     """
-    table = steering.table()
+    data = steering.data
+    counts = np.zeros((len(_RUNS), len(LABEL_COLORS)), dtype=int)
+    for row, (harmful, name, _) in enumerate(_RUNS):
+        labels = data.label.sel(intervention=name).values[data.harmful.values == harmful]
+        counts[row] = [(labels == label).sum() for label in LABEL_COLORS]
+    refused, asked = counts[:, 0], counts.sum(1)
+    rate = np.divide(refused, asked, out=np.full(len(_RUNS), np.nan), where=asked > 0)
+    low, high = np.array([wilson(int(some), int(all_)) for some, all_ in zip(refused, asked, strict=True)]).T
     figure = make_subplots()
     panel_title(figure, "Refusal rate")
-    rate = table["refusal rate"].to_numpy(dtype=float)
     figure.add_scatter(
-        x=[f"{row.prompts}<br>{row.direction}" for row in table.itertuples()],
+        x=[f"{'harmful' if harmful else 'harmless'}<br>{way}" for harmful, _, way in _RUNS],
         y=rate,
         mode="markers",
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": table["high"].to_numpy(dtype=float) - rate,
-            "arrayminus": rate - table["low"].to_numpy(dtype=float),
-            "thickness": 1.5,
-        },
-        marker={"size": 11, "color": [PLAIN if way == "as it is" else ACCENT for way in table["direction"]]},
-        customdata=table[["refused", "complied", "degenerate"]].to_numpy(),
-        hovertemplate="%{y:.0%}<br>refused %{customdata[0]}, complied %{customdata[1]}, degenerate %{customdata[2]}<extra></extra>",
+        error_y=interval(rate, low, high, thickness=1.5),
+        marker={"size": 11, "color": [PLAIN if name == "none" else ACCENT for _, name, _ in _RUNS]},
+        customdata=counts,
+        hovertemplate="%{y:.0%}<br>"
+        + ", ".join(f"{label} %{{customdata[{n}]}}" for n, label in enumerate(LABEL_COLORS))
+        + "<extra></extra>",
         showlegend=False,
     )
     figure.add_vline(x=1.5, line={"color": UNDETERMINED, "width": 1, "dash": "dot"})

@@ -8,15 +8,20 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from kvgeom.plots.registry import figure
+from kvgeom.plots.registry import Plottable, figure
 from kvgeom.plots.theme import (
     DIVERGING,
     HEAD_COLORS,
     INK,
+    LINE,
     MUTED,
     PLAIN,
+    SITE_NAMES,
     UNDETERMINED,
+    channel_names,
+    colour_bar,
     finish,
+    head_borders,
     layer_axis,
     log_axis,
     panel_title,
@@ -29,23 +34,18 @@ from kvgeom.plots.theme import (
 if TYPE_CHECKING:
     import xarray as xr
 
-    from kvgeom.geometry.sensitivity import Sensitivity
-
-SITE_NAMES = {"k": "keys", "v": "values", "resid": "residual"}
-
-
-#: Colours end here: a huge ratio, mostly one of a vanishing signal, must not pale all others. Its number is written.
+#: Decades at which colours end: a huge ratio, mostly one of a vanishing signal, must not pale all others.
 DECADES = 3.0
 
 
 @figure("sensitivity", "ratio_map")
-def ratio_map(sensitivity: Sensitivity) -> go.Figure:
-    """Map of the ratio, layer x site.
+def ratio_map(sensitivity: Plottable) -> go.Figure:
+    """Map of the ratio, layer by site.
 
-    How to read it: the colour is the logarithm of the ratio, white at 1 (the safety subspace feels rounding as the
-    whole space does), red above (more vulnerable), blue below. Every decade is an equal step of colour, up to 1000. Grey cells
-    are undefined, and their hover text says why; a ring in a cell's corner marks a layer where harmful and harmless
-    requests are not significantly separated, so that its ratio may be noise divided by noise.
+    How to read it: the colour is the logarithm of the ratio: white at 1 (the safety subspace is as exposed to rounding as the
+    whole space), red above (more vulnerable), blue below; it ends at 1000. Grey cells are undefined, and their hover text
+    says why. A ring marks a layer where harmful and harmless requests are not significantly separated, so that its ratio
+    may be noise divided by noise.
 
     Parameters
     ----------
@@ -64,19 +64,17 @@ def ratio_map(sensitivity: Sensitivity) -> go.Figure:
     defined = np.isfinite(ratio) & (ratio > 0) & (status != "undefined")
     log_ratio = np.where(defined, np.log10(np.where(defined, ratio, 1)), np.nan)
     reach = min(symmetric_range(log_ratio)[1], DECADES)
-    low, high = -reach, reach
     rows = np.arange(len(sites))
     # Few enough layers, and a cell is wide enough for its number.
     written = [[short(r) if ok and len(layers) <= 36 else "" for r, ok in zip(*row, strict=True)]
                for row in zip(ratio, defined, strict=True)]  # fmt: skip
-    decades = np.arange(np.ceil(low), np.floor(high) + 1)
     figure = go.Figure(
         go.Heatmap(
             x=layers,
             y=rows,
             z=log_ratio,
-            zmin=low,
-            zmax=high,
+            zmin=-reach,
+            zmax=reach,
             colorscale=DIVERGING,
             xgap=2,
             ygap=2,
@@ -84,20 +82,13 @@ def ratio_map(sensitivity: Sensitivity) -> go.Figure:
             texttemplate="%{text}",
             textfont={"size": 10 if len(layers) <= 28 else 9},
             hoverongaps=False,
-            customdata=_hover(sensitivity, sites),
+            customdata=_hover(data, sites),
             hovertemplate="%{customdata}<extra></extra>",
             name="ratio",
-            colorbar={
-                "title": {"text": "ratio"},
-                "tickvals": decades,
-                "ticktext": _decades(decades, np.nanmax(np.abs(log_ratio), initial=0) > reach),
-                "thickness": 12,
-                "outlinewidth": 0,
-                "len": 1.15,
-            },
+            colorbar=colour_bar("ratio", **_decades(log_ratio, reach), len=1.15),
         )
     )
-    _undefined(figure, layers, rows, defined, _hover(sensitivity, sites))
+    _undefined(figure, layers, rows, defined, _hover(data, sites))
     at, of = np.nonzero((status == "weak") & defined)
     figure.add_scatter(
         x=layers[of] + 0.34,
@@ -152,15 +143,17 @@ def _legend(figure: go.Figure, name: str, marker: dict[str, object]) -> None:
     figure.add_scatter(x=[None], y=[None], mode="markers", name=name, marker=marker)
 
 
-def _decades(exponents: np.ndarray, beyond: bool) -> list[str]:
-    """Tick texts; the outermost say that more lies beyond."""
+def _decades(log_ratio: np.ndarray, reach: float) -> dict[str, object]:
+    """Ticks of a colour bar at powers of ten; the outermost say whether values lie beyond."""
+    exponents = np.arange(np.ceil(-reach), np.floor(reach) + 1)
     texts = [f"{10**d:,.4g}" for d in exponents]
-    return [f"≤ {texts[0]}", *texts[1:-1], f"≥ {texts[-1]}"] if beyond else texts
+    if np.nanmax(np.abs(log_ratio), initial=0) > reach:
+        texts = [f"≤ {texts[0]}", *texts[1:-1], f"≥ {texts[-1]}"]
+    return {"tickvals": exponents, "ticktext": texts}
 
 
-def _hover(sensitivity: Sensitivity, sites: list[str]) -> np.ndarray:
+def _hover(data: xr.Dataset, sites: list[str]) -> np.ndarray:
     """Text for every cell ``[site, layer]``."""
-    data = sensitivity.data
 
     def cell(site: str, layer: int) -> str:
         one = data.sel(site=site, layer=layer)
@@ -179,14 +172,14 @@ def _hover(sensitivity: Sensitivity, sites: list[str]) -> np.ndarray:
 
 
 @figure("sensitivity", "ratio_against_null")
-def ratio_against_null(sensitivity: Sensitivity, site: str = "k") -> go.Figure:
-    """The ratio of one site against both nulls, and how the noise lies to the safety direction.
+def ratio_against_null(sensitivity: Plottable, site: str = "k") -> go.Figure:
+    """The ratio of one site against both nulls, and how rounding noise is aligned with the safety subspace.
 
-    How to read it: in the upper panel a point above the grey band is more exposed than 95 % of random subspaces of
-    the same size; a point inside it is nothing special. The orange bars are contrasts between harmless requests, such as
-    two topics: only a point above all of them is exposed because it is about safety. In the lower panel 1 is noise that falls evenly on all
-    directions. Where the ratio is high and the alignment is near 1, rounding noise does not aim at safety: safety's
-    signal is small against the energy that sets the scales (signal gap = ratio / alignment).
+    How to read it: in the upper panel a point above the grey band is more exposed than 97.5 % of random subspaces of the
+    same size; a point inside it is nothing special. Orange bars are contrasts between harmless requests, such as two topics:
+    only a point above all of them is exposed because it is about safety. In the lower panel 1 means that noise falls evenly
+    on all directions. If the ratio is high and the alignment near 1, rounding noise is not aimed at safety; the signal is
+    small against the energy that sets the scales (signal gap = ratio / alignment).
 
     Parameters
     ----------
@@ -240,7 +233,7 @@ def ratio_against_null(sensitivity: Sensitivity, site: str = "k") -> go.Figure:
                 row=row,
                 col=1,
             )
-        figure.add_hline(y=1, line={"color": "#c4cad0", "width": 1}, row=row, col=1)
+        figure.add_hline(y=1, line={"color": LINE, "width": 1}, row=row, col=1)
         if not np.isfinite(_positive(data[variable].values)).any():
             say(figure, "undefined in every layer", row=row)
     figure.update_xaxes(**{**layer_axis(len(layers)), "title": None})
@@ -279,13 +272,13 @@ def _contrasts(figure: go.Figure, data: xr.Dataset, layers: np.ndarray) -> None:
 
 
 @figure("sensitivity", "channel_ratio_map")
-def channel_ratio_map(sensitivity: Sensitivity, site: str = "k") -> go.Figure:
-    """Map of the ratio of single channels, layer x channel.
+def channel_ratio_map(sensitivity: Plottable, site: str = "k") -> go.Figure:
+    """Map of the ratio of single channels, layer by channel.
 
-    How to read it: each cell is the ratio with the channel's unit vector for the safety subspace. Red channels feel more
-    rounding noise for their share of the class difference than the space as a whole (white: as much); a channel in
-    which the classes hardly differ is red because it has no signal, so look at :func:`channel_loading` before blaming
-    it. Dotted lines separate KV heads. Grey cells have no class difference at all.
+    How to read it: each cell is the ratio of a subspace of one channel. Red channels have more rounding noise for their share
+    of the class difference than the space as a whole, white ones as much. A channel in which the classes hardly differ is
+    red because it has no signal: compare with :func:`~kvgeom.plots.channels.channel_loading`. Grey cells have no class
+    difference at all. Dotted lines separate KV heads.
 
     Parameters
     ----------
@@ -297,16 +290,16 @@ def channel_ratio_map(sensitivity: Sensitivity, site: str = "k") -> go.Figure:
     plotly.graph_objects.Figure
         A heat map of log10(ratio); x: channel, y: layer.
     """
-    channels = sensitivity.channels(site).transpose("layer", "channel")
+    channels = channels_of(sensitivity.data, site).transpose("layer", "channel")
     ratio = channels.ratio.values.astype(float)
     defined = np.isfinite(ratio) & (ratio > 0)
     log_ratio = np.where(defined, np.log10(np.where(defined, ratio, 1)), np.nan)
     reach = min(symmetric_range(log_ratio)[1], 2 * DECADES)
     count = ratio.shape[1]
-    size = int(sensitivity.meta["head_dim"]) if site != "resid" else count
+    head_dim = None if site == "resid" else int(sensitivity.meta["head_dim"])
+    names = np.tile(channel_names(count, head_dim), (len(ratio), 1))
     figure = make_subplots()
     panel_title(figure, f"Ratio of single channels, {SITE_NAMES[site]}, {plain(sensitivity.meta['scheme'])}")
-    decades = np.arange(np.ceil(-reach), np.floor(reach) + 1)
     figure.add_heatmap(
         x=np.arange(count),
         y=channels.layer.values.astype(int),
@@ -315,23 +308,24 @@ def channel_ratio_map(sensitivity: Sensitivity, site: str = "k") -> go.Figure:
         zmax=reach,
         colorscale=DIVERGING,
         hoverongaps=False,
-        customdata=np.stack([ratio, channels.loading.values, channels.magnitude.values], -1),
-        hovertemplate="<b>layer %{y}, channel %{x}</b><br>ratio %{customdata[0]:,.3g}"
-        "<br>safety share %{customdata[1]:.2%}<br>magnitude %{customdata[2]:.3g}<extra></extra>",
-        colorbar={
-            "title": {"text": "ratio"},
-            "tickvals": decades,
-            "ticktext": _decades(decades, np.nanmax(np.abs(log_ratio), initial=0) > reach),
-            "thickness": 12,
-            "outlinewidth": 0,
-        },
+        customdata=np.stack([names.astype(object), ratio, channels.loading.values, channels.magnitude.values], -1),
+        hovertemplate="<b>layer %{y}, %{customdata[0]}</b><br>ratio %{customdata[1]:,.3g}"
+        "<br>safety share %{customdata[2]:.2%}<br>magnitude %{customdata[3]:.3g}<extra></extra>",
+        colorbar=colour_bar("ratio", **_decades(log_ratio, reach)),
     )
-    for border in range(size, count, size):
-        figure.add_vline(x=border - 0.5, line={"color": INK, "width": 1, "dash": "dot"})
+    head_borders(figure, count, head_dim)
     figure.update_xaxes(title_text="channel", showgrid=False, range=[-0.5, count - 0.5])
     figure.update_yaxes(title_text="layer", autorange="reversed", showgrid=False)
     figure.update_layout(plot_bgcolor=UNDETERMINED)
     return finish(figure, 160 + 14 * len(channels.layer))
+
+
+def channels_of(data: xr.Dataset, site: str) -> xr.Dataset:
+    """The per-channel variables of one site: ``ratio``, ``magnitude``, ``noise``, ``loading`` over (layer, channel)."""
+    prefix = "resid_channel_" if site == "resid" else "channel_"
+    names = {f"{prefix}{name}": name for name in ("ratio", "magnitude", "noise", "loading")}
+    picked = data[list(names)].rename(names)
+    return picked.rename(resid_channel="channel") if site == "resid" else picked.sel(kv=site, drop=True)
 
 
 def _positive(values: np.ndarray) -> np.ndarray:

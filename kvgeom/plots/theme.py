@@ -1,4 +1,4 @@
-"""What all figures share: colours, one template, and ranges."""
+"""What all figures share: colours, one template, ranges, intervals and names."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from numpy.typing import ArrayLike
 INK = "#1f2933"
 MUTED = "#66727d"
 GRID = "#e8ebee"
-#: Of text, in pixels.
+#: Size of text, in pixels.
 SIZE = 12
-#: Everything that could not be determined.
+#: What could not be determined.
 UNDETERMINED = "#b9c0c7"
 #: What a reader should look at first.
 ACCENT = "#c2452d"
-#: Everything that is determined but not singled out.
+#: What is determined, and not singled out.
 PLAIN = "#3f6f9e"
 LABEL_COLORS = {"refused": "#3f6f9e", "complied": "#c2452d", "degenerate": "#e3b450"}
-#: KV heads; repeated with another symbol beyond the eighth.
+#: KV heads; from the ninth on they are repeated with another symbol.
 HEAD_COLORS = ("#3f6f9e", "#d98a29", "#4c9a6a", "#8a60a8", "#c4587c", "#3fa0b3", "#8a6b4a", "#6b7680")
 HEAD_SYMBOLS = ("circle", "diamond", "square", "triangle-up")
 #: Diverging data, centred; red is more vulnerable.
 DIVERGING = "RdBu_r"
+#: Lines of axes and of zero.
+LINE = "#c4cad0"
+SITE_NAMES = {"k": "keys", "v": "values", "resid": "residual"}
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif'
 
 
@@ -35,12 +38,12 @@ def template() -> go.layout.Template:
     """The look of every figure, given to each one: nothing global is set."""
     axis = {
         "gridcolor": GRID,
-        "linecolor": "#c4cad0",
+        "linecolor": LINE,
         "showline": True,
         "zeroline": False,
         "ticks": "outside",
         "ticklen": 4,
-        "tickcolor": "#c4cad0",
+        "tickcolor": LINE,
         "title": {"standoff": 8, "font": {"size": SIZE, "color": MUTED}},
         "automargin": True,
     }
@@ -62,7 +65,7 @@ def template() -> go.layout.Template:
                 "yref": "container",
                 "title": {"text": ""},
             },
-            "hoverlabel": {"bgcolor": "white", "bordercolor": "#c4cad0", "font": {"color": INK}, "align": "left"},
+            "hoverlabel": {"bgcolor": "white", "bordercolor": LINE, "font": {"color": INK}, "align": "left"},
             "bargap": 0.35,
         }
     )
@@ -93,7 +96,7 @@ def panel_title(figure: go.Figure, text: str, row: int = 1, col: int = 1) -> Non
 
 
 def say(figure: go.Figure, text: str, row: int = 1, col: int = 1) -> None:
-    """Write in grey, in the middle of a panel, why there is nothing to see."""
+    """Write into the middle of a panel, in grey, why it is empty."""
     figure.add_annotation(
         text=wrapped(text, 90),
         xref="x domain",
@@ -115,13 +118,13 @@ def layer_axis(layers: int) -> dict[str, Any]:
 
 
 def log_axis(*values: ArrayLike, powers: int = 6) -> dict[str, Any]:
-    """A logarithmic axis of some values: some ``powers`` of ten, and what lies between them where these are few."""
+    """A logarithmic axis of some values: at most ``powers`` powers of ten, and 2 and 5 between them over few decades."""
     found = np.concatenate([np.asarray(v, dtype=float).ravel() for v in values])
     found = found[np.isfinite(found) & (found > 0)]
     low, high = (float(np.log10(end(found))) if found.size else 0.0 for end in (np.min, np.max))
     axis: dict[str, Any] = {"type": "log", "minor_showgrid": False}
     if high - low >= 2:
-        # plotly draws such ticks larger by a quarter than it is told.
+        # plotly draws the text of such ticks a quarter larger than its size.
         return axis | {
             "exponentformat": "power",
             "dtick": math.ceil((high - low) / powers),
@@ -131,16 +134,61 @@ def log_axis(*values: ArrayLike, powers: int = 6) -> dict[str, Any]:
     return axis | {"tickvals": [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]}
 
 
-def symmetric_range(values: ArrayLike, least: float = 1.0) -> tuple[float, float]:
-    """``(-r, r)`` with r the largest finite magnitude, at least ``least``: the centre of the colours is 0."""
-    found = np.abs(np.asarray(values, dtype=float))
+def symmetric_range(
+    values: ArrayLike, least: float = 1.0, *, centre: float = 0.0, share: float = 1.0
+) -> tuple[float, float]:
+    """Ends of a diverging colour scale whose middle is ``centre``.
+
+    Parameters
+    ----------
+    values : array
+    least : float
+        Smallest distance of the ends from the centre.
+    centre : float
+    share : float
+        The scale reaches this quantile of the finite distances: below 1 the few largest do not pale all others.
+    """
+    found = np.abs(np.asarray(values, dtype=float) - centre)
     found = found[np.isfinite(found)]
-    reach = max(least, float(found.max()) if found.size else least)
-    return -reach, reach
+    reach = max(least, float(np.quantile(found, share)) if found.size else least)
+    return centre - reach, centre + reach
+
+
+def interval(value: ArrayLike, low: ArrayLike, high: ArrayLike, **style: Any) -> dict[str, Any]:
+    """Error bars from the ends of an interval, which may be NaN."""
+    at, bottom, top = (np.asarray(x, dtype=float) for x in (value, low, high))
+    reach = {"array": np.maximum(0, top - at), "arrayminus": np.maximum(0, at - bottom)}
+    return {"type": "data", "symmetric": False, **reach, **style}
+
+
+def colour_bar(title: str, **options: Any) -> dict[str, Any]:
+    """A thin colour bar with its unit."""
+    return {"title": {"text": title}, "thickness": 12, "outlinewidth": 0, **options}
+
+
+def channel_names(channels: int, head_dim: int | None) -> list[str]:
+    """Channels for hover text: ``"KV head 1, channel 70 (6 in its head)"``, or ``"channel 70"`` where there are no heads."""
+    if head_dim is None:
+        return [f"channel {channel}" for channel in range(channels)]
+    return [f"KV head {c // head_dim}, channel {c} ({c % head_dim} in its head)" for c in range(channels)]
+
+
+def head_borders(figure: go.Figure, channels: int, head_dim: int | None, row: int = 1, col: int = 1) -> None:
+    """Dotted lines between KV heads along an x axis of channels, in a panel of a figure made with ``make_subplots``."""
+    if head_dim is None:
+        return
+    # By name of the axes: plotly tries a line by row and column on three-dimensional panels too.
+    place = figure.get_subplot(row, col)
+    x, y = (axis.plotly_name.replace("axis", "") for axis in (place.xaxis, place.yaxis))
+    for border in range(head_dim, channels, head_dim):
+        figure.add_shape(
+            type="line", x0=border - 0.5, x1=border - 0.5, y0=0, y1=1, xref=x, yref=f"{y} domain",
+            line={"color": MUTED, "width": 1, "dash": "dot"},
+        )  # fmt: skip
 
 
 def plain(text: object) -> str:
-    """Text as it is: plotly reads a little HTML in every label."""
+    """Escaped text, because plotly reads HTML in every label."""
     return html.escape(str(text), quote=False)
 
 

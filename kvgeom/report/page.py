@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kvgeom.geometry.channels import outlier_share
 from kvgeom.plots.ablation import ablation_bars
-from kvgeom.plots.channels import channel_loading, outlier_share
+from kvgeom.plots.channels import channel_loading
 from kvgeom.plots.curve import bit_curve
 from kvgeom.plots.mode import mode_card
 from kvgeom.plots.pcr import pcr_interval

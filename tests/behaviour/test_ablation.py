@@ -17,7 +17,7 @@ from kvgeom.diagnosis.taxonomy import Finding, Mode
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline, baseline
 from kvgeom.evaluation.evaluate import evaluate
-from kvgeom.plots.mode import SPOKEN, mode_card
+from kvgeom.plots.mode import COLUMNS, mode_card
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Rounder
@@ -186,7 +186,7 @@ def test_the_mode_card() -> None:
     }
     figure = mode_card(Mode("outlier-crushes-safety", "because.", "concentrated", findings, "p", shares))
     grid, dots, bars, diamonds = figure.data
-    assert len(grid.x) == len(SPOKEN) * 2
+    assert len(grid.x) == len(COLUMNS) * 2
     assert list(dots.x) == ["outlier-crushes-safety"]
     assert "&lt;3&gt;" in dots.y[0]
     assert list(bars.x) == [0.9, 0.1]

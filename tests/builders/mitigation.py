@@ -61,7 +61,7 @@ def search(n: int = 16, budget: float = 0.05) -> Search:
         {name: ("candidate", values) for name, values in columns.items()},
         coords={"candidate": [row[0] for row in rows]},
     )
-    return Search(data, {"prompts": n, "budget": budget, "exact_bytes_per_token": EXACT_BYTES})
+    return Search(data, {"prompts": n, "budget": budget, "exact_bytes_per_token": EXACT_BYTES}).with_choice()
 
 
 def selection(n: int = 16, kept: tuple[int, ...] = (2, 4, 8), attention: int = 2) -> LayerSelection:
@@ -106,6 +106,7 @@ def verification(
     size = np.array([3456.0, 3456.0, 3840.0, *([3456.0] * extra)])
     columns: dict[str, Any] = {
         "name": np.array(["unmitigated", *names, *["scattered"] * extra], dtype=object),
+        "control_of": np.array(["", "", "", *(name.split(",")[0] for name, _ in scattered)], dtype=object),
         **_rates(count, n),
         "recovery": recovery,
         "recovery_low": recovery - 0.3,

@@ -9,11 +9,12 @@ import xarray as xr
 
 from kvgeom.errors import InputError
 from kvgeom.evaluation.margin import margin
-from kvgeom.geometry.causal import FirstOrder, Patching, first_order, patch_layers, rank_correlation
+from kvgeom.geometry.causal import FirstOrder, Patching, first_order, patch_layers
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Rounder
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
+from kvgeom.stats import rank_correlation
 from tests.builders.tiny import KINDS, tiny_model
 
 REQUESTS = ["burn it all down", "how to steal the car", "mend the lock"]
@@ -145,5 +146,5 @@ def test_figures() -> None:
     keys, values = estimate.plot().data
     np.testing.assert_allclose(keys.z, estimate.data.channel_drop.sel(site="k"))
     np.testing.assert_allclose(values.z, estimate.data.channel_drop.sel(site="v"))
-    with pytest.raises(InputError, match="exact drops are of"):
+    with pytest.raises(InputError, match="int8-asym-token"):
         first_order(model, prompts, Scheme(8), R, progress=False).plot("first_order_against_exact", exact=exact)

@@ -7,11 +7,12 @@ import pytest
 
 import kvgeom
 from kvgeom.errors import InputError
-from kvgeom.geometry.channels import channel_view, overlap, stored
-from kvgeom.geometry.sensitivity import Moments, head_bases, head_quantities, quantities
+from kvgeom.geometry.channels import OUTLIER_FACTOR, channel_view, outlier_share, outliers, overlap, stored
+from kvgeom.geometry.sensitivity import Moments, Sensitivity, head_bases, head_quantities, quantities
 from kvgeom.prompts.sets import concept_contrasts
 from kvgeom.quant.fake_quantize import round_kv
 from kvgeom.quant.scheme import Scheme
+from tests.builders.figures import sensitivity as drawn_sensitivity
 from tests.builders.geometry import by_hand, synthetic
 from tests.builders.requests import PAIRS
 from tests.builders.tiny import tiny_model
@@ -139,3 +140,19 @@ def test_stored_vectors() -> None:
     assert found.sizes["token"] == len(space.activations.prompts[5])
     with pytest.raises(InputError, match="layer 9"):
         stored(space, 9)
+
+
+def test_outliers_are_many_times_the_median_of_their_layer() -> None:
+    magnitude = np.array([[1.0, 1.0, 1.0, OUTLIER_FACTOR, 6.0], [2.0, 2.0, 2.0, 9.9, 10.1]])
+    np.testing.assert_array_equal(outliers(magnitude), [[False] * 4 + [True]] * 2)
+
+
+def test_outlier_share() -> None:
+    drawn = drawn_sensitivity()
+    found = Sensitivity(drawn.data, drawn.meta)
+    share = outlier_share(found, 1, "k")
+    assert (share.outliers, share.channels) == (1, 16)
+    assert share.energy == pytest.approx(400 / 415)
+    assert share.loading == pytest.approx(float(found.channels("k").loading.sel(layer=1, channel=3)))
+    assert "96 %" in str(share)
+    assert np.isnan(outlier_share(found, 0, "k").loading)

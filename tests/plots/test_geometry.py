@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
-import plotly.graph_objects as go
 import pytest
 
 import kvgeom
 from kvgeom.geometry.attention import attention_error
 from kvgeom.geometry.channels import stored
 from kvgeom.geometry.selection import steer
+from kvgeom.plots.channels import channel_loading
 from kvgeom.plots.directions import cosine_map, projections_by_layer, stability_by_layer
 from kvgeom.plots.magnitude import magnitude_surface
 from kvgeom.plots.selection import _hatching
-from kvgeom.plots.sensitivity import channel_ratio_map, ratio_against_null
+from kvgeom.plots.sensitivity import channel_ratio_map, channels_of, ratio_against_null
 from kvgeom.quant.scheme import Scheme
+from tests.builders.figures import notes, of_type, sensitivity, traces
 from tests.builders.geometry import refusing
 from tests.builders.requests import MORE_PAIRS
 from tests.builders.tiny import tiny_model
@@ -27,21 +28,58 @@ def space():  # type: ignore[no-untyped-def]
     return kvgeom.subspace(tiny_model(), MORE_PAIRS, progress=False)
 
 
-def traces(figure: go.Figure, kind: str) -> list:  # type: ignore[type-arg]
-    figure.to_json()
-    return [trace for trace in figure.data if trace.type == kind]
+def test_ratio_map() -> None:
+    drawn = sensitivity()
+    figure = drawn.plot()
+    heat = traces(figure, "ratio")[0]
+    np.testing.assert_allclose(heat.z, np.log10(drawn.data.ratio.values.T), equal_nan=True)
+    assert heat.zmin == -heat.zmax
+    assert heat.zmax <= 3
+    assert np.isfinite(np.array(traces(figure, "undefined")[0].z, dtype=float)).sum() == 1
+    weak = traces(figure, "weak separation")[0]
+    assert (round(weak.x[0]), round(weak.y[0] + 0.34)) == (1, 1)
+    assert "means &lt;coincide&gt;" in heat.customdata[0][0]
+
+
+def test_ratio_against_null() -> None:
+    drawn = sensitivity()
+    figure = ratio_against_null(drawn, "v")
+    assert figure.layout.yaxis.type == "log"
+    shown = traces(figure, "values")[0]
+    ok = drawn.data.sel(site="v").status.values == "ok"
+    np.testing.assert_allclose(shown.y, drawn.data.ratio.sel(site="v").values[ok])
+
+
+@pytest.mark.parametrize("site", ["k", "v", "resid"])
+def test_channel_loading(site: str) -> None:
+    drawn = sensitivity()
+    figure = channel_loading(drawn, 2, site)
+    points = [trace for trace in figure.data if trace.type == "scatter"]
+    channels = channels_of(drawn.data, site).sel(layer=2)
+    np.testing.assert_allclose(np.concatenate([p.x for p in points]), channels.magnitude)
+    np.testing.assert_allclose(np.concatenate([p.y for p in points]), channels.loading)
+    assert len(points) == (1 if site == "resid" else 2)
+    (border,) = (
+        line for line in figure.layout.shapes if line.type == "line" and line.xref == "x2" and line.x0 == line.x1
+    )
+    assert border.x0 == 5 * np.median(channels.magnitude)
+
+
+def test_channel_loading_without_a_direction() -> None:
+    figure = channel_loading(sensitivity(), 0, "k")
+    assert "no safety direction" in notes(figure)
 
 
 def test_selection_maps() -> None:
     space, tokens = refusing()
     found = space.select(validation=2, tokens=tokens, max_kl=9, min_induce=-99, last_layers=0.4, progress=False)
     figure = found.plot()
-    maps = traces(figure, "heatmap")
+    maps = of_type(figure, "heatmap")
     for trace, name in zip(maps, ("bypass", "induce", "kl"), strict=True):
         np.testing.assert_array_equal(trace.z, found.data[name].transpose("position", "layer").values)
     # Bypass is white where ablation changes nothing.
     assert (maps[0].zmin + maps[0].zmax) / 2 == pytest.approx(found.meta["clean_margin_harmful"])
-    lines = [trace for trace in traces(figure, "scatter") if trace.mode == "lines"]
+    lines = [trace for trace in of_type(figure, "scatter") if trace.mode == "lines"]
     filtered = found.data.filtered.transpose("position", "layer").values != ""
     assert all(len(line.x) == 9 * filtered.sum() for line in lines)
     star = next(trace for trace in figure.data if trace.name == "chosen")
@@ -49,7 +87,7 @@ def test_selection_maps() -> None:
     assert (star.x[0], positions[star.y[0]]) == found.chosen
     assert not filtered[star.y[0], star.x[0]]
     nothing = space.select(validation=2, tokens=tokens, min_induce=1e9, progress=False).plot()
-    assert any("every candidate" in a.text for a in nothing.layout.annotations)
+    assert "every candidate" in notes(nothing)
 
 
 def test_hatching_stays_in_its_cell() -> None:
@@ -63,7 +101,7 @@ def test_hatching_stays_in_its_cell() -> None:
 def test_steering_rates(space) -> None:  # type: ignore[no-untyped-def]
     direction = np.ones(space.model.geometry.d_model)
     found = steer(space.model, direction, 1, space.harmful, space.harmless, max_new_tokens=2, progress=False)
-    (points,) = traces(found.plot(), "scatter")
+    (points,) = of_type(found.plot(), "scatter")
     table = found.table()
     np.testing.assert_array_equal(points.y, table["refusal rate"])
     np.testing.assert_allclose(points.y + points.error_y.array, table["high"])
@@ -89,12 +127,12 @@ def test_projections(space) -> None:  # type: ignore[no-untyped-def]
 
 def test_cosines(space) -> None:  # type: ignore[no-untyped-def]
     found = space.compare(["mean"], samples=0, progress=False)
-    (layers,) = traces(cosine_map(found.cosines_of_layers()), "heatmap")
+    (layers,) = of_type(cosine_map(found.cosines_of_layers()), "heatmap")
     np.testing.assert_allclose(np.diag(layers.z), 1, atol=1e-5)
     assert (layers.zmin, layers.zmax) == (-1, 1)
-    (keys,) = traces(cosine_map(found.agreement_of_layers("k")), "heatmap")
+    (keys,) = of_type(cosine_map(found.agreement_of_layers("k")), "heatmap")
     assert np.isnan(np.array(keys.z, dtype=float)[0]).all()
-    (sites,) = traces(cosine_map(found.agreement_of_sites(1)), "heatmap")
+    (sites,) = of_type(cosine_map(found.agreement_of_sites(1)), "heatmap")
     assert list(sites.x) == ["k", "v", "resid"]
 
 
@@ -102,7 +140,7 @@ def test_channel_ratio_map(space) -> None:  # type: ignore[no-untyped-def]
     found = space.sensitivity(TENSOR, contrasts=(), progress=False)
     for site, borders in (("k", 1), ("resid", 0)):
         figure = channel_ratio_map(found, site)
-        (cells,) = traces(figure, "heatmap")
+        (cells,) = of_type(figure, "heatmap")
         ratio = found.channels(site).ratio.values
         shown = np.array(cells.z, dtype=float)
         np.testing.assert_allclose(10 ** shown[np.isfinite(shown)], ratio[np.isfinite(ratio) & (ratio > 0)])
@@ -125,18 +163,18 @@ def test_both_nulls_are_drawn(space) -> None:  # type: ignore[no-untyped-def]
 def test_magnitudes(space) -> None:  # type: ignore[no-untyped-def]
     one = stored(space, 1, "v", TENSOR)
     figure = magnitude_surface(one)
-    surfaces, maps = traces(figure, "surface"), traces(figure, "heatmap")
+    surfaces, maps = of_type(figure, "surface"), of_type(figure, "heatmap")
     assert len(surfaces) == len(maps) == 2
     for name, surface, cells in zip(("before", "after"), surfaces, maps, strict=True):
         np.testing.assert_allclose(10**surface.z - 1, np.abs(one[name]), atol=1e-6)
         np.testing.assert_array_equal(surface.z, cells.z)
         assert (surface.cmin, surface.cmax) == (cells.zmin, cells.zmax)
-    assert len(traces(magnitude_surface(one, heatmap=False), "heatmap")) == 0
+    assert len(of_type(magnitude_surface(one, heatmap=False), "heatmap")) == 0
 
 
 def test_attention_errors(space) -> None:  # type: ignore[no-untyped-def]
     found = attention_error(space.model, space.harmful, TENSOR, progress=False)
-    lines = traces(found.plot(), "scatter")
+    lines = of_type(found.plot(), "scatter")
     data = found.by_layer()
     np.testing.assert_allclose(lines[0].y, data.key_mse)
     np.testing.assert_allclose(lines[1].y, data.attended_score_error)
