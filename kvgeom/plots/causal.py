@@ -12,10 +12,11 @@ from kvgeom.plots.theme import (
     DIVERGING,
     MUTED,
     PLAIN,
-    channel_names,
+    channel_hover,
     colour_bar,
     finish,
     head_borders,
+    head_numbers,
     layer_axis,
     panel_title,
     plain,
@@ -92,7 +93,7 @@ def first_order_channels(estimate: Plottable) -> go.Figure:
     # A few channels dominate: colours end where 99 % of the cells lie; the hover text has the number.
     low, high = symmetric_range(data.values, least=1e-9, share=0.99)
     size, count = int(estimate.meta["head_dim"]), data.sizes["channel"]
-    names = np.tile(channel_names(count, size), (data.sizes["layer"], 1))
+    heads = head_numbers((data.sizes["layer"], count), size)
     for row, (site, title) in enumerate((("k", "Keys"), ("v", "Values")), 1):
         panel_title(figure, title, row=row)
         figure.add_heatmap(
@@ -103,8 +104,8 @@ def first_order_channels(estimate: Plottable) -> go.Figure:
             zmax=high,
             colorscale=DIVERGING,
             showscale=row == 1,
-            customdata=names,
-            hovertemplate=title + ", layer %{y}, %{customdata}<br>margin lost %{z:.3g} nats<extra></extra>",
+            customdata=heads,
+            hovertemplate=f"{title}, layer %{{y}}, {channel_hover(size, 'customdata')}<br>margin lost %{{z:.3g}} nats<extra></extra>",
             colorbar=colour_bar(
                 "margin lost<br>(nats)", tickvals=[low, 0, high], ticktext=[f"≤ {short(low)}", "0", f"≥ {short(high)}"]
             ),

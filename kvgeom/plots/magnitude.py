@@ -8,7 +8,16 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from kvgeom.plots.theme import SITE_NAMES, channel_names, colour_bar, finish, head_borders, panel_title, plain
+from kvgeom.plots.theme import (
+    SITE_NAMES,
+    channel_hover,
+    colour_bar,
+    finish,
+    head_borders,
+    head_numbers,
+    panel_title,
+    plain,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -59,18 +68,18 @@ def magnitude_surface(stored: xr.Dataset, *, heatmap: bool = True) -> go.Figure:
     bar = colour_bar("magnitude", tickvals=[np.log10(1 + v) for v in ticks], ticktext=[str(v) for v in ticks])
     count = before.shape[1]
     head_dim = None if stored.attrs["site"] == "resid" else count // int(stored.attrs["kv_heads"])
-    names = channel_names(count, head_dim)
+    text = np.array([[token] * count for token in tokens], dtype=object)
+    heads = head_numbers((len(tokens), count), head_dim)
     layer = f"layer {stored.attrs['layer']}"
-    text = np.array([[f"{layer}, {name}<br>token {token}" for name in names] for token in tokens], dtype=object)
     for row, (values, z) in enumerate(zip((before, after), heights, strict=True), 1):
-        shared = {"z": z, "colorscale": MAGNITUDE, "customdata": values}
-        hover = "%{text}<br>magnitude %{customdata:.3g}<extra></extra>"
+        shared = {"z": z, "colorscale": MAGNITUDE}
         figure.add_surface(
             **shared,
             cmin=0,
             cmax=top,
+            customdata=values,
             hovertext=text,
-            hovertemplate=hover.replace("%{text}", "%{hovertext}"),
+            hovertemplate=f"{layer}, channel %{{x}}<br>token %{{hovertext}}<br>magnitude %{{customdata:.3g}}<extra></extra>",
             showscale=row == 1,
             colorbar=bar,
             row=row,
@@ -78,7 +87,16 @@ def magnitude_surface(stored: xr.Dataset, *, heatmap: bool = True) -> go.Figure:
         )
         if heatmap:
             figure.add_heatmap(
-                **shared, zmin=0, zmax=top, text=text, hovertemplate=hover, showscale=False, row=row, col=2
+                **shared,
+                zmin=0,
+                zmax=top,
+                customdata=np.stack([heads, values], -1),
+                text=text,
+                hovertemplate=f"{layer}, {channel_hover(head_dim, 'customdata[0]')}<br>token %{{text}}"
+                "<br>magnitude %{customdata[1]:.3g}<extra></extra>",
+                showscale=False,
+                row=row,
+                col=2,
             )
             head_borders(figure, count, head_dim, row=row, col=2)
             figure.update_xaxes(title_text="channel" if row == 2 else None, showgrid=False, row=row, col=2)

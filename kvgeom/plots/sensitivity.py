@@ -18,10 +18,11 @@ from kvgeom.plots.theme import (
     PLAIN,
     SITE_NAMES,
     UNDETERMINED,
-    channel_names,
+    channel_hover,
     colour_bar,
     finish,
     head_borders,
+    head_numbers,
     layer_axis,
     log_axis,
     panel_title,
@@ -297,7 +298,7 @@ def channel_ratio_map(sensitivity: Plottable, site: str = "k") -> go.Figure:
     reach = min(symmetric_range(log_ratio)[1], 2 * DECADES)
     count = ratio.shape[1]
     head_dim = None if site == "resid" else int(sensitivity.meta["head_dim"])
-    names = np.tile(channel_names(count, head_dim), (len(ratio), 1))
+    heads = head_numbers((len(ratio), count), head_dim)
     figure = make_subplots()
     panel_title(figure, f"Ratio of single channels, {SITE_NAMES[site]}, {plain(sensitivity.meta['scheme'])}")
     figure.add_heatmap(
@@ -308,8 +309,9 @@ def channel_ratio_map(sensitivity: Plottable, site: str = "k") -> go.Figure:
         zmax=reach,
         colorscale=DIVERGING,
         hoverongaps=False,
-        customdata=np.stack([names.astype(object), ratio, channels.loading.values, channels.magnitude.values], -1),
-        hovertemplate="<b>layer %{y}, %{customdata[0]}</b><br>ratio %{customdata[1]:,.3g}"
+        customdata=np.stack([heads, ratio, channels.loading.values, channels.magnitude.values], -1),
+        hovertemplate=f"<b>layer %{{y}}, {channel_hover(head_dim, 'customdata[0]')}</b>"
+        "<br>ratio %{customdata[1]:,.3g}"
         "<br>safety share %{customdata[2]:.2%}<br>magnitude %{customdata[3]:.3g}<extra></extra>",
         colorbar=colour_bar("ratio", **_decades(log_ratio, reach)),
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 INK = "#1f2933"
 MUTED = "#66727d"
@@ -171,6 +171,16 @@ def channel_names(channels: int, head_dim: int | None) -> list[str]:
     if head_dim is None:
         return [f"channel {channel}" for channel in range(channels)]
     return [f"KV head {c // head_dim}, channel {c} ({c % head_dim} in its head)" for c in range(channels)]
+
+
+def channel_hover(head_dim: int | None, head: str) -> str:
+    """The same for a map with channels along x, as a template; ``head`` is what it calls the number of the KV head."""
+    return "channel %{x}" if head_dim is None else f"KV head %{{{head}}}, channel %{{x}}"
+
+
+def head_numbers(shape: tuple[int, int], head_dim: int | None) -> NDArray[np.float64]:
+    """The KV head of every cell of a map with channels along x."""
+    return np.broadcast_to(np.arange(shape[1]) // (head_dim or shape[1]), shape).astype(float)
 
 
 def head_borders(figure: go.Figure, channels: int, head_dim: int | None, row: int = 1, col: int = 1) -> None:

@@ -146,6 +146,9 @@ def test_channel_ratio_map(space) -> None:  # type: ignore[no-untyped-def]
         np.testing.assert_allclose(10 ** shown[np.isfinite(shown)], ratio[np.isfinite(ratio) & (ratio > 0)])
         assert len(figure.layout.shapes) == borders
         assert cells.zmin == -cells.zmax
+        # The hover text names the head.
+        assert ("KV head" in cells.hovertemplate) == (site != "resid")
+        np.testing.assert_array_equal(np.unique(np.array(cells.customdata)[..., 0]), range(borders + 1))
 
 
 def test_both_nulls_are_drawn(space) -> None:  # type: ignore[no-untyped-def]
