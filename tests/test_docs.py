@@ -6,12 +6,15 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import kvgeom
 from kvgeom.engines import registry
+from kvgeom.plots import registry as plots
 from kvgeom.prompts.sets import PromptSet
+from tests.builders.figures import curve
 from tests.builders.tiny import tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +52,18 @@ def test_the_example_judge() -> None:
     prompts = PromptSet("p", ("a b", "c d"), ("e f", "g h"), "")
     found = kvgeom.audit(tiny_model(), prompts=prompts, judge=judge, curve_bits=(2,), max_new_tokens=2, progress=False)
     assert found.settings["judge"] == "apologies"
+
+
+def test_the_example_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figure of docs/extending.md, of a curve made by hand."""
+    plots.figures("curve")
+    monkeypatch.setattr(plots, "_FIGURES", {kind: dict(known) for kind, known in plots._FIGURES.items()})
+    block = next(block for block in python_blocks(ROOT / "docs" / "extending.md") if "def losses" in block)
+    drawn: dict[str, object] = {"diagnosis": SimpleNamespace(curve=curve())}
+    exec(block, drawn)
+    (bars,) = curve().plot("losses", colour="red").data
+    assert bars.marker.color == "red"
+    assert list(bars.y) == list(curve().data.flips.values)
 
 
 def test_the_page_on_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, unknown
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -69,7 +69,7 @@ def figure(kind: str, name: str) -> Callable[[F], F]:
     """
 
     def register(function: F) -> F:
-        if not function.__module__.startswith(f"{_PACKAGE}."):
+        if not str(function.__module__).startswith(f"{_PACKAGE}."):
             _load()
         known = _FIGURES.setdefault(kind, {})
         other = known.get(name)
@@ -109,7 +109,7 @@ def draw(result: Any, name: str | None = None, **options: Any) -> go.Figure:
     if not known:
         raise InputError(f"there is no figure of kind {result.kind!r}; register one with kvgeom.plots.registry.figure")
     if name is not None and name not in known:
-        raise InputError(f"unknown figure {name!r} of {result.kind}; choose from {', '.join(known)}")
+        raise unknown(f"figure of {result.kind}", name, known)
     return _FIGURES[result.kind][known[0] if name is None else name](result, **options)
 
 

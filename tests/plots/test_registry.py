@@ -56,8 +56,9 @@ def test_an_unknown_figure_is_an_error_that_names_the_others(tides: Tides) -> No
     with pytest.raises(InputError, match="tides"):
         tides.plot()
     registry.figure("tides", "mine")(heights)
-    with pytest.raises(InputError, match=r"'yours'.*mine"):
-        tides.plot("yours")
+    for wrong in ("yours", "mien"):
+        with pytest.raises(InputError, match=rf"'{wrong}'.*mine"):
+            tides.plot(wrong)
 
 
 def test_a_name_is_given_once() -> None:
