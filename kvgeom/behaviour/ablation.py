@@ -23,8 +23,9 @@ from kvgeom.results import Result
 from kvgeom.stats import mcnemar
 
 Families = Mapping[str, Mapping[str, Recipe]]
-#: A channel is an outlier if it belongs to this share of a layer's channels with the largest root mean square.
-OUTLIER_SHARE = 0.05
+#: Share of a layer's channels, those with the largest root mean square, that is rounded apart from the others. These are not the
+#: outliers of :mod:`kvgeom.geometry.channels`, of which a layer may have none.
+LARGEST_SHARE = 0.05
 
 
 @dataclass(frozen=True, repr=False)
@@ -150,7 +151,7 @@ def channel_magnitudes(base: Baseline, placement: Placement | None = None) -> di
 
 def is_channel_subset(name: str) -> bool:
     """Whether a recipe's name is one of those of :func:`channel_subsets`."""
-    return name in ("every channel", "outliers", "non-outliers", "low magnitude") or name.startswith("random ")
+    return name in ("every channel", "largest", "all but the largest", "low magnitude") or name.startswith("random ")
 
 
 def channel_subsets(
@@ -158,14 +159,14 @@ def channel_subsets(
     scheme: Scheme,
     layers: Sequence[int],
     *,
-    share: float = OUTLIER_SHARE,
+    share: float = LARGEST_SHARE,
     repeats: int = 3,
     seed: int = 0,
 ) -> dict[str, dict[str, Recipe]]:
     """One family: only some channels of some layers are rounded, with the scales of the whole tensor.
 
-    The outliers of each layer and site, all others, as many of the smallest, and as many drawn at random from all but
-    the outliers, several times.
+    The largest channels of each layer and site, all others, as many of the smallest, and as many drawn at random from all
+    but the largest, several times.
 
     Parameters
     ----------
@@ -174,7 +175,7 @@ def channel_subsets(
     scheme : Scheme
     layers : sequence of int
     share : float
-        How large a share of the channels are called outliers; at least one channel is.
+        Share of the channels that count as the largest; at least one channel does.
     repeats, seed : int
         Of the random subsets.
     """
@@ -191,8 +192,8 @@ def channel_subsets(
 
     chosen: dict[str, Mapping[Site, NDArray[np.integer]] | None] = {
         "every channel": None,
-        "outliers": {site: o[:, :count] for site, o in order.items()},
-        "non-outliers": {site: o[:, count:] for site, o in order.items()},
+        "largest": {site: o[:, :count] for site, o in order.items()},
+        "all but the largest": {site: o[:, count:] for site, o in order.items()},
         "low magnitude": {site: o[:, -count:] for site, o in order.items()},
         **{f"random {n + 1}": drawn() for n in range(repeats)},
     }

@@ -344,7 +344,7 @@ def _flip_table(outcomes: Outcomes, bits: int, n_layers: int, worst: int | None,
     table = replace(table, channel=flipped(f"layer {worst} channel"))
     if not tried:
         return table
-    return replace(table, spared=flipped(SPARED), outliers=flipped("outliers"), others=flipped("non-outliers"))
+    return replace(table, spared=flipped(SPARED), largest=flipped("largest"), others=flipped("all but the largest"))
 
 
 def _sensitivity(

@@ -38,8 +38,8 @@ class FlipTable:
         Each layer alone, per-tensor.
     everywhere : bool array [prompts] or None
         All layers rounded per-channel.
-    channel, spared, outliers, others : bool array [prompts] or None
-        The worst layer alone per-channel; all layers but the worst; only the outlier channels, only the others, of the
+    channel, spared, largest, others : bool array [prompts] or None
+        The worst layer alone per-channel; all layers but the worst; only the largest channels, only the others, of the
         worst layer. None without a worst layer.
     """
 
@@ -52,7 +52,7 @@ class FlipTable:
     everywhere: Flips | None = None
     channel: Flips | None = None
     spared: Flips | None = None
-    outliers: Flips | None = None
+    largest: Flips | None = None
     others: Flips | None = None
 
     def rows(self, rows: NDArray[np.integer]) -> FlipTable:
@@ -95,7 +95,7 @@ def _evidence(
         group64=reduction(table.whole, table.group64),
         channel=reduction(table.whole, table.everywhere),
         spared=reduction(table.whole, table.spared),
-        outliers=rate(table.outliers),
+        largest=rate(table.largest),
         others=rate(table.others),
     )
 

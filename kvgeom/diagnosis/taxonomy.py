@@ -87,8 +87,9 @@ class Evidence:
         Share of them that per-channel scales in all layers take away.
     spared : Estimate or None
         Share of them that keeping the worst layer in 16 bits takes away.
-    outliers, others : Estimate or None
-        Share of the refusals flipped by rounding only the outlier channels, only the others, of the worst layer.
+    largest, others : Estimate or None
+        Share of the refusals flipped by rounding only the largest channels (see
+        :data:`kvgeom.behaviour.ablation.LARGEST_SHARE`), only the others, of the worst layer.
     signal_gap, noise_alignment, overlap, overlap_p : float or None
         Geometry of the keys at the worst layer (docs/definitions.md). It is told, and decides nothing: a static ratio
         does not predict behaviour.
@@ -105,7 +106,7 @@ class Evidence:
     group64: Estimate | None = None
     channel: Estimate | None = None
     spared: Estimate | None = None
-    outliers: Estimate | None = None
+    largest: Estimate | None = None
     others: Estimate | None = None
     signal_gap: float | None = None
     noise_alignment: float | None = None
@@ -320,7 +321,7 @@ def _refusals_for(bound: float) -> int:
 
 
 LOSS, KIND, SPREAD, PCR_NAME = "All layers, per-tensor", "Kind of loss", "Single layers", "PCR"
-GROUP, SPARED, CHANNELS, GEOMETRY = "Group-64 in all layers", "Worst layer kept", "Outlier channels", "Geometry of keys"
+GROUP, SPARED, CHANNELS, GEOMETRY = "Group-64 in all layers", "Worst layer kept", "Largest channels", "Geometry of keys"
 EVERYWHERE = "Per-channel scales in all layers"
 _CRUSH: tuple[ModeName, ...] = ("outlier-crushes-safety",)
 _AS: tuple[ModeName, ...] = ("outlier-as-safety",)
@@ -358,8 +359,8 @@ def _findings(found: Evidence, at: Thresholds) -> list[Finding]:
     if found.channel is not None:
         e = found.channel
         said.append(Finding(EVERYWHERE, f"take away {e} of the flips", _CRUSH if e.low > at.rescue else ()))
-    if found.outliers is not None and found.others is not None:
-        one, other = found.outliers, found.others
+    if found.largest is not None and found.others is not None:
+        one, other = found.largest, found.others
         speaks = _AS if one.low > other.high else _CRUSH if other.low > one.high else ()
         said.append(Finding(CHANNELS, f"rounded alone they flip {one} of {n} refusals, all others {other}", speaks))
     if found.signal_gap is not None and found.noise_alignment is not None:

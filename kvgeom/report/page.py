@@ -112,8 +112,8 @@ def _sections(audit: Audit) -> list[dict[str, Any]]:
         ),
         section(
             "Which channels have to be rounded",
-            f"Only some channels {where} lose precision, with the scales that all share. Outliers are the largest "
-            "twentieth of each layer's channels; random ones are as many of the others.",
+            f"Only some channels {where} lose precision, with the scales that all share. The largest are a "
+            "twentieth of each layer's channels, by root mean square; random ones are as many of the others.",
             ablation_bars(audit.channels),
             audit.channels.to_frame(),
         ),

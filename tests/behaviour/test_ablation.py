@@ -82,17 +82,17 @@ def test_subsets_of_channels() -> None:
     magnitudes = {"k": rng.uniform(0.1, 1, (4, 40)), "v": rng.uniform(0.1, 1, (4, 40))}
     magnitudes["k"][2, [7, 30]] = 50
     family = channel_subsets(magnitudes, TENSOR, [2], share=0.05, repeats=2)["channels"]  # type: ignore[arg-type]
-    assert list(family) == ["every channel", "outliers", "non-outliers", "low magnitude", "random 1", "random 2"]
-    assert family["outliers"].touched == (2,)
+    assert list(family) == ["every channel", "largest", "all but the largest", "low magnitude", "random 1", "random 2"]
+    assert family["largest"].touched == (2,)
     keys = {name: set(recipe.scheme(2, "k").channels or ()) for name, recipe in family.items()}  # type: ignore[union-attr]
-    assert keys["outliers"] == {7, 30}
-    assert keys["outliers"] | keys["non-outliers"] == set(range(40))
+    assert keys["largest"] == {7, 30}
+    assert keys["largest"] | keys["all but the largest"] == set(range(40))
     assert family["every channel"] == Recipe.uniform(
         4, TENSOR, layers=[2]
     )  # the one of the scan, which is not run twice
     assert keys["low magnitude"] == set(np.argsort(magnitudes["k"][2])[:2])
     assert keys["random 1"] != keys["random 2"]
-    assert all(len(keys[n]) == 2 and not keys[n] & keys["outliers"] for n in ("random 1", "random 2"))
+    assert all(len(keys[n]) == 2 and not keys[n] & keys["largest"] for n in ("random 1", "random 2"))
 
 
 def test_counts_and_p_values(base: Baseline) -> None:
