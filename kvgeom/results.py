@@ -105,7 +105,7 @@ class Result:
         Raises
         ------
         InputError
-            If there is no figure of that name.
+            If there is no figure of that name, or an option is unknown or missing.
         """
         from kvgeom.plots.registry import draw
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from inspect import Parameter, signature
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from kvgeom.errors import InputError, unknown
+from kvgeom.errors import InputError, unknown, unknown_option
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -103,14 +104,31 @@ def draw(result: Any, name: str | None = None, **options: Any) -> go.Figure:
     Raises
     ------
     InputError
-        If the kind of result has no such figure.
+        If the kind of result has no such figure, or an option is unknown or missing.
     """
     known = figures(result.kind)
     if not known:
         raise InputError(f"there is no figure of kind {result.kind!r}; register one with kvgeom.plots.registry.figure")
     if name is not None and name not in known:
         raise unknown(f"figure of {result.kind}", name, known)
-    return _FIGURES[result.kind][known[0] if name is None else name](result, **options)
+    name = known[0] if name is None else name
+    function = _FIGURES[result.kind][name]
+    _check_options(function, name, options)
+    return function(result, **options)
+
+
+def _check_options(function: Figure, name: str, options: Mapping[str, Any]) -> None:
+    _, *others = signature(function).parameters.values()
+    named = {p.name: p for p in others if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)}
+    if not any(p.kind is Parameter.VAR_KEYWORD for p in others):
+        for option in options:
+            if option not in named:
+                raise (
+                    unknown_option(option, named) if named else InputError(f"figure {name!r} has no option {option!r}")
+                )
+    missing = [p.name for p in named.values() if p.default is Parameter.empty and p.name not in options]
+    if missing:
+        raise InputError(f"figure {name!r} needs {', '.join(missing)}; give it as plot({name!r}, {missing[0]}=...)")
 
 
 def _load() -> None:

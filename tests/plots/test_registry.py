@@ -14,6 +14,7 @@ import xarray as xr
 from kvgeom.errors import InputError
 from kvgeom.plots import registry
 from kvgeom.results import Result
+from tests.builders.figures import sensitivity
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,6 +60,21 @@ def test_an_unknown_figure_is_an_error_that_names_the_others(tides: Tides) -> No
     for wrong in ("yours", "mien"):
         with pytest.raises(InputError, match=rf"'{wrong}'.*mine"):
             tides.plot(wrong)
+
+
+def test_options_are_checked(tides: Tides) -> None:
+    registry.figure("tides", "mine")(heights)
+    with pytest.raises(InputError, match=r"'scael'.*'scale'"):
+        tides.plot(scael=2.0)
+    registry.figure("tides", "beside")(lambda tides, other: go.Figure())
+    with pytest.raises(InputError, match="other="):
+        tides.plot("beside")
+    with pytest.raises(InputError, match="layer="):
+        sensitivity().plot("channel_loading")
+    with pytest.raises(InputError, match="'layer'"):
+        sensitivity().plot("ratio_map", layer=2)
+    registry.figure("tides", "anything")(lambda tides, **options: go.Figure(layout=options))
+    assert tides.plot("anything", height=300).layout.height == 300
 
 
 def test_a_name_is_given_once() -> None:
