@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kvgeom.errors import InputError
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.models.reading import LayerActivations, read
 from kvgeom.progress import track
@@ -76,7 +77,16 @@ class ActivationStore:
         self._features: dict[Site, NDArray[np.float32]] | None = None
 
     def indices(self, requests: Sequence[str]) -> NDArray[np.int64]:
-        """Where some requests are in :attr:`prompts`."""
+        """Where some requests are in :attr:`prompts`.
+
+        Raises
+        ------
+        InputError
+            For a request that is not there.
+        """
+        missing = next((request for request in requests if request not in self._indices), None)
+        if missing is not None:
+            raise InputError(f"no activations of the request {missing[:40]!r}; choose from the requests that were run")
         return np.array([self._indices[request] for request in requests], dtype=np.int64)
 
     def layers(self, index: int) -> Iterator[LayerActivations]:

@@ -16,7 +16,7 @@ from kvgeom.errors import InputError
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec, Rounding
 from kvgeom.models.model import AttentionRule, EncodedPrompt, Model
 from kvgeom.models.reading import read
-from kvgeom.progress import track
+from kvgeom.progress import shown, track
 from kvgeom.quant.placement import Placement
 from kvgeom.results import Result
 
@@ -91,13 +91,14 @@ def attention_error(
     geometry = model.geometry
     shape = (geometry.layers, geometry.query_heads, 2)
     sums = {name: np.zeros(shape) for name in (*VARIABLES, "k2", "v2", "out2", "queries")}
-    for prompt in track(prompts, "attention error", len(prompts), progress):
-        for layer, found in enumerate(read(model, prompt, queries=True)):
-            k_error = (rounding(layer, "k", found.k, found.rotation) - found.k)[0].float()
-            v_error = (rounding(layer, "v", found.v) - found.v)[0].float()
-            exact = (found.queries, found.k[0].float(), found.v[0].float())
-            for name, values in errors(*exact, k_error, v_error, model.attention(layer)).items():
-                sums[name][layer] += values
+    with shown(progress):
+        for prompt in track(prompts, "attention error", len(prompts)):
+            for layer, found in enumerate(read(model, prompt, queries=True)):
+                k_error = (rounding(layer, "k", found.k, found.rotation) - found.k)[0].float()
+                v_error = (rounding(layer, "v", found.v) - found.v)[0].float()
+                exact = (found.queries, found.k[0].float(), found.v[0].float())
+                for name, values in errors(*exact, k_error, v_error, model.attention(layer)).items():
+                    sums[name][layer] += values
     with np.errstate(divide="ignore", invalid="ignore"):
         means = {
             "key_mse": sums["key_mse"] / sums["k2"],

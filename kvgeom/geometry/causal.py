@@ -19,7 +19,7 @@ from kvgeom.geometry.rounding import CacheSpec, Rounding
 from kvgeom.models.memory import in_batches, rows_that_fit
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.models.reading import read
-from kvgeom.progress import bar, track
+from kvgeom.progress import bar, shown, track
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Rounder
 from kvgeom.quant.recipe import Recipe
@@ -122,7 +122,7 @@ def patch_layers(
         )[:, -1]
         return logits, resid[n_layers - 1][:, -1] if unit is not None else logits[:, :0]
 
-    with bar(title, len(prompts) * len(branches), progress) as shown:
+    with shown(progress), bar(title, len(prompts) * len(branches)) as drawn:
         for row, prompt in enumerate(prompts):
             begin = 0
             rows = rows_that_fit(model, len(prompt), 1)
@@ -136,7 +136,7 @@ def patch_layers(
                 if unit is not None:
                     change = (resid[1:] - resid[:1]).double().cpu().numpy()
                     found["resid_alignment"][row, cells] = _alignment(change, unit)
-                shown.update(len(part))
+                drawn.update(len(part))
     whole = (len(prompts), len(chosen), len(named))
     data = xr.Dataset(
         {
@@ -174,7 +174,7 @@ def _unit(direction: NDArray[np.floating], model: Model) -> NDArray[np.float64]:
     r = np.asarray(direction, dtype=np.float64).ravel()
     if r.shape != (model.geometry.d_model,) or not np.linalg.norm(r) > 0:
         raise InputError(
-            f"a direction of shape {np.shape(direction)} was given; give one of [{model.geometry.d_model}] that is not 0"
+            f"a direction must have shape [{model.geometry.d_model}] and not be 0, got shape {list(np.shape(direction))}"
         )
     return r / np.linalg.norm(r)
 
@@ -260,15 +260,16 @@ def first_order(
     drops = np.zeros((len(prompts), geometry.layers, len(sites)))
     channels = np.zeros((geometry.layers, len(sites), geometry.channels))
     clean = np.zeros(len(prompts))
-    for row, prompt in enumerate(track(prompts, "first-order estimate", len(prompts), progress)):
-        found = model.gradients(prompt.ids, lambda logits: margin(logits, tokens), where=where)
-        clean[row] = found.score
-        rotations = [layer.rotation for layer in read(model, prompt, where)] if rounding.needs_rotation else None
-        for (layer, site), x in found.x.items():
-            error = rounding(layer, site, x, rotations[layer] if rotations and site == "k" else None) - x
-            lost = -(found.grad[layer, site] * error)[0].double().sum(1).flatten().cpu().numpy()
-            drops[row, layer, sites.index(site)] = lost.sum()
-            channels[layer, sites.index(site)] += lost / len(prompts)
+    with shown(progress):
+        for row, prompt in enumerate(track(prompts, "first-order estimate", len(prompts))):
+            found = model.gradients(prompt.ids, lambda logits: margin(logits, tokens), where=where)
+            clean[row] = found.score
+            rotations = [layer.rotation for layer in read(model, prompt, where)] if rounding.needs_rotation else None
+            for (layer, site), x in found.x.items():
+                error = rounding(layer, site, x, rotations[layer] if rotations and site == "k" else None) - x
+                lost = -(found.grad[layer, site] * error)[0].double().sum(1).flatten().cpu().numpy()
+                drops[row, layer, sites.index(site)] = lost.sum()
+                channels[layer, sites.index(site)] += lost / len(prompts)
     data = xr.Dataset(
         {
             "margin_drop": (("prompt", "layer", "site"), drops),

@@ -1,26 +1,24 @@
-"""Safety directions side by side: methods, layers, sites and positions, and the one that does most to refusal."""
+"""Safety directions side by side: methods, layers, sites and positions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
 from kvgeom.errors import InputError
-from kvgeom.evaluation.margin import refusal_tokens
-from kvgeom.evaluation.respond import respond
 from kvgeom.geometry.activations import SITES, site_width
-from kvgeom.geometry.estimators import METHODS, bootstrap, difference_of_means, separation
-from kvgeom.geometry.selection import Selection, judged, select
-from kvgeom.geometry.subspace import Subspace, defined_at
-from kvgeom.judges.judge import Judge, KeywordJudge
-from kvgeom.models.model import EncodedPrompt, Model
-from kvgeom.progress import bar, track
+from kvgeom.geometry.estimators import METHODS, bootstrap, defined_at
+from kvgeom.geometry.separation import separation
+from kvgeom.progress import bar, shown
 from kvgeom.results import Result
+
+if TYPE_CHECKING:
+    from kvgeom.geometry.subspace import Subspace
 
 
 @dataclass(frozen=True, repr=False)
@@ -150,7 +148,7 @@ def compare(
     for asked, known, what in ((methods, list(METHODS), "method"), (chosen, list(space.positions), "position")):
         unknown = [name for name in asked if name not in known]
         if unknown or not asked:
-            raise InputError(f"{what} {', '.join(unknown) or '(none)'} was asked; choose of {', '.join(known)}")
+            raise InputError(f"unknown {what} {', '.join(unknown) or '(none)'}; choose from {', '.join(known)}")
     geometry, harmful = space.model.geometry, space.is_harmful
     shape = (len(methods), len(chosen), geometry.layers)
     numbers = {
@@ -158,7 +156,8 @@ def compare(
     }
     vectors = {site: np.zeros((*shape, site_width(space.model, site)), dtype=np.float32) for site in SITES}
     scores = np.zeros((*shape, 3, len(harmful)), dtype=np.float32)
-    with bar("directions by every method", geometry.layers * 3 * len(chosen) * len(methods), progress) as shown:
+    total = geometry.layers * len(SITES) * len(chosen) * len(methods)
+    with shown(progress), bar("directions by every method", total) as drawn_bar:
         for layer in range(geometry.layers):
             for column, site in enumerate(SITES):
                 features = space.features(layer, site)
@@ -167,7 +166,7 @@ def compare(
                     index = space.positions.index(position)
                     x = features[:, index]
                     if not defined[index]:
-                        shown.update(len(methods))
+                        drawn_bar.update(len(methods))
                         continue
                     auroc = separation(x, harmful, draws=0).auroc
                     for m, method in enumerate(methods):
@@ -179,7 +178,7 @@ def compare(
                             numbers["stability"][m, p, layer, column] = median
                             numbers["stability_low"][m, p, layer, column] = low
                             numbers["stability_high"][m, p, layer, column] = high
-                        shown.update(1)
+                        drawn_bar.update(1)
     dims = ("estimator", "position", "layer")
     data = xr.Dataset(
         {
@@ -197,99 +196,4 @@ def compare(
             "kv": ["k", "v"],
         },
     )
-    return Directions(data, {**space.meta(), "samples": samples, "seed": seed})
-
-
-def select_direction(
-    space: Subspace,
-    *,
-    validation: int = 6,
-    positions: Sequence[str] | None = None,
-    tokens: Iterable[int] | None = None,
-    judge: Judge | None = None,
-    progress: bool = True,
-    **options: float,
-) -> Selection:
-    """Choose the refusal direction of the residual stream, as Arditi et al. do.
-
-    Harmful prompts whose most likely first token does not begin a refusal, and harmless ones whose does, are left aside:
-    what tells them apart is not refusal. The last ``validation`` of the others score the candidates, which come from the rest.
-
-    Parameters
-    ----------
-    space : Subspace
-    validation : int
-        Prompts of each class that are held out from the candidates. The cost grows with it: per prompt a pass for every
-        candidate.
-    positions : sequence of str, optional
-        Template tokens to look at; all that the prompts share by default.
-    tokens : iterable of int, optional
-        First tokens of refusals; found by asking the model the harmful prompts otherwise.
-    judge : Judge, optional
-        Labels those responses.
-    **options
-        ``max_kl``, ``min_induce``, ``last_layers``, ``batch_size``: see :func:`kvgeom.geometry.selection.select`.
-
-    Raises
-    ------
-    InputError
-        If too few prompts are left for the candidates, for unknown positions, or if the model refuses nothing.
-
-    References
-    ----------
-    Arditi et al., arXiv:2406.11717, section 2.3 and appendix C. They leave prompts aside by the sign of the margin; a
-    model that refuses at the most likely token with less than even odds would lose nearly all of them.
-    """
-    names = [name for name in space.positions if name != "instruction"] if positions is None else list(positions)
-    unknown = [name for name in names if name not in space.positions]
-    if unknown or not names:
-        raise InputError(f"positions {unknown} were asked; choose of {', '.join(space.positions)}")
-    model, harmful = space.model, space.is_harmful
-    encoded = (*space.harmful, *space.harmless)
-    if tokens is None:
-        tokens = opening_tokens(model, space.harmful, judge, progress)
-    tokens = frozenset(tokens)
-    if not tokens:
-        raise InputError(
-            f"a refusal direction was asked, but {model.name} refuses none of the {len(space.harmful)} harmful prompts; "
-            "give prompts that it refuses"
-        )
-    openings = np.array(
-        [
-            int(model.forward(prompt.ids)[-1].argmax())
-            for prompt in track(encoded, "who is refused", len(encoded), progress)
-        ]
-    )
-    refused = np.isin(openings, list(tokens))
-    usable = [np.flatnonzero(rows) for rows in (harmful & refused, ~harmful & ~refused)]
-    fewest = min(map(len, usable))
-    if not 1 <= validation <= fewest - 2:
-        raise InputError(
-            f"{validation} prompts of each class were asked to validate, but {len(usable[0])} harmful prompts are refused "
-            f"and {len(usable[1])} harmless ones are not; leave at least two of each for the candidates, or give more prompts"
-        )
-    train = np.concatenate([rows[:-validation] for rows in usable])
-    index = [space.positions.index(name) for name in names]
-    candidates = np.zeros((model.geometry.layers, len(names), model.geometry.d_model))
-    for layer in range(model.geometry.layers):
-        features = space.features(layer, "resid")[train][:, index]
-        defined = defined_at(features, harmful[train])
-        candidates[layer, defined] = difference_of_means(features, harmful[train])[defined]
-    scored = [[encoded[row] for row in rows[-validation:]] for rows in usable]
-    found = select(model, candidates, names, scored[0], scored[1], tokens, progress=progress, **options)  # type: ignore[arg-type]
-    meta = {"prompts": space.prompts.fingerprint, "train_harmful": len(usable[0]) - validation}
-    return Selection(found.data, {**found.meta, **meta, "train_harmless": len(usable[1]) - validation})
-
-
-def opening_tokens(
-    model: Model,
-    prompts: Sequence[EncodedPrompt],
-    judge: Judge | None = None,
-    progress: bool = True,
-    max_new_tokens: int = 24,
-) -> frozenset[int]:
-    """First tokens of the model's refusals of some prompts (the set R of the margin), found by asking them."""
-    with bar("what refusals begin with", 2 * len(prompts), progress) as shown:
-        found = respond(model, prompts, max_new_tokens, on_done=shown.update)
-    labels = judged(model, prompts, found, judge or KeywordJudge())
-    return refusal_tokens(found.first_logits.argmax(-1).tolist(), [label == "refused" for *_, label in labels])
+    return Directions(data, {**space.meta, "samples": samples, "seed": seed})

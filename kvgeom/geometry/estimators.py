@@ -1,42 +1,25 @@
-"""Directions that separate harmful from harmless requests: how they are estimated, how well they do, how stable they are."""
+"""Directions that separate harmful from harmless requests: how they are estimated, and how stable they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
 from kvgeom.errors import InputError
+from kvgeom.geometry.separation import Separation, folds_of, separation
 
 Floats = NDArray[np.floating]
 Estimator = Callable[[Floats, NDArray[np.bool_], int], Floats]
 
+#: A class difference smaller than this share of the mean square is rounding error of the arithmetic, not signal.
+COINCIDENT = 1e-10
 #: Share of each end of a class that the winsorized mean pulls in, channel by channel.
 WINSOR = 0.1
-
-
-@dataclass(frozen=True)
-class Separation:
-    """How well a difference of means separates requests that it was not computed from.
-
-    Attributes
-    ----------
-    auroc : float
-        Area under the ROC curve of the held-out projections; 0.5 is chance.
-    p : float
-        Share of random labelings, the true one among them, with an AUROC as high (one-sided permutation test).
-    effect : float
-        Gap between the classes over their pooled standard deviation (d'), of the same projections.
-    """
-
-    auroc: float
-    p: float
-    effect: float
 
 
 def difference_of_means(features: Floats, harmful: NDArray[np.bool_]) -> Floats:
@@ -97,7 +80,7 @@ def principal_differences(features: Floats, harmful: NDArray[np.bool_], k: int =
     pairs = min(len(bad), len(good))
     if not 1 <= k <= min(pairs, features.shape[1]):
         raise InputError(
-            f"{k} principal differences were asked, but there are {pairs} pairs of {features.shape[1]} channels"
+            f"k must be 1 to {min(pairs, features.shape[1])} for {pairs} pairs of {features.shape[1]} channels, got {k}"
         )
     basis: Floats = np.linalg.svd(bad[:pairs] - good[:pairs], full_matrices=False)[2][:k].T
     return basis
@@ -186,9 +169,9 @@ def estimate(features: Floats, harmful: NDArray[np.bool_], method: str = "mean",
         For an unknown method, or a ``k`` that it cannot give.
     """
     if method not in METHODS:
-        raise InputError(f"direction method {method!r} was asked; choose one of {', '.join(METHODS)}")
+        raise InputError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
     if k > 1 and method != "pca":
-        raise InputError(f"k={k} directions were asked of method {method!r}, which gives one; use method='pca'")
+        raise InputError(f"method {method!r} gives one direction, got k={k}; use method='pca'")
     found = METHODS[method](features, harmful, k)
     norms = np.linalg.norm(found, axis=0)
     sign = np.where(difference_of_means(features, harmful) @ found < 0, -1.0, 1.0)
@@ -249,97 +232,72 @@ def bootstrap(
     return (whole if basis is None else whole @ basis), cosines
 
 
-def folds_of(harmful: NDArray[np.bool_], folds: int, seed: int = 0) -> NDArray[np.int64]:
-    """Which fold of a cross-validation each request is in; the n-th of both classes are in the same one.
+@dataclass(frozen=True)
+class Direction:
+    """The safety subspace of one layer and site.
 
-    Requests often come as twins that differ in what is harmful and share everything else. A request whose twin is among
-    those that a direction is computed from lies on the twin's side of it: with nothing to be found, AUROC is then far
-    below 0.5.
-
-    Parameters
+    Attributes
     ----------
-    harmful : bool array [prompts]
-    folds : int
-        At most the number of prompts of the smaller class. Numbers of a class in two folds differ by one at most, and by
-        two in the larger class.
-    seed : int
-        Shuffles prompts into folds.
-
-    Returns
-    -------
-    int array [prompts]
+    position : str
+        Tokens at which it was found.
+    gap : array [channels]
+        Mean harmful minus mean harmless vector there (of winsorized means where that is the method).
+    basis : array [channels, k]
+        Orthonormal.
+    separation : Separation
+        Cross-validated, along the difference of means.
+    defined : bool
+        False where the classes coincide at every position that was looked at.
     """
-    few, many = sorted((int(harmful.sum()), int((~harmful).sum())))
-    rng, folds = np.random.default_rng(seed), min(folds, few)
-    fold = np.concatenate([rng.permutation(few), rng.permutation(many - few)]) % folds
-    found: NDArray[np.int64] = fold[_place(harmful)]
+
+    position: str
+    gap: NDArray[np.float64]
+    basis: NDArray[np.float64]
+    separation: Separation
+    defined: bool
+
+
+def defined_at(features: NDArray[np.float64], harmful: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """At which positions the classes differ at all: ``[prompts, positions, channels]`` to ``[positions]``."""
+    gaps = difference_of_means(features, harmful)
+    found: NDArray[np.bool_] = (gaps**2).sum(-1) > COINCIDENT * (features**2).sum(-1).mean(0)
     return found
 
 
-def separation(
-    features: Floats, harmful: NDArray[np.bool_], *, folds: int = 5, draws: int = 999, seed: int = 0
-) -> Separation:
-    """Cross-validated separation along the difference of means, held against chance.
-
-    Every prompt is projected on the unit direction from the other folds, measured from the midpoint of
-    their class means, so that projections of different folds can be ranked together. They share prompts, so a test that
-    takes them for independent would be wrong; chance is what the same computation finds when labels are dealt anew,
-    within the pair where classes are of one size and within the fold where they are not.
+def fit_direction(
+    x: NDArray[np.float64],
+    harmful: NDArray[np.bool_],
+    names: Sequence[str],
+    tried: Sequence[str],
+    k: int,
+    method: str,
+) -> Direction:
+    """The subspace of one layer and site, at the best separated position.
 
     Parameters
     ----------
-    features : array [prompts, channels]
+    x : array [prompts, positions, channels]
     harmful : bool array [prompts]
-    folds : int
-        At most the number of prompts of the smaller class; see :func:`folds_of`.
-    draws : int
-        How often labels are dealt; with 0 there is no p-value.
-    seed : int
-        Of folds and labels.
+    names : sequence of str
+        Of the positions.
+    tried : sequence of str
+        Those to choose from.
+    k : int
+    method : str
+        As in :func:`estimate`; ``"mean"`` with k > 1 takes the leading singular vectors of the differences at all positions
+        tried.
     """
-    fold = folds_of(harmful, folds, seed)
-    if draws and len(features) < features.shape[1]:
-        # Projections on differences of rows are the same in the span of the rows.
-        features = np.linalg.qr((features - features.mean(0)).T).R.T
-    paired = 2 * int(harmful.sum()) == len(harmful)
-    labels = np.vstack([harmful, _dealt(harmful, _place(harmful) if paired else fold, draws, seed)])
-    scores = _held_out(features, labels, fold)
-    ranks, positives = rankdata(scores, axis=1), int(harmful.sum())
-    wins = (ranks * labels).sum(1) - positives * (positives + 1) / 2
-    auroc = wins / (positives * (len(harmful) - positives))
-    bad, good = scores[0, harmful], scores[0, ~harmful]
-    spread = np.sqrt((bad.var() + good.var()) / 2)
-    return Separation(
-        auroc=float(auroc[0]),
-        p=float((auroc >= auroc[0]).mean()) if draws else float("nan"),
-        effect=float((bad.mean() - good.mean()) / spread) if spread > 0 else 0.0,
-    )
-
-
-def _place(harmful: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Which of its class each prompt is, from 0."""
-    found: NDArray[np.int64] = np.where(harmful, harmful.cumsum(), (~harmful).cumsum()) - 1
-    return found
-
-
-def _dealt(harmful: NDArray[np.bool_], group: NDArray[np.int64], draws: int, seed: int) -> NDArray[np.bool_]:
-    """The labels of each group in random order, ``[draws, prompts]``."""
-    chance = np.random.default_rng(seed).random((draws, len(harmful)))
-    labels = np.empty((draws, len(harmful)), dtype=bool)
-    order = np.lexsort((chance, np.broadcast_to(group, chance.shape)))
-    np.put_along_axis(labels, order, harmful[np.argsort(group, kind="stable")][None], axis=1)
-    return labels
-
-
-def _held_out(features: Floats, labels: NDArray[np.bool_], fold: NDArray[np.int64]) -> Floats:
-    """Projections ``[labelings, prompts]`` of ``features`` ``[prompts, channels]`` under each row of ``labels``."""
-    scores = np.zeros(labels.shape)
-    for held_out in np.unique(fold):
-        test = fold == held_out
-        bad, good = (((labels == harmful) & ~test).astype(float) for harmful in (True, False))
-        bad_mean, good_mean = (rows @ features / rows.sum(1, keepdims=True) for rows in (bad, good))
-        gap, middle = bad_mean - good_mean, (bad_mean + good_mean) / 2
-        size = np.linalg.norm(gap, axis=1, keepdims=True)
-        along = gap @ features[test].T - (gap * middle).sum(1, keepdims=True)
-        scores[:, test] = np.divide(along, size, out=np.zeros_like(along), where=size > 0)
-    return scores
+    gaps = difference_of_means(x, harmful)
+    defined = defined_at(x, harmful) & np.isin(names, tried)
+    found = {index: separation(x[:, index], harmful, draws=0) for index in map(int, np.flatnonzero(defined))}
+    if not found:
+        index = list(names).index(tried[0])
+        return Direction(tried[0], gaps[index], np.zeros((len(gaps[index]), k)), Separation(0.5, 1.0, 0.0), False)
+    best = max(found, key=lambda index: (found[index].auroc, found[index].effect))
+    if method == "mean" and k > 1:
+        basis = np.linalg.svd(gaps[defined], full_matrices=False)[2][:k].T
+    else:
+        basis = estimate(x[:, best], harmful, method, k)
+    gap = difference_of_winsorized_means(x[:, best], harmful) if method == "winsorized" else gaps[best]
+    best_separation = separation(x[:, best], harmful)
+    return Direction(list(names)[best], gap.astype(np.float64), basis.astype(np.float64), best_separation, True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,66 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvgeom.errors import InputError
-from kvgeom.evaluation.margin import margin
-from kvgeom.evaluation.respond import Responses, respond
-from kvgeom.judges.judge import LABELS, Judge, KeywordJudge
+from kvgeom.evaluation.margin import margin, refusal_tokens
+from kvgeom.evaluation.respond import respond
+from kvgeom.geometry.estimators import defined_at, difference_of_means
+from kvgeom.geometry.steering import ablate, add, label_responses
+from kvgeom.judges.judge import Judge, KeywordJudge
 from kvgeom.models.model import EncodedPrompt, Model
-from kvgeom.progress import bar
+from kvgeom.progress import bar, shown, track
 from kvgeom.results import Result
-from kvgeom.stats import wilson
 
 if TYPE_CHECKING:
-    from kvgeom.models.model import ResidEdit
-
-Point = Literal["pre", "attn", "post"]
-
-
-def ablate(directions: Tensor) -> ResidEdit:
-    """Take a direction out of everything that the residual stream receives, at every layer and token.
-
-    Parameters
-    ----------
-    directions : Tensor [rows, d_model] or [d_model]
-        One for each row of the batch, or one for all; scaled to unit length here.
-
-    References
-    ----------
-    Directional ablation, Arditi et al., arXiv:2406.11717, section 2.4.
-    """
-    unit = (directions / directions.norm(dim=-1, keepdim=True)).reshape(-1, 1, directions.shape[-1])
-
-    def edit(layer: int, point: Point, x: Tensor) -> Tensor:
-        r = unit.to(x.device, x.dtype)
-        ablated: Tensor = x - (x * r).sum(-1, keepdim=True) * r
-        return ablated
-
-    return edit
-
-
-def add(directions: Tensor, layers: int | Sequence[int]) -> ResidEdit:
-    """Add a direction, as long as it is, to the residual stream after a layer, at every token.
-
-    Parameters
-    ----------
-    directions : Tensor [rows, d_model] or [d_model]
-    layers : int or sequence of int
-        After which layer; one for each row, or one for all.
-
-    References
-    ----------
-    Activation addition, Arditi et al., arXiv:2406.11717, section 2.4.
-    """
-    rows = directions.reshape(-1, 1, directions.shape[-1])
-    after = torch.as_tensor([layers] if isinstance(layers, int) else list(layers))
-
-    def edit(layer: int, point: Point, x: Tensor) -> Tensor:
-        here = after == layer
-        if point != "post" or not here.any():
-            return x
-        changed: Tensor = x + (rows * here[:, None, None]).to(x.device, x.dtype)
-        return changed
-
-    return edit
+    from kvgeom.geometry.subspace import Subspace
 
 
 @dataclass(frozen=True, repr=False)
@@ -131,7 +82,7 @@ class Selection(Result):
         if self.chosen is None:
             reasons = sorted({str(reason) for reason in self.data.filtered.values.ravel()})
             raise InputError(
-                f"the chosen direction was asked, but every candidate is filtered out ({'; '.join(reasons)}); "
+                f"no direction is chosen: every candidate is filtered out ({'; '.join(reasons)}); "
                 "look at .plot(), and relax max_kl, min_induce or last_layers if they are too strict for this model"
             )
         return self.chosen
@@ -190,13 +141,13 @@ def select(
     layers, width = model.geometry.layers, model.geometry.d_model
     if not tokens or not harmful or not harmless:
         raise InputError(
-            f"a selection was asked with {len(tokens)} refusal tokens, {len(harmful)} harmful and {len(harmless)} "
-            "harmless prompts; it needs some of each: a model that refuses, and prompts of both kinds"
+            "a selection needs refusal tokens, harmful and harmless prompts, got "
+            f"{len(tokens)}, {len(harmful)} and {len(harmless)}"
         )
     if candidates.shape != (layers, len(positions), width):
         raise InputError(
-            f"candidates of shape {candidates.shape} were given; {(layers, len(positions), width)} is needed "
-            "(layers, positions, d_model)"
+            f"candidates must have shape {(layers, len(positions), width)} (layers, positions, d_model), got "
+            f"{candidates.shape}"
         )
     flat = candidates.reshape(-1, width)
     defined = np.isfinite(flat).all(1) & (np.linalg.norm(flat, axis=1) > 0)
@@ -204,13 +155,14 @@ def select(
     bypass, induce, kl = np.zeros((3, len(flat)))
     chunks = [cells[i : i + batch_size] for i in range(0, len(cells), batch_size)]
     clean: dict[str, list[float]] = {"harmful": [], "harmless": []}
-    with bar("selecting the refusal direction", (len(harmful) + 2 * len(harmless)) * len(chunks), progress) as shown:
+    total = (len(harmful) + 2 * len(harmless)) * len(chunks)
+    with shown(progress), bar("selecting the refusal direction", total) as drawn:
         for prompt in harmful:
             clean["harmful"].append(float(margin(model.forward(prompt.ids)[-1], tokens)))
             for chunk in chunks:
                 logits = _ablated(model, prompt, flat[chunk])
                 bypass[chunk] += margin(logits, tokens).double().cpu().numpy() / len(harmful)
-                shown.update(1)
+                drawn.update(1)
         for prompt in harmless:
             resid: dict[int, Tensor] = {}
             log_p = model.forward(prompt.ids, on_resid=resid.__setitem__)[-1].log_softmax(-1)
@@ -218,10 +170,10 @@ def select(
             for chunk in chunks:
                 log_q = _ablated(model, prompt, flat[chunk]).log_softmax(-1)
                 kl[chunk] += (log_p.exp() * (log_p - log_q)).sum(-1).double().cpu().numpy() / len(harmless)
-                shown.update(1)
+                drawn.update(1)
                 for logits, part in _added(model, prompt, flat, chunk // len(positions), chunk, resid):
                     induce[part] += margin(logits, tokens).double().cpu().numpy() / len(harmless)
-                shown.update(1)
+                drawn.update(1)
     if min_induce is None:
         min_induce = min(0.0, float(np.mean(clean["harmful"])))
     reasons = np.full(len(flat), "", dtype=object)
@@ -283,130 +235,91 @@ def _added(
         yield model.forward_variants(prompt.ids, len(part), edit_resid=edit, start=start), part
 
 
-@dataclass(frozen=True, repr=False)
-class Steering(Result):
-    """What a model answers with a direction taken out or put in. Made by :func:`steer`.
-
-    ``data`` has the dimensions ``intervention`` (``"none"``, ``"ablate"``, ``"add"``) and ``prompt``, and the variables
-    ``label``, ``text``, and ``harmful`` and ``request`` over (prompt). Where an intervention was not run (``"add"`` on
-    harmful prompts, ``"ablate"`` on harmless ones) the label is ``""``.
-    """
-
-    kind: ClassVar[str] = "steering"
-
-    def refusals(self, intervention: str, harmful: bool) -> tuple[int, int, tuple[float, float]]:
-        """Refusals, prompts, and the Wilson 95 % interval of the rate."""
-        labels = self.data.label.sel(intervention=intervention).values[self.data.harmful.values == harmful]
-        refused, count = int((labels == "refused").sum()), int((labels != "").sum())
-        return refused, count, wilson(refused, count)
-
-    def table(self) -> Any:
-        """Labels by intervention and kind of prompt, as a pandas frame with intervals of the refusal rate."""
-        import pandas as pd
-
-        rows = []
-        for harmful, intervention in ((True, "none"), (True, "ablate"), (False, "none"), (False, "add")):
-            labels = self.data.label.sel(intervention=intervention).values[self.data.harmful.values == harmful]
-            refused, count, (low, high) = self.refusals(intervention, harmful)
-            rows.append(
-                {
-                    "prompts": "harmful" if harmful else "harmless",
-                    "direction": {"none": "as it is", "ablate": "ablated", "add": "added"}[intervention],
-                    **{str(label): int((labels == label).sum()) for label in LABELS},
-                    "refusal rate": refused / count if count else float("nan"),
-                    "low": low,
-                    "high": high,
-                }
-            )
-        return pd.DataFrame(rows)
-
-    def summary(self) -> str:
-        parts = [
-            f"{name} {self.refusals(before, harmful)[0]} -> {self.refusals(after, harmful)[0]} of {self.refusals(after, harmful)[1]}"
-            for name, harmful, before, after in (
-                ("ablation: refusals of harmful prompts", True, "none", "ablate"),
-                ("addition: refusals of harmless prompts", False, "none", "add"),
-            )
-        ]
-        return "; ".join(parts)
-
-
-def steer(
-    model: Model,
-    direction: NDArray[np.floating],
-    layer: int,
-    harmful: Sequence[EncodedPrompt],
-    harmless: Sequence[EncodedPrompt],
+def select_direction(
+    space: Subspace,
     *,
-    scale: float = 1.0,
+    validation: int = 6,
+    positions: Sequence[str] | None = None,
+    tokens: Iterable[int] | None = None,
     judge: Judge | None = None,
-    max_new_tokens: int = 24,
     progress: bool = True,
-) -> Steering:
-    """Generate with the direction ablated on harmful prompts, and added on harmless ones.
+    **options: float,
+) -> Selection:
+    """Choose the refusal direction of the residual stream, as Arditi et al. do.
+
+    Harmful prompts whose most likely first token does not begin a refusal, and harmless ones whose does, are left aside:
+    what tells them apart is not refusal. The last ``validation`` of the others score the candidates, which come from the rest.
 
     Parameters
     ----------
-    model : Model
-    direction : array [d_model]
-        For instance ``selection.direction``, in the units of the residual stream.
-    layer : int
-        After which layer it is added.
-    harmful, harmless : sequence of EncodedPrompt
-        Prompts that neither found nor chose the direction.
-    scale : float
-        Multiplies what is added.
+    space : Subspace
+    validation : int
+        Prompts of each class that are held out from the candidates. The cost grows with it: per prompt a pass for every
+        candidate.
+    positions : sequence of str, optional
+        Template tokens to look at; all that the prompts share by default.
+    tokens : iterable of int, optional
+        First tokens of refusals; found by asking the model the harmful prompts otherwise.
     judge : Judge, optional
-    max_new_tokens : int
+        Labels those responses.
+    **options
+        ``max_kl``, ``min_induce``, ``last_layers``, ``batch_size``: see :func:`select`.
+
+    Raises
+    ------
+    InputError
+        If too few prompts are left for the candidates, for unknown positions, or if the model refuses nothing.
+
+    References
+    ----------
+    Arditi et al., arXiv:2406.11717, section 2.3 and appendix C. They leave prompts aside by the sign of the margin; a
+    model that refuses at the most likely token with less than even odds would lose nearly all of them.
     """
-    judge = judge or KeywordJudge()
-    r = torch.from_numpy(np.asarray(direction, dtype=np.float32))
-    if r.shape != (model.geometry.d_model,) or not float(r.norm()) > 0:
+    names = [name for name in space.positions if name != "instruction"] if positions is None else list(positions)
+    unknown = [name for name in names if name not in space.positions]
+    if unknown or not names:
+        raise InputError(f"unknown position {', '.join(unknown) or '(none)'}; choose from {', '.join(space.positions)}")
+    model, harmful = space.model, space.is_harmful
+    encoded = (*space.harmful, *space.harmless)
+    tokens = opening_tokens(model, space.harmful, judge, progress) if tokens is None else frozenset(tokens)
+    if not tokens:
         raise InputError(
-            f"a direction of shape {tuple(r.shape)} was given; one of [{model.geometry.d_model}] that is not 0 is needed"
+            f"{model.name} refuses none of the {len(space.harmful)} harmful prompts, so it has no refusal direction; give "
+            "prompts that it refuses"
         )
-    prompts = [*harmful, *harmless]
-    runs: list[tuple[str, Sequence[EncodedPrompt], ResidEdit | None]] = [
-        ("none", prompts, None),
-        ("ablate", harmful, ablate(r)),
-        ("add", harmless, add(scale * r, layer)),
-    ]
-    names = [name for name, _, _ in runs]
-    labels = np.full((len(runs), len(prompts)), "", dtype=object)
-    texts = np.full((len(runs), len(prompts)), "", dtype=object)
-    with bar("responses with the direction", 2 * sum(len(asked) for _, asked, _ in runs), progress) as shown:
-        for number, (name, asked, edit) in enumerate(runs):
-            found = respond(model, asked, max_new_tokens, edit_resid=edit, on_done=shown.update)
-            first = len(harmful) if name == "add" else 0
-            for index, text, label in judged(model, asked, found, judge):
-                labels[number, first + index], texts[number, first + index] = label, text
-    dims = ("intervention", "prompt")
-    data = xr.Dataset(
-        {
-            "label": (dims, labels),
-            "text": (dims, texts),
-            "harmful": ("prompt", np.arange(len(prompts)) < len(harmful)),
-            "request": ("prompt", np.array([prompt.text for prompt in prompts], dtype=object)),
-        },
-        coords={"intervention": names, "prompt": np.arange(len(prompts))},
-    )
-    meta = {"model": model.name, "fingerprint": model.fingerprint, "layer": layer, "scale": scale, "judge": judge.name}
-    return Steering(data, meta)
+    with shown(progress):
+        asked = track(encoded, "who is refused", len(encoded))
+        openings = np.array([int(model.forward(prompt.ids)[-1].argmax()) for prompt in asked])
+    refused = np.isin(openings, list(tokens))
+    usable = [np.flatnonzero(rows) for rows in (harmful & refused, ~harmful & ~refused)]
+    fewest = min(map(len, usable))
+    if not 1 <= validation <= fewest - 2:
+        raise InputError(
+            f"validation must be 1 to {max(fewest - 2, 0)}, got {validation}: {len(usable[0])} harmful prompts are refused and "
+            f"{len(usable[1])} harmless ones are not, and the candidates need at least two of each; give more prompts"
+        )
+    train = np.concatenate([rows[:-validation] for rows in usable])
+    index = [space.positions.index(name) for name in names]
+    candidates = np.zeros((model.geometry.layers, len(names), model.geometry.d_model))
+    for layer in range(model.geometry.layers):
+        features = space.features(layer, "resid")[train][:, index]
+        defined = defined_at(features, harmful[train])
+        candidates[layer, defined] = difference_of_means(features, harmful[train])[defined]
+    scored = [[encoded[row] for row in rows[-validation:]] for rows in usable]
+    found = select(model, candidates, names, scored[0], scored[1], tokens, progress=progress, **options)  # type: ignore[arg-type]
+    meta = {"prompts": space.prompts.fingerprint, "train_harmful": len(usable[0]) - validation}
+    return Selection(found.data, {**found.meta, **meta, "train_harmless": len(usable[1]) - validation})
 
 
-def judged(
-    model: Model, prompts: Sequence[EncodedPrompt], responses: Responses, judge: Judge
-) -> list[tuple[int, str, str]]:
-    """Number, text and label of each response; their likelihood is that of the model as it is."""
-    found: list[tuple[int, str, str]] = []
-    for index, (prompt, tokens) in enumerate(zip(prompts, responses.tokens, strict=True)):
-        text = model.decode(tokens)
-
-        def likelihood(prompt: EncodedPrompt = prompt, tokens: list[int] = tokens) -> float:
-            if not tokens:
-                return float("nan")
-            logits = model.forward([*prompt.ids, *tokens[:-1]], all_logits=True)[len(prompt) - 1 :]
-            return float(logits.log_softmax(-1)[torch.arange(len(tokens)), list(tokens)].mean())
-
-        found.append((index, text, judge.label(prompt.text, text, likelihood).label))
-    return found
+def opening_tokens(
+    model: Model,
+    prompts: Sequence[EncodedPrompt],
+    judge: Judge | None = None,
+    progress: bool = True,
+    max_new_tokens: int = 24,
+) -> frozenset[int]:
+    """First tokens of the model's refusals of some prompts (the set R of the margin), found by asking them."""
+    with shown(progress), bar("what refusals begin with", 2 * len(prompts)) as drawn:
+        found = respond(model, prompts, max_new_tokens, on_done=drawn.update)
+    labels = label_responses(model, prompts, found, judge or KeywordJudge())
+    return refusal_tokens(found.first_logits.argmax(-1).tolist(), [label == "refused" for _, label in labels])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -13,14 +13,21 @@ from numpy.typing import NDArray
 from kvgeom.errors import InputError
 from kvgeom.geometry.activations import SITES, Site, at_site, site_width, tokens_at, vectors
 from kvgeom.geometry.channels import OUTLIER_FACTOR
-from kvgeom.geometry.nulls import contrast_spaces, random_bases
+from kvgeom.geometry.ratio import (
+    Moments,
+    channel_quantities,
+    head_bases,
+    head_quantities,
+    quantities,
+    random_bases,
+)
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec, Rounding
 from kvgeom.progress import shown, track
 from kvgeom.prompts.sets import PromptSet, concept_contrasts
 from kvgeom.results import Result
 
 if TYPE_CHECKING:
-    from kvgeom.geometry.subspace import Direction, Subspace
+    from kvgeom.geometry.subspace import Subspace
 
 _STORED: tuple[Site, Site] = ("k", "v")
 #: Significance of the separation, before correction for the number of positions that were tried.
@@ -83,171 +90,6 @@ class Sensitivity(Result):
         return f"ratio of {self.data.sizes['layer']} layers x {list(self.data.site.values)} under {self.meta['scheme']}"
 
 
-@dataclass
-class Moments:
-    """Sums over the tokens at one layer, site and position, from which every quantity follows; no token is kept.
-
-    Attributes
-    ----------
-    tokens : int
-    x, x2, e2 : array [channels]
-        Sums of the stored vectors, of their squares, and of the squared rounding errors.
-    safety_e2 : float
-        Sum of the squared projections of the error on the safety subspace.
-    null_e2 : array [subspaces]
-        The same for random subspaces.
-    head_e2 : array [heads]
-        The same within each head, on the part of the safety subspace that lies there.
-    """
-
-    x: NDArray[np.float64]
-    x2: NDArray[np.float64]
-    e2: NDArray[np.float64]
-    null_e2: NDArray[np.float64]
-    head_e2: NDArray[np.float64]
-    tokens: int = 0
-    safety_e2: float = field(default=0.0)
-
-    @classmethod
-    def zero(cls, channels: int, subspaces: int = 0, heads: int = 0) -> Moments:
-        """Before the first token."""
-        return cls(np.zeros(channels), np.zeros(channels), np.zeros(channels), np.zeros(subspaces), np.zeros(heads))
-
-    def add(
-        self,
-        x: NDArray[np.float64],
-        e: NDArray[np.float64],
-        basis: NDArray[np.float64],
-        null: NDArray[np.float64] | None = None,
-        heads: NDArray[np.float64] | None = None,
-    ) -> None:
-        """Add tokens.
-
-        Parameters
-        ----------
-        x, e : array [tokens, channels]
-        basis : array [channels, k]
-        null : array [subspaces, channels, k], optional
-        heads : array [heads, head_dim, k], optional
-            See :func:`head_bases`.
-        """
-        self.tokens += len(x)
-        self.x += x.sum(0)
-        self.x2 += (x**2).sum(0)
-        self.e2 += (e**2).sum(0)
-        self.safety_e2 += float(((e @ basis) ** 2).sum())
-        if null is not None and len(null):
-            projected = e @ null.transpose(1, 0, 2).reshape(len(basis), -1)
-            self.null_e2 += (projected**2).reshape(len(e), len(null), -1).sum((0, 2))
-        if heads is not None and len(heads):
-            within = e.reshape(len(e), len(heads), -1).transpose(1, 0, 2) @ heads
-            self.head_e2 += (within**2).sum((1, 2))
-
-
-def head_bases(basis: NDArray[np.float64], heads: int) -> NDArray[np.float64]:
-    """The part of a subspace that lies in each head's channels, made orthonormal again.
-
-    Parameters
-    ----------
-    basis : array [channels, k]
-    heads : int
-
-    Returns
-    -------
-    array [heads, head_dim, k]
-        Zero for a head that the subspace does not touch.
-    """
-    parts = basis.reshape(heads, -1, basis.shape[1])
-    u, s, _ = np.linalg.svd(parts, full_matrices=False)
-    found = np.zeros_like(parts)
-    found[..., : u.shape[2]] = u * (s > 1e-9)[:, None, :]
-    return found
-
-
-def quantities(
-    moments: Moments, gap: NDArray[np.float64], basis: NDArray[np.float64], null: NDArray[np.float64] | None = None
-) -> dict[str, float]:
-    """Ratio and decomposition from sums; infinite or NaN only where the subspace has no signal.
-
-    Parameters
-    ----------
-    moments : Moments
-    gap : array [channels]
-        Mean harmful minus mean harmless vector.
-    basis : array [channels, k]
-        Orthonormal basis of the safety subspace.
-    null : array [subspaces, channels, k], optional
-        Orthonormal bases of random subspaces, those that ``moments`` was summed with.
-
-    Notes
-    -----
-    ``ratio = NSR_U / NSR_full`` with ``NSR_full = sum |e|^2 / sum |x|^2`` and
-    ``NSR_U = mean |U'e|^2 / (|U'gap|^2 / 4)``, the between-class variance. This is the project's definition
-    (docs/definitions.md): arXiv:2606.09864 reports a ratio of 10^2 to 10^3 without defining it.
-    """
-    channels, k = basis.shape
-    n = moments.tokens
-    x2, e2 = moments.x2.sum(), moments.e2.sum()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        signal = ((gap @ basis) ** 2).sum() / 4
-        nsr_full = e2 / x2
-        nsr_safety = moments.safety_e2 / n / signal
-        centered = x2 - (moments.x**2).sum() / n
-        found = {
-            "ratio": nsr_safety / nsr_full,
-            "ratio_centered": nsr_safety / (e2 / centered),
-            "nsr_safety": nsr_safety,
-            "nsr_full": nsr_full,
-            "signal_gap": (x2 / n / channels) / (signal / k),
-            "noise_alignment": (moments.safety_e2 / k) / (e2 / channels),
-        }
-        if null is None:
-            return found
-        null_signal = (np.einsum("c,sck->sk", gap, null) ** 2).sum(-1) / 4
-        null_ratio = moments.null_e2 / n / null_signal / nsr_full
-        null_alignment = moments.null_e2 / k / (e2 / channels)
-        low, median, high = np.quantile(null_ratio, [0.025, 0.5, 0.975])
-        return {
-            **found,
-            "null_low": low,
-            "null_median": median,
-            "null_high": high,
-            # Isotropic subspaces see k/C of the noise and, on average, k/C of the signal.
-            "null_closed": (x2 / n) / ((gap**2).sum() / 4),
-            "alignment_null_low": np.quantile(null_alignment, 0.025),
-            "alignment_null_high": np.quantile(null_alignment, 0.975),
-        }
-
-
-def head_quantities(
-    moments: Moments, gap: NDArray[np.float64], heads: NDArray[np.float64]
-) -> dict[str, NDArray[np.float64]]:
-    """Ratio and decomposition within each KV head, NaN where a head has no signal or no error.
-
-    Parameters
-    ----------
-    moments : Moments
-    gap : array [channels]
-    heads : array [heads, head_dim, k]
-        See :func:`head_bases`.
-
-    Returns
-    -------
-    dict of str to array [heads]
-        ``ratio``, ``signal_gap`` and ``noise_alignment``, defined as in :func:`quantities` with the head's channels
-        for the full space.
-    """
-    count, size, k = heads.shape
-    x2, e2 = (sums.reshape(count, size).sum(1) for sums in (moments.x2, moments.e2))
-    signal = (np.einsum("hd,hdk->hk", gap.reshape(count, size), heads) ** 2).sum(-1) / 4
-    with np.errstate(divide="ignore", invalid="ignore"):
-        signal_gap = (x2 / moments.tokens / size) / (signal / k)
-        alignment = (moments.head_e2 / k) / (e2 / size)
-        defined = (signal > 1e-12 * x2 / moments.tokens) & (e2 > 0)
-        found = {"ratio": signal_gap * alignment, "signal_gap": signal_gap, "noise_alignment": alignment}
-    return {name: np.where(defined, values, np.nan) for name, values in found.items()}
-
-
 def measure(
     space: Subspace,
     scheme: CacheSpec = DEFAULT_SCHEME,
@@ -298,14 +140,14 @@ def measure(
     }
     with shown(progress):
         moments = _moments(space, rounding, noise_pairs, nulls, "rounding noise")
-        others = contrast_spaces(space, concept_contrasts() if contrasts is None else contrasts)
+        others = space.contrasted(concept_contrasts() if contrasts is None else contrasts)
         beside = {
             name: (other, _moments(other, rounding, noise_pairs, None, f"null: {name}"))
             for name, other in others.items()
         }
     pairs = noise_pairs or len(space.activations.prompts)
     meta = {
-        **space.meta(),
+        **space.meta,
         "scheme": rounding.stored,
         "recipe": str(rounding.recipe),
         "placement": str(rounding.placement),
@@ -387,9 +229,9 @@ def _table(
         {name: (("layer", "site"), np.array([[cell[name] for cell in row] for row in cells])) for name in cells[0][0]},
         coords={"layer": list(layers), "site": list(SITES)},
     )
-    kv = [[_channels(space.directions[layer, s], moments[layer, s]) for s in ("k", "v")] for layer in layers]
-    resid = [_channels(space.directions[layer, "resid"], moments[layer, "resid"]) for layer in layers]
-    heads = [[_heads(space, moments[layer, s], layer, s) for s in _STORED] for layer in layers]
+    kv = [[_channels(space, moments, layer, s) for s in _STORED] for layer in layers]
+    resid = [_channels(space, moments, layer, "resid") for layer in layers]
+    heads = [[_heads(space, moments, layer, s) for s in _STORED] for layer in layers]
     channels: dict[str, Any] = {
         f"head_{name}": (("layer", "kv", "head"), np.array([[h[name] for h in row] for row in heads]))
         for name in heads[0][0]
@@ -411,8 +253,7 @@ def _cell(
     direction = space.directions[layer, site]
     numbers = quantities(moments, direction.gap, direction.basis, nulls[len(direction.gap)])
     status, reason = "ok", ""
-    # The position was chosen as the best of several, so each had that many chances to look significant.
-    p = min(1.0, direction.separation.p * len(space.tried))
+    p = float(space.data.p.sel(layer=layer, site=site))
     if not direction.defined:
         status, reason = (
             "undefined",
@@ -440,22 +281,16 @@ def _cell(
     }
 
 
-def _heads(space: Subspace, moments: Moments, layer: int, site: Site) -> dict[str, NDArray[np.float64]]:
+def _heads(
+    space: Subspace, moments: dict[tuple[int, Site], Moments], layer: int, site: Site
+) -> dict[str, NDArray[np.float64]]:
     direction = space.directions[layer, site]
-    return head_quantities(moments, direction.gap, head_bases(direction.basis, space.model.geometry.kv_heads))
+    heads = head_bases(direction.basis, space.model.geometry.kv_heads)
+    return head_quantities(moments[layer, site], direction.gap, heads)
 
 
-def _channels(direction: Direction, moments: Moments) -> dict[str, NDArray[np.float64]]:
-    """Per channel: U is the channel's unit vector. Channels without class difference or error have no ratio."""
-    n = moments.tokens
-    signal = direction.gap**2 / 4
-    nsr_full = moments.e2.sum() / moments.x2.sum()
-    defined = direction.defined & (signal > 1e-12 * moments.x2 / n) & (nsr_full > 0)
-    ratio = np.full(len(signal), np.nan)
-    ratio[defined] = moments.e2[defined] / n / signal[defined] / nsr_full
-    return {
-        "ratio": ratio,
-        "magnitude": np.sqrt(moments.x2 / n),
-        "noise": np.sqrt(moments.e2 / n),
-        "loading": (direction.basis**2).sum(1) / direction.basis.shape[1],
-    }
+def _channels(
+    space: Subspace, moments: dict[tuple[int, Site], Moments], layer: int, site: Site
+) -> dict[str, NDArray[np.float64]]:
+    direction = space.directions[layer, site]
+    return channel_quantities(moments[layer, site], direction.gap, direction.basis, direction.defined)

@@ -2,90 +2,134 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import xarray as xr
 from numpy.typing import NDArray
 
+from kvgeom.engines.registry import resolve
 from kvgeom.errors import InputError
 from kvgeom.geometry.activations import SITES, ActivationStore, Site
-from kvgeom.geometry.estimators import (
-    METHODS,
-    Separation,
-    difference_of_means,
-    difference_of_winsorized_means,
-    estimate,
-    separation,
-)
+from kvgeom.geometry.estimators import METHODS, Direction, fit_direction
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec
+from kvgeom.geometry.separation import Separation
 from kvgeom.models.load import load
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import shown
-from kvgeom.prompts.sets import PromptSet, calibration
+from kvgeom.prompts.sets import PromptSet, calibration, load_prompts
 from kvgeom.quant.placement import Placement
+from kvgeom.results import Result
 
 if TYPE_CHECKING:
     from kvgeom.geometry.directions import Directions
     from kvgeom.geometry.selection import Selection
     from kvgeom.geometry.sensitivity import Sensitivity
 
-#: A class difference smaller than this share of the mean square is rounding error of the arithmetic, not signal.
-COINCIDENT = 1e-10
-
 
 @dataclass(frozen=True)
-class Direction:
-    """The safety subspace of one layer and site.
-
-    Attributes
-    ----------
-    position : str
-        Tokens at which it was found.
-    gap : array [channels]
-        Mean harmful minus mean harmless vector there (of winsorized means where that is the method).
-    basis : array [channels, k]
-        Orthonormal.
-    separation : Separation
-        Cross-validated, along the difference of means.
-    defined : bool
-        False where the classes coincide at every position that was looked at.
-    """
-
-    position: str
-    gap: NDArray[np.float64]
-    basis: NDArray[np.float64]
-    separation: Separation
-    defined: bool
-
-
-@dataclass(frozen=True)
-class Subspace:
-    """Safety subspaces of all layers and sites of a model; made by :func:`subspace`.
+class Source:
+    """What a subspace was found in, from which everything else is measured.
 
     Attributes
     ----------
     activations : ActivationStore
-        Keys, values and residual stream of the prompts: all that follows is computed from it, without running the model
-        again.
     prompts : PromptSet
-    k : int
-        Dimensions of each subspace.
-    method : str
-        How directions were estimated.
-    tried : tuple of str
-        Positions that were looked at.
-    directions : dict of (layer, site) to Direction
+        Those of ``activations`` that the subspace tells apart.
+    contrasts : dict of str to ActivationStore
+        Activations of harmless requests by the fingerprint of their set, shared by all subspaces of one model run.
     """
 
-    activations: ActivationStore = field(repr=False)
+    activations: ActivationStore
     prompts: PromptSet
-    k: int
-    method: str
-    tried: tuple[str, ...]
-    directions: dict[tuple[int, Site], Direction] = field(repr=False)
-    contrast_activations: dict[str, ActivationStore] = field(default_factory=dict, repr=False)
+    contrasts: dict[str, ActivationStore] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, repr=False)
+class Subspace(Result):
+    """Safety subspaces of all layers and sites of a model. Made by :func:`subspace`.
+
+    ``data`` has the dimensions ``layer`` and ``site`` (``"k"``, ``"v"``, ``"resid"``) and the variables
+
+    - ``position``: tokens at which the direction was found (``"instruction"``, ``"template-1"``, ...);
+    - ``separation``: cross-validated AUROC of harmful against harmless along the difference of means, and ``effect``, the
+      gap over the pooled standard deviation;
+    - ``p``: one-sided permutation p-value of the separation, corrected for the number of positions tried; ``p_position``
+      is that of the position alone;
+    - ``defined``: False where the classes coincide at every position tried.
+
+    ``gap`` (mean harmful minus mean harmless vector) over ``(layer, kv, channel)`` and ``basis`` (orthonormal) over
+    ``(layer, kv, channel, dimension)`` describe keys and values; ``resid_gap`` and ``resid_basis`` over
+    ``resid_channel`` the residual stream. :attr:`directions` has the same by layer and site.
+
+    A subspace that :meth:`load` returns has its directions, and nothing that would need the model: neither activations nor
+    prompts, so it cannot measure a sensitivity.
+    """
+
+    source: Source | None = field(default=None, compare=False)
+
+    kind: ClassVar[str] = "subspace"
+    tables: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "layers": ("layer", "site"),
+        "channels": ("layer", "kv", "channel", "dimension"),
+        "resid_channels": ("layer", "resid_channel", "dimension"),
+    }
+
+    @property
+    def k(self) -> int:
+        """Dimensions of each subspace."""
+        return int(self.meta["k"])
+
+    @property
+    def method(self) -> str:
+        """How directions were estimated."""
+        return str(self.meta["method"])
+
+    @property
+    def tried(self) -> tuple[str, ...]:
+        """Positions that were looked at."""
+        return tuple(self.meta["tried"])
+
+    @cached_property
+    def directions(self) -> dict[tuple[int, Site], Direction]:
+        """The subspace of every layer and site."""
+        return {(int(layer), site): self._direction(int(layer), site) for layer in self.data.layer for site in SITES}
+
+    def _direction(self, layer: int, site: Site) -> Direction:
+        cell = self.data.sel(layer=layer, site=site)
+        at = self.data.sel(layer=layer, drop=True)
+        gap, basis = (
+            (at.resid_gap, at.resid_basis) if site == "resid" else (at.gap.sel(kv=site), at.basis.sel(kv=site))
+        )
+        separation = Separation(float(cell.separation), float(cell.p_position), float(cell.effect))
+        return Direction(str(cell.position.values), gap.values, basis.values, separation, bool(cell.defined))
+
+    def _found_in(self) -> Source:
+        if self.source is None:
+            raise InputError(
+                "this subspace was read from a file and has no activations; find it again with "
+                f"kvgeom.subspace({self.meta['model']!r}, prompts) to measure anything"
+            )
+        return self.source
+
+    @property
+    def activations(self) -> ActivationStore:
+        """Keys, values and residual stream of the prompts.
+
+        Raises
+        ------
+        InputError
+            For a subspace that was read from a file, as for everything below that needs them.
+        """
+        return self._found_in().activations
+
+    @property
+    def prompts(self) -> PromptSet:
+        """The requests that it tells apart."""
+        return self._found_in().prompts
 
     @property
     def model(self) -> Model:
@@ -94,7 +138,7 @@ class Subspace:
 
     @property
     def placement(self) -> Placement:
-        """Which keys and values are meant."""
+        """Where keys and values were read."""
         return self.activations.placement
 
     @property
@@ -105,12 +149,12 @@ class Subspace:
     @property
     def harmful(self) -> tuple[EncodedPrompt, ...]:
         """The harmful prompts as tokens."""
-        return tuple(self.activations.prompts[row] for row in self.activations.indices(self.prompts.harmful))
+        return tuple(self.activations.prompts[index] for index in self.activations.indices(self.prompts.harmful))
 
     @property
     def harmless(self) -> tuple[EncodedPrompt, ...]:
         """The harmless prompts as tokens."""
-        return tuple(self.activations.prompts[row] for row in self.activations.indices(self.prompts.harmless))
+        return tuple(self.activations.prompts[index] for index in self.activations.indices(self.prompts.harmless))
 
     def features(self, layer: int, site: Site) -> NDArray[np.float64]:
         """Mean vector of every prompt at every position, ``[prompts, positions, channels]``, harmful prompts first."""
@@ -121,10 +165,47 @@ class Subspace:
         """Which rows of :meth:`features` are harmful."""
         return _labels(self.prompts)
 
-    def refit(self, *, k: int = 1, method: str = "mean", position: str | None = None) -> Subspace:
-        """The same prompts, another subspace; the model is not run again. Parameters as in :func:`subspace`."""
-        found = _fit(self.activations, self.prompts, k, method, position)
-        return replace(found, contrast_activations=self.contrast_activations)
+    def refit(
+        self, *, k: int = 1, method: str = "mean", position: str | None = None, prompts: PromptSet | None = None
+    ) -> Subspace:
+        """Another subspace of the same activations; the model is not run again.
+
+        Parameters
+        ----------
+        k, method, position
+            As in :func:`subspace`.
+        prompts : PromptSet, optional
+            Some of the same requests, perhaps with other labels.
+
+        Raises
+        ------
+        InputError
+            As :func:`subspace`, or for requests that were not run.
+        """
+        found_in = self._found_in()
+        return _fit(Source(found_in.activations, prompts or found_in.prompts, found_in.contrasts), k, method, position)
+
+    def contrasted(self, contrasts: Sequence[PromptSet]) -> dict[str, Subspace]:
+        """Subspaces of contrasts between harmless requests (null b), found as this one was, by name.
+
+        Their prompts are run once, whatever number of contrasts they are part of, and once for all schemes.
+
+        Parameters
+        ----------
+        contrasts : sequence of PromptSet
+            The two classes stand in the places of harmful and harmless. No more of each are used than this subspace has:
+            a direction from fewer prompts has more noise in it, and more noise looks like more signal.
+        """
+        size = min(len(self.prompts.harmful), len(self.prompts.harmless))
+        small = [contrast.take(size) for contrast in contrasts]
+        requests = tuple(dict.fromkeys(text for contrast in small for text in (*contrast.harmful, *contrast.harmless)))
+        if not requests:
+            return {}
+        key, stores = PromptSet("", requests, (), "").fingerprint, self._found_in().contrasts
+        if key not in stores:
+            stores[key] = ActivationStore(self.model, requests, self.placement)
+        position = self.tried[0] if len(self.tried) == 1 else None
+        return {one.name: _fit(Source(stores[key], one), self.k, self.method, position) for one in small}
 
     def sensitivity(
         self,
@@ -159,47 +240,43 @@ class Subspace:
         return compare(self, methods, positions, samples=samples, progress=progress, seed=seed)
 
     def select(self, **options: Any) -> Selection:
-        """Choose the refusal direction of the residual stream by what it does; see :func:`kvgeom.geometry.directions.select`."""
-        from kvgeom.geometry.directions import select_direction
+        """Choose the refusal direction by what it does; see :func:`kvgeom.geometry.selection.select_direction`."""
+        from kvgeom.geometry.selection import select_direction
 
         return select_direction(self, **options)
 
-    def meta(self) -> dict[str, Any]:
-        """What made it, in JSON types."""
-        return {
-            "model": self.model.name,
-            "fingerprint": self.model.fingerprint,
-            "placement": str(self.placement),
-            "prompts": self.prompts.fingerprint,
-            "k": self.k,
-            "method": self.method,
-            "kv_heads": self.model.geometry.kv_heads,
-            "head_dim": self.model.geometry.head_dim,
-        }
+    def summary(self) -> str:
+        defined = self.data.defined.values
+        return (
+            f"{self.meta['model']}: {self.data.sizes['layer']} layers x {list(self.data.site.values)}, k={self.k}, "
+            f"{self.method}; defined at {int(defined.sum())} of {defined.size}"
+        )
 
 
 def subspace(
     model: Any,
-    prompts: PromptSet | None = None,
+    prompts: PromptSet | str | None = None,
     *,
     k: int = 1,
     method: str = "mean",
     position: str | None = None,
-    placement: Placement | None = None,
+    placement: Placement | str | None = None,
     progress: bool = True,
     **load_options: Any,
 ) -> Subspace:
     """Find where harmful and harmless requests differ in keys, values and residual stream.
 
     At each layer and site the class difference is taken at the instruction's tokens (their mean) and at every
-    template token after it, and the best separated position is kept. Costs one forward pass over the prompts, which
-    are kept on disk for whatever is measured afterwards (see :class:`kvgeom.geometry.activations.ActivationStore`).
+    template token after it, and the best separated position is kept. Costs one forward pass over the prompts, whose
+    activations are kept on disk for whatever is measured afterwards (see
+    :class:`kvgeom.geometry.activations.ActivationStore`).
 
     Parameters
     ----------
     model : anything that :func:`kvgeom.load` takes
-    prompts : PromptSet, optional
-        Needs harmful and harmless requests; the calibration set by default.
+    prompts : PromptSet or str, optional
+        Needs harmful and harmless requests; the calibration set by default. A string is what
+        :func:`kvgeom.prompts.sets.load_prompts` takes, such as ``"held-out"`` or a file.
     k : int
         Dimensions. With ``method="mean"`` and k > 1 the leading right singular vectors of the differences at all
         positions; with ``"pca"`` those of the paired differences at one position.
@@ -207,65 +284,96 @@ def subspace(
         See :func:`kvgeom.geometry.estimators.estimate`.
     position : str, optional
         One of the shared positions (``"instruction"``, ``"template-1"``, ...) instead of the best separated.
-    placement : Placement, optional
-        Which keys and values are meant; as stored in the cache by default (rotary embedding taken out again).
+    placement : Placement or {"cache", "paper"}, optional
+        Where keys and values are read; as stored in the cache by default (rotary embedding taken out again).
+    progress : bool
+    **load_options
+        Of :func:`kvgeom.load`.
 
     Raises
     ------
     InputError
-        If a class has fewer than two prompts, ``k`` exceeds what the method gives, or there is no such method or
-        position.
+        If a class has fewer than two prompts, ``k`` exceeds what the method gives, or the method, position, placement or
+        prompt set is unknown.
 
     Examples
     --------
     >>> kvgeom.subspace("demo").sensitivity().plot()  # doctest: +SKIP
     """
-    loaded = load(model, **load_options)
-    prompts = prompts or calibration()
-    _check_classes(prompts)
-    store = ActivationStore(
-        loaded, tuple(dict.fromkeys([*prompts.harmful, *prompts.harmless])), placement or Placement()
-    )
+    at = resolve(DEFAULT_SCHEME, placement=placement).placement
+    chosen = calibration() if prompts is None else load_prompts(prompts) if isinstance(prompts, str) else prompts
+    _check(chosen, k, method)
     with shown(progress):
-        return _fit(store, prompts, k, method, position)
+        loaded = load(model, progress=progress, **load_options)
+        requests = tuple(dict.fromkeys([*chosen.harmful, *chosen.harmless]))
+        return _fit(Source(ActivationStore(loaded, requests, at), chosen), k, method, position)
 
 
-def fit(store: ActivationStore, prompts: PromptSet, like: Subspace) -> Subspace:
-    """The subspace of some prompts of a store, found as ``like`` was."""
-    position = like.tried[0] if len(like.tried) == 1 else None
-    return _fit(store, prompts, like.k, like.method, position)
-
-
-def _check_classes(prompts: PromptSet) -> None:
+def _check(prompts: PromptSet, k: int, method: str) -> None:
+    """What can be said before any prompt is run."""
     if min(len(prompts.harmful), len(prompts.harmless)) < 2:
         raise InputError(
             f"prompt set {prompts.name!r} has {len(prompts.harmful)} harmful and {len(prompts.harmless)} harmless requests; "
             "a subspace needs at least two of each"
         )
-
-
-def _fit(store: ActivationStore, prompts: PromptSet, k: int, method: str, position: str | None) -> Subspace:
-    names = store.positions
-    if position is not None and position not in names:
-        raise InputError(f"position {position!r} was asked, but the prompts share {', '.join(names)}; choose one")
-    tried = names if position is None else (position,)
     if method not in METHODS:
-        raise InputError(f"direction method {method!r} was asked; choose one of {', '.join(METHODS)}")
+        raise InputError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    if k < 1:
+        raise InputError(f"k must be at least 1, got {k}")
+
+
+def _fit(source: Source, k: int, method: str, position: str | None) -> Subspace:
+    store, prompts, names = source.activations, source.prompts, source.activations.positions
+    _check(prompts, k, method)
+    if position is not None and position not in names:
+        raise InputError(f"unknown position {position!r}; choose from {', '.join(names)}")
+    tried = names if position is None else (position,)
     pairs = min(len(prompts.harmful), len(prompts.harmless))
     most = {"mean": len(tried), "pca": pairs}.get(method, 1)
-    if not 1 <= k <= most:
+    if k > most:
         raise InputError(
-            f"k={k} was asked, but {len(tried)} positions and {pairs} pairs of requests give method {method!r} at most "
-            f"as many dimensions as {most}; method='pca' gives one for each pair"
+            f"method {method!r} gives at most k={most} with {len(tried)} positions and {pairs} pairs of requests, got k={k}; "
+            "method='pca' gives one dimension for each pair"
         )
-    store.features("k")
-    harmful = _labels(prompts)
-    directions = {
-        (layer, site): _direction(_features(store, prompts, layer, site), harmful, names, tried, k, method)
-        for layer in range(store.model.geometry.layers)
+    harmful, geometry = _labels(prompts), store.model.geometry
+    found = {
+        (layer, site): fit_direction(_features(store, prompts, layer, site), harmful, names, tried, k, method)
+        for layer in range(geometry.layers)
         for site in SITES
     }
-    return Subspace(store, prompts, k, method, tuple(tried), directions)
+    meta = {
+        "model": store.model.name,
+        "fingerprint": store.model.fingerprint,
+        "placement": str(store.placement),
+        "prompts": prompts.fingerprint,
+        "k": k,
+        "method": method,
+        "tried": list(tried),
+        "kv_heads": geometry.kv_heads,
+        "head_dim": geometry.head_dim,
+    }
+    return Subspace(_dataset(found, geometry.layers, len(tried)), meta, source)
+
+
+def _dataset(found: Mapping[tuple[int, Site], Direction], layers: int, tried: int) -> xr.Dataset:
+    cells = [[found[layer, site] for site in SITES] for layer in range(layers)]
+    p = np.array([[one.separation.p for one in row] for row in cells])
+    variables: dict[str, Any] = {
+        "position": np.array([[one.position for one in row] for row in cells]),
+        "separation": np.array([[one.separation.auroc for one in row] for row in cells]),
+        # The position was chosen as the best of several, so each had that many chances to look significant.
+        "p": np.minimum(1.0, p * tried),
+        "p_position": p,
+        "effect": np.array([[one.separation.effect for one in row] for row in cells]),
+        "defined": np.array([[one.defined for one in row] for row in cells]),
+    }
+    data: dict[str, Any] = {name: (("layer", "site"), values) for name, values in variables.items()}
+    for name in ("gap", "basis"):
+        k, v, resid = (np.stack([getattr(row[at], name) for row in cells]) for at in range(len(SITES)))
+        more = ("dimension",) if name == "basis" else ()
+        data[name] = (("layer", "kv", "channel", *more), np.stack([k, v], axis=1))
+        data[f"resid_{name}"] = (("layer", "resid_channel", *more), resid)
+    return xr.Dataset(data, coords={"layer": np.arange(layers), "site": list(SITES), "kv": ["k", "v"]})
 
 
 def _labels(prompts: PromptSet) -> NDArray[np.bool_]:
@@ -274,37 +382,6 @@ def _labels(prompts: PromptSet) -> NDArray[np.bool_]:
 
 
 def _features(store: ActivationStore, prompts: PromptSet, layer: int, site: Site) -> NDArray[np.float64]:
-    rows = store.indices([*prompts.harmful, *prompts.harmless])
-    found: NDArray[np.float64] = store.features(site)[layer][rows].astype(np.float64)
+    indices = store.indices([*prompts.harmful, *prompts.harmless])
+    found: NDArray[np.float64] = store.features(site)[layer][indices].astype(np.float64)
     return found
-
-
-def defined_at(features: NDArray[np.float64], harmful: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """At which positions the classes differ at all: ``[prompts, positions, channels]`` to ``[positions]``."""
-    gaps = difference_of_means(features, harmful)
-    found: NDArray[np.bool_] = (gaps**2).sum(-1) > COINCIDENT * (features**2).sum(-1).mean(0)
-    return found
-
-
-def _direction(
-    x: NDArray[np.float64],
-    harmful: NDArray[np.bool_],
-    names: Sequence[str],
-    tried: Sequence[str],
-    k: int,
-    method: str,
-) -> Direction:
-    gaps = difference_of_means(x, harmful)
-    defined = defined_at(x, harmful) & np.isin(names, tried)
-    found = {index: separation(x[:, index], harmful, draws=0) for index in map(int, np.flatnonzero(defined))}
-    if not found:
-        index = list(names).index(tried[0])
-        return Direction(tried[0], gaps[index], np.zeros((len(gaps[index]), k)), Separation(0.5, 1.0, 0.0), False)
-    best = max(found, key=lambda index: (found[index].auroc, found[index].effect))
-    if method == "mean" and k > 1:
-        basis = np.linalg.svd(gaps[defined], full_matrices=False)[2][:k].T
-    else:
-        basis = estimate(x[:, best], harmful, method, k)
-    gap = difference_of_winsorized_means(x[:, best], harmful) if method == "winsorized" else gaps[best]
-    best_separation = separation(x[:, best], harmful)
-    return Direction(list(names)[best], gap.astype(np.float64), basis.astype(np.float64), best_separation, True)

@@ -1,0 +1,204 @@
+"""Interventions on the residual stream: a direction taken out or put in, and what the model then answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvgeom.errors import InputError
+from kvgeom.evaluation.respond import Responses, respond
+from kvgeom.judges.judge import LABELS, Judge, KeywordJudge
+from kvgeom.models.model import EncodedPrompt, Model
+from kvgeom.progress import bar, shown
+from kvgeom.results import Result
+from kvgeom.stats import wilson
+
+if TYPE_CHECKING:
+    from kvgeom.models.model import ResidEdit
+
+Point = Literal["pre", "attn", "post"]
+
+
+def ablate(directions: Tensor) -> ResidEdit:
+    """Take a direction out of everything that the residual stream receives, at every layer and token.
+
+    Parameters
+    ----------
+    directions : Tensor [rows, d_model] or [d_model]
+        One for each row of the batch, or one for all; scaled to unit length here.
+
+    References
+    ----------
+    Directional ablation, Arditi et al., arXiv:2406.11717, section 2.4.
+    """
+    unit = (directions / directions.norm(dim=-1, keepdim=True)).reshape(-1, 1, directions.shape[-1])
+
+    def edit(layer: int, point: Point, x: Tensor) -> Tensor:
+        r = unit.to(x.device, x.dtype)
+        ablated: Tensor = x - (x * r).sum(-1, keepdim=True) * r
+        return ablated
+
+    return edit
+
+
+def add(directions: Tensor, layers: int | Sequence[int]) -> ResidEdit:
+    """Add a direction, as long as it is, to the residual stream after a layer, at every token.
+
+    Parameters
+    ----------
+    directions : Tensor [rows, d_model] or [d_model]
+    layers : int or sequence of int
+        After which layer; one for each row, or one for all.
+
+    References
+    ----------
+    Activation addition, Arditi et al., arXiv:2406.11717, section 2.4.
+    """
+    rows = directions.reshape(-1, 1, directions.shape[-1])
+    after = torch.as_tensor([layers] if isinstance(layers, int) else list(layers))
+
+    def edit(layer: int, point: Point, x: Tensor) -> Tensor:
+        here = after == layer
+        if point != "post" or not here.any():
+            return x
+        changed: Tensor = x + (rows * here[:, None, None]).to(x.device, x.dtype)
+        return changed
+
+    return edit
+
+
+@dataclass(frozen=True, repr=False)
+class Steering(Result):
+    """What a model answers with a direction taken out or put in. Made by :func:`steer`.
+
+    ``data`` has the dimensions ``intervention`` (``"none"``, ``"ablate"``, ``"add"``) and ``prompt``, and the variables
+    ``label``, ``text``, and ``harmful`` and ``request`` over (prompt). Where an intervention was not run (``"add"`` on
+    harmful prompts, ``"ablate"`` on harmless ones) the label is ``""``.
+    """
+
+    kind: ClassVar[str] = "steering"
+
+    def refusals(self, intervention: str, harmful: bool) -> tuple[int, int, tuple[float, float]]:
+        """Refusals, prompts, and the Wilson 95 % interval of the rate."""
+        labels = self.data.label.sel(intervention=intervention).values[self.data.harmful.values == harmful]
+        refused, count = int((labels == "refused").sum()), int((labels != "").sum())
+        return refused, count, wilson(refused, count)
+
+    def table(self) -> Any:
+        """Labels by intervention and kind of prompt, as a pandas frame with intervals of the refusal rate."""
+        import pandas as pd
+
+        rows = []
+        for harmful, intervention in ((True, "none"), (True, "ablate"), (False, "none"), (False, "add")):
+            labels = self.data.label.sel(intervention=intervention).values[self.data.harmful.values == harmful]
+            refused, count, (low, high) = self.refusals(intervention, harmful)
+            rows.append(
+                {
+                    "prompts": "harmful" if harmful else "harmless",
+                    "direction": {"none": "as it is", "ablate": "ablated", "add": "added"}[intervention],
+                    **{str(label): int((labels == label).sum()) for label in LABELS},
+                    "refusal rate": refused / count if count else float("nan"),
+                    "low": low,
+                    "high": high,
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def summary(self) -> str:
+        parts = [
+            f"{name} {self.refusals(before, harmful)[0]} -> {self.refusals(after, harmful)[0]} of {self.refusals(after, harmful)[1]}"
+            for name, harmful, before, after in (
+                ("ablation: refusals of harmful prompts", True, "none", "ablate"),
+                ("addition: refusals of harmless prompts", False, "none", "add"),
+            )
+        ]
+        return "; ".join(parts)
+
+
+def steer(
+    model: Model,
+    direction: NDArray[np.floating],
+    layer: int,
+    harmful: Sequence[EncodedPrompt],
+    harmless: Sequence[EncodedPrompt],
+    *,
+    scale: float = 1.0,
+    judge: Judge | None = None,
+    max_new_tokens: int = 24,
+    progress: bool = True,
+) -> Steering:
+    """Generate with the direction ablated on harmful prompts, and added on harmless ones.
+
+    Parameters
+    ----------
+    model : Model
+    direction : array [d_model]
+        For instance ``selection.direction``, in the units of the residual stream.
+    layer : int
+        After which layer it is added.
+    harmful, harmless : sequence of EncodedPrompt
+        Prompts that neither found nor chose the direction.
+    scale : float
+        Multiplies what is added.
+    judge : Judge, optional
+    max_new_tokens : int
+    """
+    judge = judge or KeywordJudge()
+    r = torch.from_numpy(np.asarray(direction, dtype=np.float32))
+    if r.shape != (model.geometry.d_model,) or not float(r.norm()) > 0:
+        raise InputError(
+            f"a direction must have shape [{model.geometry.d_model}] and not be 0, got shape {list(r.shape)}"
+        )
+    prompts = [*harmful, *harmless]
+    runs: list[tuple[str, Sequence[EncodedPrompt], ResidEdit | None]] = [
+        ("none", prompts, None),
+        ("ablate", harmful, ablate(r)),
+        ("add", harmless, add(scale * r, layer)),
+    ]
+    names = [name for name, _, _ in runs]
+    labels = np.full((len(runs), len(prompts)), "", dtype=object)
+    texts = np.full((len(runs), len(prompts)), "", dtype=object)
+    total = 2 * sum(len(asked) for _, asked, _ in runs)
+    with shown(progress), bar("responses with the direction", total) as drawn:
+        for number, (name, asked, edit) in enumerate(runs):
+            found = respond(model, asked, max_new_tokens, edit_resid=edit, on_done=drawn.update)
+            first = len(harmful) if name == "add" else 0
+            for index, (text, label) in enumerate(label_responses(model, asked, found, judge), start=first):
+                labels[number, index], texts[number, index] = label, text
+    dims = ("intervention", "prompt")
+    data = xr.Dataset(
+        {
+            "label": (dims, labels),
+            "text": (dims, texts),
+            "harmful": ("prompt", np.arange(len(prompts)) < len(harmful)),
+            "request": ("prompt", np.array([prompt.text for prompt in prompts], dtype=object)),
+        },
+        coords={"intervention": names, "prompt": np.arange(len(prompts))},
+    )
+    meta = {"model": model.name, "fingerprint": model.fingerprint, "layer": layer, "scale": scale, "judge": judge.name}
+    return Steering(data, meta)
+
+
+def label_responses(
+    model: Model, prompts: Sequence[EncodedPrompt], responses: Responses, judge: Judge
+) -> list[tuple[str, str]]:
+    """Text and label of each response; their likelihood is that of the model without intervention."""
+    found = []
+    for prompt, tokens in zip(prompts, responses.tokens, strict=True):
+        text = model.decode(tokens)
+
+        def likelihood(prompt: EncodedPrompt = prompt, tokens: list[int] = tokens) -> float:
+            if not tokens:
+                return float("nan")
+            logits = model.forward([*prompt.ids, *tokens[:-1]], all_logits=True)[len(prompt) - 1 :]
+            return float(logits.log_softmax(-1)[torch.arange(len(tokens)), list(tokens)].mean())
+
+        found.append((text, judge.label(prompt.text, text, likelihood).label))
+    return found
