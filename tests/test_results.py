@@ -112,9 +112,9 @@ import kvgeom
 from kvgeom.behaviour.curve import over_refusal
 from kvgeom.geometry.attention import attention_error
 from kvgeom.geometry.causal import first_order, patch_layers
-from kvgeom.geometry.directions import opening_tokens
+from kvgeom.geometry.selection import opening_tokens
 from kvgeom.organisms import Size, plant, tiny_model
-from kvgeom.geometry.selection import steer
+from kvgeom.geometry.steering import steer
 
 size = Size(3)
 model = plant(tiny_model(size), "outlier-crushes-safety", seed=5, prompts=size.prompts("train").take(24)).model
@@ -143,6 +143,7 @@ SHOWN = {
     "Selection": "selection",
     "Sensitivity": "space.sensitivity(**quiet)",
     "Steering": "steer(model, selection.direction, selection.layer, space.harmful[:2], space.harmless[:2], **quiet)",
+    "Subspace": "space",
     "Verification": "fixed.verification",
 }
 #: Others that a cell may end with.
@@ -150,7 +151,6 @@ ALSO = (
     "fixed",
     "fixed.diagnosis",
     "fixed.plan",
-    "space",
     "kvgeom.subspace(model, asked, **quiet).sensitivity(**quiet)",
 )
 

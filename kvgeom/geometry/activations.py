@@ -89,6 +89,10 @@ class ActivationStore:
             raise InputError(f"no activations of the request {missing[:40]!r}; choose from the requests that were run")
         return np.array([self._indices[request] for request in requests], dtype=np.int64)
 
+    def encoded(self, requests: Sequence[str]) -> tuple[EncodedPrompt, ...]:
+        """Some of the prompts, by their requests."""
+        return tuple(self.prompts[index] for index in self.indices(requests))
+
     def layers(self, index: int) -> Iterator[LayerActivations]:
         """Activations of one prompt, layer by layer: from a forward pass the first time, from a file afterwards."""
         file = self._folder / f"{index}.safetensors"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, unknown
 from kvgeom.geometry.separation import Separation, folds_of, separation
 
 Floats = NDArray[np.floating]
@@ -169,7 +169,7 @@ def estimate(features: Floats, harmful: NDArray[np.bool_], method: str = "mean",
         For an unknown method, or a ``k`` that it cannot give.
     """
     if method not in METHODS:
-        raise InputError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+        raise unknown("method", method, METHODS)
     if k > 1 and method != "pca":
         raise InputError(f"method {method!r} gives one direction, got k={k}; use method='pca'")
     found = METHODS[method](features, harmful, k)

@@ -242,8 +242,11 @@ def select_direction(
     positions: Sequence[str] | None = None,
     tokens: Iterable[int] | None = None,
     judge: Judge | None = None,
+    max_kl: float = 0.1,
+    min_induce: float | None = None,
+    last_layers: float = 0.2,
+    batch_size: int = 24,
     progress: bool = True,
-    **options: float,
 ) -> Selection:
     """Choose the refusal direction of the residual stream, as Arditi et al. do.
 
@@ -262,8 +265,8 @@ def select_direction(
         First tokens of refusals; found by asking the model the harmful prompts otherwise.
     judge : Judge, optional
         Labels those responses.
-    **options
-        ``max_kl``, ``min_induce``, ``last_layers``, ``batch_size``: see :func:`select`.
+    max_kl, min_induce, last_layers, batch_size
+        As in :func:`select`.
 
     Raises
     ------
@@ -306,7 +309,19 @@ def select_direction(
         defined = defined_at(features, harmful[train])
         candidates[layer, defined] = difference_of_means(features, harmful[train])[defined]
     scored = [[encoded[row] for row in rows[-validation:]] for rows in usable]
-    found = select(model, candidates, names, scored[0], scored[1], tokens, progress=progress, **options)  # type: ignore[arg-type]
+    found = select(
+        model,
+        candidates,
+        names,
+        scored[0],
+        scored[1],
+        tokens,
+        max_kl=max_kl,
+        min_induce=min_induce,
+        last_layers=last_layers,
+        batch_size=batch_size,
+        progress=progress,
+    )
     meta = {"prompts": space.prompts.fingerprint, "train_harmful": len(usable[0]) - validation}
     return Selection(found.data, {**found.meta, **meta, "train_harmless": len(usable[1]) - validation})
 

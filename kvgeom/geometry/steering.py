@@ -190,7 +190,7 @@ def label_responses(
     model: Model, prompts: Sequence[EncodedPrompt], responses: Responses, judge: Judge
 ) -> list[tuple[str, str]]:
     """Text and label of each response; their likelihood is that of the model without intervention."""
-    found = []
+    found: list[tuple[str, str]] = []
     for prompt, tokens in zip(prompts, responses.tokens, strict=True):
         text = model.decode(tokens)
 

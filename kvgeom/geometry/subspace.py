@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -12,7 +13,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from kvgeom.engines.registry import resolve
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, unknown, unknown_option
 from kvgeom.geometry.activations import SITES, ActivationStore, Site
 from kvgeom.geometry.estimators import METHODS, Direction, fit_direction
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec
@@ -47,6 +48,17 @@ class Source:
     prompts: PromptSet
     contrasts: dict[str, ActivationStore] = field(default_factory=dict)
 
+    def features(self, layer: int, site: Site) -> NDArray[np.float64]:
+        """See :meth:`Subspace.features`."""
+        rows = self.activations.indices([*self.prompts.harmful, *self.prompts.harmless])
+        found: NDArray[np.float64] = self.activations.features(site)[layer][rows].astype(np.float64)
+        return found
+
+    @property
+    def is_harmful(self) -> NDArray[np.bool_]:
+        """See :attr:`Subspace.is_harmful`."""
+        return np.repeat([True, False], [len(self.prompts.harmful), len(self.prompts.harmless)])
+
 
 @dataclass(frozen=True, repr=False)
 class Subspace(Result):
@@ -63,7 +75,8 @@ class Subspace(Result):
 
     ``gap`` (mean harmful minus mean harmless vector) over ``(layer, kv, channel)`` and ``basis`` (orthonormal) over
     ``(layer, kv, channel, dimension)`` describe keys and values; ``resid_gap`` and ``resid_basis`` over
-    ``resid_channel`` the residual stream. :attr:`directions` has the same by layer and site.
+    ``resid_channel`` the residual stream. A basis is NaN in dimensions that the classes do not span there.
+    :attr:`directions` has the same by layer and site.
 
     A subspace that :meth:`load` returns has its directions, and nothing that would need the model: neither activations nor
     prompts, so it cannot measure a sensitivity.
@@ -101,11 +114,10 @@ class Subspace(Result):
     def _direction(self, layer: int, site: Site) -> Direction:
         cell = self.data.sel(layer=layer, site=site)
         at = self.data.sel(layer=layer, drop=True)
-        gap, basis = (
-            (at.resid_gap, at.resid_basis) if site == "resid" else (at.gap.sel(kv=site), at.basis.sel(kv=site))
-        )
+        gap, basis = (at.resid_gap, at.resid_basis) if site == "resid" else (at.gap.sel(kv=site), at.basis.sel(kv=site))
         separation = Separation(float(cell.separation), float(cell.p_position), float(cell.effect))
-        return Direction(str(cell.position.values), gap.values, basis.values, separation, bool(cell.defined))
+        columns = basis.values[:, np.isfinite(basis.values).all(0)]
+        return Direction(str(cell.position.values), gap.values, columns, separation, bool(cell.defined))
 
     def _found_in(self) -> Source:
         if self.source is None:
@@ -149,21 +161,21 @@ class Subspace(Result):
     @property
     def harmful(self) -> tuple[EncodedPrompt, ...]:
         """The harmful prompts as tokens."""
-        return tuple(self.activations.prompts[index] for index in self.activations.indices(self.prompts.harmful))
+        return self.activations.encoded(self.prompts.harmful)
 
     @property
     def harmless(self) -> tuple[EncodedPrompt, ...]:
         """The harmless prompts as tokens."""
-        return tuple(self.activations.prompts[index] for index in self.activations.indices(self.prompts.harmless))
+        return self.activations.encoded(self.prompts.harmless)
 
     def features(self, layer: int, site: Site) -> NDArray[np.float64]:
         """Mean vector of every prompt at every position, ``[prompts, positions, channels]``, harmful prompts first."""
-        return _features(self.activations, self.prompts, layer, site)
+        return self._found_in().features(layer, site)
 
     @property
     def is_harmful(self) -> NDArray[np.bool_]:
         """Which rows of :meth:`features` are harmful."""
-        return _labels(self.prompts)
+        return self._found_in().is_harmful
 
     def refit(
         self, *, k: int = 1, method: str = "mean", position: str | None = None, prompts: PromptSet | None = None
@@ -240,9 +252,19 @@ class Subspace(Result):
         return compare(self, methods, positions, samples=samples, progress=progress, seed=seed)
 
     def select(self, **options: Any) -> Selection:
-        """Choose the refusal direction by what it does; see :func:`kvgeom.geometry.selection.select_direction`."""
+        """Choose the refusal direction by what it does; see :func:`kvgeom.geometry.selection.select_direction`.
+
+        Raises
+        ------
+        InputError
+            For an unknown option, and as that function.
+        """
         from kvgeom.geometry.selection import select_direction
 
+        known = [name for name in signature(select_direction).parameters if name != "space"]
+        for name in options:
+            if name not in known:
+                raise unknown_option(name, known)
         return select_direction(self, **options)
 
     def summary(self) -> str:
@@ -317,7 +339,7 @@ def _check(prompts: PromptSet, k: int, method: str) -> None:
             "a subspace needs at least two of each"
         )
     if method not in METHODS:
-        raise InputError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+        raise unknown("method", method, METHODS)
     if k < 1:
         raise InputError(f"k must be at least 1, got {k}")
 
@@ -326,7 +348,7 @@ def _fit(source: Source, k: int, method: str, position: str | None) -> Subspace:
     store, prompts, names = source.activations, source.prompts, source.activations.positions
     _check(prompts, k, method)
     if position is not None and position not in names:
-        raise InputError(f"unknown position {position!r}; choose from {', '.join(names)}")
+        raise unknown("position", position, names)
     tried = names if position is None else (position,)
     pairs = min(len(prompts.harmful), len(prompts.harmless))
     most = {"mean": len(tried), "pca": pairs}.get(method, 1)
@@ -335,9 +357,9 @@ def _fit(source: Source, k: int, method: str, position: str | None) -> Subspace:
             f"method {method!r} gives at most k={most} with {len(tried)} positions and {pairs} pairs of requests, got k={k}; "
             "method='pca' gives one dimension for each pair"
         )
-    harmful, geometry = _labels(prompts), store.model.geometry
+    harmful, geometry = source.is_harmful, store.model.geometry
     found = {
-        (layer, site): fit_direction(_features(store, prompts, layer, site), harmful, names, tried, k, method)
+        (layer, site): fit_direction(source.features(layer, site), harmful, names, tried, k, method)
         for layer in range(geometry.layers)
         for site in SITES
     }
@@ -368,20 +390,14 @@ def _dataset(found: Mapping[tuple[int, Site], Direction], layers: int, tried: in
         "defined": np.array([[one.defined for one in row] for row in cells]),
     }
     data: dict[str, Any] = {name: (("layer", "site"), values) for name, values in variables.items()}
-    for name in ("gap", "basis"):
-        k, v, resid = (np.stack([getattr(row[at], name) for row in cells]) for at in range(len(SITES)))
-        more = ("dimension",) if name == "basis" else ()
+    most = max(one.basis.shape[1] for one in found.values())
+    for name, more in (("gap", ()), ("basis", ("dimension",))):
+        k, v, resid = (np.stack([_padded(getattr(row[at], name), most) for row in cells]) for at in range(len(SITES)))
         data[name] = (("layer", "kv", "channel", *more), np.stack([k, v], axis=1))
         data[f"resid_{name}"] = (("layer", "resid_channel", *more), resid)
     return xr.Dataset(data, coords={"layer": np.arange(layers), "site": list(SITES), "kv": ["k", "v"]})
 
 
-def _labels(prompts: PromptSet) -> NDArray[np.bool_]:
-    harmful: NDArray[np.bool_] = np.arange(len(prompts.harmful) + len(prompts.harmless)) < len(prompts.harmful)
-    return harmful
-
-
-def _features(store: ActivationStore, prompts: PromptSet, layer: int, site: Site) -> NDArray[np.float64]:
-    indices = store.indices([*prompts.harmful, *prompts.harmless])
-    found: NDArray[np.float64] = store.features(site)[layer][indices].astype(np.float64)
-    return found
+def _padded(x: NDArray[np.float64], columns: int) -> NDArray[np.float64]:
+    """A basis with columns of NaN up to a number; a vector as it is."""
+    return x if x.ndim == 1 else np.pad(x, ((0, 0), (0, columns - x.shape[1])), constant_values=np.nan)

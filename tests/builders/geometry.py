@@ -7,7 +7,7 @@ import torch
 
 import kvgeom
 from kvgeom.geometry.activations import tokens_at
-from kvgeom.geometry.nulls import random_bases
+from kvgeom.geometry.ratio import random_bases
 from kvgeom.models.hf import HFModel
 from kvgeom.models.rope import rotate
 from kvgeom.prompts.sets import PromptSet

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from kvgeom.evaluation.margin import margin, refusal_tokens
-from kvgeom.geometry.estimators import difference_of_means, folds_of, separation
+from kvgeom.geometry.estimators import difference_of_means
+from kvgeom.geometry.separation import folds_of, separation
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=20))

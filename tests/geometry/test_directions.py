@@ -20,7 +20,8 @@ from kvgeom.geometry.estimators import (
     estimate,
     logistic_weights,
 )
-from kvgeom.geometry.selection import Selection, Steering, ablate, add, select, steer
+from kvgeom.geometry.selection import Selection, select
+from kvgeom.geometry.steering import Steering, ablate, add, steer
 from kvgeom.models.model import Model
 from tests.builders.geometry import refusing
 from tests.builders.requests import MORE_PAIRS
@@ -144,11 +145,11 @@ def test_bootstrap_keeps_the_direction(method: str) -> None:
 
 def test_bad_methods() -> None:
     x, harmful, _ = planted(0, 5, 4, 1.0)
-    with pytest.raises(InputError, match="choose one of mean"):
+    with pytest.raises(InputError, match="median"):
         estimate(x, harmful, "median")
     with pytest.raises(InputError, match="use method='pca'"):
         estimate(x, harmful, "mean", 2)
-    with pytest.raises(InputError, match="5 pairs"):
+    with pytest.raises(InputError, match="got 6"):
         estimate(x, harmful, "pca", 6)
 
 
@@ -217,7 +218,7 @@ def test_compare(space) -> None:  # type: ignore[no-untyped-def]
     harmful = found.data.harmful.values
     by_hand = [np.concatenate([s[harmful] - s[harmful].mean(), s[~harmful] - s[~harmful].mean()]) for s in by_hand]
     assert float(sites.sel(site="k", other_site="v")) == pytest.approx(np.corrcoef(*by_hand)[0, 1], abs=1e-4)
-    with pytest.raises(InputError, match="position template-99"):
+    with pytest.raises(InputError, match="template-99"):
         compare(space, positions=["template-99"])
 
 
@@ -275,11 +276,13 @@ def test_nothing_passes_the_filters(tmp_path) -> None:  # type: ignore[no-untype
     found = space.select(validation=2, tokens=tokens, min_induce=1e6, progress=False)
     assert found.chosen is None
     assert (found.data.filtered != "").all()
-    with pytest.raises(InputError, match="every candidate is filtered out"):
+    with pytest.raises(InputError, match="filtered"):
         _ = found.direction
     assert Selection.load(found.save(tmp_path / "s.nc")).chosen is None
-    with pytest.raises(InputError, match="leave at least two"):
+    with pytest.raises(InputError, match="validation"):
         space.select(validation=5, tokens={5}, progress=False)
+    with pytest.raises(InputError, match="max_kl"):
+        space.select(maxkl=1)
     with pytest.raises(InputError, match="refuses none"):
         space.select(validation=2, tokens=(), progress=False)
 
@@ -351,5 +354,5 @@ def test_steer(space, tmp_path) -> None:  # type: ignore[no-untyped-def]
     first = model.forward(space.harmful[2].ids, cache, edit_resid=edit)[-1].argmax()
     tokens = model.generate([cache], [int(first)], 4, edit_resid=edit)[0]
     assert str(found.data.text.sel(intervention="ablate", prompt=2).values) == model.decode(tokens)
-    with pytest.raises(InputError, match="direction of shape"):
+    with pytest.raises(InputError, match="direction"):
         steer(model, np.zeros(model.geometry.d_model), 1, space.harmful, space.harmless)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from hypothesis import strategies as st
 import kvgeom
 from kvgeom.errors import InputError
 from kvgeom.geometry.activations import positions, tokens_at
-from kvgeom.geometry.nulls import random_bases
-from kvgeom.geometry.selection import steer
-from kvgeom.geometry.sensitivity import Moments, Sensitivity, measure, quantities
+from kvgeom.geometry.ratio import Moments, quantities, random_bases
+from kvgeom.geometry.sensitivity import Sensitivity, measure
+from kvgeom.geometry.steering import steer
 from kvgeom.geometry.subspace import Subspace
 from kvgeom.models.hf import HFModel
 from kvgeom.prompts.sets import PromptSet, calibration, held_out
@@ -180,8 +179,47 @@ def test_higher_dimensions() -> None:
 def test_bad_input() -> None:
     with pytest.raises(InputError, match="at least two of each"):
         kvgeom.subspace(tiny_model(), PromptSet("one", ("a",), ("b", "c"), ""), progress=False)
-    with pytest.raises(InputError, match="at most as many dimensions"):
+    with pytest.raises(InputError, match="k=99"):
         kvgeom.subspace(tiny_model(), PAIRS, k=99, progress=False)
+
+
+def test_strings_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvgeom.geometry.subspace.load_prompts", {"some": PAIRS}.__getitem__)
+    model = tiny_model()
+    named = kvgeom.subspace(model, "some", placement="paper", progress=False)
+    given = kvgeom.subspace(model, PAIRS, placement=Placement.paper(), progress=False)
+    assert named.data.identical(given.data)
+    assert named.meta == given.meta
+    for wrong in ({"placement": "elsewhere"}, {"method": "median"}, {"position": "template-99"}, {"k": 0}):
+        with pytest.raises(InputError, match=str(*wrong.values())):
+            kvgeom.subspace(model, PAIRS, progress=False, **wrong)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_subspace_is_a_result(tmp_path: Path, k: int) -> None:
+    space = kvgeom.subspace(tiny_model(), PAIRS, k=k, progress=False)
+    frame = space.to_frame().set_index(["layer", "site"])
+    for (layer, site), direction in space.directions.items():
+        row = frame.loc[(layer, site)]
+        assert row.position == direction.position
+        assert row.separation == direction.separation.auroc
+        assert row.p == min(1, direction.separation.p * len(space.tried))
+        assert row.defined == direction.defined
+    again = Subspace.load(space.save(tmp_path / "space.nc"))
+    assert again.meta == space.meta
+    assert again.data.identical(space.data)
+    for key, direction in space.directions.items():
+        np.testing.assert_array_equal(again.directions[key].basis, direction.basis)
+        np.testing.assert_array_equal(again.directions[key].gap, direction.gap)
+        assert again.directions[key].separation == direction.separation
+    assert (again.k, again.method, again.tried) == (k, "mean", space.tried)
+    assert "Subspace" in again._repr_html_()
+    assert len(again.plot().data) == len(space.plot().data) > 0
+    for asked in (again.sensitivity, again.compare, again.select, again.refit, lambda: again.harmful):
+        with pytest.raises(InputError, match="no activations"):
+            asked()
+    with pytest.raises(InputError, match="burn it"):
+        space.refit(prompts=PromptSet("other", ("burn it", "somebody else"), PAIRS.harmless, ""))
 
 
 def test_saved_and_read_again(tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -254,7 +292,7 @@ class PeakMemory:
 def test_demo_separates_harmful_from_harmless(demo: HFModel) -> None:
     """More than any of 19 sets does in which chance says which request of a pair is the harmful one: p = 0.05."""
     space = kvgeom.subspace(demo, calibration(), progress=False)
-    dealt = [replace(space, prompts=dealt_anew(calibration(), seed)).refit() for seed in range(19)]
+    dealt = [space.refit(prompts=dealt_anew(calibration(), seed)) for seed in range(19)]
     for site in ("k", "v", "resid"):
         assert late_auroc(space, site) > max(late_auroc(chance, site) for chance in dealt), site
     found = space.sensitivity(progress=False).data

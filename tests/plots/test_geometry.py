@@ -8,7 +8,7 @@ import pytest
 import kvgeom
 from kvgeom.geometry.attention import attention_error
 from kvgeom.geometry.channels import stored
-from kvgeom.geometry.selection import steer
+from kvgeom.geometry.steering import steer
 from kvgeom.plots.channels import channel_loading
 from kvgeom.plots.directions import cosine_map, projections_by_layer, stability_by_layer
 from kvgeom.plots.magnitude import magnitude_surface
