@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import xarray as xr
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
 from kvgeom.errors import InputError, unknown
+from kvgeom.geometry.activations import SITES, Site
 from kvgeom.geometry.separation import Separation, folds_of, separation
 
 Floats = NDArray[np.floating]
@@ -301,3 +304,48 @@ def fit_direction(
     gap = difference_of_winsorized_means(x[:, best], harmful) if method == "winsorized" else gaps[best]
     best_separation = separation(x[:, best], harmful)
     return Direction(list(names)[best], gap.astype(np.float64), basis.astype(np.float64), best_separation, True)
+
+
+def as_dataset(found: Mapping[tuple[int, Site], Direction], layers: int, tried: int) -> xr.Dataset:
+    """Directions by layer and site as the data of a :class:`~kvgeom.geometry.subspace.Subspace`.
+
+    Parameters
+    ----------
+    found : mapping of (layer, site) to Direction
+    layers : int
+    tried : int
+        Positions that were looked at; p-values are corrected for them.
+    """
+    cells = [[found[layer, site] for site in SITES] for layer in range(layers)]
+    p = np.array([[one.separation.p for one in row] for row in cells])
+    variables: dict[str, Any] = {
+        "position": np.array([[one.position for one in row] for row in cells]),
+        "separation": np.array([[one.separation.auroc for one in row] for row in cells]),
+        # The position was chosen as the best of several, so each had that many chances to look significant.
+        "p": np.minimum(1.0, p * tried),
+        "p_position": p,
+        "effect": np.array([[one.separation.effect for one in row] for row in cells]),
+        "defined": np.array([[one.defined for one in row] for row in cells]),
+    }
+    data: dict[str, Any] = {name: (("layer", "site"), values) for name, values in variables.items()}
+    most = max(one.basis.shape[1] for one in found.values())
+    for name, more in (("gap", ()), ("basis", ("dimension",))):
+        k, v, resid = (np.stack([_padded(getattr(row[at], name), most) for row in cells]) for at in range(len(SITES)))
+        data[name] = (("layer", "kv", "channel", *more), np.stack([k, v], axis=1))
+        data[f"resid_{name}"] = (("layer", "resid_channel", *more), resid)
+    return xr.Dataset(data, coords={"layer": np.arange(layers), "site": list(SITES), "kv": ["k", "v"]})
+
+
+def direction_of(data: xr.Dataset, layer: int, site: Site) -> Direction:
+    """The inverse of :func:`as_dataset` at one layer and site."""
+    cell = data.sel(layer=layer, site=site)
+    at = data.sel(layer=layer, drop=True)
+    gap, basis = (at.resid_gap, at.resid_basis) if site == "resid" else (at.gap.sel(kv=site), at.basis.sel(kv=site))
+    separated = Separation(float(cell.separation), float(cell.p_position), float(cell.effect))
+    columns = basis.values[:, np.isfinite(basis.values).all(0)]
+    return Direction(str(cell.position.values), gap.values, columns, separated, bool(cell.defined))
+
+
+def _padded(x: NDArray[np.float64], columns: int) -> NDArray[np.float64]:
+    """A basis with columns of NaN up to a number; a vector as it is."""
+    return x if x.ndim == 1 else np.pad(x, ((0, 0), (0, columns - x.shape[1])), constant_values=np.nan)

@@ -9,15 +9,13 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import xarray as xr
 from numpy.typing import NDArray
 
 from kvgeom.engines.registry import resolve
 from kvgeom.errors import InputError, unknown, unknown_option
 from kvgeom.geometry.activations import SITES, ActivationStore, Site
-from kvgeom.geometry.estimators import METHODS, Direction, fit_direction
+from kvgeom.geometry.estimators import METHODS, Direction, as_dataset, direction_of, fit_direction
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec
-from kvgeom.geometry.separation import Separation
 from kvgeom.models.load import load
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import shown
@@ -109,15 +107,9 @@ class Subspace(Result):
     @cached_property
     def directions(self) -> dict[tuple[int, Site], Direction]:
         """The subspace of every layer and site."""
-        return {(int(layer), site): self._direction(int(layer), site) for layer in self.data.layer for site in SITES}
-
-    def _direction(self, layer: int, site: Site) -> Direction:
-        cell = self.data.sel(layer=layer, site=site)
-        at = self.data.sel(layer=layer, drop=True)
-        gap, basis = (at.resid_gap, at.resid_basis) if site == "resid" else (at.gap.sel(kv=site), at.basis.sel(kv=site))
-        separation = Separation(float(cell.separation), float(cell.p_position), float(cell.effect))
-        columns = basis.values[:, np.isfinite(basis.values).all(0)]
-        return Direction(str(cell.position.values), gap.values, columns, separation, bool(cell.defined))
+        return {
+            (int(layer), site): direction_of(self.data, int(layer), site) for layer in self.data.layer for site in SITES
+        }
 
     def _found_in(self) -> Source:
         if self.source is None:
@@ -374,30 +366,4 @@ def _fit(source: Source, k: int, method: str, position: str | None) -> Subspace:
         "kv_heads": geometry.kv_heads,
         "head_dim": geometry.head_dim,
     }
-    return Subspace(_dataset(found, geometry.layers, len(tried)), meta, source)
-
-
-def _dataset(found: Mapping[tuple[int, Site], Direction], layers: int, tried: int) -> xr.Dataset:
-    cells = [[found[layer, site] for site in SITES] for layer in range(layers)]
-    p = np.array([[one.separation.p for one in row] for row in cells])
-    variables: dict[str, Any] = {
-        "position": np.array([[one.position for one in row] for row in cells]),
-        "separation": np.array([[one.separation.auroc for one in row] for row in cells]),
-        # The position was chosen as the best of several, so each had that many chances to look significant.
-        "p": np.minimum(1.0, p * tried),
-        "p_position": p,
-        "effect": np.array([[one.separation.effect for one in row] for row in cells]),
-        "defined": np.array([[one.defined for one in row] for row in cells]),
-    }
-    data: dict[str, Any] = {name: (("layer", "site"), values) for name, values in variables.items()}
-    most = max(one.basis.shape[1] for one in found.values())
-    for name, more in (("gap", ()), ("basis", ("dimension",))):
-        k, v, resid = (np.stack([_padded(getattr(row[at], name), most) for row in cells]) for at in range(len(SITES)))
-        data[name] = (("layer", "kv", "channel", *more), np.stack([k, v], axis=1))
-        data[f"resid_{name}"] = (("layer", "resid_channel", *more), resid)
-    return xr.Dataset(data, coords={"layer": np.arange(layers), "site": list(SITES), "kv": ["k", "v"]})
-
-
-def _padded(x: NDArray[np.float64], columns: int) -> NDArray[np.float64]:
-    """A basis with columns of NaN up to a number; a vector as it is."""
-    return x if x.ndim == 1 else np.pad(x, ((0, 0), (0, columns - x.shape[1])), constant_values=np.nan)
+    return Subspace(as_dataset(found, geometry.layers, len(tried)), meta, source)
