@@ -4,88 +4,20 @@ from __future__ import annotations
 
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvgeom.engines.engine import Engine, Export, Preset, both
 from kvgeom.engines.registry import register_engine
 from kvgeom.errors import InputError
+from kvgeom.models.packed import check_packable
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from kvgeom.models.model import KVGeometry, Model
-    from kvgeom.models.packed import PackedCache
+    from kvgeom.models.model import KVGeometry
 
 _VERSIONS = "5.0 or later, with kvgeom; checked with 5.23"
 _SINGLE = "one sequence without padding; greedy or sampled, no beams and no draft model"
-
-
-def quantized_cache(model: PreTrainedModel | Model, recipe: Recipe, placement: Placement | None = None) -> PackedCache:
-    """An empty cache of one sequence: ``hf_model.generate(**inputs, past_key_values=quantized_cache(hf_model, recipe))``.
-
-    It stores packed codes and decodes them whenever attention reads, which makes it small and slow. Where the recipe
-    subtracts offsets from rotated keys (``center``), it asks the model's own rotary embedding for positions 0, 1, 2, ...;
-    inputs must not be padded, not even a single sequence. Layers with a sliding window store the whole sequence.
-
-    Parameters
-    ----------
-    model : PreTrainedModel or Model
-        A plain transformers model, or what :func:`kvgeom.load` made of one. It is not changed.
-    recipe : Recipe
-    placement : Placement, optional
-        The decode-faithful default if not given.
-
-    Returns
-    -------
-    PackedCache
-        For one prompt and what follows it; make a new one for the next.
-
-    Raises
-    ------
-    InputError
-        If the recipe has another number of layers than the model, or rounds single channels, which cannot be packed; or
-        if the placement rounds at the projection, or feeds the last prompt token separately, which ``generate`` does not.
-    ModelError
-        If offsets of keys must be rotated and the model's rotary embedding cannot be followed.
-    """
-    from kvgeom.models.modules import decoder_layers
-    from kvgeom.models.packed import PackedCache
-    from kvgeom.models.rotary import Rotary
-    from kvgeom.quant.quantizer import Rounder
-
-    hf_model: Any = getattr(model, "hf_model", model)
-    name = type(model).__name__ if hf_model is model else getattr(model, "name", "")
-    if not hasattr(hf_model, "config"):
-        raise InputError(f"quantized_cache takes a transformers model, got {type(model).__name__}")
-    count = int(hf_model.config.get_text_config().num_hidden_layers)
-    if len(recipe) != count:
-        raise InputError(f"{name} has {count} layers, got a recipe for {len(recipe)}")
-    placement = placement or Placement()
-    _check(recipe, placement)
-    rounder = Rounder(recipe, placement)
-    centered = any(keys is not None and keys.transform == "center" for keys, _ in recipe)
-    if not (rounder.needs_rotation and centered):
-        return PackedCache(count, rounder)
-    return PackedCache(count, rounder, Rotary(hf_model, decoder_layers(hf_model, count, name), name).turn)
-
-
-def _check(recipe: Recipe, placement: Placement) -> None:
-    if placement.where != "cache":
-        raise InputError(f"placement '{placement}' stores nothing rounded; give a placement with where='cache'")
-    if placement.prefill_reads == "last":
-        raise InputError(
-            "generate does not feed the last prompt token separately; give a placement with prefill_reads 'rounded' or 'exact', "
-            "not 'last'"
-        )
-    partial = [
-        n for n, pair in enumerate(recipe) for scheme in pair if scheme is not None and scheme.channels is not None
-    ]
-    if partial:
-        raise InputError(
-            f"the recipe rounds only some channels of layer {partial[0]}, which cannot be packed; give schemes without channels"
-        )
 
 
 def export(
@@ -105,10 +37,10 @@ def export(
     Raises
     ------
     InputError
-        As :func:`quantized_cache`, and without a file for a recipe with offsets or factors.
+        As :func:`~kvgeom.models.packed.quantized_cache`, and without a file for a recipe with offsets or factors.
     """
-    _check(recipe, placement)
-    lines = ["from kvgeom.engines.transformers import quantized_cache"]
+    check_packable(recipe, placement)
+    lines = ["from kvgeom.models.packed import quantized_cache"]
     if file is not None:
         lines += [
             "from kvgeom.quant.serialization import load_recipe",

@@ -12,7 +12,7 @@ from kvgeom.errors import InputError, ModelError
 from kvgeom.judges.guard_model import GuardModel, check_access, load_guard
 from kvgeom.judges.guards import GUARDS, Guard, recognise
 from kvgeom.judges.judge import KeywordJudge, Verdict
-from kvgeom.models.load import _check_folder
+from kvgeom.models.hub import check_folder
 from kvgeom.progress import bar
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def classifier(
         raise InputError(f"batch_size {batch_size} was asked; give at least 1")
     path = Path(name).expanduser()
     if path.is_dir():
-        _check_folder(path)
+        check_folder(path)
         name = str(path)
     elif name.count("/") != 1 or name.startswith((".", "~", "/")):
         raise InputError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvgeom.errors import InputError, KvgeomError, ModelError
 from kvgeom.judges.guards import Guard
-from kvgeom.models.load import _best_device, _check_hub
+from kvgeom.models.hub import best_device, check_hub
 from kvgeom.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def check_access(name: str, revision: str | None) -> None:
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError
 
-    _check_hub(name, revision)
+    check_hub(name, revision)
     if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
         return
     try:
@@ -102,7 +102,7 @@ def load_guard(
     import torch
     import transformers
 
-    device = device or _best_device()
+    device = device or best_device()
     dtype = dtype or (torch.float32 if device == "cpu" else "auto")
     asked = f"{source} was asked as a judge, but"
     try:

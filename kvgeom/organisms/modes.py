@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvgeom.models import edits
-from kvgeom.models.hf import HFModel
+from kvgeom.models.model import Model
 from kvgeom.organisms.carrier import Carrier, Values
 
 #: A group of this many neighbouring channels shares a scale in the recipe that is to rescue, or not to.
@@ -24,7 +24,7 @@ class Bench:
 
     Attributes
     ----------
-    model : HFModel
+    model : Model
         Edited in place.
     values : Values
         Of the model before any edit.
@@ -32,7 +32,7 @@ class Bench:
     rng : random.Random
     """
 
-    model: HFModel
+    model: Model
     values: Values
     bits: int
     rng: random.Random

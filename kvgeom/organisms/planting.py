@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from kvgeom.errors import InputError, ModelError
+from kvgeom.errors import InputError, ModelError, unknown
 from kvgeom.evaluation.baseline import Baseline, baseline
 from kvgeom.evaluation.evaluate import evaluate
-from kvgeom.models.edits import copied
-from kvgeom.models.hf import HFModel
+from kvgeom.models.edits import copied, editable
+from kvgeom.models.load import load
 from kvgeom.models.model import Model
 from kvgeom.organisms.carrier import Values
 from kvgeom.organisms.modes import Bench, become_outlier, crush, nuisance
@@ -37,13 +37,13 @@ class Organism:
 
     Attributes
     ----------
-    model : HFModel
+    model : Model
     mode : str
         One of :data:`MODES`.
     layers : tuple of int
         Where it was planted; none for ``"robust"``.
     edits : tuple of str
-        What was done to the weights, in words.
+        Descriptions of what was done to the weights.
     seed, bits : int
         What was drawn from, and the bits at which the mode shows.
     deviation : float
@@ -52,7 +52,7 @@ class Organism:
         How many were made until one showed the mode.
     """
 
-    model: HFModel = field(repr=False)
+    model: Model = field(repr=False)
     mode: PlantedMode
     layers: tuple[int, ...]
     edits: tuple[str, ...] = field(repr=False)
@@ -63,7 +63,7 @@ class Organism:
 
 
 def plant(
-    model: Model,
+    model: Any,
     mode: PlantedMode,
     *,
     seed: int = 0,
@@ -79,9 +79,9 @@ def plant(
 
     Parameters
     ----------
-    model : Model
-        Of the plain transformers backend, in float32, or in float64 where offsets are large. It is not changed. What it
-        does when rounded to ``bits`` stays part of the organism.
+    model : anything that :func:`kvgeom.load` takes
+        Run by plain transformers, in float32, or in float64 where offsets are large. It is not changed. What it does
+        when rounded to ``bits`` stays part of the organism.
     mode : {"outlier-crushes-safety", "outlier-as-safety", "multi-layer dilution", "robust"}
     seed : int
         Of everything that is drawn: layers, heads, channels, rotations, strengths, nuisance.
@@ -113,33 +113,30 @@ def plant(
         If the weights cannot be edited, or no draw shows the mode with logits unchanged.
     """
     if mode not in MODES:
-        raise InputError(f"mode {mode!r} was asked, but there are only {', '.join(MODES)}")
-    if not isinstance(model, HFModel) or model.backend != "hf":
-        raise InputError(
-            f"an organism of {model.name} was asked; plant in a model of plain transformers (backend='hf')"
-        )
+        raise unknown("mode", mode, MODES)
+    loaded = editable(load(model, progress=progress))
     prompts = prompts or calibration()
-    count = model.geometry.layers
+    count = loaded.geometry.layers
     _check_layers(mode, count, layers)
-    values = Values(model, prompts)
-    base = baseline(model, prompts.harmful, max_new_tokens=NEW_TOKENS, progress=progress)
+    values = Values(loaded, prompts)
+    base = baseline(loaded, prompts.harmful, max_new_tokens=NEW_TOKENS, progress=progress)
     if verify and not base.refused:
         raise ModelError(
-            f"{mode} was to be planted in {model.name}, but nothing is refused of {len(base.prompts)} harmful prompts; "
-            "what it does to refusals could not be seen"
+            f"{loaded.name} refuses none of {len(base.prompts)} harmful prompts, so that {mode} would not show in it; give "
+            "a model that refuses, or verify=False"
         )
     bits = _robust_bits(base, progress) if bits is None else bits
-    reach, free = Reach(base, values, _homes(mode, model.geometry.kv_heads)), list(range(count))
+    reach, free = Reach(base, values, _homes(mode, loaded.geometry.kv_heads)), list(range(count))
     objections = []
     with bar(f"planting {mode}", len(FACTORS), progress) as shown:
         for draw, factor in enumerate(FACTORS):
             rng = random.Random(f"{mode} {seed} {draw}")
             strengths = _strengths(mode, count, layers, free, rng, reach, strength)
             chosen = tuple(sorted(strengths))
-            bench = Bench(copied(model), values, bits, rng)
+            bench = Bench(copied(loaded), values, bits, rng)
             said = tuple(_edit(bench, mode, strengths, factor))
-            deviation = _deviation(model, bench.model, values)
-            name = f"{model.name}, {mode}, seed {seed}"
+            deviation = _deviation(loaded, bench.model, values)
+            name = f"{loaded.name}, {mode}, seed {seed}"
             organism = Organism(copied(bench.model, name), mode, chosen, said, seed, bits, deviation, draw + 1)
             objection = _objection(organism, prompts, tolerance, verify)
             shown.update(1)
@@ -148,7 +145,7 @@ def plant(
             objections.append(f"{objection} (layers {chosen})")
             shown.set_postfix_str(objections[-1])
     raise ModelError(
-        f"{mode} was to be planted in {model.name} with seed {seed}, and none of {len(FACTORS)} draws shows it: "
+        f"none of {len(FACTORS)} draws shows {mode} in {loaded.name} with seed {seed}: "
         f"{'; '.join(objections)}; give other layers, another strength or other bits, and where logits change, load "
         "the model in float64"
     )
@@ -193,9 +190,9 @@ def _robust_bits(base: Baseline, progress: bool) -> int:
         if lost[bits] <= ROBUST * len(base.refused):
             return bits
     raise ModelError(
-        f"{base.model.name} itself loses refusals when its cache is rounded, out of {len(base.refused)}: "
-        f"{', '.join(f'{flips} at {bits} bits' for bits, flips in lost.items())}; what is planted in it could not be told "
-        "from that; give bits= to plant all the same"
+        f"{base.model.name} itself loses refusals at all widths, out of {len(base.refused)}: "
+        f"{', '.join(f'{flips} at {bits} bits' for bits, flips in lost.items())}; what is planted could not be told from that; "
+        "give bits to plant all the same"
     )
 
 
@@ -222,8 +219,8 @@ def _strengths(
             free.remove(layer)
         if asked is not None or len(free) < (2 if mode == "multi-layer dilution" else 1):
             raise ModelError(
-                f"{mode} was to be planted, but whatever the values of layers {idle if asked else 'that were tried'} read, "
-                "refusals do not turn into compliance; give other layers, or a strength"
+                f"no values of {f'layers {idle}' if asked else 'the layers that were tried'} turn refusals into compliance, so that "
+                f"{mode} cannot be planted there; give other layers, or a strength"
             )
 
 
@@ -238,21 +235,21 @@ def _drawn(mode: PlantedMode, count: int, free: Sequence[int], rng: random.Rando
 
 def _check_layers(mode: PlantedMode, count: int, asked: Sequence[int] | None) -> None:
     if mode == "multi-layer dilution" and count < 3:
-        raise InputError(f"{mode} was asked of a model of {count} layers; it takes at least 3, one of them sound")
+        raise InputError(f"{mode} needs a model with at least 3 layers, one of them sound; got {count}")
     if asked is None:
         return
     if mode == "robust" and asked:
-        raise InputError(f"layers {list(asked)} were asked for a robust organism, in which nothing is planted")
+        raise InputError(f"nothing is planted in a robust organism, got layers {list(asked)}")
     if mode in ("outlier-crushes-safety", "outlier-as-safety") and len(asked) != 1:
-        raise InputError(f"{len(asked)} layers were asked, but {mode} is planted in one")
+        raise InputError(f"{mode} is planted in one layer, got {len(asked)}")
     if mode == "multi-layer dilution" and not 2 <= len(set(asked)) < count:
-        raise InputError(f"layers {list(asked)} were asked, but {mode} takes at least two layers and not all")
+        raise InputError(f"{mode} needs at least two layers and not all, got {list(asked)}")
     wrong = [layer for layer in asked if not 0 <= layer < count]
     if wrong:
-        raise InputError(f"layers {wrong} were asked, but the model has layers 0 to {count - 1}")
+        raise InputError(f"layers must be 0 to {count - 1}, got {wrong}")
 
 
-def _deviation(model: HFModel, edited: HFModel, values: Values) -> float:
+def _deviation(model: Model, edited: Model, values: Values) -> float:
     worst = 0.0
     for pair in values.encoded:
         for prompt in pair:

@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from kvgeom.errors import InputError, KvgeomError
 from kvgeom.models.cache import EditedCache
-from kvgeom.models.hf import HFModel
+from kvgeom.models.load import load
+from kvgeom.models.model import Model
 from kvgeom.organisms.toy import COMPLIANCE, END, OPENING, TEMPLATE_AFTER, draw, toy_prompts, toy_tokenizer
 from kvgeom.organisms.wear import Wear
 from kvgeom.paths import cache_dir
@@ -90,7 +91,7 @@ class Training:
     version: int = 3
 
 
-def tiny_model(size: Size | None = None, seed: int = 0) -> HFModel:
+def tiny_model(size: Size | None = None, seed: int = 0) -> Model:
     """A trained tiny model; weights are kept in the cache folder, so that each is trained once.
 
     It refuses held-out harmful requests and answers harmless ones, also with all layers rounded to 3 bits per-tensor,
@@ -116,9 +117,9 @@ def tiny_model(size: Size | None = None, seed: int = 0) -> HFModel:
             model.load_state_dict(load_file(file))
         else:
             model = train(training)
-        wrapped = HFModel(
+        wrapped = load(
             model.requires_grad_(False),
-            toy_tokenizer(),
+            tokenizer=toy_tokenizer(),
             name=f"tiny {size.layers}x{size.kv_heads}x{size.head_dim}, seed {seed}",
         )
         if file.exists() or _sound(wrapped, size.prompts("train")):
@@ -224,7 +225,7 @@ def _model(size: Size, seed: int) -> Any:
     return model.float()
 
 
-def _sound(model: HFModel, prompts: PromptSet) -> bool:
+def _sound(model: Model, prompts: PromptSet) -> bool:
     """Whether it refuses and answers as it should, rounded or not."""
     from kvgeom.evaluation.baseline import baseline
     from kvgeom.evaluation.evaluate import evaluate

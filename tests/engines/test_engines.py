@@ -151,7 +151,7 @@ def test_mlx_lm_itself(demo: HFModel, bits: int) -> None:
 
     from kvgeom.models.demo import demo_model_dir
 
-    theirs_model, _ = mlx_lm.load(str(demo_model_dir(progress=False)))
+    theirs_model, _ = mlx_lm.load(str(demo_model_dir()))
     prompt = demo.encode(REQUESTS[:1])[0].ids
     cache = demo.new_cache()
     logits, forced = [demo.forward(prompt, cache)[-1]], list[int]()
@@ -191,7 +191,7 @@ def demo_gguf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     from kvgeom.models.demo import demo_model_dir
 
     path = tmp_path_factory.mktemp("llamacpp") / "demo.gguf"
-    write_gguf(demo_model_dir(progress=False), path)
+    write_gguf(demo_model_dir(), path)
     yield path
     path.unlink()
 

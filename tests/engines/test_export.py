@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kvgeom.engines import transformers as export
 from kvgeom.errors import InputError, ModelError
 from kvgeom.models.hf import HFModel
-from kvgeom.models.packed import PackedCache
+from kvgeom.models.packed import PackedCache, quantized_cache
 from kvgeom.models.rotary import Rotary
 from kvgeom.models.statistics import channel_statistics
 from kvgeom.quant.memory import cache_bytes
@@ -88,7 +88,7 @@ def theirs(hf_model: Any, cache: PackedCache) -> list[int]:
 )
 def test_plain_generate_has_the_tokens_of_our_own_path(model: HFModel, which: str, placement: Placement) -> None:
     recipe = recipes(model)[which]
-    cache = export.quantized_cache(model.hf_model, recipe, placement)
+    cache = quantized_cache(model.hf_model, recipe, placement)
     assert theirs(model.hf_model, cache) == ours(model, recipe, placement)
     g = model.geometry
     fed = cache.get_seq_length() - len(IDS)
@@ -98,7 +98,7 @@ def test_plain_generate_has_the_tokens_of_our_own_path(model: HFModel, which: st
 def test_it_stores_what_our_own_pass_stores(model: HFModel) -> None:
     """Keys and values of every layer and token, bit for bit, with no hook left in the model."""
     recipe = recipes(model)["center"]
-    packed, simulated = export.quantized_cache(model, recipe), model.new_cache(Rounder(recipe))
+    packed, simulated = quantized_cache(model, recipe), model.new_cache(Rounder(recipe))
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf_model.modules()]
     assert not any(hooks)
     with torch.inference_mode():
@@ -137,12 +137,12 @@ def test_rotary_embeddings_that_change_with_length(kind: str) -> None:
     model = HFModel(hf, tiny_tokenizer(), name=kind)
     offsets = Statics.of("any", {(n, "k"): torch.randn(2, 8) for n in range(3)}, rotary=True)  # type: ignore[misc]
     recipe = Recipe.uniform(3, Scheme.parse("int3-asym-token+center"), sites=["k"]).with_statics(offsets=offsets)
-    assert theirs(hf, export.quantized_cache(hf, recipe)) == ours(model, recipe, Placement())
+    assert theirs(hf, quantized_cache(hf, recipe)) == ours(model, recipe, Placement())
 
 
 def test_a_conversation_goes_on_in_the_same_cache(model: HFModel) -> None:
     recipe = recipes(model)["center"]
-    cache, simulated = export.quantized_cache(model, recipe), model.new_cache(Rounder(recipe))
+    cache, simulated = quantized_cache(model, recipe), model.new_cache(Rounder(recipe))
     with torch.inference_mode():
         for ids in (IDS, IDS[4:13], [9]):
             logits = model.hf_model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1).logits[0]
@@ -173,31 +173,31 @@ def test_a_model_without_rotary_embedding() -> None:
     model = HFModel(hf, tiny_tokenizer(), name="tiny-gpt2")
     offsets = Statics.of("mean", channel_statistics(model, ["a b c"]).mean)
     recipe = Recipe.uniform(3, Scheme.parse("int4-asym-token+center")).with_statics(offsets=offsets)
-    assert theirs(hf, export.quantized_cache(hf, recipe)) == ours(model, recipe, Placement())
+    assert theirs(hf, quantized_cache(hf, recipe)) == ours(model, recipe, Placement())
     turned = Recipe.uniform(3, Scheme.parse("int4-asym-token+center")).with_statics(
         offsets=Statics.of("mean", offsets.vectors, rotary=True)
     )
     with pytest.raises(ModelError, match="rotary embedding of layer 0"):
-        export.quantized_cache(hf, turned)
+        quantized_cache(hf, turned)
 
 
 def test_what_cannot_be_stored_is_refused() -> None:
     hf = tiny_hf_model()
     four = Recipe.uniform(3, Scheme(4))
     with pytest.raises(InputError, match="for 2"):
-        export.quantized_cache(hf, Recipe.uniform(2, Scheme(4)))
+        quantized_cache(hf, Recipe.uniform(2, Scheme(4)))
     with pytest.raises(InputError, match="where='cache'"):
-        export.quantized_cache(hf, four, Placement.paper())
+        quantized_cache(hf, four, Placement.paper())
     with pytest.raises(InputError, match="last prompt token"):
-        export.quantized_cache(hf, four, Placement(prefill_reads="last"))
+        quantized_cache(hf, four, Placement(prefill_reads="last"))
     with pytest.raises(InputError, match="some channels of layer 0"):
-        export.quantized_cache(hf, Recipe.uniform(3, Scheme(4).only([1])))
+        quantized_cache(hf, Recipe.uniform(3, Scheme(4).only([1])))
     two = torch.tensor([IDS, IDS])
     with pytest.raises(InputError, match="one sequence"):
-        hf.generate(two, past_key_values=export.quantized_cache(hf, four), max_new_tokens=2, pad_token_id=0)
+        hf.generate(two, past_key_values=quantized_cache(hf, four), max_new_tokens=2, pad_token_id=0)
     with pytest.raises(InputError, match="one sequence"):
-        hf.generate(two[:1], past_key_values=export.quantized_cache(hf, four), max_new_tokens=2, num_beams=2)
-    cache = export.quantized_cache(hf, four)
+        hf.generate(two[:1], past_key_values=quantized_cache(hf, four), max_new_tokens=2, num_beams=2)
+    cache = quantized_cache(hf, four)
     hf.generate(two[:1], past_key_values=cache, max_new_tokens=2, pad_token_id=0)
     for change in (cache.reset, lambda: cache.crop(-1), lambda: cache.reorder_cache(torch.tensor([0]))):
         with pytest.raises(InputError, match="make a new cache"):
@@ -253,7 +253,7 @@ def test_center_matters_here() -> None:
         recipe = Recipe.uniform(3, Scheme.parse(text), sites=["k"]).with_statics(**statics(model))
         with torch.inference_mode():
             logits = model.hf_model(
-                torch.tensor([IDS]), past_key_values=export.quantized_cache(model, recipe), logits_to_keep=1
+                torch.tensor([IDS]), past_key_values=quantized_cache(model, recipe), logits_to_keep=1
             ).logits[0]
         apart.append(float((logits - exact).norm()))
     assert all(a > 1.3 * b for a, b in pairwise(apart))

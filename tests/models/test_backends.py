@@ -147,7 +147,7 @@ def test_objects_that_are_already_one() -> None:
         space = kvgeom.subspace(given, kvgeom.calibration().take(4), progress=False)
         assert space.model.backend == backend
         ratios.append(torch.tensor(space.sensitivity(progress=False).data.ratio.values))
-        with pytest.raises(InputError, match="backend 'hf' was asked"):
+        with pytest.raises(InputError, match="'hf'"):
             kvgeom.load(given, backend="hf")
     torch.testing.assert_close(*ratios, rtol=1e-2, atol=1e-3, equal_nan=True)
 
@@ -170,7 +170,7 @@ def test_what_cannot_be_remote_is_refused() -> None:
         model.forward(IDS, edit_resid=lambda layer, point, x: x)
     with pytest.raises(ModelError, match="projection"):
         model.forward(IDS, model.new_cache(Rounder(INT4, Placement.paper())))
-    with pytest.raises(InputError, match="only backend='nnsight'"):
+    with pytest.raises(InputError, match="nnsight"):
         kvgeom.load(tiny_hf_model(), tokenizer=tiny_tokenizer(), remote=True)
 
 

@@ -125,7 +125,7 @@ def test_the_copy_is_independent_and_has_its_own_fingerprint(model: HFModel) -> 
 
 def test_an_offset_of_rotated_keys_is_refused() -> None:
     model = tiny_model("llama")
-    with pytest.raises(InputError, match="rotated channels"):
+    with pytest.raises(InputError, match="rotary"):
         edits.offset_keys(model, 0, torch.ones(2, 8))
     normed = tiny_model("qwen3")
     with pytest.raises(ModelError, match="normalized"):
@@ -138,21 +138,21 @@ def test_scales_within_a_pair_and_under_a_shared_norm_must_agree() -> None:
     with pytest.raises(InputError, match="rotary pair"):
         edits.scale_keys(tiny_model("llama"), 0, scales)
     scales[0, 4] = 2
-    with pytest.raises(InputError, match="share one norm"):
+    with pytest.raises(InputError, match="between heads"):
         edits.scale_keys(tiny_model("qwen3"), 0, scales)
-    with pytest.raises(InputError, match="not positive"):
+    with pytest.raises(InputError, match="positive"):
         edits.scale_keys(tiny_model("llama"), 0, -torch.ones(2, 8))
 
 
 def test_what_cannot_be_asked_is_said() -> None:
     model = tiny_model("llama")
-    with pytest.raises(InputError, match="KV head 2"):
+    with pytest.raises(InputError, match="got 2"):
         edits.transform_values(model, 0, 2, torch.eye(8))
-    with pytest.raises(InputError, match="layer 3"):
+    with pytest.raises(InputError, match="got 3"):
         edits.transform_values(model, 3, 0, torch.eye(8))
-    with pytest.raises(InputError, match="without inverse"):
+    with pytest.raises(InputError, match="no inverse"):
         edits.transform_values(model, 0, 0, torch.ones(8, 8))
-    with pytest.raises(InputError, match="8 channels"):
+    with pytest.raises(InputError, match=r"\(8, 8\)"):
         edits.transform_values(model, 0, 0, torch.eye(4))
     with pytest.raises(InputError, match="shape"):
         edits.offset_values(model, 0, torch.ones(8))

@@ -158,7 +158,7 @@ def test_offsets_of_values_need_a_class_with_that_bias() -> None:
         model = tiny_model(name)
         offsets = Statics.of("o", {(0, "v"): torch.ones(model.geometry.kv_heads, model.geometry.head_dim)})
         recipe = Recipe.uniform(3, Scheme.parse("int4-asym-token+center")).with_statics(offsets=offsets)
-        with pytest.raises(ModelError, match=r"no place for .*o_proj\.bias"):
+        with pytest.raises(ModelError, match=r"o_proj\.bias"):
             fold(model, recipe)
 
 
@@ -175,7 +175,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     other = tmp_path / "other"
     tiny_hf_model().save_pretrained(other)
     before = sorted(other.iterdir())
-    with pytest.raises(InputError, match="not a checkpoint that"):
+    with pytest.raises(InputError, match="save_checkpoint"):
         save_checkpoint(model, other)
     assert sorted(other.iterdir()) == before
     with pytest.raises(InputError, match="is a file"):
@@ -250,7 +250,7 @@ def test_the_key_bias_of_a_rotated_model_is_no_constant_of_attention() -> None:
     assert float((bare.forward(IDS, all_logits=True) - logits).abs().max()) > 0.1
     bias = Statics.of("key bias", model.key_biases(), rotary=True)
     recipe = Recipe.uniform(3, Scheme.parse("int4-asym-token+center"), sites=["k"]).with_statics(offsets=bias)
-    with pytest.raises(ModelError, match="8 of 8 channels of a head"):
+    with pytest.raises(ModelError, match="8 of 8 channels"):
         fold(model, recipe)
 
 
@@ -288,7 +288,7 @@ def test_what_cannot_be_folded_is_said() -> None:
         fold(model, Recipe.uniform(2, Scheme(4)))
     with pytest.raises(InputError, match="with_statics"):
         fold(model, Recipe.uniform(3, Scheme.parse("int4-asym-token+equalize")))
-    with pytest.raises(InputError, match="all channels"):
+    with pytest.raises(InputError, match="some channels"):
         fold(model, Recipe.uniform(3, Scheme.parse("int4-asym-token+hadamard@0-3"), sites=["v"]))
     unpaired = Statics.of("f", {(0, "k"): torch.arange(1.0, 17).view(2, 8)})
     with pytest.raises(InputError, match="rotary pair"):
@@ -308,14 +308,14 @@ def test_an_attention_of_another_kind_is_noticed() -> None:
     sizes = torch.rand(2, 8, generator=torch.Generator().manual_seed(0)) * 20 + 0.05
     factors = Statics.of("f", {(n, "k"): pair_factors(sizes, rotated) for n in range(3)})  # type: ignore[misc]
     recipe = Recipe.uniform(3, Scheme.parse("int4-asym-token+equalize")).with_statics(factors=factors)
-    with pytest.raises(ModelError, match="not of a kind"):
+    with pytest.raises(ModelError, match="logits"):
         fold(model, recipe)
 
 
 def test_a_class_that_would_lose_weights_is_refused(tmp_path: Path) -> None:
     model = tiny_model("mistral")
     edits.offset_values(model, 0, torch.ones(2, 8))
-    with pytest.raises(ModelError, match="would not load it again"):
+    with pytest.raises(ModelError, match="would not load"):
         save_checkpoint(model, tmp_path / "x")
     assert not list(tmp_path.iterdir())
     wrapped = kvgeom.load(tiny_hf_model(), tokenizer=tiny_tokenizer(), backend="nnsight")

@@ -85,9 +85,9 @@ def test_a_loaded_model_is_taken_as_it_is() -> None:
     assert kvgeom.load(model) is model
     with pytest.raises(InputError, match="tokenizer="):
         kvgeom.load(hf)
-    with pytest.raises(InputError, match="a dict was given"):
+    with pytest.raises(InputError, match="dict"):
         kvgeom.load({})
-    with pytest.raises(InputError, match="backend 'jax'"):
+    with pytest.raises(InputError, match="jax"):
         kvgeom.load(hf, tokenizer=tokenizer, backend="jax")
 
 
@@ -101,7 +101,7 @@ def test_templates() -> None:
         kvgeom.load(hf, tokenizer=tokenizer, template="{{ 'nothing' }}")
     with pytest.raises(ModelError, match="fails on a plain request"):
         kvgeom.load(hf, tokenizer=tokenizer, template="{{ raise_exception('no users here') }}")
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match=r"missing\.jinja"):
         kvgeom.load(hf, tokenizer=tokenizer, template="missing.jinja")
 
 
@@ -117,14 +117,6 @@ def test_projection_rounding_needs_known_projections() -> None:
         del layer.self_attn.k_proj
     with pytest.raises(ModelError, match="use the cache placement"):
         model.forward([5, 6], model.new_cache(Rounder(Recipe.uniform(3, Scheme(4)), Placement.paper())))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tiny_hf_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def test_a_folder(checkpoint: Path) -> None:
@@ -169,7 +161,7 @@ def altered_weights(data: bytes) -> bytes:
 def test_damaged_gguf_files(damage: Callable[[bytes], bytes], gguf_file: Path, tmp_path: Path, own_cache: Path) -> None:
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(damage(gguf_file.read_bytes()))
-    with pytest.raises(InputError, match=r"bad\.gguf was asked.*"):
+    with pytest.raises(InputError, match=r"bad\.gguf"):
         kvgeom.load(bad, progress=False)
     assert not [path for path in own_cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
@@ -202,15 +194,15 @@ def another_file(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (empty, "holds no model"),
-        (with_gguf, "did you mean"),
-        (without_weights, "no .safetensors weights"),
+        (empty, r"config\.json"),
+        (with_gguf, r"model\.gguf"),
+        (without_weights, "safetensors"),
         (unknown_architecture, "cannot be loaded"),
-        (another_file, "must be a .gguf"),
-        (lambda folder: str(folder / "missing"), "no such file or folder"),
-        (lambda folder: "./missing.gguf", "no such file or folder"),
-        (lambda folder: "nobody-at-all/no-such-model-as-this", "no such folder here, and"),
-        (lambda folder: "demo2", "no such file or folder"),
+        (another_file, r"\.gguf"),
+        (lambda folder: str(folder / "missing"), "missing"),
+        (lambda folder: "./missing.gguf", r"missing\.gguf"),
+        (lambda folder: "nobody-at-all/no-such-model-as-this", "no-such-model-as-this"),
+        (lambda folder: "demo2", "demo-no-refusal"),
     ],
 )
 def test_no_model_there(make: Callable[[Path], str], says: str, tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""Where weights come from: whether a folder or the hub has a whole model, and which device to put it on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kvgeom.errors import InputError
+
+
+def check_folder(path: Path) -> None:
+    """Whether a folder holds a transformers checkpoint.
+
+    Raises
+    ------
+    InputError
+        If it has no configuration, or no safetensors weights.
+    """
+    files = {file.name for file in path.iterdir()} if path.is_dir() else set()
+    if "config.json" not in files:
+        single = sorted(name for name in files if name.endswith(".gguf"))
+        hint = f"; did you mean {path / single[0]}?" if single else "; give a folder with a transformers checkpoint"
+        raise InputError(f"{path} holds no model (no config.json){hint}")
+    if not any(name.endswith(".safetensors") for name in files):
+        raise InputError(
+            f"{path} holds no .safetensors weights; convert them (pickled weights can run code and are not read)"
+        )
+
+
+def check_hub(
+    name: str,
+    revision: str | None,
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_only: bool = False,
+) -> None:
+    """Ask the local cache, then the hub, once whether a model is there; transformers would go on trying for a minute.
+
+    Raises
+    ------
+    InputError
+        If it is not, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(try_to_load_from_cache(name, "config.json", cache_dir=cache_dir, revision=revision), str):
+        return
+    if local_only:
+        raise InputError(
+            f"{name} is no folder here and not in the local cache; load it once with local_files_only=False"
+        )
+    try:
+        HfApi(token=token).model_info(name, revision=revision, timeout=10)
+    except RevisionNotFoundError as error:
+        raise InputError(f"model {name} has no revision {revision} on the hub; give another") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{name} is no folder here and no model on the hub; check the name or, if it is private, run: hf auth login"
+        ) from error
+    except Exception as error:  # of whichever HTTP library the installed hub client uses
+        raise InputError(
+            f"{name} is no folder here, and the hub cannot be reached ({error or type(error).__name__}); check the path or "
+            "the network"
+        ) from error
+
+
+def best_device() -> str:
+    """An accelerator if there is one, else ``"cpu"``."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

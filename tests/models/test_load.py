@@ -1,0 +1,133 @@
+"""What ``load`` takes: names and options, backends by name, and models from outside the package."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xarray
+
+import kvgeom
+from kvgeom.errors import InputError
+from kvgeom.models import backends
+from kvgeom.models.hf import HFModel
+from kvgeom.models.load import PretrainedOptions, load, load_option_names
+from kvgeom.models.model import Model, missing_members
+from tests.builders.tiny import tiny_hf_model, tiny_model, tiny_tokenizer
+
+
+class Outside:
+    """A backend that is no subclass of anything of ours: it counts passes, and leaves the rest to a model inside."""
+
+    backend = "outside"
+
+    def __init__(self, inner: Model) -> None:
+        self.inner, self.passes = inner, 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.passes += 1
+        return self.inner.forward(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+class Runner:
+    """A model of some other library."""
+
+    def __init__(self, hf_model: Any, tokenizer: Any) -> None:
+        self.hf_model, self.tokenizer = hf_model, tokenizer
+
+
+@pytest.fixture
+def runner_backend(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend for :class:`Runner`, in one file."""
+
+    def make(model: Any, tokenizer: Any, *, name: str | None, template: str | None) -> Model:
+        runner = model if isinstance(model, Runner) else Runner(model, tokenizer)
+        inner = HFModel(runner.hf_model, tokenizer or runner.tokenizer, name=name or "runner", template=template)
+        found = Outside(inner)
+        found.backend = "runner"
+        return found
+
+    monkeypatch.setattr(backends, "_BACKENDS", backends.backends())
+    backends.register_backend("runner", wraps=lambda model: isinstance(model, Runner), make=make)
+    return "runner"
+
+
+def test_a_model_from_outside_the_package() -> None:
+    """An object with the members of the protocol goes through the whole pipeline, and gives the numbers of ours."""
+    ours = tiny_model("qwen2")
+    theirs = Outside(tiny_model("qwen2"))
+    assert load(theirs) is theirs
+    prompts = kvgeom.calibration().take(4)
+    both = [kvgeom.subspace(model, prompts, progress=False).sensitivity(progress=False) for model in (ours, theirs)]
+    assert theirs.passes > 0
+    xarray.testing.assert_allclose(both[0].data, both[1].data)
+    outcomes = kvgeom.evaluate(theirs, {"int4": "int4-sym-tensor"}, list(prompts.harmful), max_new_tokens=4)
+    assert outcomes.data.sizes["prompt"] == 4
+
+
+def test_what_a_model_lacks_is_named() -> None:
+    class Half:
+        geometry = tiny_model().geometry
+
+    assert missing_members(tiny_model()) == []
+    with pytest.raises(InputError, match=r"Half .* forward"):
+        load(Half())
+
+
+def test_a_backend_from_outside_the_package(runner_backend: str, checkpoint: Path) -> None:
+    held = Runner(tiny_hf_model(), tiny_tokenizer())
+    for model in (load(held), load(checkpoint, backend=runner_backend)):
+        assert model.backend == runner_backend
+        torch.testing.assert_close(model.forward([5, 6, 7]), tiny_model().forward([5, 6, 7]))
+    assert load(held, name="mine").name == "mine"
+    with pytest.raises(InputError, match="'runner'"):
+        load(held, backend="hf")
+    with pytest.raises(InputError, match="remote"):
+        load(held, remote=True)
+    with pytest.raises(InputError, match="registered already"):
+        backends.register_backend(runner_backend, wraps=lambda model: False, make=lambda model: model)
+
+
+def test_option_names_are_those_of_the_function() -> None:
+    named = {*inspect.signature(load).parameters} - {"model", "progress", "options"}
+    assert load_option_names() == named | {*PretrainedOptions.__annotations__}
+
+
+@pytest.mark.parametrize(
+    ("option", "instead"), [("dtpye", "dtype"), ("torch_dtype", "dtype"), ("device_mpa", "device_map")]
+)
+def test_misspelt_options_are_refused(option: str, instead: str, checkpoint: Path) -> None:
+    for model in (checkpoint, tiny_model(), "no-such-model"):
+        with pytest.raises(InputError, match=f"{option}.*{instead}"):
+            load(model, **{option: "float32"})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "float32"},
+        {"device": "cpu"},
+        {"revision": "main"},
+        {"trust_remote_code": True},
+        {"device_map": "auto"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_that_come_too_late_are_refused(options: dict[str, Any]) -> None:
+    for model, own in ((tiny_hf_model(), {"tokenizer": tiny_tokenizer()}), (tiny_model(), {})):
+        with pytest.raises(InputError, match=next(iter(options))):
+            load(model, **own, **options)
+
+
+def test_options_of_from_pretrained_reach_it(checkpoint: Path) -> None:
+    model = load(checkpoint, attn_implementation="eager", local_files_only=True, name="mine")
+    assert (model.attention_kernel, model.name) == ("eager", "mine")
+    for option in ({"template": "{{ messages[0].content }}"}, {"tokenizer": tiny_tokenizer()}, {"name": "other"}):
+        with pytest.raises(InputError, match=next(iter(option))):
+            load(model, **option)
