@@ -36,7 +36,7 @@ BAD: list[tuple[Callable[[Path, Path], list[str]], str]] = [
     (lambda model, tmp: [file_in(tmp, "x.gguf", "GGUF"), "--out", str(tmp / "o")], "truncated or altered"),
     (
         lambda model, tmp: [file_in(tmp, "x.gguf", "something else"), "--out", str(tmp / "o")],
-        "does not begin as a GGUF",
+        "no GGUF file",
     ),
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--prompts", file_in(tmp, "p.txt", "")], "no request"),
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--prompts", "nothing"], "nothing"),

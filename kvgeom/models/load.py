@@ -221,7 +221,7 @@ def _locate(given: str, revision: str | None, options: PretrainedOptions) -> tup
         return str(converted_gguf(path)), path.name
     if given.startswith((".", "~", os.sep)) or given.endswith(".gguf") or given.count("/") != 1:
         known = ", ".join(DEMOS)
-        raise InputError(f"{given} is no file or folder; give one, a hub id (owner/name), or one of: {known}")
+        raise InputError(f"no such file or folder: {given}; give one, a hub id (owner/name), or one of: {known}")
     check_hub(
         given,
         revision,
@@ -237,7 +237,7 @@ def _read_template(template: str | Path | None) -> str | None:
         return None if template is None else str(template)
     path = Path(template).expanduser()
     if not path.is_file():
-        raise InputError(f"template {template} is no file; give a file with a Jinja chat template, or its text")
+        raise InputError(f"no such file for the template: {template}; give a file with a Jinja chat template, or its text")
     return path.read_text(encoding="utf-8")
 
 
