@@ -237,7 +237,9 @@ def _read_template(template: str | Path | None) -> str | None:
         return None if template is None else str(template)
     path = Path(template).expanduser()
     if not path.is_file():
-        raise InputError(f"no such file for the template: {template}; give a file with a Jinja chat template, or its text")
+        raise InputError(
+            f"no such file for the template: {template}; give a file with a Jinja chat template, or its text"
+        )
     return path.read_text(encoding="utf-8")
 
 

@@ -67,7 +67,9 @@ def test_a_model_from_outside_the_package() -> None:
     both = [kvgeom.subspace(model, prompts, progress=False).sensitivity(progress=False) for model in (ours, theirs)]
     assert theirs.passes > 0
     xarray.testing.assert_allclose(both[0].data, both[1].data)
-    outcomes = kvgeom.evaluate(theirs, {"int4": kvgeom.Recipe.uniform(3, kvgeom.Scheme(4))}, list(prompts.harmful), max_new_tokens=4)
+    outcomes = kvgeom.evaluate(
+        theirs, {"int4": kvgeom.Recipe.uniform(3, kvgeom.Scheme(4))}, list(prompts.harmful), max_new_tokens=4
+    )
     assert outcomes.data.sizes["prompt"] == 4
 
 
