@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -173,8 +174,7 @@ def stored(
             f"{', '.join(SITES)} and prompts 0 to {len(store.prompts) - 1}"
         )
     rounding = Rounding.at(space.model, scheme, space.placement)
-    # To the end: a pass that is broken off is not kept.
-    activations = list(store.layers(row))[layer]
+    activations = next(islice(store.layers(row), layer, None))
     x = at_site(activations, site)
     rounded = rounding(layer, site, x, activations.rotation if site == "k" else None)
     found = {

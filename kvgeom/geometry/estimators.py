@@ -97,7 +97,7 @@ def logistic_weights(
     Parameters
     ----------
     features : array [prompts, channels]
-        Scaled by one number (their spread), not channel by channel: the direction turns with the space.
+        Scaled by one number (their spread), not channel by channel: the direction rotates with the space.
     harmful : bool array [prompts]
     strength : float, optional
         Inverse regularisation (scikit-learn's ``C``); chosen by five-fold log-loss without it.
@@ -211,7 +211,7 @@ def bootstrap(
         Near 1: a direction that does not hang on single prompts. Two directions estimated from halves of the data
         would agree less.
     """
-    # Every method but the channel-wise one turns with the space, so the span of the data is space enough.
+    # Every method but the channel-wise one rotates with the space, so the span of the data is enough.
     basis = None
     if method != "winsorized" and len(features) < features.shape[1]:
         u, s, basis = np.linalg.svd(features, full_matrices=False)

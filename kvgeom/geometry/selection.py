@@ -257,7 +257,7 @@ def select_direction(
     ----------
     space : Subspace
     validation : int
-        Prompts of each class that are held out from the candidates. The cost grows with it: per prompt a pass for every
+        Prompts of each class that are kept out of the candidates. The cost grows with it: per prompt a pass for every
         candidate.
     positions : sequence of str, optional
         Template tokens to look at; all that the prompts share by default.

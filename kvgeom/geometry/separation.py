@@ -1,4 +1,4 @@
-"""How well harmful and harmless requests are separated along a direction, cross-validated and held against chance."""
+"""How well harmful and harmless requests are separated along a direction, cross-validated and compared with chance."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def folds_of(harmful: NDArray[np.bool_], folds: int, seed: int = 0) -> NDArray[n
 def separation(
     features: Floats, harmful: NDArray[np.bool_], *, folds: int = 5, draws: int = 999, seed: int = 0
 ) -> Separation:
-    """Cross-validated separation along the difference of means, held against chance.
+    """Cross-validated separation along the difference of means, compared with chance.
 
     Every prompt is projected on the unit direction from the other folds, measured from the midpoint of
     their class means, so that projections of different folds can be ranked together. They share prompts, so a test that

@@ -189,7 +189,7 @@ def steer(
 def label_responses(
     model: Model, prompts: Sequence[EncodedPrompt], responses: Responses, judge: Judge
 ) -> list[tuple[str, str]]:
-    """Text and label of each response; their likelihood is that of the model without intervention."""
+    """Text and label of each response. The judge may ask for its likelihood under the model without intervention."""
     found: list[tuple[str, str]] = []
     for prompt, tokens in zip(prompts, responses.tokens, strict=True):
         text = model.decode(tokens)

@@ -222,7 +222,7 @@ class Subspace(Result):
     ) -> Sensitivity:
         """How exposed the subspace is to the rounding error of a scheme, an engine preset or a recipe.
 
-        Runs no prompt of the subspace again; the harmless contrasts that it is held against are run once.
+        Runs no prompt of the subspace again; the harmless contrasts that it is compared with are run once.
         See :func:`kvgeom.geometry.sensitivity.measure`.
         """
         from kvgeom.geometry.sensitivity import measure
@@ -324,7 +324,7 @@ def subspace(
 
 
 def _check(prompts: PromptSet, k: int, method: str) -> None:
-    """What can be said before any prompt is run."""
+    """Checks that need no model."""
     if min(len(prompts.harmful), len(prompts.harmless)) < 2:
         raise InputError(
             f"prompt set {prompts.name!r} has {len(prompts.harmful)} harmful and {len(prompts.harmless)} harmless requests; "
