@@ -1,4 +1,4 @@
-"""A refusal score that needs no generation."""
+"""Scores of next-token distributions: how near a model is to refusing, and how far one distribution is from another."""
 
 from __future__ import annotations
 
@@ -51,3 +51,33 @@ def margin(logits: Tensor, tokens: Iterable[int]) -> Tensor:
     is_refusal[list(tokens)] = True
     # Log-odds straight from the logits: the normalizer cancels, and nothing is lost when p(R) is near 1.
     return logits[..., is_refusal].float().logsumexp(-1) - logits[..., ~is_refusal].float().logsumexp(-1)
+
+
+def kl_divergence(logits: Tensor, other: Tensor) -> Tensor:
+    """Kullback-Leibler divergence (nats) of the distribution of ``other`` from that of ``logits``.
+
+    Parameters
+    ----------
+    logits, other : Tensor [..., vocabulary]
+        Unnormalized log-probabilities; leading dimensions broadcast.
+
+    Returns
+    -------
+    Tensor [...]
+        ``sum(p * (log p - log q))`` with p from ``logits`` and q from ``other``.
+    """
+    log_p, log_q = logits.log_softmax(-1), other.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def mean_log_likelihood(logits: Tensor, tokens: Sequence[int]) -> float:
+    """Mean log-probability (nats per token) of tokens, each under the logits of its position; NaN without tokens.
+
+    Parameters
+    ----------
+    logits : Tensor [tokens, vocabulary]
+    tokens : sequence of int
+    """
+    if not tokens:
+        return float("nan")
+    return float(logits.log_softmax(-1)[torch.arange(len(tokens)), list(tokens)].mean())

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.errors import InputError
-from kvgeom.evaluation.margin import margin
+from kvgeom.evaluation.margin import kl_divergence, margin
 from kvgeom.geometry.rounding import CacheSpec, Rounding
 from kvgeom.models.memory import in_batches, rows_that_fit
 from kvgeom.models.model import EncodedPrompt, Model
@@ -128,10 +128,9 @@ def patch_layers(
             rows = rows_that_fit(model, len(prompt), 1)
             for part, (logits, resid) in in_batches(branches, rows, partial(run, prompt=prompt)):
                 cells = slice(begin, begin := begin + len(part))
-                log_p, log_q = logits[:1].log_softmax(-1), logits[1:].log_softmax(-1)
                 if tokens:
                     clean_margin[row], *found["margin"][row, cells] = margin(logits, tokens).double().tolist()
-                found["kl"][row, cells] = (log_p.exp() * (log_p - log_q)).sum(-1).double().cpu().numpy()
+                found["kl"][row, cells] = kl_divergence(logits[:1], logits[1:]).double().cpu().numpy()
                 most_likely[row, cells] = logits[1:].argmax(-1).cpu().numpy()
                 if unit is not None:
                     change = (resid[1:] - resid[:1]).double().cpu().numpy()

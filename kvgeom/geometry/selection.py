@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvgeom.errors import InputError
-from kvgeom.evaluation.margin import margin, refusal_tokens
+from kvgeom.evaluation.margin import kl_divergence, margin, refusal_tokens
 from kvgeom.evaluation.respond import respond
 from kvgeom.geometry.estimators import defined_at, difference_of_means
 from kvgeom.geometry.steering import ablate, add, label_responses
@@ -165,11 +165,11 @@ def select(
                 drawn.update(1)
         for prompt in harmless:
             resid: dict[int, Tensor] = {}
-            log_p = model.forward(prompt.ids, on_resid=resid.__setitem__)[-1].log_softmax(-1)
-            clean["harmless"].append(float(margin(log_p, tokens)))
+            clean_logits = model.forward(prompt.ids, on_resid=resid.__setitem__)[-1]
+            clean["harmless"].append(float(margin(clean_logits, tokens)))
             for chunk in chunks:
-                log_q = _ablated(model, prompt, flat[chunk]).log_softmax(-1)
-                kl[chunk] += (log_p.exp() * (log_p - log_q)).sum(-1).double().cpu().numpy() / len(harmless)
+                found = kl_divergence(clean_logits, _ablated(model, prompt, flat[chunk]))
+                kl[chunk] += found.double().cpu().numpy() / len(harmless)
                 drawn.update(1)
                 for logits, part in _added(model, prompt, flat, chunk // len(positions), chunk, resid):
                     induce[part] += margin(logits, tokens).double().cpu().numpy() / len(harmless)

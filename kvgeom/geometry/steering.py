@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvgeom.errors import InputError
+from kvgeom.evaluation.margin import mean_log_likelihood
 from kvgeom.evaluation.respond import Responses, respond
 from kvgeom.judges.judge import LABELS, Judge, KeywordJudge
 from kvgeom.models.model import EncodedPrompt, Model
@@ -195,10 +196,8 @@ def label_responses(
         text = model.decode(tokens)
 
         def likelihood(prompt: EncodedPrompt = prompt, tokens: list[int] = tokens) -> float:
-            if not tokens:
-                return float("nan")
             logits = model.forward([*prompt.ids, *tokens[:-1]], all_logits=True)[len(prompt) - 1 :]
-            return float(logits.log_softmax(-1)[torch.arange(len(tokens)), list(tokens)].mean())
+            return mean_log_likelihood(logits, tokens)
 
         found.append((text, judge.label(prompt.text, text, likelihood).label))
     return found

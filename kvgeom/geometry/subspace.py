@@ -16,7 +16,7 @@ from kvgeom.errors import InputError, unknown, unknown_option
 from kvgeom.geometry.activations import SITES, ActivationStore, Site
 from kvgeom.geometry.estimators import METHODS, Direction, as_dataset, direction_of, fit_direction
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec
-from kvgeom.models.load import load
+from kvgeom.models.load import load, load_option_names
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import shown
 from kvgeom.prompts.sets import PromptSet, calibration, load_prompts
@@ -307,13 +307,17 @@ def subspace(
     Raises
     ------
     InputError
-        If a class has fewer than two prompts, ``k`` exceeds what the method gives, or the method, position, placement or
-        prompt set is unknown.
+        If a class has fewer than two prompts, ``k`` exceeds what the method gives, or an option, method, position, placement
+        or prompt set is unknown.
 
     Examples
     --------
     >>> kvgeom.subspace("demo").sensitivity().plot()  # doctest: +SKIP
     """
+    known = load_option_names() | {*signature(subspace).parameters} - {"model", "load_options"}
+    for name in load_options:
+        if name not in known:
+            raise unknown_option(name, known)
     at = resolve(DEFAULT_SCHEME, placement=placement).placement
     chosen = calibration() if prompts is None else load_prompts(prompts) if isinstance(prompts, str) else prompts
     _check(chosen, k, method)

@@ -183,6 +183,12 @@ def test_bad_input() -> None:
         kvgeom.subspace(tiny_model(), PAIRS, k=99, progress=False)
 
 
+def test_unknown_options_are_refused() -> None:
+    for wrong, right in (("methd", "method"), ("dtpye", "dtype")):
+        with pytest.raises(InputError, match=f"'{right}'"):
+            kvgeom.subspace(tiny_model(), PAIRS, **{wrong: "pca"})
+
+
 def test_strings_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvgeom.geometry.subspace.load_prompts", {"some": PAIRS}.__getitem__)
     model = tiny_model()
