@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from kvgeom.judges.judge import KeywordJudge
     from kvgeom.mitigation.plan import Plan
     from kvgeom.models.load import load
-    from kvgeom.prompts.sets import PromptSet, calibration, load_prompts
+    from kvgeom.prompts.load import load_prompts
+    from kvgeom.prompts.sets import PromptSet, calibration
     from kvgeom.quant.placement import Placement
     from kvgeom.quant.recipe import Recipe
     from kvgeom.quant.scheme import Scheme
@@ -41,7 +42,7 @@ _HOMES = {
     "evaluate": "kvgeom.evaluation.evaluate",
     "fix": "kvgeom.report.fix",
     "load": "kvgeom.models.load",
-    "load_prompts": "kvgeom.prompts.sets",
+    "load_prompts": "kvgeom.prompts.load",
     "subspace": "kvgeom.geometry.subspace",
 }
 

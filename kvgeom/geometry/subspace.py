@@ -19,7 +19,8 @@ from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec
 from kvgeom.models.load import load, load_option_names
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import shown
-from kvgeom.prompts.sets import PromptSet, calibration, load_prompts
+from kvgeom.prompts.load import as_prompt_set
+from kvgeom.prompts.sets import PromptSet, calibration
 from kvgeom.quant.placement import Placement
 from kvgeom.results import Result
 
@@ -288,9 +289,8 @@ def subspace(
     Parameters
     ----------
     model : anything that :func:`kvgeom.load` takes
-    prompts : PromptSet or str, optional
-        Needs harmful and harmless requests; the calibration set by default. A string is what
-        :func:`kvgeom.prompts.sets.load_prompts` takes, such as ``"held-out"`` or a file.
+    prompts : anything that :func:`kvgeom.prompts.load.as_prompt_set` takes, optional
+        Needs harmful and harmless requests, for instance ``"held-out"`` or a file; the calibration set by default.
     k : int
         Dimensions. With ``method="mean"`` and k > 1 the leading right singular vectors of the differences at all
         positions; with ``"pca"`` those of the paired differences at one position.
@@ -319,7 +319,7 @@ def subspace(
         if name not in known:
             raise unknown_option(name, known)
     at = resolve(DEFAULT_SCHEME, placement=placement).placement
-    chosen = calibration() if prompts is None else load_prompts(prompts) if isinstance(prompts, str) else prompts
+    chosen = calibration() if prompts is None else as_prompt_set(prompts)
     _check(chosen, k, method)
     with shown(progress):
         loaded = load(model, progress=progress, **load_options)

@@ -18,6 +18,7 @@ from kvgeom.organisms.modes import Bench, become_outlier, crush, nuisance
 from kvgeom.organisms.observed import NEW_TOKENS, ROBUST, behaviour, granularities
 from kvgeom.organisms.reach import Reach, some_heads
 from kvgeom.progress import bar
+from kvgeom.prompts.load import as_prompt_set
 from kvgeom.prompts.sets import PromptSet, calibration
 
 PlantedMode = Literal["outlier-crushes-safety", "outlier-as-safety", "multi-layer dilution", "robust"]
@@ -68,7 +69,7 @@ def plant(
     *,
     seed: int = 0,
     layers: Sequence[int] | None = None,
-    prompts: PromptSet | None = None,
+    prompts: Any = None,
     bits: int | None = None,
     strength: float | None = None,
     verify: bool = True,
@@ -87,7 +88,7 @@ def plant(
         Of everything that is drawn: layers, heads, channels, rotations, strengths, nuisance.
     layers : sequence of int, optional
         Where to plant; drawn by default. One layer, for dilution at least two and not all.
-    prompts : PromptSet, optional
+    prompts : anything that :func:`kvgeom.prompts.load.as_prompt_set` takes, optional
         Twin requests on which the directions that carry safety are found and the function is compared; the
         calibration set by default.
     bits : int, optional
@@ -115,7 +116,7 @@ def plant(
     if mode not in MODES:
         raise unknown("mode", mode, MODES)
     loaded = editable(load(model, progress=progress))
-    prompts = prompts or calibration()
+    prompts = calibration() if prompts is None else as_prompt_set(prompts)
     count = loaded.geometry.layers
     _check_layers(mode, count, layers)
     values = Values(loaded, prompts)

@@ -190,7 +190,7 @@ def test_unknown_options_are_refused() -> None:
 
 
 def test_strings_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvgeom.geometry.subspace.load_prompts", {"some": PAIRS}.__getitem__)
+    monkeypatch.setattr("kvgeom.prompts.load.SHIPPED", {"some": lambda: PAIRS})
     model = tiny_model()
     named = kvgeom.subspace(model, "some", placement="paper", progress=False)
     given = kvgeom.subspace(model, PAIRS, placement=Placement.paper(), progress=False)

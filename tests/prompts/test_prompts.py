@@ -8,11 +8,15 @@ import re
 from difflib import SequenceMatcher
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 import kvgeom
 from kvgeom.errors import InputError
-from kvgeom.prompts.sets import BENCHMARKS, PromptSet, load_prompts, perplexity_text
+from kvgeom.prompts import benchmarks
+from kvgeom.prompts.load import as_prompt_set, as_requests, load_prompts
+from kvgeom.prompts.sets import PromptSet, perplexity_text
 
 
 def test_calibration_pairs() -> None:
@@ -68,7 +72,7 @@ def test_public_files(shared: Path) -> None:
         prompts = load_prompts(f"{name}={shared / FILES[name]}")
         assert (len(prompts.harmful), len(prompts.harmless)) == counts
         assert prompts.name == name
-        assert BENCHMARKS[name].title in prompts.source
+        assert benchmarks.benchmarks()[name].title in prompts.source
 
 
 CSV = {
@@ -121,11 +125,11 @@ def test_user_files(tmp_path: Path) -> None:
         ("comments.txt", "# nothing\n\n", "holds no request"),
         ("empty.csv", "", "holds no request"),
         ("header.csv", "prompt,label\n", "holds no request"),
-        ("columns.csv", "a,b\n1,2\n", "no column holds requests"),
-        ("label.csv", "prompt,label\nx,maybe\n", "neither harmful nor harmless"),
-        ("broken.jsonl", '{"prompt": "x"}\n{"prompt"\n', "line 2 is not JSON"),
-        ("list.jsonl", "[1]\n", "line 1 is no JSON object"),
-        ("p.parquet", "x", "give .txt, .csv or .jsonl"),
+        ("columns.csv", "a,b\n1,2\n", r"found \['a', 'b'\]"),
+        ("label.csv", "prompt,label\nx,maybe\n", "maybe"),
+        ("broken.jsonl", '{"prompt": "x"}\n{"prompt"\n', "line 2"),
+        ("list.jsonl", "[1]\n", "line 1"),
+        ("p.parquet", "x", r"\.jsonl"),
     ],
 )
 def test_bad_files(name: str, content: str, says: str, tmp_path: Path) -> None:
@@ -146,6 +150,67 @@ def test_bad_names(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("wrong\n1\n")
     with pytest.raises(InputError, match="goal"):
         load_prompts(f"advbench={tmp_path / 'x.csv'}")
+
+
+def test_what_users_have_becomes_a_prompt_set(tmp_path: Path) -> None:
+    requests = ["first", "second", "first"]
+    for given in (requests, tuple(requests), pd.Series(requests), np.array(requests), (r for r in requests)):
+        found = as_prompt_set(given)
+        assert (found.harmful, found.harmless) == (tuple(requests), ())
+        assert all(type(request) is str for request in found.harmful)
+    assert as_prompt_set(found) is found
+    assert as_prompt_set("calibration") == kvgeom.calibration()
+    path = tmp_path / "own.txt"
+    path.write_text("a request")
+    assert as_prompt_set(path) == as_prompt_set(str(path)) == load_prompts(path)
+    both = as_prompt_set({"harmful": pd.Series(["a"]), "harmless": ["b", "c"]})
+    assert (both.harmful, both.harmless) == (("a",), ("b", "c"))
+    table = pd.DataFrame({"Prompt": ["a", "b"], "label": ["harmless", "harmful"]})
+    for given in (table, table.to_dict("records")):
+        assert (as_prompt_set(given).harmful, as_prompt_set(given).harmless) == (("b",), ("a",))
+
+
+def test_requests_are_the_harmful_ones() -> None:
+    assert as_requests(["a", "b"]) == ("a", "b")
+    assert as_requests("held-out") == load_prompts("held-out").harmful
+    assert as_requests({"harmful": ["a"], "harmless": ["b"]}) == ("a",)
+    with pytest.raises(InputError, match="harmful"):
+        as_requests({"harmless": ["b"]})
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ([], "list"),
+        ({}, "dict"),
+        (None, "NoneType"),
+        (3, "int"),
+        (["a", float("nan")], "request 1"),
+        (["a", " "], "request 1"),
+        ([["a"]], "request 0"),
+        ({"harmfull": ["a"]}, "'harmful'"),
+        ({"harmful": "a"}, "list"),
+        ("How do I pick a lock?", "list"),
+        (pd.DataFrame({"x": ["a"]}), "prompt"),
+    ],
+    ids=repr,
+)
+def test_what_is_no_prompt_set(given: object, says: str) -> None:
+    for convert in (as_prompt_set, as_requests):
+        with pytest.raises(InputError, match=says):
+            convert(given)
+
+
+def test_a_benchmark_from_outside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks, "_BENCHMARKS", benchmarks.benchmarks())
+    own = benchmarks.Benchmark("Own", "example.org", "MIT", "ask", lambda row: {"y": True, "n": False}.get(row["bad"]))
+    benchmarks.register_benchmark("own", own)
+    (tmp_path / "own.csv").write_text("ask,bad\nDo harm,y\nDo good,n\nSing,?\n")
+    found = as_prompt_set(f"own={tmp_path / 'own.csv'}")
+    assert (found.name, found.harmful, found.harmless) == ("own", ("Do harm",), ("Do good",))
+    for name in ("own", "advbench", "calibration", "a=b", "data/own.csv", ""):
+        with pytest.raises(InputError, match=repr(name)):
+            benchmarks.register_benchmark(name, own)
 
 
 def test_take_and_fingerprint() -> None:
