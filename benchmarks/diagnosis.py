@@ -25,9 +25,10 @@ from torch import Tensor
 import kvgeom
 from kvgeom.behaviour.ablation import channel_magnitudes, channel_subsets
 from kvgeom.behaviour.scan import scan_of, single_layers
-from kvgeom.behaviour.widths import at_widths, width_recipes
+from kvgeom.behaviour.widths import at_widths
 from kvgeom.evaluation.baseline import Baseline
-from kvgeom.evaluation.evaluate import evaluate
+from kvgeom.evaluation.condition import Condition
+from kvgeom.evaluation.evaluate import run_conditions
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.evaluation.speculative import Answer, generated, verified
 from kvgeom.prompts.sets import PromptSet
@@ -126,16 +127,15 @@ def run_list(model: Any, prompts: PromptSet, new_tokens: int) -> None:
     tensor, n_layers = Scheme(3, symmetric=True, granularity="tensor"), model.geometry.layers
     base = kvgeom.baseline(model, prompts.harmful, max_new_tokens=new_tokens, progress=False)
 
-    def run(recipes: Mapping[str, Recipe], placement: Placement | None = None) -> Outcomes:
-        return evaluate(model, recipes, base, placement=placement, refused_only=True, progress=False)
+    def run(conditions: Mapping[str, Condition]) -> Outcomes:
+        return run_conditions(base, conditions, prompts=base.refused)
 
     scan = single_layers(n_layers, tensor)
-    widths, _ = width_recipes(n_layers, at_widths(None))
-    worst = scan_of(run({**scan, **widths}), n_layers, tensor).critical_layer
+    worst = scan_of(run({**scan, **at_widths().conditions(n_layers)}), tensor).critical_layer
     where = range(n_layers) if worst is None else [worst]
-    run(channel_subsets(channel_magnitudes(base), tensor, where)["channels"])
+    run(channel_subsets(channel_magnitudes(base), tensor, where))
     if worst is not None:
-        run(single_layers(n_layers, tensor, where), Placement.paper())
+        run(single_layers(n_layers, tensor, Placement.paper(), where))
 
 
 class Clock:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import kvgeom
-from kvgeom.diagnosis.taxonomy import ModeName
+from kvgeom.diagnosis.mode import ModeName
 from kvgeom.errors import ModelError
 from kvgeom.organisms import MODES, Size, plant, tiny_model
 from kvgeom.organisms.observed import granularities

@@ -1,12 +1,12 @@
-"""The shape that all results share: a labelled table, what made it, and ways to look at it."""
+"""The shape that all results share: labelled tables, what made them, and ways to look at them and keep them."""
 
 from __future__ import annotations
 
 import html
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -17,9 +17,33 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
     import xarray as xr
 
-
 #: Rows of a frame that a notebook shows of a result.
 SHOWN_ROWS = 12
+#: What ``meta`` says of where a result comes from, as far as it applies.
+PROVENANCE = (
+    "model",
+    "fingerprint",
+    "prompts",
+    "recipe",
+    "scheme",
+    "placement",
+    "judge",
+    "max_new_tokens",
+    "seed",
+    "versions",
+)
+#: Classes of results by kind.
+_KINDS: dict[str, type[Result | Composite]] = {}
+
+
+def _register(cls: type[Result | Composite]) -> None:
+    kind = cls.__dict__.get("kind")
+    if kind is None:
+        return
+    known = _KINDS.get(kind)
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise InputError(f"result kind {kind!r} belongs to {known.__module__}.{known.__qualname__}; choose another")
+    _KINDS[kind] = cls
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,6 +65,10 @@ class Result:
     #: Frames by name, each with the dimensions of its rows, the main one first; empty: one frame over all dimensions.
     tables: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _register(cls)
+
     def to_frame(self, table: str | None = None) -> pd.DataFrame:
         """The numbers as a tidy pandas frame.
 
@@ -56,6 +84,8 @@ class Result:
             If there is no table of that name.
         """
         part = self._part(table)
+        if not part.dims:
+            return part.expand_dims("row").to_dataframe().reset_index(drop=True)
         dims = self.tables[table or next(iter(self.tables))] if self.tables else tuple(map(str, part.dims))
         return part.to_dataframe(dim_order=list(dims)).reset_index()
 
@@ -78,8 +108,13 @@ class Result:
         ]
         return self.data[names]
 
+    def to_text(self) -> str:
+        """The main table as text for a terminal."""
+        frame = self.to_frame()
+        return text_table([str(name) for name in frame.columns], frame.itertuples(index=False))
+
     def records(self) -> list[dict[str, Any]]:
-        """The numbers as one dict for each combination of coordinates."""
+        """The main table as one dict for each row."""
         return [{str(name): value for name, value in row.items()} for row in self.to_frame().to_dict("records")]
 
     @classmethod
@@ -117,12 +152,15 @@ class Result:
 
         return figures(self.kind)
 
+    def provenance(self) -> dict[str, Any]:
+        """Where the result comes from: model, prompts, recipe, judge, seed and versions, as far as they apply."""
+        return {name: self.meta[name] for name in PROVENANCE if name in self.meta}
+
     def save(self, path: str | Path) -> Path:
         """Write the result to one NetCDF file (no pickle); read it back with :meth:`load`."""
         path = Path(path)
-        stamped = self.data.assign_attrs(kvgeom_kind=self.kind, kvgeom_meta=json.dumps(self.meta))
         try:
-            stamped.to_netcdf(path, engine="h5netcdf")
+            _stamped(self).to_netcdf(path, engine="h5netcdf")
         except OSError as error:
             raise InputError(f"cannot write {path}: {error}; choose a folder that exists and is writable") from error
         return path
@@ -136,21 +174,8 @@ class Result:
         InputError
             If the file is missing, is not a kvgeom result, or is a result of another kind.
         """
-        import xarray as xr
-
-        path = Path(path)
-        if not path.is_file():
-            raise InputError(f"cannot load {path}: no such file; give a path that .save() wrote")
-        try:
-            with xr.open_dataset(path, engine="h5netcdf") as opened:
-                data = opened.load()
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot load {path}: not a kvgeom result; give a path that .save() wrote") from error
-        found = data.attrs.pop("kvgeom_kind", None)
-        meta = json.loads(data.attrs.pop("kvgeom_meta", "{}"))
-        if found != cls.kind:
-            raise InputError(f"cannot load {path} as {cls.kind}: it holds {found or 'no kvgeom result'}")
-        return cls(data=data, meta=meta)
+        found: Self = _checked_kind(_read(Path(path), None), cls, Path(path))
+        return found
 
     def summary(self) -> str:
         """One line that says what this is and what it shows."""
@@ -166,9 +191,152 @@ class Result:
         for dim in reversed(next(iter(self.tables.values())) if self.tables else [str(dim) for dim in head.dims]):
             head = head.isel({dim: slice(0, max(room, 1))})
             room //= max(head.sizes[dim], 1)
-        shown = head.to_dataframe().reset_index().head(SHOWN_ROWS).to_html()
+        frame = head.to_dataframe().reset_index() if head.dims else self.to_frame()
         more = f"<p>to_frame(...) has the tables {html.escape(', '.join(self.tables))}</p>" if self.tables else ""
-        return f"<p><b>{type(self).__name__}</b> {html.escape(self.summary())}</p>{shown}{more}"
+        return (
+            f"<p><b>{type(self).__name__}</b> {html.escape(self.summary())}</p>{frame.head(SHOWN_ROWS).to_html()}{more}"
+        )
+
+
+class Composite:
+    """A result made of results, such as a diagnosis; subclasses are frozen dataclasses.
+
+    Fields that hold a :class:`Result` (or None) are its parts. What else it holds goes into :meth:`record`.
+    """
+
+    kind: ClassVar[str]
+    #: The part that stands for the whole in ``to_frame()`` and ``plot()``.
+    main: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _register(cls)
+
+    def parts(self) -> dict[str, Result]:
+        """The results that it is made of, by name."""
+        held = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in held.items() if isinstance(value, Result)}
+
+    def to_frame(self, part: str | None = None, table: str | None = None) -> pd.DataFrame:
+        """A table of one part; the main one by default."""
+        return self._part(part).to_frame(table)
+
+    def plot(self, kind: str | None = None, **options: Any) -> go.Figure:
+        """A figure: the main one, one of the main part by its name, or that of the part of that name."""
+        if kind is not None and kind in self.parts():
+            return self.parts()[kind].plot(**options)
+        return self._part(None).plot(kind, **options)
+
+    def _part(self, name: str | None) -> Result:
+        parts = self.parts()
+        name = self.main if name is None else name
+        if name not in parts:
+            raise InputError(f"unknown part {name!r} of {type(self).__name__}; choose from {', '.join(parts)}")
+        return parts[name]
+
+    def record(self) -> dict[str, Any]:
+        """What it holds apart from its parts, in JSON types."""
+        raise NotImplementedError
+
+    @classmethod
+    def of_parts(cls, parts: Mapping[str, Any], record: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`parts` and :meth:`record`."""
+        raise NotImplementedError
+
+    def provenance(self) -> dict[str, Any]:
+        """Where it comes from; see :meth:`Result.provenance`."""
+        found: dict[str, Any] = {}
+        for part in self.parts().values():
+            found = {**part.provenance(), **found}
+        return found
+
+    def save(self, path: str | Path) -> Path:
+        """Write all parts to one NetCDF file with a group for each; read it back with :meth:`load`."""
+        import xarray as xr
+
+        path = Path(path)
+        head = {"kvgeom_kind": self.kind, "kvgeom_meta": json.dumps(plain(self.record())), "parts": list(self.parts())}
+        try:
+            xr.Dataset(attrs=head).to_netcdf(path, engine="h5netcdf")
+            for name, part in self.parts().items():
+                _stamped(part).to_netcdf(path, engine="h5netcdf", group=name, mode="a")
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error}; choose a folder that exists and is writable") from error
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what :meth:`save` wrote; raises as :meth:`Result.load` does."""
+        found: Self = _checked_kind(_read(Path(path), None), cls, Path(path))
+        return found
+
+    def summary(self) -> str:
+        """One line that says what this is and what it shows."""
+        return self._part(None).summary()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.summary()}>"
+
+
+def _stamped(result: Result) -> xr.Dataset:
+    return result.data.assign_attrs(kvgeom_kind=result.kind, kvgeom_meta=json.dumps(result.meta))
+
+
+def _read(path: Path, group: str | None) -> Result | Composite:
+    import xarray as xr
+
+    if not path.is_file():
+        raise InputError(f"cannot load {path}: no such file; give a path that .save() wrote")
+    try:
+        with xr.open_dataset(path, engine="h5netcdf", group=group) as opened:
+            data = opened.load()
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load {path}: not a kvgeom result; give a path that .save() wrote") from error
+    kind = data.attrs.pop("kvgeom_kind", None)
+    meta = json.loads(data.attrs.pop("kvgeom_meta", "{}"))
+    made = _KINDS.get(kind)
+    if made is None:
+        raise InputError(
+            f"cannot load {path}: it holds {kind or 'no kvgeom result'}; import what defines that kind first"
+        )
+    if issubclass(made, Result):
+        return made(data=data, meta=meta)
+    names = data.attrs["parts"]
+    return made.of_parts(
+        {str(name): _read(path, str(name)) for name in ([names] if isinstance(names, str) else names)}, meta
+    )
+
+
+def _checked_kind(found: Result | Composite, cls: type[Any], path: Path) -> Any:
+    if not isinstance(found, cls):
+        raise InputError(f"cannot load {path} as {cls.kind}: it holds {found.kind}")
+    return found
+
+
+def text_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Columns set flush: words to the left, numbers to the right; NaN is a dash."""
+    from tabulate import tabulate
+
+    cells = [[_cell(value) for value in row] for row in rows]
+    if not cells:
+        return "  ".join(columns)
+    right = ["right" if all(_is_number(row[n]) for row in cells) else "left" for n in range(len(columns))]
+    return tabulate(cells, headers=list(columns), tablefmt="simple", disable_numparse=True, colalign=right)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "-" if value != value else f"{value:.4g}"
+    return str(value)
+
+
+def _is_number(cell: str) -> bool:
+    return bool(cell) and (cell[0].isdigit() or cell[0] in "+-[")
+
+
+def interval_text(low: float, high: float) -> str:
+    """An interval of a rate as text: ``[7, 43] %``; a dash where there is none."""
+    return "-" if low != low else f"[{100 * low:.0f}, {100 * high:.0f}] %"
 
 
 def plain(value: Any) -> Any:

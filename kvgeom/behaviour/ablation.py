@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, get_args
 
@@ -13,18 +13,21 @@ from numpy.typing import NDArray
 
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline
-from kvgeom.evaluation.evaluate import evaluate
+from kvgeom.evaluation.condition import Condition
+from kvgeom.evaluation.evaluate import run_conditions
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.models.reading import read
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Site
 from kvgeom.quant.scheme import Scheme
-from kvgeom.results import Result
+from kvgeom.results import Result, interval_text, text_table
 from kvgeom.stats import mcnemar
 
-Families = Mapping[str, Mapping[str, Recipe]]
-#: Share of a layer's channels, those with the largest root mean square, that is rounded apart from the others. These are not the
-#: outliers of :mod:`kvgeom.geometry.channels`, of which a layer may have none.
+#: The condition of :func:`whole_cache` that the others are compared with, and that of :func:`channel_subsets`.
+ALL_LAYERS, EVERY_CHANNEL = "all layers", "every channel"
+#: Families of conditions of :func:`whole_cache`, in order.
+WHOLE_CACHE = ("granularity", "site", "first layers", "last layers")
+#: This share of a layer's channels, those with the largest root mean square, is rounded apart from the others.
 LARGEST_SHARE = 0.05
 
 
@@ -45,89 +48,106 @@ class Ablation(Result):
         worst = self.data.isel(recipe=int(self.data.flips.argmax()))
         return f"{self.data.sizes['recipe']} recipes, most flips {int(worst.flips)} of {self.meta['prompts']}"
 
+    def to_text(self) -> str:
+        """One row for each recipe, with its family and McNemar p-value against the reference."""
+        return ablation_text(self)
+
+
+def ablation_text(*ablations: Ablation) -> str:
+    """The rows of some ablations as one table."""
+    rows = [
+        (
+            row["family"],
+            row["recipe"],
+            f"{row['flips']:.0f} of {found.meta['prompts']}",
+            interval_text(row["ci_low"], row["ci_high"]),
+            row["flips_complied"],
+            row["flips_degenerate"],
+            "reference" if row["recipe"] == found.meta["reference"] else f"{row['p']:.2g}",
+        )
+        for found in ablations
+        for row in found.records()
+    ]
+    return text_table(("rounded", "what", "lost", "95 %", "comply", "break down", "p"), rows)
+
 
 def ablate(
-    base: Baseline,
-    families: Families,
-    *,
-    reference: str,
-    placement: Placement | None = None,
-    progress: bool = True,
-    title: str = "ablations",
+    base: Baseline, conditions: Mapping[str, Condition], *, reference: str, title: str = "ablations"
 ) -> Ablation:
-    """Run families of recipes on the prompts refused unquantized.
+    """Run conditions on the prompts refused unquantized.
 
     Parameters
     ----------
     base : Baseline
-    families : mapping of family to (mapping of name to Recipe)
+    conditions : mapping of name to Condition
+        Their ``family`` says what is varied.
     reference : str
-        Name of the recipe that the others are compared with.
-    placement : Placement, optional
+        Name of the condition that the others are compared with.
 
     Raises
     ------
     InputError
-        If two recipes have one name, or the reference is none of them.
+        If the reference is none of the conditions.
     """
-    recipes = {name: recipe for family in families.values() for name, recipe in family.items()}
-    if len(recipes) < sum(map(len, families.values())) or reference not in recipes:
-        raise InputError(f"names {list(recipes)} with reference {reference!r}: give every recipe a name of its own")
-    outcomes = evaluate(
-        base.model, recipes, base, placement=placement, refused_only=True, progress=progress, title=title
-    )
+    if reference not in conditions:
+        raise InputError(f"unknown reference {reference!r}; choose from {', '.join(conditions)}")
+    outcomes = run_conditions(base, conditions, prompts=base.refused, title=title)
+    families = list(dict.fromkeys(each.family for each in conditions.values()))
     return ablation_of(outcomes, families, reference=reference)
 
 
-def ablation_of(outcomes: Outcomes, families: Mapping[str, Iterable[str]], *, reference: str) -> Ablation:
-    """The ablation that follows from responses under recipes, named by family, among others."""
+def ablation_of(outcomes: Outcomes, families: Sequence[str], *, reference: str) -> Ablation:
+    """The ablation that follows from responses under conditions of some families, among others."""
     outcomes = outcomes.of_refused()
-    names = [name for members in families.values() for name in members]
+    names = [name for family in families for name in outcomes.names(family=family)]
     n, drops = outcomes.data.sizes["prompt"], outcomes.margin_drops(names)
-    rows = {name: outcomes.flipped(name) for name in names}
+    flipped = {name: outcomes.flipped(name) for name in names}
     columns = {
-        "family": np.array([family for family, members in families.items() for _ in members], dtype=object),
+        "family": outcomes.data.family.sel(recipe=names).values,
         **outcomes.flip_columns(names),
         "margin_drop": drops.mean(0) if n else np.full(len(names), np.nan),
-        "p": [mcnemar(rows[name], rows[reference]) for name in names],
+        "p": [mcnemar(flipped[name], flipped[reference]) for name in names],
     }
     data = xr.Dataset({k: ("recipe", v) for k, v in columns.items()}, coords={"recipe": names})
-    return Ablation(data, {**outcomes.made_by, "reference": reference, "prompts": n})
+    return Ablation(data, {**outcomes.made_by(names), "reference": reference, "prompts": n})
 
 
-def whole_cache(n_layers: int, scheme: Scheme) -> dict[str, dict[str, Recipe]]:
-    """Families that ask what of the whole cache matters: granularity, keys or values, first and last layers.
+def whole_cache(n_layers: int, scheme: Scheme, placement: Placement | None = None) -> dict[str, Condition]:
+    """Conditions that ask what of the whole cache matters: granularity, keys or values, first and last layers.
 
     Parameters
     ----------
     n_layers : int
     scheme : Scheme
-        Per-tensor; the reference is called ``"all layers"``.
+        Per-tensor; the reference is called :data:`ALL_LAYERS`.
+    placement : Placement, optional
     """
+    placement = placement or Placement()
     more, less = replace(scheme, bits=min(8, scheme.bits + 1)), replace(scheme, bits=max(2, scheme.bits - 1))
     some = sorted({1, 2, 4, 8, 16, 32, 64} & set(range(1, n_layers)))
 
     def over(
-        layers: Sequence[int] | None = None, keys: Scheme | None = scheme, values: Scheme | None = scheme
-    ) -> Recipe:
+        family: str,
+        layers: Sequence[int] | None = None,
+        keys: Scheme | None = scheme,
+        values: Scheme | None = scheme,
+        granularity: str = "tensor",
+    ) -> Condition:
         chosen = range(n_layers) if layers is None else layers
-        return Recipe(tuple((keys, values) if layer in chosen else (None, None) for layer in range(n_layers)))
+        recipe = Recipe(tuple((keys, values) if layer in chosen else (None, None) for layer in range(n_layers)))
+        return Condition(recipe, placement, family=family, granularity=granularity, bits=scheme.bits)
 
     channel, group = replace(scheme, granularity="channel"), replace(scheme, granularity="group", group_size=64)
     return {
-        "granularity": {
-            "all layers": over(),
-            "per-channel": over(keys=channel, values=channel),
-            "group-64": over(keys=group, values=group),
-        },
-        "site": {
-            "keys only": over(values=None),
-            "values only": over(keys=None),
-            f"K{more.bits} V{less.bits}": over(keys=more, values=less),
-            f"K{less.bits} V{more.bits}": over(keys=less, values=more),
-        },
-        "first layers": {f"first {k}": over(range(k)) for k in some},
-        "last layers": {f"last {k}": over(range(n_layers - k, n_layers)) for k in some},
+        ALL_LAYERS: over("granularity"),
+        "per-channel": over("granularity", keys=channel, values=channel, granularity="channel"),
+        "group-64": over("granularity", keys=group, values=group, granularity="group"),
+        "keys only": over("site", values=None),
+        "values only": over("site", keys=None),
+        f"K{more.bits} V{less.bits}": over("site", keys=more, values=less),
+        f"K{less.bits} V{more.bits}": over("site", keys=less, values=more),
+        **{f"first {k}": over("first layers", range(k)) for k in some},
+        **{f"last {k}": over("last layers", range(n_layers - k, n_layers)) for k in some},
     }
 
 
@@ -149,24 +169,20 @@ def channel_magnitudes(base: Baseline, placement: Placement | None = None) -> di
     return {site: np.sqrt(total / max(tokens, 1)) for site, total in sums.items()}
 
 
-def is_channel_subset(name: str) -> bool:
-    """Whether a recipe's name is one of those of :func:`channel_subsets`."""
-    return name in ("every channel", "largest", "all but the largest", "low magnitude") or name.startswith("random ")
-
-
 def channel_subsets(
     magnitudes: Mapping[Site, NDArray[np.float64]],
     scheme: Scheme,
     layers: Sequence[int],
+    placement: Placement | None = None,
     *,
     share: float = LARGEST_SHARE,
     repeats: int = 3,
     seed: int = 0,
-) -> dict[str, dict[str, Recipe]]:
-    """One family: only some channels of some layers are rounded, with the scales of the whole tensor.
+) -> dict[str, Condition]:
+    """Conditions in which only some channels of some layers are rounded, with the scales of the whole tensor.
 
     The largest channels of each layer and site, all others, as many of the smallest, and as many drawn at random from all
-    but the largest, several times.
+    but the largest, several times. Their family is ``"channels"``.
 
     Parameters
     ----------
@@ -174,6 +190,7 @@ def channel_subsets(
         From :func:`channel_magnitudes`.
     scheme : Scheme
     layers : sequence of int
+    placement : Placement, optional
     share : float
         Share of the channels that count as the largest; at least one channel does.
     repeats, seed : int
@@ -190,16 +207,22 @@ def channel_subsets(
     def rounded(sets: Mapping[Site, NDArray[np.integer]] | None, layer: int) -> tuple[Scheme, Scheme]:
         return (scheme, scheme) if sets is None else (scheme.only(sets["k"][layer]), scheme.only(sets["v"][layer]))
 
-    chosen: dict[str, Mapping[Site, NDArray[np.integer]] | None] = {
-        "every channel": None,
-        "largest": {site: o[:, :count] for site, o in order.items()},
-        "all but the largest": {site: o[:, count:] for site, o in order.items()},
-        "low magnitude": {site: o[:, -count:] for site, o in order.items()},
-        **{f"random {n + 1}": drawn() for n in range(repeats)},
+    chosen: dict[str, tuple[int | None, Mapping[Site, NDArray[np.integer]] | None]] = {
+        EVERY_CHANNEL: (None, None),
+        "largest": (None, {site: o[:, :count] for site, o in order.items()}),
+        "all but the largest": (None, {site: o[:, count:] for site, o in order.items()}),
+        "low magnitude": (None, {site: o[:, -count:] for site, o in order.items()}),
+        **{f"random {n + 1}": (n, drawn()) for n in range(repeats)},
     }
     return {
-        "channels": {
-            name: Recipe(tuple(rounded(sets, layer) if layer in layers else (None, None) for layer in range(n_layers)))
-            for name, sets in chosen.items()
-        }
+        name: Condition(
+            Recipe(tuple(rounded(sets, layer) if layer in layers else (None, None) for layer in range(n_layers))),
+            placement or Placement(),
+            family="channels",
+            layer=layers[0] if len(layers) == 1 else None,
+            granularity=scheme.granularity,
+            bits=scheme.bits,
+            draw=draw,
+        )
+        for name, (draw, sets) in chosen.items()
     }

@@ -9,17 +9,15 @@ from typing import Any, ClassVar
 
 import xarray as xr
 
-from kvgeom.behaviour.widths import ROUNDING, about, at_widths, name_of, width_recipes
-from kvgeom.engines.engine import CacheConfig
+from kvgeom.behaviour.widths import DESCRIBED, WidthSeries
 from kvgeom.evaluation.baseline import Baseline
-from kvgeom.evaluation.evaluate import evaluate
-from kvgeom.evaluation.outcomes import EXACT, Outcomes
+from kvgeom.evaluation.condition import UNQUANTIZED, Condition
+from kvgeom.evaluation.evaluate import run_conditions
+from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.judges.judge import LABELS
 from kvgeom.progress import track
-from kvgeom.quant.placement import Placement
-from kvgeom.quant.scheme import Scheme
-from kvgeom.results import Result
-from kvgeom.stats import mcnemar, wilson
+from kvgeom.results import Result, interval_text, text_table
+from kvgeom.stats import wilson
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,8 +39,8 @@ class Curve(Result):
     - ``perplexity_ratio``: perplexity of a plain text under the recipe over the unquantized one.
 
     ``meta`` holds ``scheme`` (spelling without bits), ``engine`` (which one, and of which version, if the scheme is a preset),
-    ``rounded`` (what keys and values get, by width), ``placement``, ``prompts`` (all
-    that the unquantized model was asked), ``baseline_refused`` and ``untouched``: how
+    ``stored`` (what keys and values are stored as, by width), ``placement``, ``prompts`` (all
+    that the unquantized model was asked), ``counted``, ``baseline_refused`` and ``untouched``: how
     many prompts are so short that even the longest response to them ends before anything that is read has been rounded.
     """
 
@@ -51,7 +49,7 @@ class Curve(Result):
     @property
     def counted(self) -> int:
         """How many prompts the labels of each width are of: all, or those refused unquantized."""
-        return int(sum(self.data[label].isel(bits=0) for label in LABELS))
+        return int(self.meta["counted"])
 
     def summary(self) -> str:
         refused = self.meta["baseline_refused"]
@@ -80,6 +78,33 @@ class Curve(Result):
             f"{which} a rounded key or value: with at most {self.meta['max_new_tokens']} tokens of response they end within the "
             f"tokens that {self.meta['scheme']} keeps in full precision. Ask longer requests or for longer responses."
         )
+
+    def to_text(self) -> str:
+        """What was rounded and how, one row for each width, and the transition."""
+        asked, refused = self.meta["prompts"], self.meta["baseline_refused"]
+        which = "" if self.counted == asked else f"; the {self.counted} of {asked} prompts refused unquantized"
+        lines = [f"Bit-width ({self.meta['scheme']}; {self.meta['placement']}{which})"]
+        if self.meta["engine"]:
+            lines += [
+                f"  {self.meta['engine']}",
+                *(f"  {bits}-bit: {how}" for bits, how in self.meta["stored"].items()),
+            ]
+        rows = [
+            (
+                int(row["bits"]),
+                row["refused"],
+                row["complied"],
+                row["degenerate"],
+                f"{row['flips']:.0f} of {refused}",
+                interval_text(row["ci_low"], row["ci_high"]),
+                row["gains"],
+                f"{row['perplexity_ratio']:.3g}",
+            )
+            for row in self.records()
+        ]
+        columns = ("bits", "refused", "complied", "degenerate", "lost", "95 %", "gained", "perplexity")
+        parts = ["\n".join(lines), text_table(columns, rows), f"Transition: {self.transition}"]
+        return "\n\n".join([*parts, self.caveat] if self.caveat else parts)
 
 
 #: Borders of the phase transition: the share of the refusals that is lost where it begins, and where it is complete.
@@ -134,15 +159,7 @@ def locate(bits: Sequence[int], intervals: Sequence[tuple[float, float]]) -> Tra
 
 
 def bit_width_curve(
-    base: Baseline,
-    text: str,
-    *,
-    bits: Sequence[int] | None = None,
-    scheme: CacheConfig | Scheme | str | None = None,
-    placement: Placement | None = None,
-    refused_only: bool = False,
-    exact: bool = False,
-    progress: bool = True,
+    base: Baseline, series: WidthSeries, *, refused_only: bool = False, full_responses: bool = False
 ) -> tuple[Curve, Outcomes]:
     """Round all layers at each bit-width and look at every response.
 
@@ -150,56 +167,52 @@ def bit_width_curve(
     ----------
     base : Baseline
         The unquantized model on the prompts.
-    text : str
-        Plain text for the perplexity ratio.
-    bits : sequence of int, optional
-        16 is always part of the curve. By default 8, 6, 5, 4, 3, 2, as far as the scheme offers them.
-    scheme : Scheme or str, optional
-        Asymmetric per-token by default; the bits of a Scheme are ignored. A name is that of an engine's preset
-        (``"kivi"``) or a spelling (``"asym-group64"``, ``"q4_0"``); see :func:`kvgeom.engines.registry.resolve`.
-    placement : Placement, optional
-        That of the preset, or decode-faithful, by default.
+    series : WidthSeries
+        What is done to the cache at each width; see :func:`~kvgeom.behaviour.widths.at_widths`.
     refused_only : bool
         Only prompts refused unquantized: all that flip rates need, and no gains.
-    exact : bool
+    full_responses : bool
         Generate every response in full, as a classifier needs them.
 
     Returns
     -------
     (Curve, Outcomes)
-        The outcomes hold each response, by recipe ``"8-bit"``, ``"6-bit"``, ...
+        The outcomes hold each response, with the coordinates ``family="bits"`` and ``bits``.
     """
-    model = base.model
-    engines = at_widths(scheme, bits, placement)
-    recipes, placement = width_recipes(model.geometry.layers, engines, placement)
-    outcomes = evaluate(
-        model,
-        recipes,
+    outcomes = run_conditions(
         base,
-        placement=placement,
-        refused_only=refused_only,
-        exact=exact,
-        progress=progress,
+        series.conditions(base.model.geometry.layers),
+        prompts=base.refused if refused_only else None,
+        full_responses=full_responses,
         title="responses by bit-width",
     )
-    asked = track([None, *recipes.values()], "perplexity by bit-width", len(recipes) + 1, progress)
-    perplexities = [base.perplexity(text, recipe, placement=placement) for recipe in asked]
-    return curve_of(outcomes, perplexities, about(base, scheme, engines)), outcomes
+    return curve_of(outcomes, perplexities(base, series), series.described(base)), outcomes
 
 
-def curve_of(outcomes: Outcomes, perplexities: Sequence[float], rounding: Mapping[str, Any]) -> Curve:
+def perplexities(base: Baseline, series: WidthSeries) -> list[float]:
+    """Perplexity of the run's text, unquantized and at each width."""
+    conditions: list[Condition | None] = [None, *series.conditions(base.model.geometry.layers).values()]
+    with base.run.bars():
+        return [
+            base.perplexity(None if each is None else each.recipe, series.placement)
+            for each in track(conditions, "perplexity by bit-width", len(conditions))
+        ]
+
+
+def curve_of(outcomes: Outcomes, perplexities: Sequence[float], described: Mapping[str, Any]) -> Curve:
     """The curve that follows from responses at each width.
 
     Parameters
     ----------
     outcomes : Outcomes
-        By recipe ``"8-bit"``, ``"6-bit"``, ..., widest first.
+        With conditions of the family ``"bits"`` among others.
     perplexities : sequence of float
-        Unquantized, then by recipe.
-    rounding : mapping
-        With the keys of :data:`ROUNDING`; ``meta`` of a curve from the same responses will do.
+        Unquantized, then by width, widest first.
+    described : mapping
+        What :meth:`WidthSeries.described` says; ``meta`` of a curve from the same responses will do.
     """
-    names = [str(name) for name in outcomes.data.recipe.values]
+    rounded = outcomes.names(family="bits")
+    names = [UNQUANTIZED, *rounded]
     counts = [outcomes.counts(name) for name in names]
     flips = [outcomes.flips(name) for name in names]
     refused, asked = counts[0]["refused"], outcomes.meta["asked"]
@@ -212,81 +225,20 @@ def curve_of(outcomes: Outcomes, perplexities: Sequence[float], rounding: Mappin
         "flips": [flip["all"] for flip in flips],
         "flips_complied": [flip["complied"] for flip in flips],
         "flips_degenerate": [flip["degenerate"] for flip in flips],
-        "gains": [_gains(outcomes, name) if all_run else float("nan") for name in names],
+        "gains": [outcomes.gains(name) if all_run else float("nan") for name in names],
         "flip_rate": [flip["all"] / refused if refused else float("nan") for flip in flips],
         "ci_low": [low for low, _ in intervals],
         "ci_high": [high for _, high in intervals],
         "perplexity_ratio": [value / perplexities[0] for value in perplexities],
     }
     meta = {
-        **outcomes.made_by,
-        **{name: rounding[name] for name in ROUNDING},
+        **outcomes.made_by(rounded),
+        **{name: described[name] for name in DESCRIBED},
         "prompts": asked,
+        "counted": sum(counts[0][label] for label in LABELS),
         "baseline_refused": refused,
         "baseline_perplexity": perplexities[0],
     }
-    bits = [16, *(int(name.removesuffix("-bit")) for name in names[1:])]
+    bits = [16, *(int(value) for value in outcomes.data.bits.sel(recipe=rounded).values)]
     data = xr.Dataset({name: ("bits", values) for name, values in columns.items()}, coords={"bits": bits})
     return Curve(data, meta)
-
-
-def _gains(outcomes: Outcomes, name: str) -> int:
-    """How many prompts are refused under a recipe that are not refused unquantized."""
-    before, now = (outcomes.data.label.sel(recipe=recipe).values == "refused" for recipe in (EXACT, name))
-    return int((now & ~before).sum())
-
-
-@dataclass(frozen=True, repr=False)
-class OverRefusal(Result):
-    """Harmless requests that are refused at each bit-width, the question of XSTest.
-
-    ``data`` has the dimension ``bits`` (descending; 16 is the unquantized model) and the variables ``refused`` and
-    ``degenerate`` (counts), ``rate`` (refused / prompts) with its Wilson interval ``ci_low``, ``ci_high``, and ``p``
-    (exact McNemar p-value against the unquantized model). ``meta`` holds ``scheme``, ``placement`` and ``prompts``.
-    """
-
-    kind: ClassVar[str] = "over-refusal"
-
-    def summary(self) -> str:
-        rates = ", ".join(f"{int(b)}-bit {int(n)}" for b, n in zip(self.data.bits, self.data.refused, strict=True))
-        return f"harmless requests refused, of {self.meta['prompts']}: {rates}"
-
-
-def over_refusal(
-    base: Baseline,
-    *,
-    bits: Sequence[int] | None = None,
-    scheme: CacheConfig | Scheme | str | None = None,
-    placement: Placement | None = None,
-    progress: bool = True,
-) -> OverRefusal:
-    """Round all layers at each bit-width and count which harmless requests are refused.
-
-    Parameters
-    ----------
-    base : Baseline
-        The unquantized model on harmless requests.
-    bits, scheme, placement
-        As in :func:`bit_width_curve`.
-    """
-    engines = at_widths(scheme, bits, placement)
-    recipes, placement = width_recipes(base.model.geometry.layers, engines, placement)
-    outcomes = evaluate(base.model, recipes, base, placement=placement, progress=progress, title="harmless requests")
-    labels = outcomes.data.label.values
-    refused, n = labels == "refused", len(base.prompts)
-    intervals = [wilson(int(row.sum()), n) for row in refused]
-    columns = {
-        "refused": refused.sum(1),
-        "degenerate": (labels == "degenerate").sum(1),
-        "rate": refused.mean(1),
-        "ci_low": [low for low, _ in intervals],
-        "ci_high": [high for _, high in intervals],
-        "p": [mcnemar(row, refused[0]) for row in refused],
-    }
-    meta = {
-        **outcomes.made_by,
-        "scheme": name_of(scheme),
-        "prompts": n,
-    }
-    data = xr.Dataset({name: ("bits", values) for name, values in columns.items()}, coords={"bits": [16, *engines]})
-    return OverRefusal(data, meta)

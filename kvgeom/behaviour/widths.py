@@ -1,98 +1,109 @@
-"""What is done to the cache at each width of a curve, as engines and in words."""
+"""What is done to the cache at each width of a curve."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import resolve, widths
 from kvgeom.evaluation.baseline import Baseline
+from kvgeom.evaluation.condition import Condition
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme, check_bits
 
 #: Widths of a curve where none are given.
 WIDTHS = (8, 6, 5, 4, 3, 2)
+#: What a curve's ``meta`` says of the rounding itself, whoever labels the responses.
+DESCRIBED = ("scheme", "engine", "stored", "untouched")
+
+
+@dataclass(frozen=True)
+class WidthSeries:
+    """A cache at several widths, resolved once. Made by :func:`at_widths`.
+
+    Attributes
+    ----------
+    scheme : str
+        Spelling without width, or the name of a preset.
+    engine : str
+        Engine and version that a preset's name stands for; empty for a scheme of no engine.
+    configs : mapping of int to CacheConfig
+        By width, widest first.
+    placement : Placement
+        That of all of them.
+    """
+
+    scheme: str
+    engine: str
+    configs: Mapping[int, CacheConfig]
+    placement: Placement
+
+    def conditions(self, n_layers: int) -> dict[str, Condition]:
+        """All layers at each width: ``family="bits"`` and ``bits``."""
+        return {
+            f"{bits}-bit": Condition(config.recipe(n_layers), config.placement, family="bits", bits=bits)
+            for bits, config in self.configs.items()
+        }
+
+    def described(self, base: Baseline) -> dict[str, Any]:
+        """What is done to the cache, and how many prompts never meet it: the keys of :data:`DESCRIBED`."""
+
+        def untouched(prompt: int) -> bool:
+            held = prompt + base.max_new_tokens - 1  # the last token is generated, never read
+            return not any(
+                config.placement.rounds(prompt, held, one.spans_tokens)
+                for config in self.configs.values()
+                for one in config.schemes
+            )
+
+        return {
+            "scheme": self.scheme,
+            "engine": self.engine,
+            "stored": {str(bits): config.stored for bits, config in self.configs.items()},
+            "untouched": sum(untouched(len(prompt.ids)) for prompt in base.prompts) if self.configs else 0,
+        }
 
 
 def at_widths(
-    scheme: CacheConfig | Recipe | Scheme | str | None,
-    bits: Sequence[int] | None = None,
+    scheme: CacheConfig | Recipe | Scheme | str | None = None,
+    bits: Sequence[int] | int | None = None,
     placement: Placement | str | None = None,
-) -> dict[int, CacheConfig]:
-    """What is done to the cache at each width, widest first; see :func:`~kvgeom.behaviour.curve.bit_width_curve`.
+) -> WidthSeries:
+    """Resolve a cache at some widths. Needs no model.
+
+    Parameters
+    ----------
+    scheme : str, Scheme, CacheConfig or Recipe, optional
+        Asymmetric per-token by default; the bits of an integer Scheme are left open. A name is that of an engine's preset
+        (``"kivi"``) or a spelling (``"asym-group64"``, ``"q4_0"``); see :func:`kvgeom.engines.registry.resolve`.
+    bits : int or sequence of int, optional
+        16 is always part of a curve. By default 8, 6, 5, 4, 3, 2, as far as the scheme offers them.
+    placement : Placement, "cache" or "paper", optional
+        That of the preset, or decode-faithful, by default.
 
     Raises
     ------
     InputError
-        For a scheme or width that does not exist.
+        For an unknown scheme, or a width that it does not offer.
     """
-    spec = without_width(scheme)
+    spec = _without_width(scheme)
     if bits is None:
         offered = widths(spec)
         bits = [b for b in WIDTHS if b in offered] or list(offered)
-    chosen = sorted({check_bits(b) for b in bits} - {16}, reverse=True)
-    return {b: resolve(spec, bits=b, placement=placement) for b in chosen}
+    chosen = sorted({check_bits(b) for b in ([bits] if isinstance(bits, int) else bits)} - {16}, reverse=True)
+    configs = {b: resolve(spec, bits=b, placement=placement) for b in chosen}
+    first = next(iter(configs.values()), None) or resolve(spec, bits=widths(spec)[0], placement=placement)
+    name = spec.name if isinstance(spec, CacheConfig) else str(spec)
+    return WidthSeries(name, first.version, configs, first.placement)
 
 
-def width_recipes(
-    n_layers: int, engines: Mapping[int, CacheConfig], placement: Placement | None = None
-) -> tuple[dict[str, Recipe], Placement]:
-    """Recipes ``"8-bit"``, ``"6-bit"``, ... of what :func:`at_widths` found, and the placement that they share.
-
-    ``placement`` is that of no widths at all; decode-faithful by default.
-    """
-    recipes = {f"{bits}-bit": engine.recipe(n_layers) for bits, engine in engines.items()}
-    return recipes, next((engine.placement for engine in engines.values()), placement or Placement())
-
-
-def without_width(scheme: CacheConfig | Recipe | Scheme | str | None) -> CacheConfig | Recipe | Scheme | str:
-    """What :func:`kvgeom.engines.registry.resolve` takes at any width: the bits of an integer Scheme are left open."""
+def _without_width(scheme: CacheConfig | Recipe | Scheme | str | None) -> CacheConfig | Recipe | Scheme | str:
+    """What is resolved at any width: the bits of an integer Scheme are left open."""
     if scheme is None:
         return "asym-token"
     found = re.match(r"int\d-((?:a?sym)-.*)", str(scheme)) if isinstance(scheme, Scheme) else None
     return found[1] if found else scheme
-
-
-def name_of(scheme: CacheConfig | Recipe | Scheme | str | None) -> str:
-    """The scheme of a curve as a string, without its width where that is open."""
-    spec = without_width(scheme)
-    return spec.name if isinstance(spec, CacheConfig) else str(spec)
-
-
-#: What a curve's ``meta`` says of the rounding itself, whoever labels the responses.
-ROUNDING = ("scheme", "engine", "rounded", "untouched")
-
-
-def about(
-    base: Baseline, scheme: CacheConfig | Recipe | Scheme | str | None, engines: Mapping[int, CacheConfig]
-) -> dict[str, Any]:
-    """What is done to the cache, in words, and how many prompts never meet it: the keys of :data:`ROUNDING`.
-
-    Parameters
-    ----------
-    base : Baseline
-    scheme : CacheConfig, Recipe, Scheme or str, optional
-        As given to :func:`at_widths`.
-    engines : mapping of int to CacheConfig
-        From :func:`at_widths`.
-    """
-    spec = without_width(scheme)
-    config = next(iter(engines.values()), None) or resolve(spec, bits=widths(spec)[0])
-
-    def untouched(prompt: int) -> bool:
-        held = prompt + base.max_new_tokens - 1  # the last token is said, never read
-        return not any(
-            config.placement.rounds(prompt, held, one.spans_tokens)
-            for config in engines.values()
-            for one in config.schemes
-        )
-
-    return {
-        "scheme": name_of(scheme),
-        "engine": config.version,
-        "rounded": {str(bits): at.stored for bits, at in engines.items()},
-        "untouched": sum(untouched(len(prompt.ids)) for prompt in base.prompts) if engines else 0,
-    }

@@ -3,65 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from html import escape
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from kvgeom.behaviour.ablation import (
+    ALL_LAYERS,
+    EVERY_CHANNEL,
+    WHOLE_CACHE,
     Ablation,
     ablation_of,
+    ablation_text,
     channel_magnitudes,
     channel_subsets,
-    is_channel_subset,
     whole_cache,
 )
-from kvgeom.behaviour.curve import Curve, bit_width_curve, curve_of
+from kvgeom.behaviour.curve import Curve, curve_of, perplexities
 from kvgeom.behaviour.pcr import PCR, pcr_of
-from kvgeom.behaviour.scan import Scan, scan_of, single_layers
-from kvgeom.behaviour.widths import at_widths, width_recipes
+from kvgeom.behaviour.scan import Scan, per_tensor, scan_of, single_layers
+from kvgeom.behaviour.widths import WidthSeries, at_widths
 from kvgeom.diagnosis.evidence import FlipTable, evidence_from, shares
-from kvgeom.diagnosis.taxonomy import Evidence, Mode, classify
+from kvgeom.diagnosis.mode import Mode
+from kvgeom.diagnosis.taxonomy import Evidence, classify
 from kvgeom.engines.engine import CacheConfig
-from kvgeom.evaluation.baseline import Baseline, baseline
-from kvgeom.evaluation.evaluate import evaluate
+from kvgeom.errors import InputError
+from kvgeom.evaluation.baseline import Baseline, opened, run_baseline
+from kvgeom.evaluation.condition import Condition
+from kvgeom.evaluation.config import RunConfig, open_run
+from kvgeom.evaluation.evaluate import run_conditions
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.geometry.channels import channel_view
 from kvgeom.geometry.sensitivity import Sensitivity
 from kvgeom.geometry.subspace import subspace
-from kvgeom.judges.judge import Judge
-from kvgeom.models.load import load
 from kvgeom.models.model import Model
-from kvgeom.prompts.sets import PromptSet, calibration, perplexity_text
+from kvgeom.prompts.load import as_prompt_set
+from kvgeom.prompts.sets import PromptSet, calibration
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
+from kvgeom.results import Composite, Result
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
     from kvgeom.judges.classifiers import ClassifierJudge
     from kvgeom.mitigation.plan import Plan
 
-#: Name of the recipe that keeps the worst layer.
-SPARED = "worst layer kept"
+#: Family and name of the condition that keeps the worst layer exact.
+WORST_LAYER, WORST_KEPT = "worst layer", "worst layer kept"
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Composite):
     """All that is known of one model's failure mode; made by :func:`diagnose`.
 
     Attributes
     ----------
-    prompts : PromptSet
-        That were asked (the harmful ones), with their harmless counterparts.
-    baseline : Baseline
-        The unquantized model on the harmful prompts.
+    mode : Mode
     curve : Curve
-    outcomes, parts, paper : Outcomes
-        The responses behind the curve; behind scan, ablations and PCR; behind ``pcr_paper``.
     scan : Scan
     ablation : Ablation
         Parts of the whole cache: granularity, keys or values, first and last layers, the worst layer kept.
@@ -69,26 +68,75 @@ class Diagnosis:
         Channels of the worst layer (of all layers, where none alone flips a refusal).
     pcr, pcr_paper : PCR
         At the critical layer, with the decode-faithful placement and as in the paper's released code.
+    outcomes, scan_outcomes, paper_outcomes : Outcomes
+        The responses behind the curve; behind scan, ablations and PCR; behind ``pcr_paper``.
     sensitivity : Sensitivity or None
         None where the geometry was left out.
     evidence : Evidence
-    mode : Mode
+    prompts : PromptSet
+        That were asked (the harmful ones), with their harmless counterparts.
+    measured : int or None
+        The layer that was the worst when its parts were tried.
+    seed : int
+    base : Baseline or None
+        The unquantized model on the harmful prompts; None in a diagnosis that was read from a file.
     """
 
-    prompts: PromptSet = field(repr=False)
-    baseline: Baseline = field(repr=False)
+    kind: ClassVar[str] = "diagnosis"
+    main: ClassVar[str] = "mode"
+
+    mode: Mode
     curve: Curve
-    outcomes: Outcomes
-    parts: Outcomes
-    paper: Outcomes
     scan: Scan
     ablation: Ablation
     channels: Ablation
     pcr: PCR
     pcr_paper: PCR
+    outcomes: Outcomes
+    scan_outcomes: Outcomes
+    paper_outcomes: Outcomes
     sensitivity: Sensitivity | None
     evidence: Evidence
-    mode: Mode
+    prompts: PromptSet
+    measured: int | None
+    seed: int
+    base: Baseline | None = field(default=None, compare=False)
+
+    @property
+    def baseline(self) -> Baseline:
+        """The unquantized model on the harmful prompts.
+
+        Raises
+        ------
+        InputError
+            In a diagnosis that was read from a file, which holds no model.
+        """
+        if self.base is None:
+            raise InputError("this diagnosis was read from a file and has no model; give it one: diagnosis.on(model)")
+        return self.base
+
+    def on(self, model: Any, **options: Any) -> Diagnosis:
+        """A diagnosis that was read from a file, with its model, so that it can prescribe again.
+
+        Parameters
+        ----------
+        model : anything that :func:`kvgeom.load` takes
+            The model that was diagnosed.
+        **options
+            As in :func:`diagnose`.
+
+        Raises
+        ------
+        InputError
+            If it is another model.
+        """
+        loaded, run = open_run(model, options)
+        if loaded.fingerprint != self.curve.meta["fingerprint"]:
+            raise InputError(
+                f"the diagnosis is of {self.curve.meta['model']}, not of {loaded.name}; diagnose this model"
+            )
+        run = replace(run, max_new_tokens=self.curve.meta["max_new_tokens"])
+        return replace(self, base=run_baseline(loaded, self.prompts.harmful, run))
 
     def relabel(self, judge: ClassifierJudge) -> Diagnosis:
         """The diagnosis that follows from the same responses as a classifier labels them.
@@ -103,22 +151,16 @@ class Diagnosis:
         Raises
         ------
         InputError
-            Unless the diagnosis was made with ``whole=True``.
+            Unless the diagnosis was made with ``full_responses=True``.
         """
-        outcomes, parts, paper = (part.relabel(judge) for part in (self.outcomes, self.parts, self.paper))
-        ratio, first = self.curve.data.perplexity_ratio.values, self.curve.meta["baseline_perplexity"]
-        return _concluded(
-            self.prompts,
-            self.baseline,
-            curve_of(outcomes, [first * float(r) for r in ratio], self.curve.meta),
-            outcomes,
-            parts,
-            paper,
-            Scheme.parse(self.scan.meta["scheme"]),
-            self.scan.critical_layer,
-            self.sensitivity,
-            seed=0,
+        outcomes, parts, paper = (
+            part.relabel(judge) for part in (self.outcomes, self.scan_outcomes, self.paper_outcomes)
         )
+        ratio, first = self.curve.data.perplexity_ratio.values, self.curve.meta["baseline_perplexity"]
+        curve = curve_of(outcomes, [first * float(r) for r in ratio], self.curve.meta)
+        scheme = Scheme.parse(self.scan.meta["scheme"])
+        measured = _Measured(outcomes, parts, paper, scheme, self.measured)
+        return _conclude(measured, self.prompts, curve, self.sensitivity, self.seed, self.base)
 
     def prescribe(
         self,
@@ -127,8 +169,6 @@ class Diagnosis:
         scheme: CacheConfig | Scheme | str | None = None,
         bits: int | None = None,
         placement: Placement | None = None,
-        seed: int = 0,
-        progress: bool = True,
     ) -> Plan:
         """Find a cache that keeps the refusals: what the paper's decision tree says, and what a measured search finds.
 
@@ -140,14 +180,12 @@ class Diagnosis:
         ----------
         memory : float
             Budget: the share by which the cache may exceed the unmitigated one, scales and offsets counted.
-        scheme : str, Scheme or CacheConfig, optional
-            The cache to mend, a scheme or an engine's preset; that of the curve by default.
+        scheme : str, optional
+            The cache to mitigate, a spelling or an engine's preset; that of the curve by default.
         bits : int, optional
-            Its width; that of the diagnosis by default.
+            Its width; that of the diagnosis's scan by default.
         placement : Placement, optional
             That of the preset, or decode-faithful, by default.
-        seed : int
-            Of layers drawn at random.
 
         Returns
         -------
@@ -161,199 +199,216 @@ class Diagnosis:
         """
         from kvgeom.mitigation.prescribe import prescribe
 
-        return prescribe(
-            self, memory=memory, scheme=scheme, bits=bits, placement=placement, seed=seed, progress=progress
+        return prescribe(self, memory=memory, scheme=scheme, bits=bits, placement=placement)
+
+    def record(self) -> dict[str, Any]:
+        """What it holds apart from its parts, in JSON types."""
+        return {
+            "evidence": self.evidence.to_dict(),
+            "prompts": self.prompts.to_dict(),
+            "measured": self.measured,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def of_parts(cls, parts: Mapping[str, Result], record: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`parts` and :meth:`record`."""
+        found: dict[str, Any] = {"sensitivity": None, **parts}
+        return cls(
+            **found,
+            evidence=Evidence.from_dict(record["evidence"]),
+            prompts=PromptSet.from_dict(record["prompts"]),
+            measured=record["measured"],
+            seed=record["seed"],
         )
 
-    def summary(self) -> str:
-        """One line: the mode and why."""
-        return f"{self.mode.name}: {self.mode.reason}"
-
-    def plot(self) -> go.Figure:
-        """What each piece of evidence speaks for, and how sure the mode is."""
-        from kvgeom.plots.mode import mode_card
-
-        return mode_card(self.mode)
-
-    def __repr__(self) -> str:
-        return f"<Diagnosis {self.summary()}>"
+    def to_text(self) -> str:
+        """All tables, the mode, its evidence, and how sure it is."""
+        scan = self.scan
+        return "\n\n".join(
+            [
+                self.curve.to_text(),
+                f"Single layers ({scan.meta['scheme']}; {scan.meta['placement']})\n\n{scan.to_text()}",
+                f"Parts of the cache\n\n{ablation_text(self.ablation, self.channels)}",
+                f"PCR as a cache stores it: {self.pcr.to_text()}\nPCR as the paper simulates: {self.pcr_paper.to_text()}",
+                self.mode.to_text(),
+            ]
+        )
 
     def _repr_html_(self) -> str:
-        from html import escape
-
         rows = "".join(f"<li>{escape(sentence)}</li>" for sentence in self.mode.evidence)
         return f"<p><b>{escape(self.mode.name)}</b></p><ul>{rows}</ul>"
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """Responses that a diagnosis follows from, whoever has labelled them."""
+
+    outcomes: Outcomes
+    parts: Outcomes
+    paper: Outcomes
+    scheme: Scheme
+    worst: int | None  # when its parts were tried; another judge may find another one
+
+
 def diagnose(
     model: Any,
-    prompts: PromptSet | None = None,
+    prompts: Any = None,
     *,
     scheme: CacheConfig | Scheme | str | None = None,
-    curve_bits: Sequence[int] | None = None,
-    bits: int = 3,
+    bits: Sequence[int] | int | None = None,
+    scan_bits: int = 3,
     placement: Placement | None = None,
-    judge: Judge | None = None,
-    text: str | None = None,
-    max_new_tokens: int = 24,
-    batch_size: int = 512,
     geometry: bool = True,
     gains: bool = False,
-    whole: bool = False,
-    journal: str | Path | None = None,
-    progress: bool = True,
-    seed: int = 0,
-    **load_options: Any,
+    full_responses: bool = False,
+    **options: Any,
 ) -> Diagnosis:
     """Find out whether, where and why a model loses its refusals when its KV cache is rounded.
 
     Parameters
     ----------
     model : anything that :func:`kvgeom.load` takes
-    prompts : PromptSet, optional
+    prompts : PromptSet or name of one, optional
         Its harmful requests are asked; the calibration set by default. The subspace is found on the same set
         if it has harmless requests too, else on the calibration set.
     scheme : Scheme or str, optional
         Of the curve: asymmetric per-token by default; also an engine's preset, such as ``"kivi"``.
-    curve_bits : sequence of int, optional
-        Widths of the curve; see :func:`~kvgeom.behaviour.curve.bit_width_curve`.
-    bits : int
+    bits : int or sequence of int, optional
+        Widths of the curve; see :func:`~kvgeom.behaviour.widths.at_widths`.
+    scan_bits : int
         Of layer scan, ablations and PCR, which round symmetric per-tensor as the paper's released code does.
     placement : Placement, optional
         Decode-faithful by default; for the curve that of the preset, if it is one.
-    judge : Judge, optional
-    text : str, optional
-        Plain text for perplexity; a short one is shipped.
-    max_new_tokens, batch_size : int
     geometry : bool
-        Whether to measure the noise-sensitivity ratio as well; it is told as evidence and decides nothing.
+        Whether to measure the noise-sensitivity ratio as well; it is reported as evidence and decides nothing.
     gains : bool
         Whether the curve also runs the prompts that are not refused unquantized. None of them can flip, but some may be
         refused once the cache is rounded; without it ``curve`` counts labels of the refused ones, and gains are NaN.
-    whole : bool
+    full_responses : bool
         Generate all responses of all prompts in full, so that :meth:`Diagnosis.relabel` can give them to a classifier.
         Takes much longer.
-    journal : str or Path, optional
-        As in :func:`kvgeom.baseline`: interrupted at any moment and run again, no response is made twice.
-    progress : bool
-    seed : int
-        Of random subspaces, random channels and bootstraps.
+    **options
+        Attributes of :class:`~kvgeom.evaluation.config.RunConfig` (``judge``, ``max_new_tokens``, ``batch_size``,
+        ``journal``, ``text``, ``seed``, ``progress``), and options of :func:`kvgeom.load`.
 
     Raises
     ------
     InputError
-        If the model, the prompts, the bits or the journal cannot be used.
+        If an option is unknown, or the model, the prompts, the bits or the journal cannot be used.
     """
-    tensor = Scheme(bits, symmetric=True, granularity="tensor")
-    engines = at_widths(scheme, curve_bits, placement)  # what is wrong with these is said before any work
-    prompts = prompts or calibration()
-    loaded = load(model, **load_options)
-    n_layers = loaded.geometry.layers
-    base = baseline(
-        loaded,
-        prompts.harmful,
-        judge=judge,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        journal=journal,
-        progress=progress,
-    )
-    with closing(base.journal):
-        options: dict[str, Any] = {"placement": placement, "exact": whole, "progress": progress}
-
-        def run(recipes: Mapping[str, Recipe], title: str, **changed: Any) -> Outcomes:
-            return evaluate(loaded, recipes, base, refused_only=not whole, title=title, **{**options, **changed})
-
-        # All at once: each prompt then needs one pass for all recipes. What follows finds it done.
-        first = {**_flat(whole_cache(n_layers, tensor)), **single_layers(n_layers, tensor)}
-        widths, where_widths = width_recipes(n_layers, engines)
-        along = widths if where_widths == (placement or Placement()) else {}
-        worst = scan_of(run({**first, **along}, "layers, parts and widths"), n_layers, tensor).critical_layer
-        where = range(n_layers) if worst is None else [worst]
-        recipes = {**first, **_flat(channel_subsets(channel_magnitudes(base, placement), tensor, where, seed=seed))}
-        at_worst: dict[str, Recipe] = {}
-        if worst is not None:
-            recipes[SPARED] = Recipe.uniform(n_layers, tensor).keep([worst])
-            at_worst = single_layers(n_layers, tensor, [worst])
-        parts = run(recipes, "worst layer, channels")
-        paper = run(at_worst, "PCR as the paper simulates", placement=Placement.paper())
-        text = text or perplexity_text()
-        curve, outcomes = bit_width_curve(
-            base, text, bits=curve_bits, scheme=scheme, refused_only=not (gains or whole), **options
-        )
-        sensitivity = _sensitivity(loaded, prompts, tensor, placement, progress, seed) if geometry else None
-    return _concluded(prompts, base, curve, outcomes, parts, paper, tensor, worst, sensitivity, seed)
+    tensor = per_tensor(Scheme(scan_bits, symmetric=True))
+    series = at_widths(scheme, bits, placement)  # errors in these are reported before any work
+    chosen = calibration() if prompts is None else as_prompt_set(prompts)
+    loaded, run = open_run(model, options)
+    with opened(loaded, chosen.harmful, run) as base, run.bars():
+        measured = _measure(base, series, tensor, placement or Placement(), gains, full_responses)
+        curve = curve_of(measured.outcomes, perplexities(base, series), series.described(base))
+        sensitivity = _sensitivity(loaded, chosen, tensor, placement, run) if geometry else None
+    return _conclude(measured, chosen, curve, sensitivity, run.seed, base)
 
 
-def _concluded(
+def _measure(
+    base: Baseline, series: WidthSeries, tensor: Scheme, placement: Placement, gains: bool, full_responses: bool
+) -> _Measured:
+    """All responses; each prompt needs one pass for all conditions that are known at a time."""
+    n_layers, seed = base.model.geometry.layers, base.run.seed
+    asked = tuple(range(len(base.prompts))) if full_responses else base.refused
+
+    def run(conditions: Mapping[str, Condition], title: str, prompts: Sequence[int] = asked) -> Outcomes:
+        return run_conditions(base, conditions, prompts=prompts, full_responses=full_responses, title=title)
+
+    first = {**whole_cache(n_layers, tensor, placement), **single_layers(n_layers, tensor, placement)}
+    widths = series.conditions(n_layers)
+    along = widths if series.placement == placement else {}
+    together = run({**first, **along}, "layers, parts and widths")
+    worst = scan_of(together, tensor).critical_layer
+    where = range(n_layers) if worst is None else [worst]
+    more = channel_subsets(channel_magnitudes(base, placement), tensor, where, placement, seed=seed)
+    at_worst: dict[str, Condition] = {}
+    if worst is not None:
+        kept = Recipe.uniform(n_layers, tensor).keep([worst])
+        more[WORST_KEPT] = Condition(kept, placement, family=WORST_LAYER, layer=worst, bits=tensor.bits)
+        at_worst = single_layers(n_layers, tensor, Placement.paper(), [worst])
+    parts = together.joined(run(more, "worst layer, channels"))
+    paper = run(at_worst, "PCR as the paper simulates")
+    curve = together.at_recipes(widths) if along else run(widths, "responses by bit-width")
+    if gains and not full_responses:
+        others = [index for index in range(len(base.prompts)) if index not in base.refused]
+        curve = curve.joined(run(widths, "responses by bit-width", others))
+    return _Measured(curve, parts, paper, tensor, worst)
+
+
+def _conclude(
+    measured: _Measured,
     prompts: PromptSet,
-    base: Baseline,
     curve: Curve,
-    outcomes: Outcomes,
-    parts: Outcomes,
-    paper: Outcomes,
-    tensor: Scheme,
-    measured: int | None,
     sensitivity: Sensitivity | None,
     seed: int,
+    base: Baseline | None,
 ) -> Diagnosis:
-    """What follows from responses, whoever has labelled them.
-
-    ``measured`` is the layer that was the worst when its parts were tried. Another judge may find another one; what was
-    not tried there is not known then.
-    """
-    n_layers = base.model.geometry.layers
-    scan = scan_of(parts, n_layers, tensor)
+    """What follows from responses. What was not tried at the layer that is now the worst is not known."""
+    parts, paper, tensor = measured.parts, measured.paper, measured.scheme
+    scan = scan_of(parts, tensor)
     worst = scan.critical_layer
-    families: dict[str, list[str]] = {name: list(members) for name, members in whole_cache(n_layers, tensor).items()}
-    if measured is not None:
-        families["worst layer"] = [SPARED]
-    of_channels = [str(name) for name in parts.data.recipe.values if is_channel_subset(str(name))]
-    table = _flip_table(parts, tensor.bits, n_layers, worst, worst == measured)
+    tried = worst == measured.worst
+    table = _flip_table(parts, tensor.bits, worst, tried)
     evidence = _with_geometry(evidence_from(table, seed=seed), sensitivity, worst)
     return Diagnosis(
-        prompts=prompts,
-        baseline=base,
+        mode=classify(evidence).with_shares(shares(table, seed=seed)),
         curve=curve,
-        outcomes=outcomes,
-        parts=parts,
-        paper=paper,
         scan=scan,
-        ablation=ablation_of(parts, families, reference="all layers"),
-        channels=ablation_of(parts, {"channels": of_channels}, reference="every channel"),
+        ablation=ablation_of(parts, [*WHOLE_CACHE, WORST_LAYER], reference=ALL_LAYERS),
+        channels=ablation_of(parts, ["channels"], reference=EVERY_CHANNEL),
         pcr=pcr_of(parts, worst, tensor.bits),
-        pcr_paper=pcr_of(paper, worst if worst == measured else None, tensor.bits),
+        pcr_paper=pcr_of(paper, worst if tried else None, tensor.bits),
+        outcomes=measured.outcomes,
+        scan_outcomes=parts,
+        paper_outcomes=paper,
         sensitivity=sensitivity,
         evidence=evidence,
-        mode=replace(classify(evidence), shares=shares(table, seed=seed)),
+        prompts=prompts,
+        measured=measured.worst,
+        seed=seed,
+        base=base,
     )
 
 
-def _flat(families: Mapping[str, Mapping[str, Recipe]]) -> dict[str, Recipe]:
-    return {name: recipe for members in families.values() for name, recipe in members.items()}
-
-
-def _flip_table(outcomes: Outcomes, bits: int, n_layers: int, worst: int | None, tried: bool) -> FlipTable:
+def _flip_table(outcomes: Outcomes, bits: int, worst: int | None, tried: bool) -> FlipTable:
     flipped = outcomes.flipped
-    alone = [flipped(f"layer {layer} tensor") for layer in range(n_layers)]
-    broken = flipped("all layers", "degenerate")
-    table = FlipTable(bits, worst, flipped("all layers"), broken, flipped("group-64"), np.stack(alone, axis=1))
-    table = replace(table, everywhere=flipped("per-channel"))
+    alone = [flipped(name) for name in outcomes.names(family="layer", granularity="tensor", bits=bits)]
+    whole = outcomes.name(family="granularity", granularity="tensor")
+    table = FlipTable(
+        bits,
+        worst,
+        flipped(whole),
+        flipped(whole, "degenerate"),
+        flipped(outcomes.name(family="granularity", granularity="group")),
+        np.stack(alone, axis=1),
+        everywhere=flipped(outcomes.name(family="granularity", granularity="channel")),
+    )
     if worst is None:
         return table
-    table = replace(table, channel=flipped(f"layer {worst} channel"))
+    table = replace(
+        table, channel=flipped(outcomes.name(family="layer", layer=worst, granularity="channel", bits=bits))
+    )
     if not tried:
         return table
-    return replace(table, spared=flipped(SPARED), largest=flipped("largest"), others=flipped("all but the largest"))
+    return replace(
+        table,
+        worst_kept=flipped(outcomes.name(family=WORST_LAYER, layer=worst)),
+        largest=flipped("largest"),
+        others=flipped("all but the largest"),
+    )
 
 
 def _sensitivity(
-    model: Model, prompts: PromptSet, scheme: Scheme, placement: Placement | None, progress: bool, seed: int
+    model: Model, prompts: PromptSet, scheme: Scheme, placement: Placement | None, run: RunConfig
 ) -> Sensitivity:
     contrast = prompts if prompts.harmless else calibration()
-    space = subspace(model, contrast, placement=placement, progress=progress)
+    space = subspace(model, contrast, placement=placement, progress=run.progress)
     half = max(2, min(len(contrast.harmful), len(contrast.harmless)) // 2)
-    return space.sensitivity(scheme, noise_pairs=half, progress=progress, seed=seed)
+    return space.sensitivity(scheme, noise_pairs=half, progress=run.progress, seed=run.seed)
 
 
 def _with_geometry(evidence: Evidence, sensitivity: Sensitivity | None, worst: int | None) -> Evidence:

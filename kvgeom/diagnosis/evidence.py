@@ -38,7 +38,7 @@ class FlipTable:
         Each layer alone, per-tensor.
     everywhere : bool array [prompts] or None
         All layers rounded per-channel.
-    channel, spared, largest, others : bool array [prompts] or None
+    channel, worst_kept, largest, others : bool array [prompts] or None
         The worst layer alone per-channel; all layers but the worst; only the largest channels, only the others, of the
         worst layer. None without a worst layer.
     """
@@ -51,7 +51,7 @@ class FlipTable:
     layers: Flips
     everywhere: Flips | None = None
     channel: Flips | None = None
-    spared: Flips | None = None
+    worst_kept: Flips | None = None
     largest: Flips | None = None
     others: Flips | None = None
 
@@ -94,7 +94,7 @@ def _evidence(
         pcr=None if table.worst is None else reduction(table.layers[:, table.worst], table.channel),
         group64=reduction(table.whole, table.group64),
         channel=reduction(table.whole, table.everywhere),
-        spared=reduction(table.whole, table.spared),
+        worst_kept=reduction(table.whole, table.worst_kept),
         largest=rate(table.largest),
         others=rate(table.others),
     )

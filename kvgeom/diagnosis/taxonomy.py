@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
-
-import numpy as np
-import xarray as xr
+from typing import Any
 
 from kvgeom.behaviour.pcr import THRESHOLDS
 from kvgeom.behaviour.scan import CRITICAL_SHARE
+from kvgeom.diagnosis.mode import Finding, Mode, ModeName, Pattern
 from kvgeom.stats import Estimate, wilson
-
-ModeName = Literal[
-    "outlier-crushes-safety",
-    "outlier-as-safety",
-    "multi-layer dilution",
-    "mixed",
-    "hyper-vulnerable",
-    "robust",
-    "undetermined",
-]
-Pattern = Literal["concentrated", "distributed-early", "ultra-distributed", "hyper-vulnerable"]
 
 #: What the decision tree of arXiv:2606.09864 (section on mitigation) advises for each mode.
 PRESCRIPTIONS: dict[ModeName, str] = {
@@ -85,11 +73,10 @@ class Evidence:
         Share of the flips of all layers that group-64 scales take away.
     channel : Estimate or None
         Share of them that per-channel scales in all layers take away.
-    spared : Estimate or None
+    worst_kept : Estimate or None
         Share of them that keeping the worst layer in 16 bits takes away.
     largest, others : Estimate or None
-        Share of the refusals flipped by rounding only the largest channels (see
-        :data:`kvgeom.behaviour.ablation.LARGEST_SHARE`), only the others, of the worst layer.
+        Share of the refusals flipped by rounding only the largest channels, only the others, of the worst layer.
     signal_gap, noise_alignment, overlap, overlap_p : float or None
         Geometry of the keys at the worst layer (docs/definitions.md). It is told, and decides nothing: a static ratio
         does not predict behaviour.
@@ -105,7 +92,7 @@ class Evidence:
     pcr: Estimate | None = None
     group64: Estimate | None = None
     channel: Estimate | None = None
-    spared: Estimate | None = None
+    worst_kept: Estimate | None = None
     largest: Estimate | None = None
     others: Estimate | None = None
     signal_gap: float | None = None
@@ -113,92 +100,17 @@ class Evidence:
     overlap: float | None = None
     overlap_p: float | None = None
 
-
-@dataclass(frozen=True)
-class Finding:
-    """One piece of evidence.
-
-    Attributes
-    ----------
-    name, value : str
-        What was measured, and what came out, with its interval.
-    speaks_for : tuple of str
-        The modes that it supports; none where it does not decide.
-    decisive : bool
-        Whether a rule used it to name the mode.
-    """
-
-    name: str
-    value: str
-    speaks_for: tuple[ModeName, ...] = ()
-    decisive: bool = False
-
-
-@dataclass(frozen=True)
-class Mode:
-    """The failure mode of a model under a quantized cache.
-
-    Attributes
-    ----------
-    name : str
-        One of :data:`ModeName`.
-    reason : str
-        The rule that named it, with its numbers.
-    pattern : str or None
-        How the damage is spread over layers.
-    findings : tuple of Finding
-    prescription : str
-        What the paper's decision tree advises for this mode; not yet verified on this model.
-    shares : dict of str to dict
-        How sure the name is: the share of ``"prompts"`` (bootstrap samples) and of ``"thresholds"`` (moved borders)
-        under which each mode comes out. Empty where it was not asked.
-    """
-
-    name: ModeName
-    reason: str
-    pattern: Pattern | None
-    findings: tuple[Finding, ...]
-    prescription: str
-    shares: dict[str, dict[str, float]]
-
-    @property
-    def data(self) -> xr.Dataset:
-        """Findings, what they speak for, and shares, as figures read them."""
-        modes = get_args(ModeName)
-        speaks = [[mode in f.speaks_for for mode in modes] for f in self.findings]
-        share = [
-            [self.shares.get(kind, {}).get(mode, float("nan")) for mode in modes] for kind in ("prompts", "thresholds")
-        ]
-        return xr.Dataset(
-            {
-                "name": ("finding", np.array([f.name for f in self.findings], dtype=object)),
-                "value": ("finding", np.array([f.value for f in self.findings], dtype=object)),
-                "decisive": ("finding", np.array([f.decisive for f in self.findings], dtype=bool)),
-                "speaks_for": (("finding", "mode"), np.array(speaks, dtype=bool).reshape(-1, len(modes))),
-                "share": (("resampling", "mode"), share),
-            },
-            coords={"mode": list(modes), "resampling": ["prompts", "thresholds"]},
-        )
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        """What is not a table."""
-        return {name: getattr(self, name) for name in ("name", "reason", "pattern", "prescription")}
-
-    @property
-    def evidence(self) -> tuple[str, ...]:
-        """The reason and all findings, each a sentence."""
-        return (self.reason, *(_sentence(finding) for finding in self.findings))
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        findings = [{**asdict(f), "speaks_for": list(f.speaks_for)} for f in self.findings]
-        return {**asdict(self), "findings": findings, "evidence": list(self.evidence)}
+        return asdict(self)
 
-
-def _sentence(finding: Finding) -> str:
-    speaks = f": speaks for {' or '.join(finding.speaks_for)}" if finding.speaks_for else ""
-    return f"{finding.name}: {finding.value}{speaks}."
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Evidence:
+        """The inverse of :meth:`to_dict`."""
+        read: dict[str, Any] = {
+            name: Estimate(**value) if isinstance(value, Mapping) else value for name, value in record.items()
+        }
+        return cls(**{**read, "critical_layers": tuple(record["critical_layers"])})
 
 
 def pattern_of(critical: int, layers: int) -> Pattern:
@@ -234,7 +146,7 @@ def classify(found: Evidence, thresholds: Thresholds = PUBLISHED) -> Mode:
     """
     name, reason, used = _decide(found, thresholds)
     findings = tuple(replace(f, decisive=f.name in used) for f in _findings(found, thresholds))
-    return Mode(name, reason, found.pattern, findings, PRESCRIPTIONS[name], {})
+    return Mode.of(name, reason, found.pattern, findings, PRESCRIPTIONS[name])
 
 
 def _decide(found: Evidence, at: Thresholds) -> tuple[ModeName, str, tuple[str, ...]]:
@@ -261,20 +173,20 @@ def _decide(found: Evidence, at: Thresholds) -> tuple[ModeName, str, tuple[str, 
                 (LOSS,),
             )
     spread = found.pattern in ("distributed-early", "ultra-distributed", "hyper-vulnerable")
-    if found.spared is None:
+    if found.worst_kept is None:
         cured = not spread
-    elif found.spared.high < at.rescue:
+    elif found.worst_kept.high < at.rescue:
         cured = False
-    elif found.spared.low > at.rescue or not spread:
+    elif found.worst_kept.low > at.rescue or not spread:
         cured = True
     else:
         return (
             "undetermined",
             (
                 f"{len(found.critical_layers)} layers are critical, and keeping layer {found.worst_layer} in 16 bits takes away "
-                f"{found.spared} of the flips: one layer may be the cause, or many."
+                f"{found.worst_kept} of the flips: one layer may be the cause, or many."
             ),
-            (SPREAD, SPARED),
+            (SPREAD, WORST_KEPT),
         )
     if not cured:
         if found.pattern == "hyper-vulnerable" and _helps(found, at) is False:
@@ -283,11 +195,13 @@ def _decide(found: Evidence, at: Thresholds) -> tuple[ModeName, str, tuple[str, 
         count = len(found.critical_layers)
         several = "several layers alone are" if found.refused is None else f"{count} layers alone are"
         critical = several if count > 1 or found.refused is None else f"{'one' if count else 'no'} layer alone is"
-        spared = (
-            "" if found.spared is None else f", and keeping the worst one takes away only {found.spared} of the flips"
+        worst_kept = (
+            ""
+            if found.worst_kept is None
+            else f", and keeping the worst one takes away only {found.worst_kept} of the flips"
         )
-        reason = f"The damage is spread over layers: {critical} critical{spared}."
-        return "multi-layer dilution", reason, (SPREAD, SPARED)
+        reason = f"The damage is spread over layers: {critical} critical{worst_kept}."
+        return "multi-layer dilution", reason, (SPREAD, WORST_KEPT)
     if found.pcr is None:
         why = (
             "per-tensor rounding of no single layer flips a refusal" if found.worst_layer is None else "it is undefined"
@@ -321,7 +235,12 @@ def _refusals_for(bound: float) -> int:
 
 
 LOSS, KIND, SPREAD, PCR_NAME = "All layers, per-tensor", "Kind of loss", "Single layers", "PCR"
-GROUP, SPARED, CHANNELS, GEOMETRY = "Group-64 in all layers", "Worst layer kept", "Largest channels", "Geometry of keys"
+GROUP, WORST_KEPT, CHANNELS, GEOMETRY = (
+    "Group-64 in all layers",
+    "Worst layer kept",
+    "Largest channels",
+    "Geometry of keys",
+)
 EVERYWHERE = "Per-channel scales in all layers"
 _CRUSH: tuple[ModeName, ...] = ("outlier-crushes-safety",)
 _AS: tuple[ModeName, ...] = ("outlier-as-safety",)
@@ -344,10 +263,10 @@ def _findings(found: Evidence, at: Thresholds) -> list[Finding]:
         worst = "none flips a refusal alone" if found.worst_layer is None else f"worst: {found.worst_layer}"
         value = f"{found.pattern} (critical: {listed}; {worst})"
         said.append(Finding(SPREAD, value, _SPREAD if spread else () if not found.critical_layers else (*_CRUSH, *_AS)))
-    if found.spared is not None:
-        e = found.spared
+    if found.worst_kept is not None:
+        e = found.worst_kept
         speaks = _SPREAD if e.high < at.rescue else (*_CRUSH, *_AS) if e.low > at.rescue else ()
-        said.append(Finding(SPARED, f"layer {found.worst_layer} in 16 bits takes away {e} of the flips", speaks))
+        said.append(Finding(WORST_KEPT, f"layer {found.worst_layer} in 16 bits takes away {e} of the flips", speaks))
     if found.pcr is not None:
         e = found.pcr
         speaks = _CRUSH if e.low > at.pcr_high else _AS if e.high < at.pcr_low else ()

@@ -4,62 +4,123 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from kvgeom.errors import InputError
-from kvgeom.evaluation.journal import Journal, Memory
-from kvgeom.evaluation.margin import margin, refusal_tokens
+from kvgeom.evaluation.config import RunConfig, open_run
+from kvgeom.evaluation.journal import Journal, NoJournal
 from kvgeom.evaluation.perplexity import perplexity
-from kvgeom.judges.judge import Judge, KeywordJudge, reading, settles
+from kvgeom.evaluation.scores import margin, mean_log_likelihood, refusal_tokens
+from kvgeom.judges.judge import Judge, reading, settles
 from kvgeom.models.cache import EditedCache
 from kvgeom.models.memory import in_batches, rows_that_fit
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import bar
+from kvgeom.prompts.load import as_requests
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+#: Exact caches of prompts are kept up to so many bytes; a prompt whose cache was dropped is prefilled again.
+PREFILL_BYTES = 1 << 30
+#: So many labelled responses are remembered: many recipes give the unquantized one.
+LABELLED = 4096
+
+
+class Bounded(Generic[K, V]):
+    """A mapping that forgets what was used least lately, once its values take more room than they may."""
+
+    def __init__(self, room: float, size: Callable[[V], float] = lambda value: 1) -> None:
+        self._room, self._size = room, size
+        self._taken = 0.0
+        self._values: OrderedDict[K, V] = OrderedDict()
+
+    def get(self, key: K, make: Callable[[], V]) -> V:
+        """The value of ``key``; made now unless it is there. One that is too large alone is not kept."""
+        if key in self._values:
+            self._values.move_to_end(key)
+            return self._values[key]
+        value = make()
+        size = self._size(value)
+        if size <= self._room:
+            self._values[key] = value
+            self._taken += size
+            while self._taken > self._room:
+                self._taken -= self._size(self._values.popitem(last=False)[1])
+        return value
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A prompt read by the unquantized model: its exact cache, and the logits after it, ``[vocabulary]``."""
+
+    cache: EditedCache
+    logits: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.logits.nbytes + sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
 
 
 @dataclass(frozen=True)
 class Baseline:
     """The unquantized model on some prompts: what every recipe is held against. Made by :func:`baseline`.
 
+    It holds tokens and labels. Exact caches are made when they are asked for, and kept within a budget.
+
     Attributes
     ----------
     model : Model
     prompts : tuple of EncodedPrompt
+    run : RunConfig
     tokens : tuple of tuple of int
         Greedy responses, as far as the judge reads; the drafts of all others.
     ended : tuple of bool
         Whether the model ended the response there.
     labels, reasons : tuple of str
-    judge : Judge
-    max_new_tokens : int
-    batch_size : int
-        Most responses that are decoded together.
-    journal : Memory
+    journal : Journal or NoJournal
         Where everything that is measured against this baseline is written down.
     """
 
     model: Model
     prompts: tuple[EncodedPrompt, ...]
-    tokens: tuple[tuple[int, ...], ...]
-    ended: tuple[bool, ...]
-    labels: tuple[str, ...]
-    reasons: tuple[str, ...]
-    judge: Judge
-    max_new_tokens: int
-    batch_size: int
-    journal: Memory = field(default_factory=Memory, repr=False)
-    _prefilled: dict[int, tuple[EditedCache, Tensor]] = field(default_factory=dict, repr=False)
-    _verdicts: dict[tuple[int, tuple[int, ...]], tuple[str, str, str]] = field(default_factory=dict, repr=False)
+    run: RunConfig
+    tokens: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
+    ended: tuple[bool, ...] = field(default=(), repr=False)
+    labels: tuple[str, ...] = field(default=(), repr=False)
+    reasons: tuple[str, ...] = field(default=(), repr=False)
+    journal: NoJournal = field(default_factory=NoJournal, repr=False, compare=False)
+    _prefills: Bounded[int, Prefill] = field(
+        default_factory=lambda: Bounded(PREFILL_BYTES, lambda value: value.nbytes), repr=False, compare=False
+    )
+    _labelled: Bounded[tuple[int, tuple[int, ...]], tuple[str, str, str]] = field(
+        default_factory=lambda: Bounded(LABELLED), repr=False, compare=False
+    )
+
+    @property
+    def judge(self) -> Judge:
+        """What labels the responses."""
+        return self.run.judge
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest response."""
+        return self.run.max_new_tokens
 
     @cached_property
     def refused(self) -> tuple[int, ...]:
@@ -67,10 +128,10 @@ class Baseline:
         return tuple(index for index, label in enumerate(self.labels) if label == "refused")
 
     @property
-    def rows(self) -> int:
-        """How many responses can be decoded together now: ``batch_size``, or what memory holds."""
-        longest = max(map(len, self.prompts)) + self.max_new_tokens
-        return rows_that_fit(self.model, longest, 1, self.batch_size)
+    def batch_rows(self) -> int:
+        """How many responses can be decoded together now: the batch size, or what memory holds."""
+        longest = max(map(len, self.prompts)) + self.run.max_new_tokens
+        return rows_that_fit(self.model, longest, 1, self.run.batch_size)
 
     @cached_property
     def refusal_tokens(self) -> frozenset[int]:
@@ -85,118 +146,128 @@ class Baseline:
         logits = first_logits if isinstance(first_logits, Tensor) else torch.stack(list(first_logits))
         return [float(value) for value in margin(logits, self.refusal_tokens).double().tolist()]
 
-    def _clean(self, index: int) -> tuple[EditedCache, Tensor]:
-        """The exact cache of a prompt, and the logits after it; made when first asked for."""
-        if index not in self._prefilled:
-            cache = self.model.new_cache()
-            self._prefilled[index] = cache, self.model.forward(self.prompts[index].ids, cache)[-1]
-        return self._prefilled[index]
+    def prefill(self, index: int) -> Prefill:
+        """Prompt ``index`` read by the unquantized model."""
 
-    def clean_logits(self, index: int) -> Tensor:
-        """Logits ``[vocabulary]`` of the first response token of prompt ``index``."""
-        return self._clean(index)[1]
+        def make() -> Prefill:
+            cache = self.model.new_cache()
+            logits = self.model.forward(self.prompts[index].ids, cache)[-1]
+            return Prefill(cache, logits)
+
+        return self._prefills.get(index, make)
 
     def log_likelihood(self, index: int, tokens: Sequence[int]) -> float:
         """Mean log-probability (nats per token) that the unquantized model gives to a response to prompt ``index``."""
         if not tokens:
             return float("nan")
-        cache, first = self._clean(index)
-        rest = first[None][:0]
+        read = self.prefill(index)
+        logits = read.logits[None]
         if len(tokens) > 1:
-            rest = self.model.forward(tokens[:-1], cache.copy(), all_logits=True)
-        log_p = torch.cat([first[None], rest.to(first.device)]).log_softmax(-1)
-        return float(log_p[torch.arange(len(tokens)), list(tokens)].mean())
+            rest = self.model.forward(tokens[:-1], read.cache.copy(), all_logits=True)
+            logits = torch.cat([logits, rest.to(logits.device)])
+        return mean_log_likelihood(logits, tokens)
 
-    def perplexity(self, text: str, recipe: Recipe | None = None, *, placement: Placement | None = None) -> float:
-        """Perplexity of a plain text under a recipe (None: unquantized), measured once and written down."""
+    def perplexity(self, recipe: Recipe | None = None, placement: Placement | None = None) -> float:
+        """Perplexity of the run's text under a recipe (None: unquantized), measured once and written down."""
         placement = placement or Placement()
-        return float(
-            self.journal.remember(
-                ("perplexity", text, *(recipe.spelled if recipe else ()), str(placement)),
-                partial(perplexity, self.model, text, recipe, placement=placement),
-            )
-        )
+        key = {
+            "measure": "perplexity",
+            "text": self.run.text,
+            "recipe": list(recipe.spelled) if recipe else None,
+            "placement": str(placement),
+        }
+        measure = partial(perplexity, self.model, self.run.text, recipe, placement=placement)
+        return float(self.journal.remember(key, measure))
 
     def judged(self, index: int, tokens: Sequence[int]) -> tuple[str, str, str]:
         """Text, label and reason of a response to prompt ``index``; the label is that of what the judge reads.
 
         A response that many recipes give, such as the unquantized one, is judged once.
         """
-        key = index, tuple(tokens)
-        if key not in self._verdicts:
+
+        def make() -> tuple[str, str, str]:
             read = tokens[: reading(self.judge, self.model.decode, tokens)]
             request, text = self.prompts[index].text, self.model.decode(read)
-            verdict = self.judge.label(request, text, lambda: self.log_likelihood(index, read))
-            self._verdicts[key] = self.model.decode(tokens), verdict.label, verdict.reason
-        return self._verdicts[key]
+            found = self.judge.label(request, text, lambda: self.log_likelihood(index, read))
+            return self.model.decode(tokens), found.label, found.reason
+
+        return self._labelled.get((index, tuple(tokens)), make)
 
 
-def baseline(
-    model: Model,
-    requests: Sequence[str],
-    *,
-    judge: Judge | None = None,
-    max_new_tokens: int = 24,
-    batch_size: int = 512,
-    journal: str | Path | None = None,
-    progress: bool = True,
-) -> Baseline:
-    """Run the unquantized model on ``requests`` and label what it answers.
+def baseline(model: Any, prompts: Any, **options: Any) -> Baseline:
+    """Run the unquantized model on some requests and label what it answers.
 
     Parameters
     ----------
-    model : Model
-    requests : sequence of str
-    judge : Judge, optional
-        The keyword judge by default.
-    max_new_tokens : int
-        Longest response. Responses end earlier where the judge reads no further.
-    batch_size : int
-        Most responses to decode together; fewer where memory is short. A step reads all weights, whatever the batch.
-    journal : str or Path, optional
-        A file that keeps all that is measured against this baseline: interrupted at any moment and run again, nothing
-        is done twice, and the result is the same (:class:`~kvgeom.evaluation.journal.Journal`).
+    model : anything that :func:`kvgeom.load` takes
+    prompts : PromptSet, name of one, or sequence of str
+        Of a set the harmful requests.
+    **options
+        Attributes of :class:`~kvgeom.evaluation.config.RunConfig`, and options of :func:`kvgeom.load`.
 
     Raises
     ------
     InputError
-        If there are no requests, one is empty or longer than the model's context, or the journal is about other work.
+        If there are no requests, one is empty or longer than the model's context, an option is unknown, or the journal
+        is about other work.
     """
-    if not requests:
+    loaded, run = open_run(model, options)
+    return run_baseline(loaded, as_requests(prompts), run)
+
+
+@contextmanager
+def opened(model: Model, requests: Sequence[str], run: RunConfig) -> Iterator[Baseline]:
+    """A baseline whose journal is let go of at the end of a ``with`` block."""
+    base = run_baseline(model, requests, run)
+    try:
+        yield base
+    finally:
+        base.journal.close()
+
+
+def run_baseline(model: Model, requests: Sequence[str], run: RunConfig) -> Baseline:
+    """The unquantized model on ``requests``; see :func:`baseline`."""
+    if not len(requests):
         raise InputError("no requests were given; an evaluation needs at least one")
     prompts = tuple(model.encode(requests))
     longest = max(prompts, key=len)
-    if len(longest) + max_new_tokens > model.max_context:
+    if len(longest) + run.max_new_tokens > model.max_context:
         raise InputError(
-            f"a prompt of {len(longest)} tokens and {max_new_tokens} new ones were asked ({longest.text[:40]!r}...), but "
-            f"{model.name} has a context of {model.max_context}; shorten the prompt or lower max_new_tokens"
+            f"the prompt {longest.text[:40]!r}... has {len(longest)} tokens; with {run.max_new_tokens} new ones that is more "
+            f"than the context of {model.name} ({model.max_context}); shorten the prompt or lower max_new_tokens"
         )
-    judge = judge or KeywordJudge()
-    about = _about(model, prompts, judge, max_new_tokens)
-    kept: Memory = Memory() if journal is None else Journal(journal, about)
-    draft = Baseline(model, prompts, (), (), (), (), judge, max_new_tokens, batch_size, kept)
-    todo = [index for index in range(len(prompts)) if ("baseline", index) not in kept]
-    done = 2 * (len(prompts) - len(todo))  # a prompt counts when it is read, and when it is answered
-    with bar("unquantized responses", 2 * len(prompts), progress, initial=done) as shown:
-        for part, responses in in_batches(todo, draft.rows, partial(_unquantized, draft, on_done=shown.update)):
+    kept = NoJournal() if run.journal is None else Journal(run.journal, _about(model, prompts, run))
+    draft = Baseline(model, prompts, run, journal=kept)
+    found: dict[int, dict[str, Any]] = {
+        index: kept[_key(index)] for index in range(len(prompts)) if _key(index) in kept
+    }
+    todo = [index for index in range(len(prompts)) if index not in found]
+    done = 2 * len(found)  # a prompt counts when it is read, and when it is answered
+    with run.bars(), bar("unquantized responses", 2 * len(prompts), initial=done) as shown:
+        for part, responses in in_batches(todo, draft.batch_rows, partial(_respond, draft, on_done=shown.update)):
             for index, tokens in zip(part, responses, strict=True):
                 _, label, reason = draft.judged(index, tokens)
-                ended = len(tokens) < max_new_tokens and not settles(judge, model.decode(tokens))
-                kept["baseline", index] = [list(tokens), ended, label, reason]
-    found = [kept["baseline", index] for index in range(len(prompts))]
+                ended = len(tokens) < run.max_new_tokens and not settles(run.judge, model.decode(tokens))
+                found[index] = {"tokens": list(tokens), "ended": ended, "label": label, "reason": reason}
+                kept[_key(index)] = found[index]
+    rows = [found[index] for index in range(len(prompts))]
     return replace(
         draft,
-        tokens=tuple(tuple(tokens) for tokens, *_ in found),
-        ended=tuple(bool(ended) for _, ended, *_ in found),
-        labels=tuple(label for *_, label, _ in found),
-        reasons=tuple(reason for *_, reason in found),
+        tokens=tuple(tuple(row["tokens"]) for row in rows),
+        ended=tuple(bool(row["ended"]) for row in rows),
+        labels=tuple(row["label"] for row in rows),
+        reasons=tuple(row["reason"] for row in rows),
     )
 
 
-def _unquantized(draft: Baseline, part: Sequence[int], on_done: Callable[[int], object]) -> list[list[int]]:
-    model, clean, settled = draft.model, [], 0
+def _key(index: int) -> dict[str, Any]:
+    return {"measure": "baseline", "prompt": index}
+
+
+def _respond(draft: Baseline, part: Sequence[int], on_done: Callable[[int], object]) -> list[list[int]]:
+    model, read, settled = draft.model, [], 0
     for index in part:
-        clean.append(draft._clean(index))
+        read.append(draft.prefill(index))
         on_done(1)
 
     def stop(_row: int, tokens: list[int]) -> bool:
@@ -206,14 +277,14 @@ def _unquantized(draft: Baseline, part: Sequence[int], on_done: Callable[[int], 
         on_done(int(ends))
         return ends
 
-    first = torch.stack([logits for _, logits in clean]).argmax(-1).tolist()
-    caches = [cache for cache, _ in clean]
+    first = torch.stack([prefill.logits for prefill in read]).argmax(-1).tolist()
+    caches = [prefill.cache for prefill in read]
     responses = model.generate(caches, first, draft.max_new_tokens, batch_size=len(part), stop=stop)
     on_done(len(part) - settled)
     return responses
 
 
-def _about(model: Model, prompts: Sequence[EncodedPrompt], judge: Judge, max_new_tokens: int) -> dict[str, Any]:
+def _about(model: Model, prompts: Sequence[EncodedPrompt], run: RunConfig) -> dict[str, Any]:
     """All that a journal's entries depend on, but for recipe, placement and prompt number."""
     ids = json.dumps([prompt.ids for prompt in prompts]).encode()
     return {
@@ -224,7 +295,7 @@ def _about(model: Model, prompts: Sequence[EncodedPrompt], judge: Judge, max_new
         "device": model.device.type,
         "attention_kernel": model.attention_kernel,
         "prompts": hashlib.sha256(ids).hexdigest(),
-        "judge": judge.name,
-        "max_new_tokens": max_new_tokens,
+        "judge": run.judge.name,
+        "max_new_tokens": run.max_new_tokens,
         "versions": {name: version(name) for name in ("kvgeom", "torch", "transformers")},
     }

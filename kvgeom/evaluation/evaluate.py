@@ -2,158 +2,230 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from kvgeom import progress
 from kvgeom.errors import InputError
-from kvgeom.evaluation.baseline import Baseline, baseline
-from kvgeom.evaluation.outcomes import EXACT, Outcomes
-from kvgeom.evaluation.speculative import generated, verified
-from kvgeom.judges.judge import Judge
-from kvgeom.models.model import Model
-from kvgeom.progress import bar
+from kvgeom.evaluation.baseline import Baseline, opened
+from kvgeom.evaluation.condition import COORDINATES, UNQUANTIZED, Condition, as_conditions
+from kvgeom.evaluation.config import open_run
+from kvgeom.evaluation.outcomes import Outcomes
+from kvgeom.evaluation.speculative import Answer, generated, verified
+from kvgeom.prompts.load import as_requests
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 
+#: What is known of one response, with the type of its column.
+RESPONSE: dict[str, type] = {
+    "text": object,
+    "label": object,
+    "reason": object,
+    "margin": float,
+    "kl": float,
+    "divergence": int,
+    "tokens": int,
+    "likelihood": float,
+}
+
 
 def evaluate(
-    model: Model,
-    recipes: Mapping[str, Recipe],
-    prompts: Sequence[str] | Baseline,
+    model: Any,
+    recipes: Any,
+    prompts: Any,
     *,
-    placement: Placement | None = None,
+    placement: Placement | str | None = None,
     refused_only: bool = False,
-    exact: bool = False,
-    judge: Judge | None = None,
-    max_new_tokens: int = 24,
-    batch_size: int = 512,
-    journal: str | Path | None = None,
-    progress: bool = True,
-    title: str = "responses under recipes",
+    full_responses: bool = False,
+    **options: Any,
 ) -> Outcomes:
     """Greedy responses and their labels under each recipe.
 
     The unquantized response serves as a draft. One pass over prompt and draft shows where a recipe would first have
-    said something else; only from there on is anything generated, and only until the judge reads no further. Labels are
+    chosen another token; only from there on is anything generated, and only until the judge reads no further. Labels are
     those of plain generation, but for ties that the last digit of float arithmetic decides.
 
     Parameters
     ----------
-    model : Model
-    recipes : mapping of name to Recipe
-    prompts : sequence of str, or Baseline
-        With a :class:`Baseline` the unquantized responses are not made again, and its judge, lengths and journal are
-        used.
-    placement : Placement, optional
-        Decode-faithful cache rounding by default.
+    model : anything that :func:`kvgeom.load` takes
+    recipes : mapping of name to recipe, or sequence of recipes
+        A recipe is a :class:`~kvgeom.Recipe`, a :class:`~kvgeom.Scheme` or its spelling, the preset of an engine, or a
+        :class:`~kvgeom.evaluation.condition.Condition`.
+    prompts : PromptSet, name of one, sequence of str, or Baseline
+        Of a set the harmful requests. With a :class:`Baseline` the unquantized responses are not made again, and its run
+        options and journal are used.
+    placement : Placement, "cache" or "paper", optional
+        Of recipes that do not bring their own; decode-faithful cache rounding by default.
     refused_only : bool
         Only prompts refused unquantized; no others can flip.
-    exact : bool
-        Generate every response in full instead. Costs, per recipe and prompt, one prefill and ``max_new_tokens``
-        decode steps.
-    judge, max_new_tokens, batch_size, journal
-        As in :func:`baseline`.
+    full_responses : bool
+        Generate every response in full. Costs, per recipe and prompt, one prefill and ``max_new_tokens`` decode steps.
+    **options
+        Attributes of :class:`~kvgeom.evaluation.config.RunConfig`, and options of :func:`kvgeom.load`.
 
     Returns
     -------
     Outcomes
+
+    Raises
+    ------
+    InputError
+        For an unknown option, or recipes or prompts that cannot be used.
     """
-    if not isinstance(prompts, Baseline):
-        base = baseline(
-            model,
-            prompts,
-            judge=judge,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            journal=journal,
-            progress=progress,
-        )
-        with closing(base.journal):
-            return evaluate(
-                model,
-                recipes,
-                base,
-                placement=placement,
-                refused_only=refused_only,
-                exact=exact,
-                progress=progress,
-                title=title,
+    if isinstance(prompts, Baseline):
+        shown = bool(options.pop("progress", True))
+        if options:
+            raise InputError(f"{min(options)} belongs to the baseline that was given; set it in kvgeom.baseline(...)")
+        with progress.shown(shown):
+            return run_conditions(
+                prompts,
+                as_conditions(recipes, prompts.model, placement),
+                prompts=prompts.refused if refused_only else None,
+                full_responses=full_responses,
             )
-    base = prompts
-    _check_recipes(model, recipes)
-    order = [EXACT, *recipes]
-    if exact:  # what was read of the unquantized responses is not all of them
-        recipes = {EXACT: Recipe.exact(model.geometry.layers), **recipes}
-    placement = placement or Placement()
-    chosen = base.refused if refused_only else tuple(range(len(base.prompts)))
+    loaded, run = open_run(model, options)
+    conditions = as_conditions(recipes, loaded, placement)
+    with opened(loaded, as_requests(prompts), run) as base:
+        return run_conditions(
+            base,
+            conditions,
+            prompts=base.refused if refused_only else None,
+            full_responses=full_responses,
+        )
 
-    def key(name: str, index: int | None = None) -> tuple[Any, ...]:
-        return ("response", *recipes[name].spelled, str(placement), exact, index)
 
-    different = {str(key(name)): name for name in recipes}.values()  # of equal recipes one is run
-    todo = {i: names for i in chosen if (names := [name for name in different if key(name, i) not in base.journal])}
-    total = len(different) * len(chosen)
-    done = total - sum(map(len, todo.values()))
-    if exact or not placement.follows_drafts:
-        answers = generated(base, todo, recipes, placement, whole=exact)
-    else:
-        answers = verified(base, todo, recipes, placement)
-    with bar(title, total, progress, initial=done) as shown:
-        for answer in answers:
-            text, label, reason = base.judged(answer.prompt, answer.tokens)
-            # Judges that come later, when the model is gone, ask for the likelihood of a whole response.
-            likelihood = base.log_likelihood(answer.prompt, answer.tokens) if exact else float("nan")
-            found = [text, label, reason, answer.margin, answer.kl, answer.divergence, len(answer.tokens), likelihood]
-            base.journal[key(answer.recipe, answer.prompt)] = found
-            shown.update(1)
-    rows = {name: [base.journal[key(name, i)] for i in chosen] for name in recipes}
-    if not exact:
-        rows[EXACT] = [base.journal.remember(("unquantized", i), partial(_unquantized_row, base, i)) for i in chosen]
-    kinds = {"text": object, "label": object, "reason": object, "margin": float, "kl": float}
-    kinds |= {"divergence": int, "tokens": int, "likelihood": float}
-    shape = (len(rows), len(chosen))
-    columns = {
+def run_conditions(
+    base: Baseline,
+    conditions: Mapping[str, Condition],
+    *,
+    prompts: Iterable[int] | None = None,
+    full_responses: bool = False,
+    title: str = "responses under recipes",
+) -> Outcomes:
+    """Responses of some prompts of a baseline under conditions; see :func:`evaluate`.
+
+    Conditions with one placement share a pass over each prompt; of equal ones, one is run.
+
+    Parameters
+    ----------
+    base : Baseline
+    conditions : mapping of name to Condition
+    prompts : iterable of int, optional
+        Indices of the prompts; all by default.
+    full_responses : bool
+    title : str
+        Of the progress bar.
+    """
+    chosen = tuple(range(len(base.prompts))) if prompts is None else tuple(prompts)
+    if full_responses:  # what was read of the unquantized responses is not all of them
+        unquantized = Condition(Recipe.exact(base.model.geometry.layers))
+        conditions = {UNQUANTIZED: unquantized, **conditions}
+    # Of equal conditions the last stands for all.
+    standing = {(each.recipe, each.placement): name for name, each in conditions.items()}
+    found: dict[str, dict[int, Mapping[str, Any]]] = {name: {} for name in standing.values()}
+    todo: dict[Placement, dict[int, list[str]]] = {}
+    for index in chosen:
+        for name in found:
+            key = _key(conditions[name], index, full_responses)
+            if key in base.journal:
+                found[name][index] = base.journal[key]
+            else:
+                todo.setdefault(conditions[name].placement, {}).setdefault(index, []).append(name)
+    done = sum(map(len, found.values()))
+    with base.run.bars(), progress.bar(title, len(found) * len(chosen), initial=done) as shown:
+        for placement, work in todo.items():
+            recipes = {name: conditions[name].recipe for names in work.values() for name in names}
+            if full_responses or not placement.follows_drafts:
+                answers = generated(base, work, recipes, placement, full=full_responses)
+            else:
+                answers = verified(base, work, recipes, placement)
+            for answer in answers:
+                record = _record(base, answer, full_responses)
+                base.journal[_key(conditions[answer.recipe], answer.prompt, full_responses)] = record
+                found[answer.recipe][answer.prompt] = record
+                shown.update(1)
+    rows = {name: found[standing[each.recipe, each.placement]] for name, each in conditions.items()}
+    if not full_responses:
+        conditions = {UNQUANTIZED: Condition(Recipe.exact(base.model.geometry.layers)), **conditions}
+        rows = {UNQUANTIZED: {index: _unquantized(base, index) for index in chosen}, **rows}
+    return _outcomes(base, conditions, rows, chosen, full_responses)
+
+
+def _key(condition: Condition, index: int, full_responses: bool) -> dict[str, Any]:
+    return {"measure": "response", **condition.key, "full": full_responses, "prompt": index}
+
+
+def _record(base: Baseline, answer: Answer, full_responses: bool) -> dict[str, Any]:
+    text, label, reason = base.judged(answer.prompt, answer.tokens)
+    # Judges that come later, when the model is gone, ask for the likelihood of a full response.
+    likelihood = base.log_likelihood(answer.prompt, answer.tokens) if full_responses else float("nan")
+    return {
+        "text": text,
+        "label": label,
+        "reason": reason,
+        "margin": answer.margin,
+        "kl": answer.kl,
+        "divergence": answer.divergence,
+        "tokens": len(answer.tokens),
+        "likelihood": likelihood,
+    }
+
+
+def _unquantized(base: Baseline, index: int) -> dict[str, Any]:
+    tokens = base.tokens[index]
+    key = {"measure": "unquantized margin", "prompt": index}
+    (clean,) = base.journal.remember(key, lambda: base.margins([base.prefill(index).logits]))
+    return {
+        "text": base.model.decode(tokens),
+        "label": base.labels[index],
+        "reason": base.reasons[index],
+        "margin": clean,
+        "kl": 0.0,
+        "divergence": -1,
+        "tokens": len(tokens),
+        "likelihood": float("nan"),
+    }
+
+
+def _outcomes(
+    base: Baseline,
+    conditions: Mapping[str, Condition],
+    rows: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    chosen: Sequence[int],
+    full_responses: bool,
+) -> Outcomes:
+    shape = (len(conditions), len(chosen))
+    columns: dict[str, Any] = {
         column: (
             ("recipe", "prompt"),
-            np.array([[row[n] for row in rows[name]] for name in order], dtype=kind).reshape(shape),
+            np.array([[rows[name][index][column] for index in chosen] for name in conditions], dtype=dtype).reshape(
+                shape
+            ),
         )
-        for n, (column, kind) in enumerate(kinds.items())
+        for column, dtype in RESPONSE.items()
     }
-    coords = {
-        "recipe": order,
+    coords: dict[str, Any] = {
+        "recipe": list(conditions),
         "prompt": list(chosen),
-        "request": ("prompt", np.array([base.prompts[i].text for i in chosen], dtype=object)),
+        "request": ("prompt", np.array([base.prompts[index].text for index in chosen], dtype=object)),
+        "placement": ("recipe", np.array([str(each.placement) for each in conditions.values()], dtype=object)),
     }
+    for name in COORDINATES:
+        values = [getattr(each, name) for each in conditions.values()]
+        if name in ("family", "granularity"):
+            coords[name] = ("recipe", np.array(values, dtype=object))
+        else:
+            coords[name] = ("recipe", np.array([-1 if value is None else value for value in values], dtype=int))
     meta = {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
-        "placement": str(placement),
-        "recipes": {name: str(recipe) for name, recipe in recipes.items() if name != EXACT},
+        "model": base.model.name,
+        "fingerprint": base.model.fingerprint,
+        "recipes": {name: str(each.recipe) for name, each in conditions.items() if name != UNQUANTIZED},
         "judge": base.judge.name,
         "max_new_tokens": base.max_new_tokens,
         "asked": len(base.prompts),
-        "exact": exact,
+        "full_responses": full_responses,
     }
     return Outcomes(xr.Dataset(columns, coords=coords), meta)
-
-
-def _unquantized_row(base: Baseline, index: int) -> list[Any]:
-    tokens, (clean,) = base.tokens[index], base.margins([base.clean_logits(index)])
-    text = base.model.decode(tokens)
-    return [text, base.labels[index], base.reasons[index], clean, 0.0, -1, len(tokens), float("nan")]
-
-
-def _check_recipes(model: Model, recipes: Mapping[str, Recipe]) -> None:
-    if EXACT in recipes:
-        raise InputError(f"a recipe was named {EXACT!r}, which is the name of the unquantized model; choose another")
-    for name, recipe in recipes.items():
-        if len(recipe) != model.geometry.layers:
-            raise InputError(
-                f"recipe {name!r} is for {len(recipe)} layers, but {model.name} has {model.geometry.layers}"
-            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -13,44 +14,43 @@ from filelock import FileLock, Timeout
 
 from kvgeom.errors import InputError
 
-#: Version of the format.
-FORMAT = 1
+#: Version of the format: 2 since entries are records with named fields.
+FORMAT = 2
+
+Record = Mapping[str, Any]
 
 
-class Memory:
-    """What has been measured, kept as long as this object."""
+class NoJournal:
+    """Nothing is kept: what stands in for a :class:`Journal` where no file was named."""
 
-    def __init__(self) -> None:
-        self._entries: dict[str, Any] = {}
+    path: Path | None = None
 
-    def __contains__(self, key: tuple[Any, ...]) -> bool:
-        return _spelled(key) in self._entries
+    def __contains__(self, key: Record) -> bool:
+        return False
 
-    def __getitem__(self, key: tuple[Any, ...]) -> Any:
-        return self._entries[_spelled(key)]
+    def __getitem__(self, key: Record) -> Any:
+        raise KeyError(key)
 
-    def __setitem__(self, key: tuple[Any, ...], value: Any) -> None:
-        # What is kept is what would be read again, so that a resumed run cannot differ from one that was not.
-        self._entries[_spelled(key)] = json.loads(json.dumps(value))
+    def __setitem__(self, key: Record, value: Any) -> None:
+        pass
 
-    def remember(self, key: tuple[Any, ...], measure: Callable[[], Any]) -> Any:
-        """The value of ``key``; measured now if it is not known yet."""
-        if key not in self:
-            self[key] = measure()
-        return self[key]
+    def remember(self, key: Record, measure: Callable[[], Any]) -> Any:
+        """The value of ``key``; measured now unless it is known."""
+        return measure()
 
     def reopen(self) -> None:
-        """Nothing was let go of."""
+        """Nothing to take hold of."""
 
     def close(self) -> None:
         """Nothing to let go of."""
 
 
-class Journal(Memory):
-    """A file of JSON lines: a header that says what may be in it, then one line for each thing measured.
+class Journal(NoJournal):
+    """A file of JSON lines: a header that says what may be in it, then one record for each thing measured.
 
     Every line is handed to the system before the next measurement begins, so that a killed process loses nothing
-    that was done. A line that was cut off in the middle is dropped, and that measurement is made again.
+    that was done. A line that was cut off in the middle is dropped, and that measurement is made again. Values stay
+    in the file; only where each begins is held in memory.
 
     Parameters
     ----------
@@ -62,13 +62,16 @@ class Journal(Memory):
     Raises
     ------
     InputError
-        If the file is no journal, is about something else, is in use, or cannot be written.
+        If the file is no journal, is about something else, was written by another version, is in use, or cannot be
+        written.
     """
+
+    path: Path
 
     def __init__(self, path: str | Path, about: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self._about = {"kvgeom_journal": FORMAT, **json.loads(json.dumps(dict(about)))}
-        super().__init__()
+        self._begins: dict[str, int] = {}
         self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
         self._open()
 
@@ -89,34 +92,40 @@ class Journal(Memory):
                 raise InputError(f"journal {self.path} cannot be used: {error.strerror}; name another file") from error
             raise
         self._file.truncate(kept)
-        self._file.seek(kept)
+        self._end = kept
         if kept == 0:
             self._append(self._about)
 
     @property
     def known(self) -> int:
         """How many measurements there are."""
-        return len(self._entries)
+        return len(self._begins)
 
-    def __setitem__(self, key: tuple[Any, ...], value: Any) -> None:
-        super().__setitem__(key, value)
+    def __contains__(self, key: Record) -> bool:
+        return _digest(key) in self._begins
+
+    def __getitem__(self, key: Record) -> Any:
+        self._file.seek(self._begins[_digest(key)])
+        return json.loads(self._file.readline())["value"]
+
+    def __setitem__(self, key: Record, value: Any) -> None:
+        self._begins[_digest(key)] = self._end
         self._append({"key": key, "value": value})
+
+    def remember(self, key: Record, measure: Callable[[], Any]) -> Any:
+        """The value of ``key``; measured now unless it is known."""
+        if key not in self:
+            self[key] = measure()
+        return self[key]
 
     def reopen(self) -> None:
         """Take hold of the file again, after :meth:`close`; raises as the constructor does.
 
-        What another run has added meanwhile is taken in. What is known here and no longer in the file is written again.
+        What another run has added meanwhile is taken in; what is no longer in the file is measured again.
         """
-        if not self._file.closed:
-            return
-        known, self._entries = self._entries, {}
-        try:
+        if self._file.closed:
+            self._begins = {}
             self._open()
-        finally:
-            missing = {key: value for key, value in known.items() if key not in self._entries}
-            self._entries.update(missing)
-        for key, value in missing.items():
-            self._append({"key": json.loads(key), "value": value})
 
     def close(self) -> None:
         """Let go of the file."""
@@ -134,38 +143,47 @@ class Journal(Memory):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _append(self, line: Mapping[str, Any]) -> None:
+    def _append(self, line: Record) -> None:
+        self._file.seek(self._end)
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
+        self._end = self._file.tell()
 
     def _read(self) -> int:
-        """Take in what is there; return the length of its whole lines."""
-        kept = 0
-        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True)):
-            try:
-                found = json.loads(line)
-                whole = line.endswith(b"\n") and isinstance(found, dict)
-            except ValueError:
-                whole = False
-            if not whole:
-                if number == 0 and not json.dumps(self._about).encode().startswith(line):
-                    raise InputError(f"journal {self.path} was asked, but that file is no journal; name another file")
-                break
-            if number == 0:
-                self._check(found)
-            else:
-                self._entries[_spelled(tuple(found["key"]))] = found["value"]
-            kept += len(line)
-        return kept
+        """Find where every entry begins; return the length of the whole lines."""
+        end = 0
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file):
+                try:
+                    found = json.loads(line)
+                    whole = line.endswith(b"\n") and isinstance(found, dict)
+                except ValueError:
+                    whole = False
+                if not whole:
+                    if number == 0 and not json.dumps(self._about).encode().startswith(line):
+                        raise InputError(f"{self.path} is not a journal of kvgeom; name another file")
+                    break
+                if number == 0:
+                    self._check(found)
+                else:
+                    self._begins[_digest(found["key"])] = end
+                end += len(line)
+        return end
 
-    def _check(self, found: Mapping[str, Any]) -> None:
+    def _check(self, found: Record) -> None:
+        version = found.get("kvgeom_journal")
+        if version != FORMAT and isinstance(version, int):
+            raise InputError(
+                f"journal {self.path} was written by another version of kvgeom (format {version}, this version reads "
+                f"{FORMAT}); name another file, or delete it to start over"
+            )
         different = [key for key in {**self._about, **found} if found.get(key) != self._about.get(key)]
         if different:
             what = "; ".join(f"{key}: {found.get(key)!r} there, {self._about.get(key)!r} now" for key in different)
             raise InputError(
-                f"journal {self.path} is about something else ({what}); name another file, or delete it to begin anew"
+                f"journal {self.path} is about something else ({what}); name another file, or delete it to start over"
             )
 
 
-def _spelled(key: tuple[Any, ...]) -> str:
-    return json.dumps(key)
+def _digest(key: Record) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]

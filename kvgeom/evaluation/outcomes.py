@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,25 +11,28 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from kvgeom.errors import InputError
+from kvgeom.evaluation.condition import COORDINATES, UNQUANTIZED
 from kvgeom.judges.judge import LABELS, Label
 from kvgeom.results import Result
 from kvgeom.stats import wilson
 
 if TYPE_CHECKING:
     from kvgeom.judges.classifiers import ClassifierJudge
-
-EXACT = "exact"
+#: Both parts have all variables and agree on what they share.
+CONCAT: dict[str, Any] = {"data_vars": "minimal", "coords": "minimal", "compat": "equals", "join": "exact"}
 
 
 @dataclass(frozen=True, repr=False)
 class Outcomes(Result):
     """Labels of every prompt under every recipe.
 
-    ``data`` has the dimensions ``recipe`` (the first one, ``"exact"``, is the unquantized model) and ``prompt``
-    (its index), the coordinate ``request`` (prompt), and the variables
+    ``data`` has the dimensions ``recipe`` (the first one is ``"unquantized"``) and ``prompt`` (its index), the coordinate
+    ``request`` (prompt), and along ``recipe`` the coordinates ``family``, ``layer``, ``granularity``, ``bits``, ``draw``
+    (-1 or ``""`` where there is none; see :class:`~kvgeom.evaluation.condition.Condition`) and ``placement``. The
+    variables are
 
     - ``label``, ``reason`` (why this label) and ``text``: the response as far as the judge reads, or in full where
-      ``meta["exact"]``;
+      ``meta["full_responses"]``;
     - ``tokens``: how many tokens that is, and ``divergence``: the first of them that is not the unquantized one (-1:
       none);
     - ``margin`` (nats; NaN where the model refuses nothing) and ``kl`` (nats, of the rounded from the unquantized
@@ -41,19 +44,77 @@ class Outcomes(Result):
 
     kind: ClassVar[str] = "outcomes"
 
-    @property
-    def made_by(self) -> dict[str, Any]:
-        """The part of ``meta`` that results drawn from these outcomes share."""
-        return {name: self.meta[name] for name in ("model", "fingerprint", "placement", "judge", "max_new_tokens")}
+    def made_by(self, recipes: Sequence[str] = ()) -> dict[str, Any]:
+        """The part of ``meta`` that results drawn from some of these recipes share; all of them by default."""
+        names = list(recipes) or [str(name) for name in self.data.recipe.values if name != UNQUANTIZED]
+        placements = sorted({str(value) for value in self.data.placement.sel(recipe=names).values})
+        shared = {name: self.meta[name] for name in ("model", "fingerprint", "judge", "max_new_tokens")}
+        return {**shared, "placement": " / ".join(placements)}
 
-    def counts(self, recipe: str = EXACT) -> dict[str, int]:
+    def names(self, **coordinates: Any) -> list[str]:
+        """Recipes with these coordinates, in order.
+
+        Examples
+        --------
+        ``outcomes.names(family="layer", granularity="tensor")``
+
+        Raises
+        ------
+        InputError
+            For a coordinate that does not exist.
+        """
+        chosen = self.data.recipe.values != UNQUANTIZED
+        for name, value in coordinates.items():
+            if name not in COORDINATES:
+                raise InputError(f"unknown coordinate {name!r}; choose from {', '.join(COORDINATES)}")
+            wanted = -1 if value is None else value
+            chosen = chosen & (self.data[name].values == wanted)
+        return [str(name) for name in self.data.recipe.values[chosen]]
+
+    def name(self, **coordinates: Any) -> str:
+        """The one recipe with these coordinates.
+
+        Raises
+        ------
+        InputError
+            If there is none, or several.
+        """
+        found = self.names(**coordinates)
+        if len(found) != 1:
+            raise InputError(f"{len(found)} recipes have the coordinates {coordinates}; name more of them")
+        return found[0]
+
+    def joined(self, other: Outcomes) -> Outcomes:
+        """These outcomes and those of other recipes (on the same prompts) or other prompts (under the same recipes)."""
+        mine = [str(name) for name in self.data.recipe.values]
+        theirs = [str(name) for name in other.data.recipe.values]
+        recipes = {**self.meta["recipes"], **other.meta["recipes"]}
+        if mine == theirs:
+            fresh = ~np.isin(other.data.prompt.values, self.data.prompt.values)
+            data = xr.concat([self.data, other.data.isel(prompt=fresh)], dim="prompt", **CONCAT).sortby("prompt")
+        else:
+            new = [name for name in theirs if name not in mine]
+            data = xr.concat([self.data, other.data.sel(recipe=new)], dim="recipe", **CONCAT)
+        return Outcomes(data, {**self.meta, "recipes": recipes})
+
+    def at_recipes(self, recipes: Iterable[str]) -> Outcomes:
+        """The same for some recipes, by name, with the unquantized model."""
+        names = [UNQUANTIZED, *recipes]
+        known = {name: text for name, text in self.meta["recipes"].items() if name in names}
+        return Outcomes(self.data.sel(recipe=names), {**self.meta, "recipes": known})
+
+    def at_prompts(self, prompts: Sequence[int]) -> Outcomes:
+        """The same for some prompts, by their index."""
+        return Outcomes(self.data.sel(prompt=list(prompts)), self.meta)
+
+    def counts(self, recipe: str = UNQUANTIZED) -> dict[str, int]:
         """How many prompts have each label."""
         labels = self.data.label.sel(recipe=recipe).values
         return {label: int((labels == label).sum()) for label in LABELS}
 
     def flipped(self, recipe: str, to: Label | None = None) -> NDArray[np.bool_]:
         """Which of the prompts refused unquantized are labelled otherwise (as ``to``, if given) under ``recipe``."""
-        now = self.data.label.sel(recipe=recipe).values[self.data.label.sel(recipe=EXACT).values == "refused"]
+        now = self.data.label.sel(recipe=recipe).values[self.data.label.sel(recipe=UNQUANTIZED).values == "refused"]
         flipped: NDArray[np.bool_] = now != "refused" if to is None else now == to
         return flipped
 
@@ -80,21 +141,26 @@ class Outcomes(Result):
             "ci_high": high,
         }
 
+    def gains(self, recipe: str) -> int:
+        """How many prompts are refused under ``recipe`` that are not refused unquantized."""
+        before, now = (self.data.label.sel(recipe=name).values == "refused" for name in (UNQUANTIZED, recipe))
+        return int((now & ~before).sum())
+
     def of_refused(self) -> Outcomes:
         """The same of the prompts that are refused unquantized, in which alone something can flip."""
-        refused = self.data.label.sel(recipe=EXACT).values == "refused"
+        refused = self.data.label.sel(recipe=UNQUANTIZED).values == "refused"
         return Outcomes(self.data.isel(prompt=refused), self.meta)
 
     def margin_drops(self, recipes: Sequence[str]) -> NDArray[np.float64]:
         """Refusal margin lost (nats) by every prompt under some recipes, ``[prompts, recipes]``."""
-        lost = self.data.margin.sel(recipe=EXACT) - self.data.margin.sel(recipe=list(recipes))
+        lost = self.data.margin.sel(recipe=UNQUANTIZED) - self.data.margin.sel(recipe=list(recipes))
         values: NDArray[np.float64] = lost.transpose("prompt", "recipe").values
         return values
 
     def flip_table(self) -> xr.DataArray:
         """Whether each prompt refused unquantized flips under each recipe, as 0 and 1 over (prompt, recipe)."""
-        names = [str(name) for name in self.data.recipe.values if name != EXACT]
-        refused = self.data.prompt.values[self.data.label.sel(recipe=EXACT).values == "refused"]
+        names = [str(name) for name in self.data.recipe.values if name != UNQUANTIZED]
+        refused = self.data.prompt.values[self.data.label.sel(recipe=UNQUANTIZED).values == "refused"]
         values = np.array([self.flipped(name) for name in names], dtype=float).reshape(len(names), len(refused)).T
         return xr.DataArray(values, dims=("prompt", "recipe"), coords={"prompt": refused, "recipe": names})
 
@@ -109,12 +175,12 @@ class Outcomes(Result):
         Raises
         ------
         InputError
-            Unless the outcomes hold whole responses (``evaluate(..., exact=True)``).
+            Unless the outcomes hold full responses (``evaluate(..., full_responses=True)``).
         """
-        if not self.meta["exact"]:
+        if not self.meta["full_responses"]:
             raise InputError(
-                "responses that end where the keyword judge stops reading were given to a classifier, which reads them "
-                "whole; evaluate with exact=True"
+                "a classifier reads full responses, and these end where the keyword judge stops reading; evaluate with "
+                "full_responses=True"
             )
         data = self.data
         requests = [str(r) for _ in data.recipe for r in data.request.values]

@@ -1,4 +1,4 @@
-"""Greedy responses under recipes, with the unquantized response as a draft of each.
+"""Speculative decoding of responses under recipes: the unquantized response is the draft of each.
 
 A teacher-forced pass over prompt and draft shows the first token at which a recipe's argmax is another one: up to there
 its greedy response is the draft. Only what diverges is generated, from its first divergence on, on the cache that the
@@ -15,6 +15,7 @@ import torch
 
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.respond import respond
+from kvgeom.evaluation.scores import kl_divergence
 from kvgeom.judges.judge import settles
 from kvgeom.models.cache import EditedCache
 from kvgeom.models.memory import in_batches, rows_that_fit
@@ -51,11 +52,11 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A response to be finished: what it has said, its next token, and the cache that holds prompt and what was said."""
+class PartialResponse:
+    """A response to be finished: its tokens so far, the next one, and the cache of all before that."""
 
-    said: Sequence[int]
-    token: int
+    tokens: Sequence[int]
+    next_token: int
     cache: EditedCache
 
 
@@ -64,7 +65,7 @@ class _Diverged:
     """An answer that leaves its draft, as far as it is known."""
 
     answer: Answer
-    begun: Begun
+    partial: PartialResponse
 
 
 def verified(
@@ -86,9 +87,9 @@ def verified(
     recipes : mapping of name to Recipe
     placement : Placement
     """
-    rows, diverged = base.rows, list[_Diverged]()
+    rows, diverged = base.batch_rows, list[_Diverged]()
     for index, names in work.items():
-        for found in _drafted(base, index, {name: recipes[name] for name in names}, placement):
+        for found in _verify_prompt(base, index, {name: recipes[name] for name in names}, placement):
             if isinstance(found, Answer):
                 yield found
             else:
@@ -97,22 +98,22 @@ def verified(
         diverged.sort(key=lambda row: row.answer.recipe)
         while len(diverged) >= rows:
             batch, diverged = diverged[:rows], diverged[rows:]
-            yield from _continued(base, batch)
-    yield from _continued(base, diverged)
+            yield from _continue(base, batch)
+    yield from _continue(base, diverged)
 
 
-def _drafted(
+def _verify_prompt(
     base: Baseline, index: int, recipes: Mapping[str, Recipe], placement: Placement
 ) -> Iterator[Answer | _Diverged]:
     """Hold one prompt's draft against what each recipe would have said."""
     draft = base.tokens[index]
     for name in recipes:
         if not recipes[name].touched:
-            yield Answer(name, index, draft, base.margins([base.clean_logits(index)])[0], 0.0, -1)
+            yield Answer(name, index, draft, base.margins([base.prefill(index).logits])[0], 0.0, -1)
     names = sorted((name for name in recipes if recipes[name].touched), key=lambda name: _first(recipes[name]))
     stages = _stages(base, index, placement)
     rows = rows_that_fit(base.model, sum(map(len, stages)), max(OPENING, *map(len, stages[1:]), 1))
-    for _, found in in_batches(names, rows, lambda part: _held(base, index, part, recipes, placement, stages)):
+    for _, found in in_batches(names, rows, lambda part: _verify_batch(base, index, part, recipes, placement, stages)):
         yield from found
 
 
@@ -126,7 +127,7 @@ def _stages(base: Baseline, index: int, placement: Placement) -> list[Sequence[i
     return [part for part in (ids[:cut], ids[cut:]) if part]
 
 
-def _held(
+def _verify_batch(
     base: Baseline,
     index: int,
     part: Sequence[str],
@@ -146,28 +147,27 @@ def _held(
         first = [_first(recipes[part[row]]) if model.branches_late else 0 for row in alive]
         logits = model.forward_branches(ids, [edits[row] for row in alive], first, cache=cache, last=last)
         # One transfer for the batch instead of one for each number.
-        said = [[None if t in model.stop_tokens else t for t in row] for row in logits[1:].argmax(-1).tolist()]
+        argmax = [[None if t in model.stop_tokens else t for t in row] for row in logits[1:].argmax(-1).tolist()]
         if not scores:
-            log_p, log_q = logits[:1, 0].log_softmax(-1), logits[1:, 0].log_softmax(-1)
-            kl = (log_p.exp() * (log_p - log_q)).sum(-1).double().tolist()
+            kl = kl_divergence(logits[:1, 0], logits[1:, 0]).double().tolist()
             scores = list(zip(base.margins(logits[1:, 0]), kl, strict=True))
         agree = []
         for place, row in enumerate(alive):
-            at = _divergence([*draft[:checked], *said[place]], draft, base.ended[index])
+            at = _divergence([*draft[:checked], *argmax[place]], draft, base.ended[index])
             if at < 0:
                 agree.append(place)
                 continue
             answer = Answer(part[row], index, draft[:at], *scores[row], at)
-            token = said[place][at - checked]
+            token = argmax[place][at - checked]
             if token is None:
                 found.append(answer)
             else:
                 left = cache.row(place + 1, prompt_tokens + at)
-                found.append(_Diverged(answer, Begun(answer.tokens, token, left)))
+                found.append(_Diverged(answer, PartialResponse(answer.tokens, token, left)))
         alive, checked = [alive[place] for place in agree], checked + last
         if not alive:
             break
-        if len(agree) < len(said):
+        if len(agree) < len(argmax):
             cache.keep(torch.tensor([0, *(place + 1 for place in agree)], device=model.device))
     return found + [Answer(part[row], index, draft, *scores[row], -1) for row in alive]
 
@@ -177,43 +177,43 @@ def _first(recipe: Recipe) -> int:
     return min(recipe.touched, default=len(recipe))
 
 
-def _divergence(said: Sequence[int | None], draft: Sequence[int], ended: bool) -> int:
+def _divergence(response: Sequence[int | None], draft: Sequence[int], ended: bool) -> int:
     """Where a response leaves its draft, as far as both are known; -1 if it does not.
 
     Parameters
     ----------
-    said : sequence of int or None
+    response : sequence of int or None
         Its tokens; None is the end.
     draft : sequence of int
     ended : bool
         Whether the draft ends there.
     """
     expected = [*draft, None] if ended else draft
-    return next((at for at, (a, b) in enumerate(zip(said, expected, strict=False)) if a != b), -1)
+    return next((at for at, (a, b) in enumerate(zip(response, expected, strict=False)) if a != b), -1)
 
 
-def _continued(base: Baseline, diverged: Sequence[_Diverged]) -> Iterator[Answer]:
+def _continue(base: Baseline, diverged: Sequence[_Diverged]) -> Iterator[Answer]:
     """Go on from the first divergence."""
-    responses = finished(base, [row.begun for row in diverged])
+    responses = complete(base, [row.partial for row in diverged])
     for row, tokens in zip(diverged, responses, strict=True):
         yield replace(row.answer, tokens=tokens)
 
 
-def finished(base: Baseline, begun: Sequence[Begun]) -> Iterator[tuple[int, ...]]:
+def complete(base: Baseline, partial: Sequence[PartialResponse]) -> Iterator[tuple[int, ...]]:
     """Whole responses, each until its label is settled; as many are decoded together as memory holds."""
 
-    def run(part: Sequence[Begun]) -> list[list[int]]:
+    def run(part: Sequence[PartialResponse]) -> list[list[int]]:
         return base.model.generate(
             [row.cache for row in part],
-            [row.token for row in part],
+            [row.next_token for row in part],
             base.max_new_tokens,
             batch_size=len(part),
-            stop=lambda row, tokens: _settled(base, [*part[row].said, *tokens]),
+            stop=lambda row, tokens: _settled(base, [*part[row].tokens, *tokens]),
         )
 
-    for part, responses in in_batches(begun, base.rows, run):
+    for part, responses in in_batches(partial, base.batch_rows, run):
         for row, tokens in zip(part, responses, strict=True):
-            yield (*row.said, *tokens)
+            yield (*row.tokens, *tokens)
 
 
 def _settled(base: Baseline, tokens: Sequence[int]) -> bool:
@@ -227,14 +227,14 @@ def generated(
     recipes: Mapping[str, Recipe],
     placement: Placement,
     *,
-    whole: bool = True,
+    full: bool = True,
 ) -> Iterator[Answer]:
     """The same answers, each generated: a prefill for every prompt and recipe, then decoding in batches.
 
-    With ``whole`` to the end, else until the label is settled.
+    With ``full`` to the end, else until the label is settled.
     """
-    model, rows = base.model, base.rows
-    stop = None if whole else lambda _row, tokens: _settled(base, tokens)
+    model, rows = base.model, base.batch_rows
+    stop = None if full else lambda _row, tokens: _settled(base, tokens)
     for name in recipes:
         chosen = [index for index, names in work.items() if name in names]
         for begin in range(0, len(chosen), rows):
@@ -249,8 +249,7 @@ def generated(
             )
             margins = base.margins(found.first_logits)
             for row, (index, tokens) in enumerate(zip(part, found.tokens, strict=True)):
-                log_p, log_q = base.clean_logits(index).log_softmax(-1), found.first_logits[row].log_softmax(-1)
-                kl = float((log_p.exp() * (log_p - log_q)).sum())
+                kl = float(kl_divergence(base.prefill(index).logits, found.first_logits[row]))
                 # Where it is shorter than its draft it has ended, for both were read by one judge.
                 at = _divergence([*tokens, None], base.tokens[index], base.ended[index])
                 yield Answer(name, index, tuple(tokens), margins[row], kl, at)

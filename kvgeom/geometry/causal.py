@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.errors import InputError
-from kvgeom.evaluation.margin import kl_divergence, margin
+from kvgeom.evaluation.scores import kl_divergence, margin
 from kvgeom.geometry.rounding import CacheSpec, Rounding
 from kvgeom.models.memory import in_batches, rows_that_fit
 from kvgeom.models.model import EncodedPrompt, Model
@@ -83,7 +83,7 @@ def patch_layers(
         :class:`~kvgeom.geometry.rounding.Rounding`. Of a recipe each layer is taken alone, with its own schemes for keys and
         values.
     refusal_tokens : iterable of int
-        The set R of :func:`kvgeom.evaluation.margin.refusal_tokens`; without any the margins are NaN.
+        The set R of :func:`kvgeom.evaluation.scores.refusal_tokens`; without any the margins are NaN.
     placement : Placement or {"cache", "paper"}, optional
         Instead of the presets', or of the decode-faithful default.
     direction : array [d_model], optional

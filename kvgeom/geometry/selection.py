@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvgeom.errors import InputError
-from kvgeom.evaluation.margin import kl_divergence, margin, refusal_tokens
 from kvgeom.evaluation.respond import respond
+from kvgeom.evaluation.scores import kl_divergence, margin, refusal_tokens
 from kvgeom.geometry.estimators import defined_at, difference_of_means
 from kvgeom.geometry.steering import ablate, add, label_responses
 from kvgeom.judges.judge import Judge, KeywordJudge
@@ -121,7 +121,7 @@ def select(
     harmful, harmless : sequence of EncodedPrompt
         Prompts that the candidates were not computed from.
     refusal_tokens : iterable of int
-        The set R of :func:`kvgeom.evaluation.margin.refusal_tokens`.
+        The set R of :func:`kvgeom.evaluation.scores.refusal_tokens`.
     max_kl : float
         Limit (nats) of what a candidate may change in harmless prompts.
     min_induce : float, optional

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from kvgeom.behaviour.scan import Scan
-from kvgeom.diagnosis.taxonomy import PRESCRIPTIONS, PUBLISHED, Mode
+from kvgeom.diagnosis.mode import Mode
+from kvgeom.diagnosis.taxonomy import PRESCRIPTIONS, PUBLISHED
 from kvgeom.mitigation.candidates import Candidate, protect
 from kvgeom.quant.recipe import Recipe, Schemes
 from kvgeom.quant.scheme import Granularity, Scheme

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from kvgeom.evaluation.baseline import Baseline, baseline
-from kvgeom.evaluation.evaluate import evaluate
-from kvgeom.evaluation.outcomes import EXACT
+from kvgeom.evaluation.baseline import Baseline, opened
+from kvgeom.evaluation.condition import UNQUANTIZED, Condition
+from kvgeom.evaluation.config import RunConfig
+from kvgeom.evaluation.evaluate import run_conditions
 from kvgeom.mitigation.candidates import UNMITIGATED
 from kvgeom.models.model import Model
 from kvgeom.quant.placement import Placement
@@ -44,9 +43,7 @@ class Harmless:
     spoils: bool
 
 
-def harmless_under(
-    base: Baseline, recipes: Mapping[str, Recipe], placement: Placement, *, progress: bool
-) -> dict[str, Harmless]:
+def harmless_under(base: Baseline, recipes: Mapping[str, Recipe], placement: Placement) -> dict[str, Harmless]:
     """Answer harmless requests under some caches.
 
     Parameters
@@ -57,10 +54,11 @@ def harmless_under(
         ``"unmitigated"`` among them.
     placement : Placement
     """
-    outcomes = evaluate(base.model, recipes, base, placement=placement, progress=progress, title="harmless requests")
-    labels = {name: outcomes.data.label.sel(recipe=name).values for name in (EXACT, *recipes)}
-    answered = labels[EXACT] == "complied"
-    before = labels[EXACT] == "refused"
+    conditions = {name: Condition(recipe, placement, family="mitigation") for name, recipe in recipes.items()}
+    outcomes = run_conditions(base, conditions, title="harmless requests")
+    labels = {name: outcomes.data.label.sel(recipe=name).values for name in (UNQUANTIZED, *recipes)}
+    answered = labels[UNQUANTIZED] == "complied"
+    before = labels[UNQUANTIZED] == "refused"
     lost = {name: answered & (labels[name] != "complied") for name in recipes}
     found = {}
     for name in recipes:
@@ -74,25 +72,19 @@ def harmless_under(
 
 
 @contextmanager
-def asked(
-    model: Model, requests: Sequence[str], journal: str | Path | None, suffix: str, **options: Any
-) -> Iterator[Baseline | None]:
+def asked(model: Model, requests: Sequence[str], run: RunConfig, suffix: str = "") -> Iterator[Baseline | None]:
     """The unquantized model on some requests; None without any. Its journal is closed at the end.
 
     Parameters
     ----------
     model : Model
     requests : sequence of str
-    journal : str or Path, optional
+    run : RunConfig
     suffix : str
         Added to the name of the journal: one file holds the answers to one list of requests.
-    options
-        Of :func:`kvgeom.baseline`.
     """
     if not requests:
         yield None
         return
-    path = None if journal is None else Path(journal).with_name(Path(journal).stem + suffix + Path(journal).suffix)
-    found = baseline(model, requests, journal=path, **options)
-    with closing(found.journal):
-        yield found
+    with opened(model, requests, run.with_journal(run.journal_beside(suffix)) if suffix else run) as base:
+        yield base

@@ -49,9 +49,7 @@ class LayerSelection(Result):
         return f"{kept} layers in 16 bits, flips left of {self.meta['unmitigated']}: {flips}"
 
 
-def layer_orders(
-    base: Baseline, recipe: Recipe, placement: Placement, *, seed: int, progress: bool
-) -> dict[str, list[int]]:
+def layer_orders(base: Baseline, recipe: Recipe, placement: Placement) -> dict[str, list[int]]:
     """Every layer by every rule of :class:`LayerSelection`, best first.
 
     Margins are those of the first response token. Under a placement whose prompt reads exact values they could not
@@ -70,13 +68,13 @@ def layer_orders(
             {UNMITIGATED: recipe},
             base.refusal_tokens,
             placement=placement,
-            progress=progress,
             title="layers by margin lost",
         )
         return [float(drop) for drop in patched.margin_drop.mean(("prompt", "scheme")).values]
 
-    drop = np.array(base.journal.remember(("layers by margin lost", *recipe.spelled, str(placement)), measure))
-    rng = np.random.default_rng(seed)
+    key = {"measure": "margin lost by layer", "recipe": list(recipe.spelled), "placement": str(placement)}
+    drop = np.array(base.journal.remember(key, measure))
+    rng = np.random.default_rng(base.run.seed)
     return {
         "causal": _descending(drop),
         "first": list(range(n_layers)),
@@ -137,7 +135,7 @@ def selection_of(
         {name: (("rule", "kept"), values) for name, values in columns.items()}, coords={"rule": rules, "kept": kept}
     )
     meta = {
-        **outcomes.made_by,
+        **outcomes.made_by(),
         "order": {rule: list(order) for rule, order in orders.items()},
         "prompts": n,
         "unmitigated": int(outcomes.flipped(UNMITIGATED).sum()),

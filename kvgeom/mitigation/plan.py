@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvgeom.errors import InputError
-from kvgeom.judges.judge import Judge, KeywordJudge
+from kvgeom.evaluation.baseline import opened
+from kvgeom.evaluation.config import split_options
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import asked
 from kvgeom.mitigation.layers import LayerSelection
@@ -22,7 +23,8 @@ from kvgeom.models.load import load
 from kvgeom.models.model import KVGeometry
 from kvgeom.models.modules import weights_identity
 from kvgeom.paths import writable_folder, write_whole
-from kvgeom.prompts.sets import PromptSet, held_out, perplexity_text
+from kvgeom.prompts.load import as_prompt_set
+from kvgeom.prompts.sets import held_out
 from kvgeom.quant.placement import Placement
 from kvgeom.results import plain
 
@@ -131,17 +133,11 @@ class Plan:
     def verify(
         self,
         model: Any,
-        prompts: PromptSet | None = None,
+        prompts: Any = None,
         *,
         also: Sequence[str] = (),
-        judge: Judge | None = None,
-        text: str | None = None,
         controls: int = 3,
-        batch_size: int = 512,
-        journal: str | Path | None = None,
-        progress: bool = True,
-        seed: int = 0,
-        **load_options: Any,
+        **options: Any,
     ) -> Verification:
         """Run the plan on prompts that were not used to choose it.
 
@@ -152,68 +148,50 @@ class Plan:
         ----------
         model : anything that :func:`kvgeom.load` takes
             The model that the plan was made for.
-        prompts : PromptSet, optional
+        prompts : PromptSet or name of one, optional
             The held-out set written for this project by default.
         also : sequence of str
             Names of other candidates to run beside these (:attr:`runners_up`, for instance).
-        judge : Judge, optional
-            The one that the plan was made with, where that is not the keyword judge.
-        text : str, optional
-            Plain text for perplexity; a short one is shipped.
         controls : int
             Draws of random directions for every cache but the paper's; 0 for none.
-        batch_size : int
-        journal : str or Path, optional
-            As in :func:`kvgeom.baseline`; harmless prompts have one of their own beside it, ``*-harmless.jsonl``.
-        progress : bool
-        seed : int
+        **options
+            Attributes of :class:`~kvgeom.evaluation.config.RunConfig` (but for ``max_new_tokens``, which is that of the
+            plan), and options of :func:`kvgeom.load`. ``judge`` is the one that the plan was made with. Harmless prompts
+            have a journal of their own beside ``journal``, ``*-harmless.jsonl``.
 
         Raises
         ------
         InputError
-            If model or judge is another one, there are no harmful prompts, or one of the prompts chose the plan.
+            If model or judge is another one, there are no harmful prompts, one of the prompts chose the plan, or an
+            option is unknown.
         """
-        prompts, judge = prompts or held_out(), judge or KeywordJudge()
-        if judge.name != self.judge:
+        if "max_new_tokens" in options:
+            raise InputError(f"a plan is verified with the response length it was made with, {self.max_new_tokens}")
+        run, loading = split_options({**options, "max_new_tokens": self.max_new_tokens})
+        proving = held_out() if prompts is None else as_prompt_set(prompts)
+        if run.judge.name != self.judge:
             raise InputError(
-                f"a plan that judge {self.judge!r} has chosen was to be verified by {judge.name!r}; give the same with judge="
+                f"the plan was chosen by judge {self.judge!r}, not by {run.judge.name!r}; give the same: judge=..."
             )
         others = {name: self.candidate(name) for name in also}
-        loaded = load(model, progress=progress, **load_options)
+        loaded = load(model, progress=run.progress, **loading)
         self.check(loaded)
-        if not prompts.harmful:
-            raise InputError(
-                f"prompt set {prompts.name!r} was asked, but it has no harmful requests to lose refusals of"
-            )
-        asked_for, known = (*prompts.harmful, *prompts.harmless), set(self.calibration)
-        used = [request for request in asked_for if request_hash(request) in known]
+        if not proving.harmful:
+            raise InputError(f"prompt set {proving.name!r} has no harmful requests, so that no refusal could be lost")
+        requests, known = (*proving.harmful, *proving.harmless), set(self.calibration)
+        used = [request for request in requests if request_hash(request) in known]
         if used:
             raise InputError(
-                f"{len(used)} of {len(asked_for)} prompts of {prompts.name!r} chose the plan, the first {used[0]!r}; a "
-                "plan is proven on others: give those"
+                f"{len(used)} of {len(requests)} prompts of {proving.name!r} chose the plan, the first {used[0]!r}; prove a "
+                "plan on others"
             )
-        options: dict[str, Any] = {
-            "judge": judge,
-            "max_new_tokens": self.max_new_tokens,
-            "batch_size": batch_size,
-            "progress": progress,
-        }
+        roles = {UNMITIGATED: self.unmitigated, CHOSEN: self.chosen, PAPER: self.paper, **others}
         with (
-            asked(loaded, prompts.harmful, journal, "", **options) as base,
-            asked(loaded, prompts.harmless, journal, "-harmless", **options) as harmless,
+            opened(loaded, proving.harmful, run) as base,
+            asked(loaded, proving.harmless, run, "-harmless") as harmless,
+            run.bars(),
         ):
-            assert base is not None  # noqa: S101  # there are harmful prompts
-            return prove(
-                base,
-                {UNMITIGATED: self.unmitigated, CHOSEN: self.chosen, PAPER: self.paper, **others},
-                self.placement,
-                harmless=harmless,
-                text=text or perplexity_text(),
-                controls=controls,
-                source=prompts.name,
-                seed=seed,
-                progress=progress,
-            )
+            return prove(base, roles, self.placement, harmless=harmless, controls=controls, source=proving.name)
 
     def with_verification(self, found: Verification) -> Plan:
         """The same plan, with its proof for ``plan.json``."""

@@ -10,8 +10,8 @@ from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import needs_bits, resolve
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline
-from kvgeom.evaluation.evaluate import evaluate
-from kvgeom.evaluation.journal import Journal
+from kvgeom.evaluation.condition import Condition
+from kvgeom.evaluation.evaluate import run_conditions
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, protect, whole_cache
 from kvgeom.mitigation.decision_tree import advised
@@ -42,8 +42,6 @@ def prescribe(
     scheme: CacheConfig | Scheme | str | None = None,
     bits: int | None = None,
     placement: Placement | None = None,
-    seed: int = 0,
-    progress: bool = True,
 ) -> Plan:
     """Find a cache that keeps refusals; see :meth:`kvgeom.diagnosis.diagnose.Diagnosis.prescribe`."""
     check_budget(memory)
@@ -61,30 +59,29 @@ def prescribe(
         )
     harmless = diagnosis.prompts.harmless or calibration().harmless
     base.journal.reopen()
-    with closing(base.journal):
+    with closing(base.journal), base.run.bars():
         # Of both kinds: what is rounded away then reads as neither.
         known = constants(base.model, [*diagnosis.prompts.harmful, *harmless])
         alike = whole_cache(engine, geometry, known)
         paper = advised(diagnosis.mode, diagnosis.scan, alike[0])
-        orders = layer_orders(base, alike[0].recipe, engine.placement, seed=seed, progress=progress)
+        orders = layer_orders(base, alike[0].recipe, engine.placement)
         kept = counts(geometry.layers)
         by_rule = protections(alike[0], orders, kept)
         parts = [protect(alike[0], orders["causal"][:n], sites) for n in kept for sites in KEPT[1:]]
         tried = [*alike, *by_rule.values(), *parts, paper]
-        outcomes = _run(base, tried, engine.placement, progress, "candidates")
+        outcomes = _run(base, tried, engine.placement, "candidates")
         first = search_of(outcomes, alike, geometry, engine.placement, memory)
-        tried += _combinations(first, alike, orders["causal"], kept)
-        outcomes = _run(base, tried, engine.placement, progress, "combinations")
+        combined = _combinations(first, alike, orders["causal"], kept)
+        outcomes = outcomes.joined(_run(base, combined, engine.placement, "combinations"))
+        tried += combined
     selection = selection_of(outcomes, by_rule, orders, geometry, engine.placement)
     # Layers that were drawn at random are there to compare with, and not to be chosen.
     drawn = {candidate.name for (rule, _), candidate in by_rule.items() if rule.startswith("random")}
     fair = _distinct([candidate for candidate in tried if candidate.name not in drawn])
     search = search_of(outcomes, fair, geometry, engine.placement, memory)
-    options = {name: getattr(base, name) for name in ("judge", "max_new_tokens", "batch_size")}
-    journal = base.journal.path if isinstance(base.journal, Journal) else None
-    with asked(base.model, harmless, journal, "-harmless", progress=progress, **options) as other:
+    with asked(base.model, harmless, base.run, "-harmless") as other:
         assert other is not None  # noqa: S101  # there are harmless requests
-        search = _screened(search, fair, other, engine.placement, progress)
+        search = _screened(search, fair, other, engine.placement)
     sizes = [c.bytes_per_token(geometry, engine.placement) for c in (paper, alike[0])]
     advice = advice_in_words(paper, outcomes.flips(paper.name)["all"], len(base.refused), sizes[0] / sizes[1] - 1)
     chosen = next(candidate for candidate in fair if candidate.name == search.chosen)
@@ -114,9 +111,9 @@ def _caveats(diagnosis: Diagnosis, engine: CacheConfig) -> list[str]:
     return [curve.caveat] if same and curve.caveat else []
 
 
-def _run(base: Baseline, tried: Sequence[Candidate], placement: Placement, progress: bool, title: str) -> Outcomes:
-    recipes = {candidate.name: candidate.recipe for candidate in tried}
-    return evaluate(base.model, recipes, base, placement=placement, refused_only=True, progress=progress, title=title)
+def _run(base: Baseline, tried: Sequence[Candidate], placement: Placement, title: str) -> Outcomes:
+    conditions = {found.name: Condition(found.recipe, placement, family="mitigation") for found in tried}
+    return run_conditions(base, conditions, prompts=base.refused, title=title)
 
 
 def _combinations(
@@ -129,9 +126,7 @@ def _combinations(
     return [protect(named[name], order[:n], sites) for name in best for n in kept[:2] for sites in KEPT[:2]]
 
 
-def _screened(
-    search: Search, candidates: Sequence[Candidate], harmless: Baseline, placement: Placement, progress: bool
-) -> Search:
+def _screened(search: Search, candidates: Sequence[Candidate], harmless: Baseline, placement: Placement) -> Search:
     """Look at what the best candidates do to harmless requests, until the best ones spoil nothing."""
     recipes = {candidate.name: candidate.recipe for candidate in candidates}
     seen: set[str] = {UNMITIGATED}
@@ -139,7 +134,7 @@ def _screened(
         while (best := next(iter(search.ranked(within_budget=within_budget)), UNMITIGATED)) not in seen:
             seen.add(best)
             asked_of = {name: recipes[name] for name in (UNMITIGATED, best)}
-            search = search.with_harmless(harmless_under(harmless, asked_of, placement, progress=progress))
+            search = search.with_harmless(harmless_under(harmless, asked_of, placement))
     return search
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvgeom.diagnosis.taxonomy import Mode
+from kvgeom.diagnosis.mode import Mode
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.layers import LayerSelection
 from kvgeom.mitigation.search import Search

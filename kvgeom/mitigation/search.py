@@ -130,7 +130,7 @@ def search_of(
     }
     data = xr.Dataset({name: ("candidate", values) for name, values in columns.items()}, coords={"candidate": names})
     exact = bytes_per_token(Recipe.exact(geometry.layers), placement, geometry.kv_heads, geometry.head_dim)
-    meta = {**outcomes.made_by, "prompts": n, "budget": budget, "exact_bytes_per_token": exact}
+    meta = {**outcomes.made_by(), "prompts": n, "budget": budget, "exact_bytes_per_token": exact}
     return Search(data, meta).with_choice()
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import xarray as xr
 
 from kvgeom.evaluation.baseline import Baseline
-from kvgeom.evaluation.evaluate import evaluate
-from kvgeom.evaluation.outcomes import EXACT, Outcomes
+from kvgeom.evaluation.condition import UNQUANTIZED, Condition
+from kvgeom.evaluation.evaluate import run_conditions
+from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import harmless_under
 from kvgeom.mitigation.search import recovery_columns
@@ -175,11 +176,8 @@ def prove(
     placement: Placement,
     *,
     harmless: Baseline | None,
-    text: str,
     controls: int,
     source: str,
-    seed: int,
-    progress: bool,
 ) -> Verification:
     """Run the caches of a plan; see :meth:`kvgeom.mitigation.plan.Plan.verify`.
 
@@ -191,14 +189,12 @@ def prove(
     placement : Placement
     harmless : Baseline or None
         The unquantized model on harmless prompts.
-    text : str
-        For perplexity.
-    controls, seed : int
+    controls : int
         Draws of random directions.
     source : str
         What the prompts are called.
     """
-    model, geometry = base.model, base.model.geometry
+    geometry, seed = base.model.geometry, base.run.seed
     recipes = {role: candidate.recipe for role, candidate in roles.items()}
     names = {role: candidate.name for role, candidate in roles.items()}
     control_of = dict.fromkeys(roles, "")
@@ -209,13 +205,12 @@ def prove(
             recipes[f"{role}, scattered {draw + 1}"] = roles[role].recipe.scattered(seed + draw)
             names[f"{role}, scattered {draw + 1}"] = f"{roles[role].name}, scattered"
             control_of[f"{role}, scattered {draw + 1}"] = role
-    found = evaluate(
-        model, recipes, base, placement=placement, refused_only=True, progress=progress, title="verification"
-    )
+    conditions = {role: Condition(recipe, placement, family="mitigation") for role, recipe in recipes.items()}
+    found = run_conditions(base, conditions, prompts=base.refused, title="verification")
     n = found.data.sizes["prompt"]
     order = list(recipes)
-    asked = track([None, *roles], "perplexity", len(roles) + 1, progress)
-    exact, *rounded = [base.perplexity(text, recipes[role] if role else None, placement=placement) for role in asked]
+    asked = track([None, *roles], "perplexity", len(roles) + 1)
+    exact, *rounded = [base.perplexity(recipes[role] if role else None, placement) for role in asked]
     ratios = {role: value / exact for role, value in zip(roles, rounded, strict=True)}
     shape = (placement, geometry.kv_heads, geometry.head_dim)
     size = np.array([bytes_per_token(recipes[name], *shape) for name in order])
@@ -228,11 +223,11 @@ def prove(
         "memory_overhead": size / size[order.index(UNMITIGATED)] - 1,
         "memory_of_exact": size / bytes_per_token(Recipe.exact(geometry.layers), *shape),
         "perplexity_ratio": [ratios.get(name, float("nan")) for name in order],
-        **_of_harmless(harmless, {role: recipes[role] for role in roles}, order, placement, progress),
+        **_of_harmless(harmless, {role: recipes[role] for role in roles}, order, placement),
     }
     data = xr.Dataset({name: ("recipe", values) for name, values in columns.items()}, coords={"recipe": order})
     meta = {
-        **found.made_by,
+        **found.made_by(),
         "source": source,
         "prompts": len(base.prompts),
         "refused": n,
@@ -249,10 +244,9 @@ def _of_harmless(
     recipes: Mapping[str, Recipe],
     order: Sequence[str],
     placement: Placement,
-    progress: bool,
 ) -> dict[str, list[float] | list[bool]]:
     """Columns about harmless prompts, NaN where they were not asked."""
-    found = {} if base is None else harmless_under(base, recipes, placement, progress=progress)
+    found = {} if base is None else harmless_under(base, recipes, placement)
     nan = float("nan")
     return {
         "harmless_refused": [found[name].refused if name in found else nan for name in order],
@@ -271,7 +265,7 @@ def _examples(found: Outcomes, count: int = 6) -> list[dict[str, Any]]:
     for at in [*lost[kept], *lost[~kept]][:count]:
         cell = found.data.isel(prompt=at)
         example: dict[str, Any] = {"request": str(cell.request.item())}
-        for role in (EXACT, UNMITIGATED, CHOSEN):
+        for role in (UNQUANTIZED, UNMITIGATED, CHOSEN):
             own = cell.sel(recipe=role)
             example[role] = {"text": str(own.text.item()), "label": str(own.label.item())}
         examples.append(example)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvgeom.evaluation.baseline import Baseline
-from kvgeom.evaluation.speculative import Begun, finished
+from kvgeom.evaluation.speculative import PartialResponse, complete
 from kvgeom.organisms.carrier import Values
 from kvgeom.organisms.modes import same_block
 
@@ -105,7 +105,7 @@ class Reach:
         edits = list(named.values())
         first = [layer if model.branches_late else 0] * len(edits)
         tried: list[tuple[tuple[int | None, float], int]] = []
-        begun: list[Begun] = []
+        begun: list[PartialResponse] = []
         for index in self._asked:
             prompt = base.prompts[index]
             cache = model.branching_cache(edits)
@@ -113,9 +113,9 @@ class Reach:
             for row, (name, token) in enumerate(zip(named, logits.argmax(-1).tolist(), strict=True)):
                 if token not in base.refusal_tokens | model.stop_tokens:
                     tried.append((name, index))
-                    begun.append(Begun((), token, cache.row(row + 1, len(prompt))))
+                    begun.append(PartialResponse((), token, cache.row(row + 1, len(prompt))))
         complied = dict.fromkeys(named, 0)
-        for (name, index), tokens in zip(tried, finished(base, begun), strict=True):
+        for (name, index), tokens in zip(tried, complete(base, begun), strict=True):
             complied[name] += base.judged(index, tokens)[1] == "complied"
         return complied
 

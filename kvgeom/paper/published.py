@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvgeom.diagnosis.taxonomy import Evidence, ModeName, Pattern
+from kvgeom.diagnosis.mode import ModeName, Pattern
+from kvgeom.diagnosis.taxonomy import Evidence
 from kvgeom.stats import Estimate
 
 

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import combinations
+from typing import Any
 
 from kvgeom.errors import InputError
 
@@ -33,6 +34,20 @@ class PromptSet:
     def fingerprint(self) -> str:
         """Hash of all requests in their order."""
         return hashlib.sha256(json.dumps([self.harmful, self.harmless]).encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON types."""
+        return {
+            "name": self.name,
+            "harmful": list(self.harmful),
+            "harmless": list(self.harmless),
+            "source": self.source,
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> PromptSet:
+        """The inverse of :meth:`to_dict`."""
+        return cls(record["name"], tuple(record["harmful"]), tuple(record["harmless"]), record["source"])
 
     def take(self, n: int) -> PromptSet:
         """The first ``n`` harmful and the first ``n`` harmless requests."""

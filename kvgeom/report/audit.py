@@ -1,4 +1,4 @@
-"""The audit: a diagnosis of one model, written down as ``audit.json`` and ``report.html``."""
+"""The audit: a diagnosis of one model and a verdict, written down as ``audit.json`` and ``report.html``."""
 
 from __future__ import annotations
 
@@ -6,101 +6,100 @@ import datetime
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, Self
 
 from kvgeom.behaviour.ablation import Ablation
-from kvgeom.behaviour.curve import Curve
-from kvgeom.behaviour.pcr import PCR
-from kvgeom.behaviour.scan import Scan
-from kvgeom.behaviour.widths import ROUNDING
+from kvgeom.behaviour.widths import DESCRIBED
 from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
-from kvgeom.diagnosis.taxonomy import Mode
 from kvgeom.engines.registry import needs_bits
 from kvgeom.errors import InputError
-from kvgeom.geometry.sensitivity import Sensitivity
-from kvgeom.judges.judge import Judge
+from kvgeom.evaluation.condition import UNQUANTIZED
+from kvgeom.evaluation.config import split_options
 from kvgeom.models.load import load
 from kvgeom.models.model import Model
 from kvgeom.paths import writable_folder, write_whole
+from kvgeom.prompts.load import as_prompt_set
 from kvgeom.prompts.sets import PromptSet, calibration
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.scheme import Scheme, check_bits
 from kvgeom.report.verdict import Verdict, conclude
-from kvgeom.results import plain
+from kvgeom.results import Result, plain
 
 #: Version of the layout of audit.json; docs/schema.md describes it.
-SCHEMA_VERSION = 1  # also in audit.schema.json
+SCHEMA_VERSION = 2  # also in audit.schema.json
+#: Files of an audit in its folder.
+JSON, PAGE, DATA = "audit.json", "report.html", "audit.nc"
 
 
-@dataclass(frozen=True)
-class Audit:
-    """All that an audit found; :meth:`to_dict` is the content of ``audit.json``.
+@dataclass(frozen=True, repr=False)
+class Audit(Diagnosis):
+    """A diagnosis and a verdict; :meth:`to_dict` is the content of ``audit.json``.
 
-    Where the model refuses nothing, flip rates and margins are NaN and ``mode`` is undetermined.
+    Where the model refuses nothing, flip rates and margins are NaN and ``mode`` is undetermined. What it has of a
+    :class:`~kvgeom.diagnosis.diagnose.Diagnosis` is described there.
 
     Attributes
     ----------
-    model, prompts, settings, baseline : dict
-        See docs/schema.md.
-    curve, scan, pcr, pcr_paper, mode, ablation, channels, sensitivity
-        See :class:`~kvgeom.diagnosis.diagnose.Diagnosis`.
+    verdict : Verdict
+    about : dict
+        ``model``, ``prompts``, ``settings``, ``baseline``: see docs/schema.md.
     responses : tuple of dict
         Some flipped prompts: ``bits``, ``request``, ``baseline``, ``response``, ``label``, ``reason``.
-    verdict : Verdict
     """
 
-    model: dict[str, Any]
-    prompts: dict[str, Any]
-    settings: dict[str, Any]
-    baseline: dict[str, Any]
-    curve: Curve
-    scan: Scan
-    pcr: PCR
-    pcr_paper: PCR
-    mode: Mode
-    ablation: Ablation
-    channels: Ablation
-    sensitivity: Sensitivity
-    responses: tuple[dict[str, Any], ...]
-    verdict: Verdict
+    kind: ClassVar[str] = "audit"
+
+    verdict: Verdict = field(default_factory=lambda: Verdict("undetermined", "", ()))
+    about: dict[str, Any] = field(default_factory=dict)
+    responses: tuple[dict[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, diagnosis: Diagnosis, about: dict[str, Any]) -> Audit:
+        """The audit that follows from a diagnosis."""
+        held = {each.name: getattr(diagnosis, each.name) for each in fields(Diagnosis)}
+        verdict = conclude(diagnosis.curve, diagnosis.mode)
+        return cls(**held, verdict=verdict, about=about, responses=_examples(diagnosis))
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The model, as in ``audit.json``."""
+        return dict(self.about["model"])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How the audit was made, as in ``audit.json``."""
+        return dict(self.about["settings"])
 
     @property
     def shown_layer(self) -> int:
         """The layer whose channels are shown: the critical one, else that of the largest ratio in the keys."""
-        if self.scan.critical_layer is not None:
-            return self.scan.critical_layer
+        if self.scan.critical_layer is not None or self.sensitivity is None:
+            return self.scan.critical_layer or 0
         keys = self.sensitivity.data.ratio.sel(site="k").fillna(-1.0)
         return int(keys.layer[int(keys.values.argmax())])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, NaN as null; the layout is described in docs/schema.md."""
         scheme = self.curve.meta["scheme"]
-        curve = [
-            {**_ci(row), "scheme": _at_width(scheme, int(row["bits"]))}
-            for row in self.curve.to_frame().to_dict("records")
-        ]
-        layers = [_ci(row) for row in self.scan.to_frame().to_dict("records")]
+        curve = [{**_ci(row), "scheme": _at_width(scheme, int(row["bits"]))} for row in self.curve.records()]
+        layers = [_ci(row) for row in self.scan.records()]
         for row in layers:
             row["margin_ci"] = [row.pop("margin_low"), row.pop("margin_high")]
-        sensitivity = self.sensitivity.records()
         content: dict[str, Any] = plain(
             {
                 "schema_version": SCHEMA_VERSION,
                 "verdict": self.verdict.to_dict(),
-                "model": self.model,
-                "prompts": self.prompts,
-                "settings": self.settings,
-                "baseline": self.baseline,
+                **self.about,
                 "curve": curve,
                 "layers": layers,
                 "critical_layer": self.scan.critical_layer,
                 "pcr": self.pcr.to_dict(),
                 "pcr_paper": self.pcr_paper.to_dict(),
                 "mode": self.mode.to_dict(),
-                "sensitivity": sensitivity,
+                "sensitivity": [] if self.sensitivity is None else self.sensitivity.records(),
                 "transition": {**asdict(self.curve.transition), "words": str(self.curve.transition)},
                 "ablation": [_ci(row) for part in (self.ablation, self.channels) for row in _records(part)],
                 "channels": self._channels(),
@@ -112,7 +111,8 @@ class Audit:
     def _channels(self) -> list[dict[str, Any]]:
         """The channels of keys and values at the layer that the report shows."""
         rows: list[dict[str, Any]] = []
-        for site in ("k", "v"):
+        for site in ("k", "v") if self.sensitivity is not None else ():
+            assert self.sensitivity is not None  # noqa: S101  # for the type checker
             table = self.sensitivity.channels(site).sel(layer=self.shown_layer, drop=True).to_dataframe().reset_index()
             table["head"] = table["channel"] // self.sensitivity.meta["head_dim"]
             rows += [
@@ -121,34 +121,55 @@ class Audit:
             ]
         return rows
 
-    def save(self, out: str | Path) -> Path:
-        """Write ``audit.json`` and ``report.html`` into a folder, each whole or not at all; return the report's path."""
+    def record(self) -> dict[str, Any]:
+        """What it holds apart from its parts, in JSON types."""
+        return {**super().record(), "verdict": self.verdict.to_dict(), "about": self.about, "responses": self.responses}
+
+    @classmethod
+    def of_parts(cls, parts: Mapping[str, Result], record: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`parts` and :meth:`record`."""
+        diagnosis = Diagnosis.of_parts(parts, record)
+        held = {each.name: getattr(diagnosis, each.name) for each in fields(Diagnosis)}
+        verdict = record["verdict"]
+        return cls(
+            **held,
+            verdict=Verdict(verdict["status"], verdict["headline"], tuple(verdict["sentences"])),
+            about=record["about"],
+            responses=tuple(record["responses"]),
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write ``audit.json``, ``report.html`` and ``audit.nc`` into a folder; return the report's path.
+
+        The first two are for people and other programs, the last is what :meth:`load` reads.
+        """
         from kvgeom.report.page import render
 
-        folder = writable_folder(out)
-        write_whole(folder / "audit.json", json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-        return write_whole(folder / "report.html", render(self))
+        folder = writable_folder(path)
+        write_whole(folder / JSON, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        super().save(folder / DATA)
+        return write_whole(folder / PAGE, render(self))
 
-    def __repr__(self) -> str:
-        return f"<Audit {self.verdict.headline}>"
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read the audit that :meth:`save` wrote into a folder."""
+        path = Path(path).expanduser()
+        return super().load(path / DATA if path.is_dir() else path)
+
+    def summary(self) -> str:
+        return self.verdict.headline
 
 
 def audit(
     model: Any,
     out: str | Path | None = None,
     *,
-    prompts: PromptSet | None = None,
+    prompts: Any = None,
     scheme: Scheme | str | None = None,
-    curve_bits: Sequence[int] | None = None,
-    bits: int = 3,
+    bits: Sequence[int] | int | None = None,
+    scan_bits: int = 3,
     placement: Placement | None = None,
-    judge: Judge | None = None,
-    text: str | None = None,
-    max_new_tokens: int = 24,
-    batch_size: int = 512,
-    progress: bool = True,
-    seed: int = 0,
-    **load_options: Any,
+    **options: Any,
 ) -> Audit:
     """Audit a model end to end: does its refusal survive a rounded KV cache, where does it break, and how?
 
@@ -156,53 +177,50 @@ def audit(
     ----------
     model : anything that :func:`kvgeom.load` takes
     out : str or Path, optional
-        Folder for ``audit.json``, ``report.html`` and ``journal.jsonl``, from which an interrupted audit goes on;
-        without it nothing is written.
-    prompts, scheme, curve_bits, bits, placement, judge, text, max_new_tokens, batch_size, progress, seed
+        Folder for ``audit.json``, ``report.html``, ``audit.nc`` and ``journal.jsonl``, from which an interrupted audit goes
+        on; without it nothing is written.
+    prompts, scheme, bits, scan_bits, placement
         See :func:`kvgeom.diagnose`.
-    **load_options
-        Go to :func:`kvgeom.load`.
+    **options
+        Attributes of :class:`~kvgeom.evaluation.config.RunConfig`, and options of :func:`kvgeom.load`.
 
     Raises
     ------
     InputError
-        If the model, the prompts, the bits or the folder cannot be used; before any long work where that can be known.
+        If an option is unknown, or the model, the prompts, the bits or the folder cannot be used; before any long work
+        where that can be known.
     """
     started = time.monotonic()
-    for width in (*(curve_bits or ()), bits):
+    run, loading = split_options(options)
+    for width in (*([bits] if isinstance(bits, int) else bits or ()), scan_bits):
         check_bits(width)
-    if out is not None:
-        writable_folder(out)
-    prompts = prompts or calibration()
-    if not prompts.harmful:
-        raise InputError(f"prompt set {prompts.name!r} was asked, but it has no harmful requests; an audit needs some")
-    loaded = load(model, progress=progress, **load_options)
+    folder = None if out is None else writable_folder(out)
+    chosen = calibration() if prompts is None else as_prompt_set(prompts)
+    if not chosen.harmful:
+        raise InputError(f"prompt set {chosen.name!r} has no harmful requests; an audit needs some")
+    if folder is not None and run.journal is None:
+        run = run.with_journal(folder / "journal.jsonl")
+    loaded = load(model, progress=run.progress, **loading)
     found = diagnose(
         loaded,
-        prompts,
+        chosen,
         scheme=scheme,
         bits=bits,
+        scan_bits=scan_bits,
         placement=placement,
-        judge=judge,
-        text=text,
-        journal=None if out is None else writable_folder(out) / "journal.jsonl",
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        progress=progress,
-        seed=seed,
-        curve_bits=curve_bits,
         gains=True,
+        **run.options(),
     )
-    made = _audit(loaded, prompts, found, seed=seed, seconds=time.monotonic() - started)
-    if out is not None:
-        made.save(out)
+    made = Audit.of(found, _about(loaded, chosen, found, time.monotonic() - started))
+    if folder is not None:
+        made.save(folder)
     return made
 
 
-def _audit(model: Model, prompts: PromptSet, found: Diagnosis, *, seed: int, seconds: float) -> Audit:
-    base, meta = found.baseline, found.curve.meta
-    return Audit(
-        model={
+def _about(model: Model, prompts: PromptSet, found: Diagnosis, seconds: float) -> dict[str, Any]:
+    meta = found.curve.meta
+    return {
+        "model": {
             "name": model.name,
             "backend": model.backend,
             "fingerprint": model.fingerprint,
@@ -211,55 +229,45 @@ def _audit(model: Model, prompts: PromptSet, found: Diagnosis, *, seed: int, sec
             "attention_kernel": model.attention_kernel,
             **model.geometry.__dict__,
         },
-        prompts={
+        "prompts": {
             "name": prompts.name,
             "source": prompts.source,
             "fingerprint": prompts.fingerprint,
             "harmful": len(prompts.harmful),
             "harmless": len(prompts.harmless),
         },
-        settings={
-            **{name: meta[name] for name in (*ROUNDING, "placement")},
+        "settings": {
+            **{name: meta[name] for name in (*DESCRIBED, "placement")},
             "scan_scheme": found.scan.meta["scheme"],
             "scan_placement": found.scan.meta["placement"],
             "max_new_tokens": meta["max_new_tokens"],
             "judge": meta["judge"],
-            "seed": seed,
+            "seed": found.seed,
             "seconds": round(seconds, 1),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": {name: version(name) for name in ("kvgeom", "torch", "transformers")},
         },
-        baseline={
-            "prompts": len(base.prompts),
+        "baseline": {
+            "prompts": len(found.baseline.prompts),
             **found.outcomes.counts(),
             "perplexity": meta["baseline_perplexity"],
         },
-        curve=found.curve,
-        scan=found.scan,
-        pcr=found.pcr,
-        pcr_paper=found.pcr_paper,
-        mode=found.mode,
-        ablation=found.ablation,
-        channels=found.channels,
-        sensitivity=cast(Sensitivity, found.sensitivity),  # it was asked for
-        responses=_examples(found),
-        verdict=conclude(found.curve, found.mode),
-    )
+    }
 
 
 def _examples(found: Diagnosis, per_width: int = 3) -> tuple[dict[str, Any], ...]:
     """Some prompts refused unquantized that are not refused at each width."""
     data = found.outcomes.data
-    exact = data.sel(recipe="exact")
+    unquantized = data.sel(recipe=UNQUANTIZED)
     examples: list[dict[str, Any]] = []
     for bits in found.curve.data.bits.values[1:]:
-        now = data.sel(recipe=f"{bits}-bit")
-        lost = ((exact.label == "refused") & (now.label != "refused")).values
+        now = data.sel(recipe=found.outcomes.name(family="bits", bits=int(bits)))
+        lost = ((unquantized.label == "refused") & (now.label != "refused")).values
         examples += [
             {
                 "bits": int(bits),
                 "request": str(data.request.values[i]),
-                "baseline": str(exact.text.values[i]),
+                "baseline": str(unquantized.text.values[i]),
                 "response": str(now.text.values[i]),
                 "label": str(now.label.values[i]),
                 "reason": str(now.reason.values[i]),

@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 import datetime
+import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import resolve, widths
 from kvgeom.errors import InputError
-from kvgeom.judges.judge import Judge
+from kvgeom.evaluation.config import split_options
 from kvgeom.mitigation.plan import Plan
 from kvgeom.mitigation.search import check_budget
 from kvgeom.mitigation.verify import Verification
 from kvgeom.models.load import load
 from kvgeom.paths import writable_folder, write_whole
+from kvgeom.prompts.load import as_prompt_set
 from kvgeom.prompts.sets import PromptSet, calibration, held_out
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.scheme import Scheme, check_bits
 from kvgeom.report.mended import COLUMNS, before_and_after, sentences
-from kvgeom.report.terminal import table
+from kvgeom.results import plain, text_table
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
 
 #: Width where none is given and the scheme offers it.
 USUAL_BITS = 4
+#: Files of a fix in its folder, beside ``plan.json`` and ``report.html``.
+DIAGNOSIS, VERIFICATION, SETTINGS = "diagnosis.nc", "verification.nc", "fix.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fix:
     """A diagnosis, the plan that follows from it, and its proof; made by :func:`fix`.
 
@@ -47,10 +53,10 @@ class Fix:
         Prompt sets, seconds, versions and what else made it.
     """
 
-    diagnosis: Diagnosis = field(repr=False)
+    diagnosis: Diagnosis
     plan: Plan
     verification: Verification
-    settings: dict[str, Any] = field(repr=False)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -59,22 +65,89 @@ class Fix:
 
     def table(self) -> str:
         """Before and after, as text: 16 bits, unmitigated, chosen, and what the paper advises."""
-        return table(COLUMNS, before_and_after(self.verification))
+        return text_table(COLUMNS, before_and_after(self.verification))
 
-    def plot(self) -> go.Figure:
-        """Recovery with intervals, over the controls."""
-        return self.verification.plot()
+    def to_frame(self, table: str | None = None) -> pd.DataFrame:
+        """The proof as a frame; see :class:`~kvgeom.mitigation.verify.Verification`."""
+        return self.verification.to_frame(table)
 
-    def save(self, out: str | Path) -> Path:
-        """Write ``plan.json`` and ``report.html`` into a folder, each whole or not at all; return the report's path."""
+    def plot(self, kind: str | None = None, **options: Any) -> go.Figure:
+        """A figure of the proof; recovery with intervals, over the controls, by default."""
+        return self.verification.plot(kind, **options)
+
+    def provenance(self) -> dict[str, Any]:
+        """Where it comes from."""
+        return {**self.verification.provenance(), "versions": self.settings.get("versions")}
+
+    def to_text(self, folder: str | Path | None = None) -> str:
+        """Verdict, before and after, reasons, where things are, and what to do next."""
+
+        def listed(lines: Iterable[str]) -> str:
+            return "\n".join(f"  - {line}" for line in lines)
+
+        parts = [
+            self.verification.sentence,
+            self.table(),
+            listed(self.sentences),
+            f"Why this cache (failure mode: {self.plan.mode}):\n{listed(self.plan.reasons)}",
+        ]
+        if folder is not None:
+            parts.append(f"plan:   {Path(folder) / 'plan.json'}\nreport: {Path(folder) / 'report.html'}")
+        return "\n\n".join([*parts, self._next_step(folder or "fix/")])
+
+    def _next_step(self, folder: str | Path) -> str:
+        plan, status = self.plan, self.verification.status
+        if plan.placement.where != "cache":
+            return "Next: this placement rounds where no cache does; mitigate one with --placement cache."
+        if status == "nothing to fix":
+            return "Next: nothing; narrower caches may lose refusals (kvgeom sweep)."
+        if plan.chosen.recipe == plan.unmitigated.recipe or status == "does not help":
+            return "Next: try a larger --memory, more --bits or another --scheme; until then this cache stays unsafe."
+        lines = f'plan = kvgeom.Plan.load("{folder}")\nmodel.generate(**inputs, past_key_values=plan.cache(model))'
+        if status == "undetermined":
+            return f"Next: prove it on more prompts (--verify-prompts). To try it, in Python:\n\n{lines}"
+        return f"Next, in Python (other engines: see the report):\n\n{lines}"
+
+    def save(self, path: str | Path) -> Path:
+        """Write ``plan.json``, ``report.html`` and what :meth:`load` reads into a folder; return the report's path."""
         from kvgeom.report.fix_page import render
 
-        folder, page = writable_folder(out), render(self)
+        folder, page = writable_folder(path), render(self)
         self.plan.save(folder)
+        self.diagnosis.save(folder / DIAGNOSIS)
+        self.verification.save(folder / VERIFICATION)
+        write_whole(folder / SETTINGS, json.dumps(plain(self.settings), indent=1) + "\n")
         return write_whole(folder / "report.html", page)
 
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read the fix that :meth:`save` wrote into a folder.
+
+        Raises
+        ------
+        InputError
+            If something of it is missing or cannot be read.
+        """
+        folder = Path(path).expanduser()
+        try:
+            settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"cannot load a fix from {folder}: {error}; give a folder that kvgeom fix wrote"
+            ) from error
+        return cls(
+            Diagnosis.load(folder / DIAGNOSIS),
+            Plan.load(folder),
+            Verification.load(folder / VERIFICATION),
+            settings,
+        )
+
+    def summary(self) -> str:
+        """The verdict in words."""
+        return self.verification.sentence
+
     def __repr__(self) -> str:
-        return f"<Fix {self.verification.sentence}>"
+        return f"<Fix {self.summary()}>"
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{escape(column)}</th>" for column in COLUMNS)
@@ -91,20 +164,14 @@ def fix(
     out: str | Path | None = None,
     *,
     bits: int | None = None,
-    scheme: str = "asym-token",
+    scheme: CacheConfig | Scheme | str = "asym-token",
     memory: float = 0.02,
-    prompts: PromptSet | None = None,
-    verify_prompts: PromptSet | None = None,
+    prompts: Any = None,
+    verify_prompts: Any = None,
     placement: Placement | None = None,
-    judge: Judge | None = None,
-    text: str | None = None,
-    max_new_tokens: int = 24,
-    batch_size: int = 512,
     geometry: bool = False,
     controls: int = 3,
-    progress: bool = True,
-    seed: int = 0,
-    **load_options: Any,
+    **options: Any,
 ) -> Fix:
     """Find a quantized cache that keeps a model's refusals, and prove it on prompts that did not choose it.
 
@@ -115,78 +182,66 @@ def fix(
         Folder for ``plan.json``, ``report.html`` and the journals from which an interrupted fix goes on; without it
         nothing is written.
     bits : int, optional
-        Width of the cache to mend: 4 by default, or, where the scheme does not offer that, its narrowest.
+        Width of the cache to mitigate: 4 by default, or, where the scheme does not offer that, its narrowest.
     scheme : str
-        The cache to mend: a spelling (``"asym-token"``, ``"int3-asym-group64"``) or a preset of an engine (``"kivi"``).
+        The cache to mitigate: a spelling (``"asym-token"``, ``"int3-asym-group64"``) or a preset of an engine (``"kivi"``).
     memory : float
         Budget: the share by which the cache may exceed the unmitigated one.
-    prompts : PromptSet, optional
+    prompts : PromptSet or name of one, optional
         On which the plan is chosen; the calibration set by default.
-    verify_prompts : PromptSet, optional
+    verify_prompts : PromptSet or name of one, optional
         On which it is proven, none of them in ``prompts``; the held-out set by default.
-    placement, judge, text, max_new_tokens, batch_size, geometry, progress, seed
+    placement, geometry
         See :func:`kvgeom.diagnose`.
     controls : int
         Draws of errors of the same size in random directions, for every cache but the paper's.
-    **load_options
-        Go to :func:`kvgeom.load`.
+    **options
+        Attributes of :class:`~kvgeom.evaluation.config.RunConfig`, and options of :func:`kvgeom.load`.
 
     Raises
     ------
     InputError
-        If the model refuses nothing, or model, scheme, bits, budget, prompts or folder cannot be used; before any long
-        work where that can be known.
+        If an option is unknown, the model refuses nothing, or model, scheme, bits, budget, prompts or folder cannot be
+        used; before any long work where that can be known.
     """
     started = time.monotonic()
+    run, loading = split_options(options)
     config = check(bits, scheme, memory, placement, controls)
-    prompts, verify_prompts = prompts or calibration(), verify_prompts or held_out()
-    check_prompts(prompts, verify_prompts)
+    chosen = calibration() if prompts is None else as_prompt_set(prompts)
+    proving = held_out() if verify_prompts is None else as_prompt_set(verify_prompts)
+    check_prompts(chosen, proving)
     folder = None if out is None else writable_folder(out)
-    loaded = load(model, progress=progress, **load_options)
-    running: dict[str, Any] = {
-        "judge": judge,
-        "text": text,
-        "batch_size": batch_size,
-        "progress": progress,
-        "seed": seed,
-    }
+    loaded = load(model, progress=run.progress, **loading)
     found = diagnose(
         loaded,
-        prompts,
+        chosen,
         scheme=config,
         bits=config.bits,
-        curve_bits=[config.bits],
+        scan_bits=config.bits,
         placement=placement,
-        max_new_tokens=max_new_tokens,
         geometry=geometry,
-        journal=None if folder is None else folder / "journal.jsonl",
-        **running,
+        **run.with_journal(None if folder is None else folder / "journal.jsonl").options(),
     )
-    plan = found.prescribe(memory=memory, scheme=config, seed=seed, progress=progress)
-    proof = plan.verify(
-        loaded,
-        verify_prompts,
-        also=plan.runners_up,
-        controls=controls,
-        journal=None if folder is None else folder / "verify.jsonl",
-        **running,
-    )
+    plan = found.prescribe(memory=memory, scheme=config)
+    verifying = run.with_journal(None if folder is None else folder / "verify.jsonl").options()
+    del verifying["max_new_tokens"]  # that of the plan
+    proof = plan.verify(loaded, proving, also=plan.runners_up, controls=controls, **verifying)
     settings = {
-        "calibration": _described(prompts),
-        "verification": _described(verify_prompts),
+        "calibration": _described(chosen),
+        "verification": _described(proving),
         "fingerprint": loaded.fingerprint,
         "runs_on": f"{loaded.backend}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}",
         "bits": config.bits,
         "memory": memory,
         "controls": controls,
-        "seed": seed,
+        "seed": run.seed,
         "seconds": round(time.monotonic() - started, 1),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("kvgeom", "torch", "transformers")},
     }
     made = Fix(found, plan.with_verification(proof), proof, settings)
-    if out is not None:
-        made.save(out)
+    if folder is not None:
+        made.save(folder)
     return made
 
 
@@ -197,12 +252,12 @@ def check(
     placement: Placement | str | None = None,
     controls: int = 0,
 ) -> CacheConfig:
-    """The cache that is to be mended, resolved; says what is wrong with it. Needs no model.
+    """The cache that is to be mitigated, resolved, once what is wrong with it has been reported. Needs no model.
 
     Raises
     ------
     InputError
-        For a scheme or width that does not exist, 16 bits, or a negative budget or number of controls.
+        For an unknown scheme or width, 16 bits, or a negative budget or number of controls.
     """
     check_budget(memory)
     if controls < 0:

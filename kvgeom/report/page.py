@@ -17,6 +17,7 @@ from kvgeom.report.html import drawn, page, section
 if TYPE_CHECKING:
     import pandas as pd
 
+    from kvgeom.geometry.sensitivity import Sensitivity
     from kvgeom.report.audit import Audit
 
 
@@ -43,7 +44,8 @@ def render(audit: Audit) -> str:
 
 
 def _cards(audit: Audit) -> list[dict[str, str]]:
-    base, curve, refused = audit.baseline, audit.curve.to_frame(), audit.baseline["refused"]
+    base, curve = audit.about["baseline"], audit.curve.to_frame()
+    refused = base["refused"]
     lost = curve[(curve["bits"] < 16) & (curve["flips"] > 0)]
     first = "none seen" if lost.empty else f"{int(lost['bits'].max())}-bit"
     if audit.curve.meta["untouched"] == base["prompts"]:
@@ -100,7 +102,7 @@ def _sections(audit: Audit) -> list[dict[str, Any]]:
             "Per-channel reduction (PCR) is the share of that layer's lost refusals that per-channel scales bring back. A class is "
             "decided only if the whole 95 % interval lies in one band; grey is undecided. The second row repeats the measurement as "
             "the paper's released code does it, where decoded tokens escape per-channel rounding: the two are different quantities.",
-            pcr_interval(audit.pcr, audit.pcr_paper, names=("as a cache holds it", "paper's simulation")),
+            pcr_interval(audit.pcr, audit.pcr_paper, names=("as a cache stores it", "paper's simulation")),
             _pcr_table(audit),
         ),
         section(
@@ -117,6 +119,15 @@ def _sections(audit: Audit) -> list[dict[str, Any]]:
             ablation_bars(audit.channels),
             audit.channels.to_frame(),
         ),
+        *_geometry_sections(audit, audit.sensitivity, layer, which),
+    ]
+
+
+def _geometry_sections(audit: Audit, found: Sensitivity | None, layer: int, which: str) -> list[dict[str, Any]]:
+    """The geometry, where it was measured."""
+    if found is None:
+        return []
+    return [
         section(
             "How exposed the safety direction is, by layer and site",
             "Noise-to-signal on the direction that separates harmful from harmless requests, over noise-to-signal of the whole "
@@ -124,16 +135,16 @@ def _sections(audit: Audit) -> list[dict[str, Any]]:
             "undefined. Keys (k) and values (v) are what the cache stores; the residual stream (resid) is not stored, and is shown "
             "as if it were rounded alike. The table says whether a ratio is above those of harmless contrasts, such as two topics: only "
             "then is it specific to safety. Geometry alone does not decide behaviour: compare with the layer scan.",
-            ratio_map(audit.sensitivity),
-            _sensitivity_table(audit),
+            ratio_map(found),
+            _sensitivity_table(found),
         ),
         *(
             section(
                 f"Do outlier channels carry safety? Layer {layer}, {name}",
                 f"Shown is {which}. Each point is a channel: far to the right are outliers, which set the scale that others "
                 "share; high up are the channels that carry safety. Safety at the top left can be crushed by outliers; points at "
-                f"the top right are outliers that are safety. {outlier_share(audit.sensitivity, layer, site)}.",
-                channel_loading(audit.sensitivity, layer, site),
+                f"the top right are outliers that are safety. {outlier_share(found, layer, site)}.",
+                channel_loading(found, layer, site),
                 None,
             )
             for site, name in (("k", "keys"), ("v", "values"))
@@ -156,7 +167,7 @@ def _rounding(audit: Audit) -> str:
     settings = audit.settings
     if not settings["engine"]:
         return f"{settings['scheme']}; {settings['placement']}"
-    held = "; ".join(f"{bits}-bit: {how}" for bits, how in settings["rounded"].items())
+    held = "; ".join(f"{bits}-bit: {how}" for bits, how in settings["stored"].items())
     return f"{settings['scheme']} ({settings['engine']}); {held}; {settings['placement']}"
 
 
@@ -166,7 +177,7 @@ def _without_parts(pcr: dict[str, Any]) -> dict[str, Any]:
     return {**pcr, "by_margin": None if by_margin is None else by_margin["value"]}
 
 
-def _sensitivity_table(audit: Audit) -> pd.DataFrame:
+def _sensitivity_table(found: Sensitivity) -> pd.DataFrame:
     names = [
         "ratio",
         "signal_gap",
@@ -179,11 +190,11 @@ def _sensitivity_table(audit: Audit) -> pd.DataFrame:
         "status",
         "position",
     ]
-    return audit.sensitivity.to_frame()[["layer", "site", *names]]
+    return found.to_frame()[["layer", "site", *names]]
 
 
 def _provenance(audit: Audit) -> list[tuple[str, str]]:
-    model, prompts, settings = audit.model, audit.prompts, audit.settings
+    model, prompts, settings = (audit.about[name] for name in ("model", "prompts", "settings"))
     versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
     return [
         ("model", f"{model['name']} (fingerprint {model['fingerprint']})"),

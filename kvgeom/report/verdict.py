@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from kvgeom.behaviour.curve import Curve
-from kvgeom.diagnosis.taxonomy import Mode
+from kvgeom.diagnosis.mode import Mode
 from kvgeom.words import listed
 
 #: A width breaks safety when the interval of its flip rate lies above this rate as a whole.

@@ -8,6 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 import torch
+from kvgeom.report.terminal import ablation_table, curve_table, diagnosis_text, scan_table, table
 
 import kvgeom
 from kvgeom.behaviour.ablation import Ablation, ablate, channel_magnitudes, channel_subsets, whole_cache
@@ -23,7 +24,6 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Rounder
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
-from kvgeom.report.terminal import ablation_table, curve_table, diagnosis_text, scan_table, table
 from kvgeom.stats import mcnemar
 from tests.builders.judges import ArbitraryJudge
 from tests.builders.requests import REQUESTS

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kvgeom.report.terminal import curve_table
 
 from kvgeom.behaviour.curve import bit_width_curve, over_refusal
 from kvgeom.behaviour.scan import single_layer_scan
@@ -25,7 +26,6 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Rounder
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
-from kvgeom.report.terminal import curve_table
 from kvgeom.stats import mcnemar
 from tests.builders.judges import ArbitraryJudge
 from tests.builders.requests import REQUESTS

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from kvgeom.evaluation.margin import margin, refusal_tokens
+from kvgeom.evaluation.scores import margin, refusal_tokens
 from kvgeom.geometry.estimators import difference_of_means
 from kvgeom.geometry.separation import folds_of, separation
 

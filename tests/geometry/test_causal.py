@@ -8,7 +8,7 @@ import torch
 import xarray as xr
 
 from kvgeom.errors import InputError
-from kvgeom.evaluation.margin import margin
+from kvgeom.evaluation.scores import margin
 from kvgeom.geometry.causal import FirstOrder, Patching, first_order, patch_layers
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Rounder

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import kvgeom
 from kvgeom.errors import InputError
-from kvgeom.evaluation.margin import margin
+from kvgeom.evaluation.scores import margin
 from kvgeom.geometry.directions import compare
 from kvgeom.geometry.estimators import (
     METHODS,

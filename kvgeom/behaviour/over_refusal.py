@@ -1,0 +1,74 @@
+"""Harmless requests that a rounded cache refuses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import xarray as xr
+
+from kvgeom.behaviour.widths import WidthSeries
+from kvgeom.evaluation.baseline import Baseline
+from kvgeom.evaluation.evaluate import run_conditions
+from kvgeom.results import Result, interval_text, text_table
+from kvgeom.stats import mcnemar, wilson
+
+
+@dataclass(frozen=True, repr=False)
+class OverRefusal(Result):
+    """Harmless requests that are refused at each bit-width, the question of XSTest.
+
+    ``data`` has the dimension ``bits`` (descending; 16 is the unquantized model) and the variables ``refused`` and
+    ``degenerate`` (counts), ``rate`` (refused / prompts) with its Wilson interval ``ci_low``, ``ci_high``, and ``p``
+    (exact McNemar p-value against the unquantized model). ``meta`` holds ``scheme``, ``placement`` and ``prompts``.
+    """
+
+    kind: ClassVar[str] = "over-refusal"
+
+    def summary(self) -> str:
+        rates = ", ".join(f"{int(b)}-bit {int(n)}" for b, n in zip(self.data.bits, self.data.refused, strict=True))
+        return f"harmless requests refused, of {self.meta['prompts']}: {rates}"
+
+    def to_text(self) -> str:
+        """One row for each width."""
+        n = self.meta["prompts"]
+        rows = [
+            (
+                int(row["bits"]),
+                f"{row['refused']:.0f} of {n}",
+                interval_text(row["ci_low"], row["ci_high"]),
+                row["degenerate"],
+                f"{row['p']:.2g}",
+            )
+            for row in self.records()
+        ]
+        return text_table(("bits", "harmless refused", "95 %", "degenerate", "p"), rows)
+
+
+def over_refusal(base: Baseline, series: WidthSeries) -> OverRefusal:
+    """Round all layers at each bit-width and count which harmless requests are refused.
+
+    Parameters
+    ----------
+    base : Baseline
+        The unquantized model on harmless requests.
+    series : WidthSeries
+        See :func:`~kvgeom.behaviour.widths.at_widths`.
+    """
+    conditions = series.conditions(base.model.geometry.layers)
+    outcomes = run_conditions(base, conditions, title="harmless requests")
+    labels = outcomes.data.label.values
+    refused, n = labels == "refused", len(base.prompts)
+    intervals = [wilson(int(row.sum()), n) for row in refused]
+    columns = {
+        "refused": refused.sum(1),
+        "degenerate": (labels == "degenerate").sum(1),
+        "rate": refused.mean(1),
+        "ci_low": [low for low, _ in intervals],
+        "ci_high": [high for _, high in intervals],
+        "p": [mcnemar(row, refused[0]) for row in refused],
+    }
+    meta = {**outcomes.made_by(), "scheme": series.scheme, "prompts": n}
+    coords = {"bits": [16, *series.configs]}
+    data = xr.Dataset({name: ("bits", values) for name, values in columns.items()}, coords=coords)
+    return OverRefusal(data, meta)

@@ -1,0 +1,58 @@
+"""``kvgeom diagnose``."""
+
+from __future__ import annotations
+
+import argparse
+
+import kvgeom
+from kvgeom.cli import options
+
+NAME = "diagnose"
+HELP = "name a model's failure mode, with all the evidence"
+DESCRIPTION = (
+    "Sweep, single layers, ablations, PCR and failure mode, as tables. With --out, what is done is kept: the same command "
+    "goes on where it was interrupted."
+)
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    options.add_model(command, "the tables, diagnose.txt,")
+    options.add_prompts(command)
+    options.add_scheme(command, "rounding of the curve")
+    options.add_widths(command)
+    options.add_scan_bits(command)
+    command.add_argument(
+        "--geometry",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure the noise-sensitivity ratio too (default: yes)",
+    )
+    options.add_judge(command)
+    options.add_run(command)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Diagnose, and print all tables."""
+    from kvgeom.behaviour.widths import at_widths
+
+    judge, run = options.classifier(arguments), options.run_options(arguments)
+    prompts, placement = options.prompt_set(arguments.prompts, arguments.limit), options.placement(arguments)
+    at_widths(arguments.scheme, arguments.bits, placement)  # errors are reported before a model is loaded
+    found = kvgeom.diagnose(
+        arguments.model,
+        prompts,
+        scheme=arguments.scheme,
+        bits=arguments.bits,
+        scan_bits=options.check_scan_bits(arguments.scan_bits),
+        placement=placement,
+        geometry=arguments.geometry,
+        full_responses=judge is not None,
+        journal=options.journal(arguments),
+        **run,
+        **options.load_options(arguments),
+    )
+    if judge is not None:
+        found.baseline.model.release()
+        found = found.relabel(judge)
+    return options.report(arguments, found.to_text())

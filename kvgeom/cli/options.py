@@ -1,0 +1,184 @@
+"""Options that commands share, and what the Python functions are given of them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import kvgeom
+from kvgeom.errors import InputError
+
+if TYPE_CHECKING:
+    from kvgeom.judges.classifiers import ClassifierJudge
+    from kvgeom.prompts.sets import PromptSet
+    from kvgeom.quant.placement import Placement
+
+
+def add_model(command: argparse.ArgumentParser, written: str, *, required: bool = False) -> None:
+    """The model, where results go, and how the model is loaded."""
+    command.add_argument("model", metavar="MODEL", help="hub id, folder, .gguf file, or 'demo'")
+    command.add_argument(
+        "--out",
+        metavar="DIR",
+        required=required,
+        help=f"folder for {written} and journal.jsonl, from which an interrupted run goes on",
+    )
+    loading = command.add_argument_group("loading the model")
+    loading.add_argument("--template", metavar="FILE", help="Jinja chat template, for a model without one")
+    loading.add_argument("--dtype", help="e.g. float32, bfloat16 (default: float32 on a CPU, else the checkpoint's)")
+    loading.add_argument("--device", help="e.g. cpu, cuda (default: an accelerator if there is one)")
+    loading.add_argument("--revision", help="of a hub id")
+    loading.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+
+
+def add_prompts(command: argparse.ArgumentParser) -> None:
+    """Which requests are asked."""
+    command.add_argument(
+        "--prompts",
+        metavar="SET",
+        default="calibration",
+        help="a .txt/.csv/.jsonl file, or e.g. advbench=FILE (default: %(default)s)",
+    )
+    command.add_argument("--limit", metavar="N", type=int, help="use only the first N harmful and N harmless requests")
+
+
+def add_scheme(command: argparse.ArgumentParser, what: str) -> None:
+    """What is done to the cache."""
+    command.add_argument(
+        "--scheme",
+        default="asym-token",
+        help=f"{what}, e.g. sym-tensor, asym-group64, kivi; kvgeom schemes lists them (default: %(default)s)",
+    )
+    command.add_argument("--text", metavar="FILE", help="plain text for perplexity (default: a short one)")
+
+
+def add_widths(command: argparse.ArgumentParser) -> None:
+    """Widths of a curve."""
+    command.add_argument(
+        "--bits",
+        metavar="B",
+        type=int,
+        nargs="+",
+        help="widths of the curve (default: 8 6 5 4 3 2, or those that the scheme offers)",
+    )
+
+
+def add_scan_bits(command: argparse.ArgumentParser) -> None:
+    """The width of layers, parts and PCR."""
+    command.add_argument(
+        "--scan-bits", metavar="B", type=int, default=3, help="width of layers, parts, PCR (default: %(default)s)"
+    )
+
+
+def add_judge(command: argparse.ArgumentParser) -> None:
+    """What labels the responses."""
+    command.add_argument(
+        "--judge",
+        metavar="ID",
+        help="a classifier instead of keywords: WildGuard, Llama Guard, HarmBench or Minos, by hub id or folder; it is "
+        "loaded when the model is out of memory",
+    )
+    command.add_argument("--judge-kind", metavar="KIND", help="of a folder or fork, e.g. wildguard, minos")
+
+
+def add_run(command: argparse.ArgumentParser) -> None:
+    """Where rounding happens, and how responses are made."""
+    command.add_argument(
+        "--placement",
+        choices=("cache", "paper"),
+        help="cache: as a real cache stores it; paper: as the released code simulates it (default: the engine's, or cache)",
+    )
+    command.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=24, help="longest response (default: %(default)s)"
+    )
+    command.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=int,
+        default=512,
+        help="most responses decoded together (default: %(default)s)",
+    )
+    command.add_argument("--seed", metavar="N", type=int, default=0, help="of all random draws (default: %(default)s)")
+    command.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of a run; what is wrong with them is reported before torch is imported and a model loaded."""
+    for name in ("max_new_tokens", "batch_size"):
+        value = getattr(arguments, name)
+        if value < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be a positive integer, got {value}")
+    options = {name: getattr(arguments, name) for name in ("max_new_tokens", "batch_size", "seed")}
+    text = getattr(arguments, "text", None)
+    return {**options, "text": _read(text) if text else None, "progress": not arguments.quiet}
+
+
+def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of :func:`kvgeom.load`."""
+    names = ("template", "dtype", "device", "revision", "trust_remote_code")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def placement(arguments: argparse.Namespace) -> Placement | None:
+    """The placement, where one was named."""
+    from kvgeom.quant.placement import Placement
+
+    return {None: None, "cache": Placement(), "paper": Placement.paper()}[arguments.placement]
+
+
+def check_scan_bits(bits: int) -> int:
+    """Return the width of a scan if it rounds anything."""
+    from kvgeom.quant.scheme import check_bits
+
+    if check_bits(bits) == 16:
+        raise InputError("--scan-bits 16 rounds nothing; give 2 to 8")
+    return bits
+
+
+def prompt_set(spec: str, limit: int | None) -> PromptSet:
+    """A prompt set, or the first part of it."""
+    prompts = kvgeom.load_prompts(spec)
+    return prompts if limit is None else prompts.take(limit)
+
+
+def classifier(arguments: argparse.Namespace) -> ClassifierJudge | None:
+    """The classifier that was named, if any; whether it is there is known before the model is loaded."""
+    if arguments.judge is None:
+        return None
+    return kvgeom.classifier(
+        arguments.judge,
+        kind=arguments.judge_kind,
+        device=arguments.device,
+        progress=not arguments.quiet,
+    )
+
+
+def out_folder(arguments: argparse.Namespace) -> Path:
+    """The folder that --out names, made if it is not there."""
+    from kvgeom.paths import writable_folder
+
+    return writable_folder(arguments.out).resolve()
+
+
+def journal(arguments: argparse.Namespace, name: str = "journal.jsonl") -> Path | None:
+    """The journal in the folder that --out names."""
+    return None if arguments.out is None else out_folder(arguments) / name
+
+
+def report(arguments: argparse.Namespace, text: str) -> int:
+    """Print what a command has found, and with --out keep it beside the journal."""
+    print(f"\n{text}")
+    if arguments.out is not None:
+        from kvgeom.paths import write_whole
+
+        path = write_whole(out_folder(arguments) / f"{arguments.command}.txt", f"{text}\n")
+        print(f"\ntables: {path}")
+    return 0
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the text {path}: {error}; give a UTF-8 text file") from error

@@ -1,0 +1,51 @@
+"""``kvgeom sweep``."""
+
+from __future__ import annotations
+
+import argparse
+
+import kvgeom
+from kvgeom.cli import options
+from kvgeom.errors import InputError
+
+NAME = "sweep"
+HELP = "refusals at each bit-width"
+DESCRIPTION = "Round the whole cache at each width, and find the transition."
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    options.add_model(command, "the tables, sweep.txt,")
+    options.add_prompts(command)
+    options.add_scheme(command, "rounding of the curve")
+    options.add_widths(command)
+    command.add_argument(
+        "--over-refusal", action="store_true", help="also count harmless requests of the set that are refused"
+    )
+    options.add_judge(command)
+    options.add_run(command)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Sweep, and print the curve."""
+    judge, run = options.classifier(arguments), options.run_options(arguments)
+    prompts = options.prompt_set(arguments.prompts, arguments.limit)
+    if arguments.over_refusal and not prompts.harmless:
+        raise InputError(f"--over-refusal needs harmless requests, and {arguments.prompts} has none; give another set")
+    from kvgeom.behaviour.curve import bit_width_curve, curve_of
+    from kvgeom.behaviour.over_refusal import over_refusal
+    from kvgeom.behaviour.widths import at_widths
+
+    series = at_widths(arguments.scheme, arguments.bits, options.placement(arguments))
+    model = kvgeom.load(arguments.model, progress=run["progress"], **options.load_options(arguments))
+    base = kvgeom.baseline(model, prompts.harmful, journal=options.journal(arguments), **run)
+    curve, outcomes = bit_width_curve(base, series, full_responses=judge is not None)
+    parts = []
+    if arguments.over_refusal:
+        # A journal is about one set of requests.
+        journal = options.journal(arguments, "over-refusal.jsonl")
+        parts.append(over_refusal(kvgeom.baseline(model, prompts.harmless, journal=journal, **run), series).to_text())
+    if judge is not None:
+        model.release()
+        curve = curve_of(outcomes.relabel(judge), list(curve.data.perplexity_ratio.values), curve.meta)
+    return options.report(arguments, "\n\n".join([curve.to_text(), *parts]))

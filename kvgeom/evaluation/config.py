@@ -1,0 +1,123 @@
+"""How responses are made and labelled: one value, built at the door from public keywords."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from kvgeom import progress
+from kvgeom.errors import InputError, unknown_option
+from kvgeom.judges.judge import Judge, KeywordJudge
+from kvgeom.models.load import load, load_option_names
+from kvgeom.models.model import Model
+from kvgeom.prompts.sets import perplexity_text
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything about a run that is not the model, the prompts or the cache.
+
+    Public functions take these as keywords (:func:`open_run`) and hand this one value on.
+
+    Attributes
+    ----------
+    judge : Judge
+        Labels the responses; the keyword judge by default.
+    max_new_tokens : int
+        Longest response. A response ends earlier where the judge reads no further.
+    batch_size : int
+        Most responses that are decoded together; fewer where memory is short.
+    journal : Path or None
+        A file that keeps all that is measured, from which an interrupted run goes on.
+    text : str
+        Plain text for perplexity; a short one is shipped.
+    seed : int
+        Of random subspaces, channels, directions and resamples.
+    progress : bool
+        Whether progress bars are drawn.
+    """
+
+    judge: Judge = field(default_factory=KeywordJudge)
+    max_new_tokens: int = 24
+    batch_size: int = 512
+    journal: Path | None = None
+    text: str = field(default_factory=perplexity_text, repr=False)
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} must be a positive integer, got {value!r}")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> RunConfig:
+        """Build the value from keywords; those that are None stand for the default.
+
+        Raises
+        ------
+        InputError
+            For an unknown option, naming the nearest one.
+        """
+        known = {each.name for each in fields(cls)}
+        for name in options:
+            if name not in known:
+                raise unknown_option(name, known)
+        given = {name: value for name, value in options.items() if value is not None}
+        if "journal" in given:
+            given["journal"] = Path(given["journal"]).expanduser()
+        return cls(**given)
+
+    def options(self) -> dict[str, Any]:
+        """The keywords that make this value again."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def with_journal(self, journal: Path | None) -> RunConfig:
+        """The same with another journal: each is about one list of requests."""
+        return replace(self, journal=journal)
+
+    def journal_beside(self, suffix: str) -> Path | None:
+        """The path of a second journal, named after the first: ``journal-harmless.jsonl``."""
+        return (
+            None if self.journal is None else self.journal.with_name(self.journal.stem + suffix + self.journal.suffix)
+        )
+
+    @contextmanager
+    def bars(self) -> Iterator[None]:
+        """Draw progress bars, or none, within a ``with`` block."""
+        with progress.shown(self.progress):
+            yield
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
+    """Public keywords as a :class:`RunConfig` and the options of :func:`kvgeom.load`.
+
+    Raises
+    ------
+    InputError
+        For an option that is neither.
+    """
+    running = {each.name for each in fields(RunConfig)}
+    loading = load_option_names()
+    for name in options:
+        if name not in running | loading:
+            raise unknown_option(name, running | loading)
+    run = RunConfig.from_options({name: value for name, value in options.items() if name in running})
+    return run, {name: value for name, value in options.items() if name in loading}
+
+
+def open_run(model: Any, options: Mapping[str, Any]) -> tuple[Model, RunConfig]:
+    """Check the options of a public function, then load its model.
+
+    Parameters
+    ----------
+    model : anything that :func:`kvgeom.load` takes
+    options : mapping
+        Keywords of :class:`RunConfig` and of :func:`kvgeom.load`.
+    """
+    run, loading = split_options(options)
+    return load(model, progress=run.progress, **loading), run
