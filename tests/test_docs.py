@@ -50,7 +50,7 @@ def test_the_example_judge() -> None:
     assert judge.label("r", "So sorry!", lambda: 0.0).label == "refused"
     assert judge.label("r", "xx", lambda: -9.0).label == "degenerate"
     prompts = PromptSet("p", ("a b", "c d"), ("e f", "g h"), "")
-    found = kvgeom.audit(tiny_model(), prompts=prompts, judge=judge, curve_bits=(2,), max_new_tokens=2, progress=False)
+    found = kvgeom.audit(tiny_model(), prompts=prompts, judge=judge, bits=(2,), max_new_tokens=2, progress=False)
     assert found.settings["judge"] == "apologies"
 
 

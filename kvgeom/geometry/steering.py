@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvgeom.errors import InputError
-from kvgeom.evaluation.margin import mean_log_likelihood
 from kvgeom.evaluation.respond import Responses, respond
 from kvgeom.evaluation.scores import mean_log_likelihood
 from kvgeom.judges.judge import LABELS, Judge, KeywordJudge

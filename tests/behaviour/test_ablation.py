@@ -8,13 +8,12 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 import torch
-from kvgeom.report.terminal import ablation_table, curve_table, diagnosis_text, scan_table, table
 
 import kvgeom
 from kvgeom.behaviour.ablation import Ablation, ablate, channel_magnitudes, channel_subsets, whole_cache
 from kvgeom.cli import main
 from kvgeom.diagnosis.diagnose import Diagnosis
-from kvgeom.diagnosis.taxonomy import Finding, Mode
+from kvgeom.diagnosis.mode import Finding, Mode
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline, baseline
 from kvgeom.evaluation.evaluate import evaluate
@@ -42,7 +41,7 @@ def base() -> Baseline:
 @pytest.fixture(scope="module")
 def found() -> Diagnosis:
     prompts = PromptSet("tiny", tuple(REQUESTS), tuple(f"{r} too" for r in REQUESTS), "written here")
-    return kvgeom.diagnose(TINY, prompts, judge=ArbitraryJudge(), curve_bits=(8, 2), max_new_tokens=5, progress=False)
+    return kvgeom.diagnose(TINY, prompts, judge=ArbitraryJudge(), bits=(8, 2), max_new_tokens=5, progress=False)
 
 
 def test_families_round_what_they_say() -> None:
@@ -157,7 +156,7 @@ def test_a_diagnosis_runs_what_can_flip(found: Diagnosis) -> None:
 def test_a_diagnosis_without_geometry_says_less(found: Diagnosis) -> None:
     prompts = PromptSet("tiny", tuple(REQUESTS), tuple(f"{r} too" for r in REQUESTS), "written here")
     short = kvgeom.diagnose(
-        TINY, prompts, judge=ArbitraryJudge(), curve_bits=(8,), max_new_tokens=5, geometry=False, progress=False
+        TINY, prompts, judge=ArbitraryJudge(), bits=(8,), max_new_tokens=5, geometry=False, progress=False
     )
     assert short.sensitivity is None
     assert short.mode.name == found.mode.name

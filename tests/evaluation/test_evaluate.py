@@ -10,14 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvgeom.report.terminal import curve_table
 
-from kvgeom.behaviour.curve import bit_width_curve, over_refusal
+from kvgeom.behaviour.curve import bit_width_curve
+from kvgeom.behaviour.over_refusal import over_refusal
 from kvgeom.behaviour.scan import single_layer_scan
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline, baseline
+from kvgeom.evaluation.condition import UNQUANTIZED
 from kvgeom.evaluation.evaluate import evaluate
-from kvgeom.evaluation.outcomes import EXACT, Outcomes
+from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.evaluation.perplexity import perplexity
 from kvgeom.judges.judge import LABELS, Verdict
 from kvgeom.models.hf import HFModel
@@ -69,7 +70,7 @@ def _odds(outcomes: Outcomes, rows: Sequence[int]) -> np.ndarray:
     for name in outcomes.data.recipe.values:
         for row in rows:
             prompt = TINY.encode([str(outcomes.data.request.values[row])])[0]
-            edit = Rounder(RECIPES[name]) if name != EXACT else None
+            edit = Rounder(RECIPES[name]) if name != UNQUANTIZED else None
             p = TINY.forward(prompt.ids, TINY.new_cache(edit))[-1].double().softmax(-1)[:50].sum()
             margins.append(float(p.log() - (1 - p).log()))
     return np.array(margins)
@@ -119,7 +120,7 @@ def test_counts(base: Baseline) -> None:
     outcomes = evaluate(TINY, RECIPES, base, progress=False)
     part = evaluate(TINY, RECIPES, base, refused_only=True, progress=False)
     frame = outcomes.to_frame()
-    exact = frame[frame.recipe == EXACT].set_index("prompt").label
+    exact = frame[frame.recipe == UNQUANTIZED].set_index("prompt").label
     for name in RECIPES:
         now = frame[frame.recipe == name].set_index("prompt").label
         flips = [i for i in exact.index if exact[i] == "refused" and now[i] != "refused"]
@@ -174,7 +175,7 @@ def test_over_refusal(base: Baseline) -> None:
     assert found.data.refused.values.tolist()[0] == len(base.refused)
     assert int(found.data.refused.sel(bits=2)) == int((labels.sel(recipe="2") == "refused").sum())
     assert int(found.data.degenerate.sel(bits=2)) == int((labels.sel(recipe="2") == "degenerate").sum())
-    both = [(labels.sel(recipe=name) == "refused").values for name in ("2", EXACT)]
+    both = [(labels.sel(recipe=name) == "refused").values for name in ("2", UNQUANTIZED)]
     assert float(found.data.p.sel(bits=2)) == pytest.approx(mcnemar(*both))
     assert float(found.data.p.sel(bits=16)) == 1.0
     figure = found.plot()
@@ -195,7 +196,7 @@ def test_scan(base: Baseline) -> None:
     for layer in range(3):
         recipe = {"alone": Recipe.uniform(3, Scheme(3, True, "tensor"), layers=[layer])}
         alone = evaluate(TINY, recipe, base, refused_only=True, progress=False)
-        drop = (alone.data.margin.sel(recipe=EXACT) - alone.data.margin.sel(recipe="alone")).mean()
+        drop = (alone.data.margin.sel(recipe=UNQUANTIZED) - alone.data.margin.sel(recipe="alone")).mean()
         assert float(scan.data.margin_drop.sel(layer=layer)) == pytest.approx(float(drop), abs=1e-4)
         assert int(scan.data.flips.sel(layer=layer)) == alone.flips("alone")["all"]
         assert int(scan.data.flips_degenerate.sel(layer=layer)) == alone.flips("alone")["degenerate"]
@@ -228,7 +229,7 @@ def test_bad_input(base: Baseline) -> None:
     with pytest.raises(InputError, match="at least one"):
         baseline(TINY, [])
     with pytest.raises(InputError, match="choose another"):
-        evaluate(TINY, {EXACT: Recipe.exact(3)}, base)
+        evaluate(TINY, {UNQUANTIZED: Recipe.exact(3)}, base)
     with pytest.raises(InputError, match="for 4 layers"):
         evaluate(TINY, {"r": Recipe.exact(4)}, base)
     with pytest.raises(InputError, match="lower max_new_tokens"):

@@ -21,8 +21,9 @@ from kvgeom.diagnosis.diagnose import Diagnosis
 from kvgeom.engines.registry import resolve
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import baseline
+from kvgeom.evaluation.condition import UNQUANTIZED
 from kvgeom.evaluation.evaluate import evaluate
-from kvgeom.evaluation.outcomes import EXACT, Outcomes
+from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.geometry.attention import attention_to_request
 from kvgeom.judges.judge import LABELS
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, protect
@@ -66,7 +67,7 @@ def outcomes_of(labels: Sequence[Sequence[str]], names: Sequence[str], margins: 
     lost = np.zeros((len(names), shape[1])) if margins is None else margins
     columns["margin"] = (("recipe", "prompt"), np.concatenate([np.full((1, shape[1]), 5.0), 5.0 - lost]))
     meta = {"model": "m", "fingerprint": "f", "placement": "p", "judge": "j", "max_new_tokens": 4}
-    coords = {"recipe": [EXACT, *names], "prompt": np.arange(shape[1])}
+    coords = {"recipe": [UNQUANTIZED, *names], "prompt": np.arange(shape[1])}
     return Outcomes(xr.Dataset(columns, coords=coords), meta)
 
 
@@ -137,7 +138,7 @@ def test_harmless_requests_by_hand() -> None:
     }
     found = harmless_under(base, recipes, Placement(), progress=False)
     labels = evaluate(model, recipes, base, progress=False).data.label
-    before = labels.sel(recipe=EXACT).values
+    before = labels.sel(recipe=UNQUANTIZED).values
     assert (before == "complied").any()
     lost = {name: (before == "complied") & (labels.sel(recipe=name).values != "complied") for name in recipes}
     for name, one in found.items():

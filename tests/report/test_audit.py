@@ -46,7 +46,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def audit(out: Path) -> Audit:
     return kvgeom.audit(
-        TINY, out, prompts=PROMPTS, judge=ArbitraryJudge(), curve_bits=(8, 4, 2), max_new_tokens=6, progress=False
+        TINY, out, prompts=PROMPTS, judge=ArbitraryJudge(), bits=(8, 4, 2), max_new_tokens=6, progress=False
     )
 
 
@@ -106,7 +106,7 @@ def test_a_repeated_audit_is_the_same(numbers: dict[str, Any]) -> None:
         TINY,
         prompts=PROMPTS,
         judge=ArbitraryJudge(),
-        curve_bits=(2, 4, 8),
+        bits=(2, 4, 8),
         max_new_tokens=6,
         batch_size=3,
         progress=False,
@@ -158,7 +158,7 @@ def test_text_from_outside_is_escaped(out: Path, audit: Audit) -> None:
 
 
 def test_nothing_refused_is_undetermined(tmp_path: Path) -> None:
-    found = kvgeom.audit(TINY, tmp_path, prompts=PROMPTS.take(4), curve_bits=(2,), max_new_tokens=4, progress=False)
+    found = kvgeom.audit(TINY, tmp_path, prompts=PROMPTS.take(4), bits=(2,), max_new_tokens=4, progress=False)
     numbers = json.loads((tmp_path / "audit.json").read_text())
     jsonschema.validate(numbers, SCHEMA)
     assert found.verdict.status == numbers["mode"]["name"] == numbers["pcr"]["status"] == "undetermined"
@@ -172,7 +172,7 @@ def test_an_engine_is_named_and_what_it_never_rounds_is_not_called_safe(tmp_path
     """With 128 tokens that wait, none of these requests meets KIVI; layers and parts are rounded in their own way."""
     more = PromptSet("more", PROMPTS.harmful + PROMPTS.harmless, PROMPTS.harmless, "")
     options: dict[str, Any] = {"prompts": more, "judge": ArbitraryJudge(), "max_new_tokens": 4, "progress": False}
-    found = kvgeom.audit(TINY, tmp_path, scheme="kivi", curve_bits=(2,), **options)
+    found = kvgeom.audit(TINY, tmp_path, scheme="kivi", bits=(2,), **options)
     numbers = json.loads((tmp_path / "audit.json").read_text())
     jsonschema.validate(numbers, SCHEMA)
     assert numbers["settings"]["untouched"] == 16
@@ -190,7 +190,7 @@ def test_an_engine_is_named_and_what_it_never_rounds_is_not_called_safe(tmp_path
 
 def test_a_set_without_harmless_requests_borrows_the_calibration_set() -> None:
     found = kvgeom.audit(
-        TINY, prompts=PromptSet("h", PROMPTS.harmful[:3], (), ""), curve_bits=(2,), max_new_tokens=2, progress=False
+        TINY, prompts=PromptSet("h", PROMPTS.harmful[:3], (), ""), bits=(2,), max_new_tokens=2, progress=False
     )
     assert np.isfinite(found.sensitivity.data.ratio.sel(layer=2)).all()
 
