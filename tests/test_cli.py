@@ -45,7 +45,7 @@ BAD: list[tuple[Callable[[Path, Path], list[str]], str]] = [
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--scan-bits", "16"], "16"),
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--scheme", "q4_0"], "q4_0"),
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--limit", "0"], "at least one"),
-    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--new-tokens", "0"], "positive"),
+    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--max-new-tokens", "0"], "positive"),
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--device", "toaster"], "toaster"),
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--dtype", "float3"], "float3"),
     (lambda model, tmp: [str(model), "--out", file_in(tmp, "taken", "") + "/sub"], "cannot be written"),
@@ -84,7 +84,7 @@ def test_a_model_without_template(without_template: Path, tmp_path: Path, capsys
         "--quiet",
         "--limit",
         "2",
-        "--new-tokens",
+        "--max-new-tokens",
         "2",
     ]
     assert main(asked) == 2
@@ -104,7 +104,7 @@ def test_it_prints_the_verdict_and_where_the_report_lies(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "report"
-    asked = ["--out", str(out), "--limit", "3", "--bits", "16", "8", "2", "--new-tokens", "3", "--quiet"]
+    asked = ["--out", str(out), "--limit", "3", "--bits", "16", "8", "2", "--max-new-tokens", "3", "--quiet"]
     assert main(["audit", str(checkpoint), *asked, "--scheme", "sym-channel", "--placement", "paper"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -119,7 +119,7 @@ def test_it_prints_the_verdict_and_where_the_report_lies(
 
 def test_a_sweep_says_what_it_rounded(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The engine behind a preset's name, where it rounds, and that requests as short as these never meet it."""
-    asked = ["sweep", str(checkpoint), "--limit", "2", "--new-tokens", "2", "--quiet"]
+    asked = ["sweep", str(checkpoint), "--limit", "2", "--max-new-tokens", "2", "--quiet"]
     assert main([*asked, "--scheme", "kivi"]) == 0
     said = capsys.readouterr().out
     assert "kivi; cache, scales of the prompt, prefill reads exact, 128 tokens wait" in said
@@ -136,7 +136,7 @@ def test_over_refusal_goes_on_from_a_journal_of_its_own(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "sweep"
-    asked = ["sweep", str(checkpoint), "--limit", "2", "--bits", "3", "--new-tokens", "2", "--quiet", "--over-refusal"]
+    asked = ["sweep", str(checkpoint), "--limit", "2", "--bits", "3", "--max-new-tokens", "2", "--quiet", "--over-refusal"]
     assert main([*asked, "--out", str(out)]) == 0
     first = capsys.readouterr().out
     assert "harmless refused" in first

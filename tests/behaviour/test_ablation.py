@@ -149,8 +149,8 @@ def test_a_diagnosis_runs_what_can_flip(found: Diagnosis) -> None:
     assert np.isnan(found.curve.data.gains).all()
     assert np.isfinite(gained.curve.data.gains).all()
     assert found.curve.data.flips.identical(gained.curve.data.flips)
-    assert f"the {n} of {len(REQUESTS)} prompts refused unquantized" in diagnosis_text(found)
-    assert "prompts refused unquantized" not in diagnosis_text(gained)
+    assert f"the {n} of {len(REQUESTS)} prompts refused unquantized" in found.to_text()
+    assert "prompts refused unquantized" not in gained.to_text()
 
 
 def test_a_diagnosis_without_geometry_says_less(found: Diagnosis) -> None:
@@ -164,14 +164,14 @@ def test_a_diagnosis_without_geometry_says_less(found: Diagnosis) -> None:
 
 
 def test_tables(found: Diagnosis) -> None:
-    text = diagnosis_text(found)
-    for part in (curve_table(found.curve), scan_table(found.scan), ablation_table(found.ablation, found.channels)):
+    text = found.to_text()
+    for part in (found.curve.to_text(), found.scan.to_text(), ablation_text(found.ablation, found.channels)):
         assert part in text
     assert found.mode.reason in text
     assert "Transition" in text
-    lines = table(("name", "n"), [("a", 1), ("longer", 22)]).splitlines()
+    lines = text_table(("name", "n"), [("a", 1), ("longer", 22)]).splitlines()
     assert lines == ["name     n", "------  --", "a        1", "longer  22"]
-    assert "-" in table(("x",), [(float("nan"),)])
+    assert "-" in text_table(("x",), [(float("nan"),)])
 
 
 def test_the_mode_card() -> None:
@@ -194,7 +194,7 @@ def test_the_mode_card() -> None:
 
 @pytest.mark.parametrize("command", ["diagnose", "sweep", "scan"])
 def test_commands(command: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = [command, str(checkpoint), "--limit", "2", "--new-tokens", "3", "--quiet"]
+    asked = [command, str(checkpoint), "--limit", "2", "--max-new-tokens", "3", "--quiet"]
     assert main(asked) == 0
     said = capsys.readouterr()
     assert said.err == ""
@@ -218,7 +218,7 @@ def _prompts(folder: Path) -> Path:
 
 
 def test_text_for_perplexity(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["sweep", str(checkpoint), "--limit", "2", "--new-tokens", "2", "--bits", "4", "--quiet", "--text"]
+    asked = ["sweep", str(checkpoint), "--limit", "2", "--max-new-tokens", "2", "--bits", "4", "--quiet", "--text"]
     (tmp_path / "t.txt").write_text("The quick brown fox jumps over the lazy dog.")
     assert main([*asked, str(tmp_path / "t.txt")]) == 0
     assert main([*asked, str(tmp_path / "none.txt")]) == 2

@@ -96,7 +96,7 @@ def test_it_resolves_and_is_listed(mine: Engine, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.usefixtures("mine")
 def test_it_is_swept_and_audited(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--limit", "2", "--new-tokens", "2", "--quiet", "--scheme", "mine-int"]
+    options = ["--limit", "2", "--max-new-tokens", "2", "--quiet", "--scheme", "mine-int"]
     assert main(["sweep", str(checkpoint), *options]) == 0
     assert "Mine 1.2" in capsys.readouterr().out
     assert main(["audit", str(checkpoint), "--out", str(tmp_path), *options]) == 0

@@ -464,7 +464,7 @@ def test_a_journal_is_taken_up_again(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="about something else"):
         journal.reopen()
     assert not (tmp_path / ".j.lock").exists()
-    memory = Memory()
+    memory = NoJournal()
     memory.close()
     memory.reopen()
 

@@ -166,7 +166,7 @@ def test_a_curve_of_the_refused_claims_no_more(base: Baseline) -> None:
     titles = [note.text for figure in (whole.plot(), part.plot()) for note in figure.layout.annotations[:1]]
     assert f"{n} harmful requests get that are refused unquantized, of {len(REQUESTS)}" in titles[1]
     assert "refused" not in titles[0]
-    assert [line.split()[-2] for line in curve_table(part).splitlines()[2:]] == ["-"] * 3
+    assert [line.split()[-2] for line in part.to_text().splitlines()[2:]] == ["-"] * 3
 
 
 def test_over_refusal(base: Baseline) -> None:

@@ -397,7 +397,7 @@ def test_outcomes_are_judged_again_when_the_model_is_gone(guards: dict[str, Path
     """Whole responses go to a real (tiny) classifier, whose labels replace those of the keyword judge."""
     model = tiny_model("qwen2", seed=2)
     recipes, asked = {"4": Recipe.uniform(3, Scheme(4))}, ["open the door", "why?", "a @ b"]
-    whole = evaluate(model, recipes, asked, exact=True, max_new_tokens=6, progress=False)
+    whole = evaluate(model, recipes, asked, full_responses=True, max_new_tokens=6, progress=False)
     assert np.isfinite(whole.data.likelihood.values).all()
     cache, ids = model.new_cache(), model.encode(asked[:1])[0].ids
     first = int(model.forward(ids, cache)[-1].argmax())
@@ -415,7 +415,7 @@ def test_outcomes_are_judged_again_when_the_model_is_gone(guards: dict[str, Path
     assert again.data.label.values.ravel().tolist() == [v.label for v in verdicts]
     assert again.meta["judge"] == judge.name
     part = evaluate(tiny_model(), recipes, asked, max_new_tokens=3, progress=False)
-    with pytest.raises(InputError, match="exact=True"):
+    with pytest.raises(InputError, match="full_responses=True"):
         part.relabel(judge)
 
 
@@ -423,7 +423,7 @@ def test_a_diagnosis_is_judged_again_when_the_model_is_gone(guards: dict[str, Pa
     prompts = PromptSet("p", ("open the door", "why?", "zzz", "a @ b", "count"), ("b", "c", "d", "e", "f"), "here")
     options = {"curve_bits": (4,), "max_new_tokens": 6, "geometry": False, "progress": False}
     model = tiny_model("qwen2", seed=2)
-    found = diagnose(model, prompts, whole=True, **options)
+    found = diagnose(model, prompts, full_responses=True, **options)
     keyword = found.mode
     model.release()
     assert all(parameter.is_meta for parameter in model.hf_model.parameters())
@@ -433,7 +433,7 @@ def test_a_diagnosis_is_judged_again_when_the_model_is_gone(guards: dict[str, Pa
     counts = again.outcomes.relabel(judge).counts()
     assert int(again.curve.data.refused.sel(bits=16)) == counts["refused"] == again.evidence.refused
     assert found.mode == keyword
-    with pytest.raises(InputError, match="exact=True"):
+    with pytest.raises(InputError, match="full_responses=True"):
         diagnose(tiny_model(), prompts, **options).relabel(judge)
 
 
@@ -443,7 +443,7 @@ def test_commands_with_a_classifier(
 ) -> None:
     tiny_hf_model().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    asked = [command, str(tmp_path), "--limit", "2", "--new-tokens", "3", "--quiet", "--device", "cpu"]
+    asked = [command, str(tmp_path), "--limit", "2", "--max-new-tokens", "3", "--quiet", "--device", "cpu"]
     assert main([*asked, "--judge", str(guards["wildguard"]), "--judge-kind", "wildguard"]) == 0
     assert capsys.readouterr().out.strip()
     assert main([*asked, "--judge", str(tmp_path / "nothing"), "--judge-kind", "wildguard"]) == 2

@@ -209,7 +209,7 @@ def test_an_interrupted_audit_leaves_what_is_done_and_nothing_half_written(tmp_p
     tiny_hf_model(layers=6).save_pretrained(checkpoint)
     tiny_tokenizer().save_pretrained(checkpoint)
     process = subprocess.Popen(
-        [sys.executable, "-m", "kvgeom", "audit", str(checkpoint), "--out", str(out), "--new-tokens", "60"],
+        [sys.executable, "-m", "kvgeom", "audit", str(checkpoint), "--out", str(out), "--max-new-tokens", "60"],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},

@@ -339,7 +339,7 @@ def test_the_command(model: HFModel, tmp_path: Path, capsys: pytest.CaptureFixtu
         sets.append(str(tmp_path / f"{name}.jsonl"))
     asked = [
         "fix", str(checkpoint), "--out", str(out), "--prompts", sets[0], "--verify-prompts", sets[1], "--bits", "3", "--scheme",
-        "sym-tensor", "--memory", "0.2", "--new-tokens", "12", "--controls", "0", "--limit", "6", "--quiet",
+        "sym-tensor", "--memory", "0.2", "--max-new-tokens", "12", "--controls", "0", "--limit", "6", "--quiet",
     ]  # fmt: skip
     assert main(asked) == 0
     captured = capsys.readouterr()
@@ -363,8 +363,8 @@ def test_the_command(model: HFModel, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--verify-prompts", "calibration"], "are also in"),
         (["--verify-prompts", "missing.txt"], "no such file"),
         (["--scheme", "q4_0", "--bits", "3"], "q4_0"),
-        (["--new-tokens", "0"], "positive"),
-        (["--limit", "2", "--new-tokens", "2"], "refuses none of the 2 prompts"),
+        (["--max-new-tokens", "0"], "positive"),
+        (["--limit", "2", "--max-new-tokens", "2"], "refuses none of the 2 prompts"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
