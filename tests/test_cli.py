@@ -136,7 +136,18 @@ def test_over_refusal_goes_on_from_a_journal_of_its_own(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "sweep"
-    asked = ["sweep", str(checkpoint), "--limit", "2", "--bits", "3", "--max-new-tokens", "2", "--quiet", "--over-refusal"]
+    asked = [
+        "sweep",
+        str(checkpoint),
+        "--limit",
+        "2",
+        "--bits",
+        "3",
+        "--max-new-tokens",
+        "2",
+        "--quiet",
+        "--over-refusal",
+    ]
     assert main([*asked, "--out", str(out)]) == 0
     first = capsys.readouterr().out
     assert "harmless refused" in first

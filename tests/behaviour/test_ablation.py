@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kvgeom
-from kvgeom.behaviour.ablation import Ablation, ablate, channel_magnitudes, channel_subsets, whole_cache
+from kvgeom.behaviour.ablation import Ablation, ablate, ablation_text, channel_magnitudes, channel_subsets, whole_cache
 from kvgeom.cli import main
 from kvgeom.diagnosis.diagnose import Diagnosis
 from kvgeom.diagnosis.mode import Finding, Mode
