@@ -23,6 +23,7 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Rounder
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
+from kvgeom.results import text_table
 from kvgeom.stats import mcnemar
 from tests.builders.judges import ArbitraryJudge
 from tests.builders.requests import REQUESTS

@@ -24,7 +24,7 @@ from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import baseline
 from kvgeom.evaluation.condition import UNQUANTIZED
 from kvgeom.evaluation.evaluate import evaluate
-from kvgeom.evaluation.journal import Journal
+from kvgeom.evaluation.journal import Journal, NoJournal
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.evaluation.speculative import OPENING
 from kvgeom.judges.judge import KeywordJudge, Verdict, reading
