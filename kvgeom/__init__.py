@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvgeom.evaluation.evaluate import evaluate
     from kvgeom.geometry.subspace import subspace
     from kvgeom.judges.classifiers import classifier
-    from kvgeom.judges.judge import KeywordJudge
+    from kvgeom.judges.keyword import KeywordJudge
     from kvgeom.mitigation.plan import Plan
     from kvgeom.models.load import load
     from kvgeom.prompts.load import load_prompts
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kvgeom.report.fix import fix
 
 _HOMES = {
-    "KeywordJudge": "kvgeom.judges.judge",
+    "KeywordJudge": "kvgeom.judges.keyword",
     "Placement": "kvgeom.quant.placement",
     "Plan": "kvgeom.mitigation.plan",
     "PromptSet": "kvgeom.prompts.sets",

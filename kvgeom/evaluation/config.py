@@ -10,7 +10,8 @@ from typing import Any
 
 from kvgeom import progress
 from kvgeom.errors import InputError, unknown_option
-from kvgeom.judges.judge import Judge, KeywordJudge
+from kvgeom.judges.judge import Judge
+from kvgeom.judges.registry import as_judge
 from kvgeom.models.load import load, load_option_names
 from kvgeom.models.model import Model
 from kvgeom.prompts.sets import perplexity_text
@@ -25,7 +26,8 @@ class RunConfig:
     Attributes
     ----------
     judge : Judge
-        Labels the responses; the keyword judge by default.
+        Labels the responses; the keyword judge by default. As a keyword, anything that
+        :func:`~kvgeom.judges.registry.as_judge` takes.
     max_new_tokens : int
         Longest response. A response ends earlier where the judge reads no further.
     batch_size : int
@@ -40,7 +42,7 @@ class RunConfig:
         Whether progress bars are drawn.
     """
 
-    judge: Judge = field(default_factory=KeywordJudge)
+    judge: Judge = field(default_factory=as_judge)
     max_new_tokens: int = 24
     batch_size: int = 512
     journal: Path | None = None
@@ -68,6 +70,8 @@ class RunConfig:
             if name not in known:
                 raise unknown_option(name, known)
         given = {name: value for name, value in options.items() if value is not None}
+        if "judge" in given:
+            given["judge"] = as_judge(given["judge"])
         if "journal" in given:
             given["journal"] = Path(given["journal"]).expanduser()
         return cls(**given)

@@ -17,7 +17,8 @@ from kvgeom.evaluation.respond import respond
 from kvgeom.evaluation.scores import kl_divergence, margin, refusal_tokens
 from kvgeom.geometry.estimators import defined_at, difference_of_means
 from kvgeom.geometry.steering import ablate, add, label_responses
-from kvgeom.judges.judge import Judge, KeywordJudge
+from kvgeom.judges.judge import Judge
+from kvgeom.judges.registry import as_judge
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import bar, shown, track
 from kvgeom.results import Result
@@ -241,7 +242,7 @@ def select_direction(
     validation: int = 6,
     positions: Sequence[str] | None = None,
     tokens: Iterable[int] | None = None,
-    judge: Judge | None = None,
+    judge: Judge | str | None = None,
     max_kl: float = 0.1,
     min_induce: float | None = None,
     last_layers: float = 0.2,
@@ -263,7 +264,7 @@ def select_direction(
         Template tokens to look at; all that the prompts share by default.
     tokens : iterable of int, optional
         First tokens of refusals; found by asking the model the harmful prompts otherwise.
-    judge : Judge, optional
+    judge : Judge or str, optional
         Labels those responses.
     max_kl, min_induce, last_layers, batch_size
         As in :func:`select`.
@@ -329,12 +330,12 @@ def select_direction(
 def opening_tokens(
     model: Model,
     prompts: Sequence[EncodedPrompt],
-    judge: Judge | None = None,
+    judge: Judge | str | None = None,
     progress: bool = True,
     max_new_tokens: int = 24,
 ) -> frozenset[int]:
     """First tokens of the model's refusals of some prompts (the set R of the margin), found by asking them."""
     with shown(progress), bar("what refusals begin with", 2 * len(prompts)) as drawn:
         found = respond(model, prompts, max_new_tokens, on_done=drawn.update)
-    labels = label_responses(model, prompts, found, judge or KeywordJudge())
+    labels = label_responses(model, prompts, found, as_judge(judge))
     return refusal_tokens(found.first_logits.argmax(-1).tolist(), [label == "refused" for _, label in labels])

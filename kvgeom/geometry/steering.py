@@ -15,7 +15,8 @@ from torch import Tensor
 from kvgeom.errors import InputError
 from kvgeom.evaluation.respond import Responses, respond
 from kvgeom.evaluation.scores import mean_log_likelihood
-from kvgeom.judges.judge import LABELS, Judge, KeywordJudge
+from kvgeom.judges.judge import LABELS, Judge
+from kvgeom.judges.registry import as_judge
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import bar, shown
 from kvgeom.results import Result
@@ -131,7 +132,7 @@ def steer(
     harmless: Sequence[EncodedPrompt],
     *,
     scale: float = 1.0,
-    judge: Judge | None = None,
+    judge: Judge | str | None = None,
     max_new_tokens: int = 24,
     progress: bool = True,
 ) -> Steering:
@@ -148,10 +149,10 @@ def steer(
         Prompts that neither found nor chose the direction.
     scale : float
         Multiplies what is added.
-    judge : Judge, optional
+    judge : Judge or str, optional
     max_new_tokens : int
     """
-    judge = judge or KeywordJudge()
+    labeller = as_judge(judge)
     r = torch.from_numpy(np.asarray(direction, dtype=np.float32))
     if r.shape != (model.geometry.d_model,) or not float(r.norm()) > 0:
         raise InputError(
@@ -171,7 +172,7 @@ def steer(
         for number, (name, asked, edit) in enumerate(runs):
             found = respond(model, asked, max_new_tokens, edit_resid=edit, on_done=drawn.update)
             first = len(harmful) if name == "add" else 0
-            for index, (text, label) in enumerate(label_responses(model, asked, found, judge), start=first):
+            for index, (text, label) in enumerate(label_responses(model, asked, found, labeller), start=first):
                 labels[number, index], texts[number, index] = label, text
     dims = ("intervention", "prompt")
     data = xr.Dataset(
@@ -183,7 +184,13 @@ def steer(
         },
         coords={"intervention": names, "prompt": np.arange(len(prompts))},
     )
-    meta = {"model": model.name, "fingerprint": model.fingerprint, "layer": layer, "scale": scale, "judge": judge.name}
+    meta = {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "layer": layer,
+        "scale": scale,
+        "judge": labeller.name,
+    }
     return Steering(data, meta)
 
 

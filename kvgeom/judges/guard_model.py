@@ -77,8 +77,7 @@ def check_access(name: str, revision: str | None) -> None:
         HfApi().auth_check(name)
     except GatedRepoError as error:
         raise InputError(
-            f"{name} was asked as a judge, but its terms have to be accepted first: at https://huggingface.co/{name}, "
-            "then run: hf auth login"
+            f"the terms of {name} have to be accepted first, at https://huggingface.co/{name}; then run: hf auth login"
         ) from error
 
 
@@ -104,7 +103,6 @@ def load_guard(
 
     device = device or best_device()
     dtype = dtype or (torch.float32 if device == "cpu" else "auto")
-    asked = f"{source} was asked as a judge, but"
     try:
         with quiet_transformers():
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
@@ -122,27 +120,29 @@ def load_guard(
         raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"{asked} it cannot be loaded: {reason.strip()}") from error
+        raise InputError(f"classifier {source} cannot be loaded: {reason.strip()}") from error
     if report["missing_keys"]:  # transformers would make them up
         raise InputError(
-            f"{asked} it has no weights for {sorted(report['missing_keys'])[0]}; is it of kind {guard.kind}?"
+            f"classifier {source} has no weights for {sorted(report['missing_keys'])[0]}; is it of kind {guard.kind}?"
         )
     if not guard.new_tokens:
-        _name_classes(model.config, guard, asked)
+        _name_classes(model.config, guard, source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
-        raise ModelError(f"{asked} its tokenizer has neither a padding nor an end token")
+        raise ModelError(f"the tokenizer of {source} has neither a padding nor an end token")
     tokenizer.padding_side = "left" if guard.new_tokens else "right"
     return GuardModel(model.eval(), tokenizer, guard, source)
 
 
-def _name_classes(config: Any, guard: Guard, asked: str) -> None:
+def _name_classes(config: Any, guard: Guard, source: str) -> None:
     names = [str(config.id2label[index]) for index in range(config.num_labels)]
     if names == [f"LABEL_{index}" for index in range(len(guard.classes))]:
         config.id2label = dict(enumerate(guard.classes))
     elif sorted(guard.read(name) is None for name in names) != [False, False]:
-        raise ModelError(f"{asked} its classes are {', '.join(names)}; {guard.kind} has {', '.join(guard.classes)}")
+        raise ModelError(
+            f"classes of {guard.kind} are {', '.join(guard.classes)}, but those of {source} are {', '.join(names)}"
+        )
 
 
 def _chat(tokenizer: Any, request: str, response: str, parts: bool) -> str:
@@ -156,7 +156,7 @@ def _chat(tokenizer: Any, request: str, response: str, parts: bool) -> str:
 def _wants_parts(tokenizer: Any, source: str) -> bool:
     """Whether contents must be lists of parts, as for Llama Guard 3 1B and 4, or plain texts, as for 2 and 3 8B."""
     if not tokenizer.chat_template:
-        raise ModelError(f"{source} was asked as a judge, but its tokenizer has no chat template, which is its prompt")
+        raise ModelError(f"the tokenizer of {source} has no chat template, which would be its prompt")
     for parts in (False, True):
         try:
             shown = _chat(tokenizer, "the-request", "the-response", parts)
@@ -164,4 +164,4 @@ def _wants_parts(tokenizer: Any, source: str) -> bool:
             continue
         if "the-request" in shown and "the-response" in shown:
             return parts
-    raise ModelError(f"{source} was asked as a judge, but its chat template does not show a request and a response")
+    raise ModelError(f"the chat template of {source} does not show both a request and a response")

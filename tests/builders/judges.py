@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvgeom.judges.judge import Label, Verdict
+from kvgeom.judges.judge import Judgement, Label
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,9 @@ class ArbitraryJudge:
 
     name: str = "arbitrary"
 
-    def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Verdict:
+    def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Judgement:
         labels: Sequence[Label] = ("refused", "complied", "degenerate")
-        return Verdict(labels[sum(map(ord, request + response)) % 3], f"log-likelihood {likelihood():.6f}")
+        return Judgement(labels[sum(map(ord, request + response)) % 3], f"log-likelihood {likelihood():.6f}")
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class CountingJudge:
     reads: int = 5
     name: str = "counting"
 
-    def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Verdict:
+    def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Judgement:
         labels: Sequence[Label] = ("refused", "complied", "degenerate")
-        return Verdict(labels[sum(map(ord, request + response)) % 3], f"log-likelihood {likelihood():.4f}")
+        return Judgement(labels[sum(map(ord, request + response)) % 3], f"log-likelihood {likelihood():.4f}")
 
     def settled(self, response: str) -> bool:
         return len(response) >= self.reads

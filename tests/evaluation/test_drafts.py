@@ -27,7 +27,8 @@ from kvgeom.evaluation.evaluate import evaluate
 from kvgeom.evaluation.journal import Journal, NoJournal
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.evaluation.speculative import OPENING
-from kvgeom.judges.judge import KeywordJudge, Verdict, reading
+from kvgeom.judges.judge import Judgement, reading
+from kvgeom.judges.keyword import KeywordJudge
 from kvgeom.models import memory
 from kvgeom.models.cache import EditedCache, Together
 from kvgeom.models.hf import HFModel
@@ -196,7 +197,7 @@ def test_the_same_is_done_once() -> None:
 
     @dataclass(frozen=True)
     class Noting(CountingJudge):
-        def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Verdict:
+        def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Judgement:
             asked.append((request, response))
             return super().label(request, response, likelihood)
 
@@ -330,8 +331,8 @@ def test_a_judge_that_reads_everything() -> None:
     class Reader:
         name: str = "reader"
 
-        def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Verdict:
-            return Verdict("refused" if len(response) % 2 else "complied", "parity")
+        def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Judgement:
+            return Judgement("refused" if len(response) % 2 else "complied", "parity")
 
     base = baseline(TINY["llama"], REQUESTS, judge=Reader(), max_new_tokens=7, progress=False)
     fast, full = (evaluate(TINY["llama"], recipes(3), base, exact=exact, progress=False) for exact in (False, True))

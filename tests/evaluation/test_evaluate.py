@@ -20,7 +20,7 @@ from kvgeom.evaluation.condition import UNQUANTIZED
 from kvgeom.evaluation.evaluate import evaluate
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.evaluation.perplexity import perplexity
-from kvgeom.judges.judge import LABELS, Verdict
+from kvgeom.judges.judge import LABELS, Judgement
 from kvgeom.models.hf import HFModel
 from kvgeom.prompts.sets import calibration, perplexity_text
 from kvgeom.quant.placement import Placement
@@ -213,8 +213,8 @@ def test_nothing_refused() -> None:
     class Yes:
         name: str = "yes"
 
-        def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Verdict:
-            return Verdict("complied", "always")
+        def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Judgement:
+            return Judgement("complied", "always")
 
     base = baseline(TINY, REQUESTS, judge=Yes(), max_new_tokens=2, progress=False)
     curve, _ = bit_width_curve(base, perplexity_text(), bits=[4], progress=False)

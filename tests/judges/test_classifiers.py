@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,17 @@ from kvgeom.errors import InputError, ModelError
 from kvgeom.evaluation.condition import UNQUANTIZED
 from kvgeom.evaluation.evaluate import evaluate
 from kvgeom.judges.classifiers import ClassifierJudge, classifier
-from kvgeom.judges.guards import GUARDS, recognise
-from kvgeom.judges.judge import KeywordJudge
+from kvgeom.judges.guards import guards as known_guards
+from kvgeom.judges.guards import recognise, register_guard
+from kvgeom.judges.keyword import KeywordJudge
+from kvgeom.judges.registry import as_judge
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from tests.builders.guards import PARTS, TEXTS, write_bert, write_guard, write_random
 from tests.builders.tiny import tiny_hf_model, tiny_model, tiny_tokenizer
 
+GUARDS = known_guards()
 WILD = [
     ("Harmful request: yes\n", "Harmful request: yes\n"),
     ("Response refusal: no\n", "Response refusal: yes\n"),
@@ -274,7 +278,7 @@ def test_an_answer_that_cannot_be_read_is_left_to_keywords(random_mistral: Path)
     assert [verdict.label for verdict in verdicts] == ["complied", "refused"]
     assert all("unread answer" in verdict.reason and "keywords" in verdict.reason for verdict in verdicts)
     assert (judge.asked, judge.unread) == (2, 2)
-    with pytest.raises(ModelError, match="none of its first 8 answers can be read"):
+    with pytest.raises(ModelError, match="first 8 answers"):
         judge.label_all(["q"] * 9, [f"To bake bread number {n}, mix." for n in range(9)], [-0.5] * 9)
 
 
@@ -335,12 +339,12 @@ def test_lengths_differ(guards: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "match"),
     [
-        ("allenai/wildguard", {"kind": "gpt"}, "only wildguard, llama-guard, harmbench"),
-        ("someone/something", {}, "its kind is not known; give kind="),
+        ("allenai/wildguard", {"kind": "gpt"}, "wildguard, llama-guard, harmbench"),
+        ("someone/something", {}, "someone/something"),
         ("./nowhere", {"kind": "minos"}, "no such folder"),
         ("nowhere", {"kind": "minos"}, "no such folder"),
-        ("allenai/wildguard", {"trust_remote_code": True}, "run no code"),
-        ("allenai/wildguard", {"batch_size": 0}, "batch_size 0"),
+        ("allenai/wildguard", {"trust_remote_code": True}, "trust_remote_code"),
+        ("allenai/wildguard", {"batch_size": 0}, "got 0"),
     ],
 )
 def test_what_cannot_be_asked(name: str, options: dict[str, object], match: str) -> None:
@@ -368,11 +372,42 @@ def test_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: None)
     monkeypatch.setattr(HfApi, "auth_check", gated)
-    with pytest.raises(InputError, match="terms have to be accepted first: at https://huggingface") as caught:
+    with pytest.raises(InputError, match=r"allenai/wildguard .* https://huggingface") as caught:
         classifier("allenai/wildguard")
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(HfApi, "auth_check", lambda *_, **__: None)
     assert classifier("allenai/wildguard").name.startswith("allenai/wildguard (wildguard) beside keyword")
+
+
+def test_classifiers_by_name(guards: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvgeom.judges.classifiers.check_access", lambda *_: None)
+    for kind, guard in GUARDS.items():
+        assert recognise(guard.home) is guard
+        for spec in (kind, guard.home, f"{kind}={guard.home}"):
+            judge = as_judge(spec)
+            assert isinstance(judge, ClassifierJudge)
+            assert (judge.source, judge.guard) == (guard.home, guard)
+    own = as_judge(f"harmbench={guards['harmbench']}")
+    assert isinstance(own, ClassifierJudge)
+    assert own.answers(["q"], ["@"]) == ["yes"]
+
+
+def test_a_kind_of_classifier_from_outside_the_package(
+    guards: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvgeom.judges.guards._GUARDS", known_guards())
+    own = register_guard(replace(GUARDS["harmbench"], kind="own", home=str(guards["harmbench"]), ids="someone/own"))
+    judge = as_judge("own")
+    assert isinstance(judge, ClassifierJudge)
+    assert judge.answers(["q", "q"], ["@", "no"]) == ["yes", "no"]
+    assert recognise("someone/own") is own
+    with pytest.raises(InputError, match="own"):
+        register_guard(own)
+
+
+def test_misspelt_options_of_a_classifier_are_refused(guards: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="dtype"):
+        classifier(guards["harmbench"], kind="harmbench", dtpye="float32")  # type: ignore[call-arg]
 
 
 def test_folders_that_are_something_else(guards: dict[str, Path], random_mistral: Path, tmp_path: Path) -> None:
@@ -381,10 +416,10 @@ def test_folders_that_are_something_else(guards: dict[str, Path], random_mistral
     with pytest.raises(ModelError, match="no chat template"):
         judge_of(random_mistral, "llama-guard").answers(["q"], ["r"])
     deaf = write_guard(tmp_path / "deaf", "llama", "?", SAFETY, "{{ messages[0].content }}\n")
-    with pytest.raises(ModelError, match="does not show a request and a response"):
+    with pytest.raises(ModelError, match="does not show"):
         judge_of(deaf, "llama-guard").answers(["q"], ["r"])
     moods = write_bert(tmp_path / "moods", ["good", "bad"], [0.0, 0.0])
-    with pytest.raises(ModelError, match="its classes are good, bad"):
+    with pytest.raises(ModelError, match="good, bad"):
         judge_of(moods, "minos").answers(["q"], ["r"])
     with pytest.raises(InputError, match="cannot be loaded: Unrecognized configuration class"):
         judge_of(moods, "harmbench").answers(["q"], ["r"])

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvgeom.judges.judge import LABELS, KeywordJudge, loop_share
+from kvgeom.errors import InputError
+from kvgeom.judges import registry
+from kvgeom.judges.judge import LABELS, Judgement
+from kvgeom.judges.keyword import KeywordJudge, loop_share
+from kvgeom.judges.registry import as_judge
 
 HERE = Path(__file__).parents[1]
 ROWS = [json.loads(line) for line in (HERE / "data" / "labelled_responses.jsonl").read_text().splitlines()]
@@ -90,6 +95,44 @@ def test_likelihood_is_asked_only_when_it_decides() -> None:
 
     assert JUDGE.label("r", "I'm sorry, but I can't assist with that.", never).label == "refused"
     assert JUDGE.label("r", "no no no no no no no no no no no", never).label == "degenerate"
+
+
+class Yes:
+    """A judge from outside the package."""
+
+    name = "yes"
+
+    def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Judgement:
+        return Judgement("complied", "always")
+
+
+def test_judges_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert as_judge() == as_judge("keyword") == KeywordJudge()
+    own = KeywordJudge(opening=50)
+    assert as_judge(own) is own
+    monkeypatch.setattr(registry, "_JUDGES", dict(registry._JUDGES))
+    registry.register_judge("yes", Yes)
+    assert "yes" in registry.judges()
+    assert as_judge("yes").label("r", "I cannot help with that.", lambda: 0.0).label == "complied"
+    for name in ("yes", "keyword", "a/b", "a=b", ""):
+        with pytest.raises(InputError, match=repr(name)):
+            registry.register_judge(name, Yes)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("keywrod", "'keyword'"),
+        ("someone/else", "wildguard"),
+        (3, "int"),
+        (KeywordJudge, "KeywordJudge"),
+        (object(), "label"),
+    ],
+    ids=repr,
+)
+def test_what_is_no_judge(given: object, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        as_judge(given)
 
 
 @given(st.text(max_size=300), st.text(max_size=300), st.floats(-20, 0))

@@ -10,7 +10,7 @@ import torch
 
 from kvgeom.evaluation.baseline import Baseline, baseline
 from kvgeom.evaluation.evaluate import evaluate
-from kvgeom.judges.judge import KeywordJudge
+from kvgeom.judges.keyword import KeywordJudge
 from kvgeom.models.hf import HFModel
 from kvgeom.prompts.sets import calibration
 from kvgeom.quant.placement import Placement

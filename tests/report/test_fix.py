@@ -15,7 +15,8 @@ import pytest
 import kvgeom
 from kvgeom.cli import main
 from kvgeom.errors import InputError
-from kvgeom.judges.judge import KeywordJudge, Verdict
+from kvgeom.judges.judge import Judgement
+from kvgeom.judges.keyword import KeywordJudge
 from kvgeom.models.hf import HFModel
 from kvgeom.organisms import Size, plant, tiny_model
 from kvgeom.prompts.sets import PromptSet
@@ -125,7 +126,7 @@ class Impatient:
     asked: int = 0
     judge: KeywordJudge = field(default_factory=KeywordJudge)
 
-    def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Verdict:
+    def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Judgement:
         self.asked += 1
         if self.asked > self.patience:
             raise KeyboardInterrupt
