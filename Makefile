@@ -6,16 +6,21 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all lint docs organisms clean
+.PHONY: demo test test-real test-all lint docs organisms clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/kvgeom audit demo --out audit-demo
 
+# Tiny models, a process on each core.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope
 
-test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "slow or not slow"
+# The demo model and the notebooks, one after the other.
+test-real: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "real and not slow"
+
+test-all: test $(VENV)/.dev
+	$(BIN)/python -m pytest -m "real or slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

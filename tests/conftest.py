@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process on each core: threads of one would stand in the way of the others
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import pytest
@@ -16,6 +21,14 @@ settings.load_profile("kvgeom")
 
 #: Public benchmarks beside a checkout, where there are any; never part of the repository.
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What uses the demo model is marked so, before markers choose what is run."""
+    for item in items:
+        if "demo" in getattr(item, "fixturenames", ()):
+            item.add_marker("real")
 
 
 @pytest.fixture(scope="session")

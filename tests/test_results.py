@@ -155,6 +155,7 @@ ALSO = (
 )
 
 
+@pytest.mark.real
 def test_every_result_shows_itself_in_a_notebook(trained: HFModel, tmp_path: Path) -> None:
     for found in pkgutil.walk_packages(kvgeom.__path__, "kvgeom."):
         if not found.name.endswith("__main__"):
