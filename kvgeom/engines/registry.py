@@ -7,7 +7,6 @@ with :func:`register_engine`. The page of each in the documentation says what it
 from __future__ import annotations
 
 import pkgutil
-import re
 from dataclasses import replace
 from difflib import get_close_matches
 from importlib import import_module
@@ -16,10 +15,11 @@ from typing import Any
 from kvgeom import engines as package
 from kvgeom.engines.engine import CacheConfig, Engine, Preset
 from kvgeom.errors import InputError
+from kvgeom.quant.formats.base import formats, is_scheme
 from kvgeom.quant.memory import bits_per_element
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
-from kvgeom.quant.scheme import BITS, BLOCK_FORMATS, ENGINE_FORMATS, FLOAT_FORMATS, Scheme
+from kvgeom.quant.scheme import BITS, Scheme
 
 _ENGINES: dict[str, Engine] = {}
 _imported: list[str] = []
@@ -48,7 +48,7 @@ def register_engine(engine: Engine) -> Engine:
     for preset in engine.presets:
         if preset.name in taken:
             raise InputError(f"engine {taken[preset.name][0].name!r} has a preset {preset.name!r}; choose another name")
-        if _SCHEME.match(preset.name):
+        if needs_bits(preset.name) or is_scheme(preset.name):
             raise InputError(f"preset name {preset.name!r} reads as a scheme; choose another name")
         if not preset.widths or not {*preset.widths} <= {*BITS}:
             raise InputError(f"widths of preset {preset.name!r} must be some of {BITS}, got {preset.widths}")
@@ -140,12 +140,6 @@ def widths(spec: CacheConfig | Recipe | Scheme | str) -> tuple[int, ...]:
     return (resolve(spec).bits,)
 
 
-#: How a scheme begins, as against a preset that is misspelt.
-_SCHEME = re.compile(
-    "|".join(["a?sym-", r"int\d", *(rf"{name}\d" for name in ENGINE_FORMATS), *FLOAT_FORMATS, *BLOCK_FORMATS])
-)
-
-
 def _parse(spec: str, bits: int | None) -> Scheme:
     if not isinstance(spec, str):
         raise InputError(
@@ -155,7 +149,7 @@ def _parse(spec: str, bits: int | None) -> Scheme:
         if bits is None:
             raise InputError(f"scheme {spec!r} has no width; give bits, or write it as int4-{spec}")
         return Scheme.parse(f"int{bits}-{spec}")
-    if _SCHEME.match(spec):
+    if is_scheme(spec):
         return Scheme.parse(spec)
     known = _presets()
     close = get_close_matches(spec.lower(), known, 1)
@@ -182,7 +176,7 @@ def scheme_rows(kv_heads: int = 8, head_dim: int = 128, tokens: int = 4096) -> l
     """
     rows: list[dict[str, Any]] = []
     shape = (kv_heads, head_dim, tokens)
-    for text, note in _FORMATS.items():
+    for text, note in (example for known in formats() for example in known.examples.items()):
         config = resolve(text)
         rows.append(_row("format", text, config.bits, config, shape, note))
     for engine in engines():
@@ -197,22 +191,3 @@ def _row(
 ) -> dict[str, Any]:
     size = bits_per_element(config.recipe(1), config.placement, *shape)
     return {"kind": kind, "name": name, "bits": bits, "bits_per_element": size, "note": note}
-
-
-_INTEGER = {
-    "tensor": "one scale for a sequence",
-    "head": "one scale for a head",
-    "channel": "one scale for a channel",
-    "token": "one scale for a token",
-    "token-head": "one scale for a head of a token",
-    "group64": "one scale for 64 channels of a token; any size",
-    "channel-group32": "one scale for 32 tokens of a channel; any size",
-}
-_FORMATS = {
-    **{f"int4-asym-{granularity}": f"2-8 bits, sym or asym; {note}" for granularity, note in _INTEGER.items()},
-    **dict.fromkeys(FLOAT_FORMATS, "cast, saturating; with -tensor, -token, -head, ...: scaled first"),
-    **{name: f"blocks of {size} channels" for name, (_, size) in BLOCK_FORMATS.items()},
-    "mlx4-group64": "MLX's own grid; 2, 3, 4, 5, 6 or 8 bits",
-    "hqq4-group64": "HQQ's solver; 2, 3, 4 or 8 bits",
-    "vllm4-token-head+rht": "vLLM's own grids: vllm4 and vllm8",
-}

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from kvgeom.errors import InputError
 from kvgeom.quant import transforms
-from kvgeom.quant.blocks import grid
-from kvgeom.quant.grids import Axes, Scales
+from kvgeom.quant.formats.base import Axes, Scales, get_format
 from kvgeom.quant.scheme import Scheme
 
 __all__ = ["Encoded", "Scales", "apply", "decode", "encode", "fit", "last_scales", "only_channels", "round_kv"]
@@ -42,22 +41,24 @@ class Encoded:
 def fit(x: Tensor, scheme: Scheme) -> Scales:
     """Scales that ``x`` itself sets; for an integer grid the smallest that covers ``x`` without clipping."""
     blocks, axes = _blocks(_working(x), scheme)
-    return grid(scheme.plain).fit(blocks, axes)
+    return get_format(scheme.format).fit(scheme, blocks, axes)
 
 
 def encode(x: Tensor, scheme: Scheme, scales: Scales | None = None) -> Encoded:
     """Codes of ``x`` under ``scales``, or under its own; the scheme's transform and channels are not looked at."""
-    own = grid(scheme.plain)
+    form = get_format(scheme.format)
     if scales is not None:
         # One group of tokens, whose scales tokens that came later must do with: they broadcast.
         lone = scheme.granularity == "channel-group" and scales.step.ndim == 4
-        return Encoded(own.encode(_working(x) if lone else _blocks(_working(x), scheme)[0], scales), scales, True)
-    return Encoded(*own.quantize(*_blocks(_working(x), scheme)))
+        return Encoded(
+            form.encode(scheme, _working(x) if lone else _blocks(_working(x), scheme)[0], scales), scales, True
+        )
+    return Encoded(*form.quantize(scheme, *_blocks(_working(x), scheme)))
 
 
 def decode(encoded: Encoded, scheme: Scheme, like: Tensor) -> Tensor:
     """Values of codes, in shape and dtype of ``like``."""
-    values = grid(scheme.plain).decode(encoded.codes, encoded.scales)
+    values = get_format(scheme.format).decode(scheme, encoded.codes, encoded.scales)
     return _unblocked(values, scheme, like).to(like.dtype)
 
 
@@ -126,10 +127,9 @@ def _blocks(x: Tensor, scheme: Scheme) -> tuple[Tensor, Axes]:
     head_dim = x.shape[3]
     if scheme.granularity == "channel-group":
         return rearrange(_filled(x, size, 2), "b h (g s) d -> b h g s d", s=size), (3,)
-    if scheme.format != "int" and head_dim % size:
+    if head_dim % size and not get_format(scheme.format).groups_cross_heads:
         raise InputError(
-            f"{scheme} was asked, but heads of {head_dim} channels do not divide into blocks of {size}, as the format must; "
-            "choose another"
+            f"{scheme} needs heads that divide into blocks of {size}, got head_dim={head_dim}; choose another format"
         )
     if head_dim % size == 0:  # groups lie within heads: a view will do
         return rearrange(x, "b h t (g s) -> b h t g s", s=size), (4,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvgeom.quant.formats.base import get_format
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
@@ -21,11 +22,8 @@ def scheme_bytes(scheme: Scheme | None, kv_heads: int, head_dim: int, tokens: in
         return 0
     if scheme is None:
         return kv_heads * head_dim * tokens * exact_bytes
-    from kvgeom.quant.blocks import grid
-
-    form = grid(scheme.plain)
     blocks, row = _blocks(scheme, kv_heads, head_dim, tokens)
-    scale = sum(dtype.itemsize for dtype in (form.step_dtype, form.offset_dtype) if dtype is not None)
+    scale = sum(dtype.itemsize for dtype in get_format(scheme.format).scale_dtypes(scheme) if dtype is not None)
     rows, length = row
     return rows * (length if scheme.bits == 8 else -(-length // 8) * scheme.bits) + blocks * scale
 

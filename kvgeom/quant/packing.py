@@ -8,9 +8,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from kvgeom.quant.blocks import grid
 from kvgeom.quant.fake_quantize import Encoded, decode
-from kvgeom.quant.grids import Scales
+from kvgeom.quant.formats.base import Scales, get_format
 from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.transforms import Frame
 
@@ -83,11 +82,12 @@ class Packed:
     @classmethod
     def of(cls, encoded: Encoded, scheme: Scheme, frame: Frame, y: Tensor, dtype: torch.dtype) -> Packed:
         """Make bytes of the codes of ``y``, which are values in the coordinates of ``frame``."""
-        form, scales = grid(scheme.plain), encoded.scales
+        form, scales = get_format(scheme.format), encoded.scales
+        step_dtype, offset_dtype = form.scale_dtypes(scheme)
         return cls(
-            codes=pack_bits(form.to_bytes(encoded.codes), scheme.bits),
-            step=None if form.step_dtype is None else scales.step.to(form.step_dtype),
-            offset=None if form.offset_dtype is None else scales.offset.to(form.offset_dtype),
+            codes=pack_bits(form.to_bytes(scheme, encoded.codes), scheme.bits),
+            step=None if step_dtype is None else scales.step.to(step_dtype),
+            offset=None if offset_dtype is None else scales.offset.to(offset_dtype),
             scheme=scheme,
             frame=frame,
             row=encoded.codes.shape[-1],
@@ -98,8 +98,8 @@ class Packed:
 
     def unpack(self) -> Tensor:
         """The values, ``[batch, kv_heads, tokens, head_dim]``."""
-        form, working = grid(self.scheme.plain), self.like.dtype
-        codes = form.from_bytes(unpack_bits(self.codes, self.scheme.bits, self.row), working)
+        form, working = get_format(self.scheme.format), self.like.dtype
+        codes = form.from_bytes(self.scheme, unpack_bits(self.codes, self.scheme.bits, self.row), working)
         one = torch.ones(1, dtype=working, device=self.codes.device)
         step = one if self.step is None else self.step.to(working)
         offset = torch.zeros_like(step) if self.offset is None else self.offset.to(working)

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvgeom.errors import InputError
 from kvgeom.quant import fake_quantize as rounding
 from kvgeom.quant.fake_quantize import Encoded, Scales
+from kvgeom.quant.formats.base import get_format
 from kvgeom.quant.packing import Packed
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Site
@@ -169,7 +170,9 @@ class Rounder:
             vector = self._vector(key)
         found = frame(scheme, vector, x)
         y = found.enter(x if x.dtype == torch.float64 else x.float())
-        if self.waits or not (scheme.spans_tokens or scheme.format == "hqq"):  # what settles together shares scales
+        if self.waits or not (
+            scheme.spans_tokens or get_format(scheme.format).couples_tokens
+        ):  # what settles together shares scales
             return found, [(y, rounding.encode(y, scheme))]
         return found, self._by_prompt(key, scheme, y, start or 0)
 
@@ -181,7 +184,7 @@ class Rounder:
         if self.prompt_tokens is not None:
             # If the prompt is all sinks, the first token after them sets the scales.
             prompt = max(self.prompt_tokens - max(start, seen), 0 if seen else 1)
-        remembers = self.placement.scales == "prompt" and scheme.format != "hqq"
+        remembers = self.placement.scales == "prompt" and not get_format(scheme.format).couples_tokens
         if not remembers:
             cuts = [y[:, :, :prompt], *torch.split(y[:, :, prompt:], 1, dim=2)]
             return [(part, rounding.encode(part, scheme)) for part in cuts if part.shape[2]]

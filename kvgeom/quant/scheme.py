@@ -1,4 +1,4 @@
-"""How one tensor of keys or values is rounded."""
+"""How one tensor of keys or values is quantized."""
 
 from __future__ import annotations
 
@@ -8,46 +8,22 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from kvgeom.errors import InputError
+from kvgeom.quant.formats.base import DEFAULT, formats, get_format
 
 Granularity = Literal["tensor", "token", "channel", "group", "head", "token-head", "channel-group", "none"]
 Transform = Literal["none", "center", "equalize", "hadamard", "hadamard64", "rht"]
 Precision = Literal["f32", "f16", "bf16"]
 BITS = (2, 3, 4, 5, 6, 7, 8)
 
-#: Formats that are one thing only, with bits of a code and entries of a block.
-BLOCK_FORMATS = {
-    "q8_0": (8, 32),
-    "q5_0": (5, 32),
-    "q5_1": (5, 32),
-    "q4_0": (4, 32),
-    "q4_1": (4, 32),
-    "iq4_nl": (4, 32),
-    "mxfp4": (4, 32),
-    "nvfp4": (4, 16),
-}
-#: 8-bit floating point; with granularity "none" values are cast as they are, else scaled to its range first.
-FLOAT_FORMATS = ("fp8_e4m3", "fp8_e5m2")
-#: Integer grids whose arithmetic is an engine's own: where its scales may be shared, and its widths.
-ENGINE_FORMATS: dict[str, tuple[Granularity, tuple[int, ...]]] = {
-    "mlx": ("group", (2, 3, 4, 5, 6, 8)),
-    "hqq": ("group", (2, 3, 4, 8)),
-    "vllm": ("token-head", (4, 8)),
-}
-
 _SIZED = ("group", "channel-group")
-_SPELLING = re.compile(
-    r"(?P<format>fp8_e4m3|fp8_e5m2|i?q\d_\w+|mxfp4|nvfp4|[a-z]+)(?P<bits>\d*)(?:-(?P<sign>sym|asym))?"
-    r"(?:-(?P<granularity>[a-z]+(?:-[a-z]+)?)(?P<size>\d*))?(?:/(?P<scales>f16|bf16))?"
-    r"(?:\+(?P<transform>[a-z]+\d*))?(?:@(?P<channels>[\d,-]+))?"
-)
+#: What follows the part that the format itself reads.
+_SUFFIXES = re.compile(r"(?P<format>[^/+@]+)(?:/(?P<scales>\w+))?(?:\+(?P<transform>\w+))?(?:@(?P<channels>[\d,-]+))?")
 
 
 def check_bits(bits: int) -> int:
     """Return ``bits`` if a cache can be rounded to it: 2 to 8, or 16 for no rounding."""
     if bits not in (*BITS, 16):
-        raise InputError(
-            f"bits={bits} was asked, but a cache is rounded to 2-8 bits; give one of these, or 16 for none"
-        )
+        raise InputError(f"bits must be 2 to 8, or 16 for full precision, got {bits}")
     return bits
 
 
@@ -74,13 +50,14 @@ class Scheme:
         Ablation: only these channels of ``kv_heads * head_dim`` (heads laid end to end) lose precision. Scales are
         those of the whole tensor, so the noise that they get is the noise they would get if all were rounded.
     format : str
-        ``int``; ``fp8_e4m3`` and ``fp8_e5m2`` (saturating); the blocks of GGML ``q8_0``, ``q5_0``, ``q5_1``, ``q4_0``,
-        ``q4_1``, ``iq4_nl``; the block floats ``mxfp4`` and ``nvfp4``; the integer grids of engines ``mlx``, ``hqq`` and
-        ``vllm``, which differ from ``int`` in how they choose and apply a scale.
+        Name of a registered format: ``int``; ``fp8_e4m3`` and ``fp8_e5m2`` (saturating); the blocks of GGML ``q8_0``,
+        ``q5_0``, ``q5_1``, ``q4_0``, ``q4_1``, ``iq4_nl``; the block floats ``mxfp4`` and ``nvfp4``; the integer grids of
+        engines ``mlx``, ``hqq`` and ``vllm``, which differ from ``int`` in how they choose and apply a scale; or your own
+        (:func:`kvgeom.quant.formats.base.register_format`).
     transform : {"none", "center", "equalize", "hadamard", "hadamard64", "rht"}
         What is done to the values before rounding, and undone after; see :mod:`kvgeom.quant.transforms`.
     scales : {"f32", "f16", "bf16"}
-        Precision in which the scales (and offsets) of an integer grid are held.
+        Precision in which the scales (and offsets) of an integer grid are stored.
 
     Raises
     ------
@@ -111,79 +88,53 @@ class Scheme:
     scales: Precision = "f32"
 
     def __post_init__(self) -> None:
+        form = get_format(self.format)
         if self.bits not in BITS:
-            raise InputError(f"bits={self.bits} was asked, but a scheme rounds to 2-8 bits; for 16 bits use no scheme")
+            raise InputError(f"bits of a scheme must be 2 to 8, got {self.bits}; full precision is no scheme (None)")
         for name, value, known in (
             ("granularity", self.granularity, get_args(Granularity)),
             ("transform", self.transform, get_args(Transform)),
-            ("scales", self.scales, get_args(Precision)),
-            ("format", self.format, ("int", *FLOAT_FORMATS, *BLOCK_FORMATS, *ENGINE_FORMATS)),
+            ("precision of scales", self.scales, get_args(Precision)),
         ):
             if value not in known:
-                raise InputError(f"{name} {value!r} was asked, but there are only {', '.join(known)}")
+                raise InputError(f"unknown {name} {value!r}; choose from {', '.join(known)}")
         if (self.granularity in _SIZED) != (self.group_size is not None):
             raise InputError(
-                f"granularity {self.granularity!r} with group_size={self.group_size}: group_size belongs to "
-                f"{' and '.join(_SIZED)} alone"
+                f"granularity {self.granularity!r} does not go with group_size={self.group_size}; "
+                f"{' and '.join(_SIZED)} need a size, the others have none"
             )
         if self.group_size is not None and self.group_size < 1:
-            raise InputError(f"group_size={self.group_size} was asked; give a positive number of entries")
+            raise InputError(f"group_size must be 1 or more, got {self.group_size}")
         if self.channels is not None and (not self.channels or list(self.channels) != sorted({*self.channels})):
             raise InputError(
-                f"channels {self.channels} were asked; give them in ascending order, each once, at least one"
+                f"channels must be in ascending order, each once, and at least one, got {self.channels}; use only()"
             )
-        self._check_format()
-
-    def _check_format(self) -> None:
-        if self.format == "int":
-            fits = self.granularity != "none"
-        elif self.format in FLOAT_FORMATS:
-            fits = self.bits == 8 and self.symmetric
-        elif self.format in BLOCK_FORMATS:
-            fits = (self.bits, self.group_size) == BLOCK_FORMATS[self.format] and self.granularity == "group"
-        else:
-            granularity, widths = ENGINE_FORMATS[self.format]
-            fits = self.granularity == granularity and self.bits in widths
-        if not fits or (self.format != "int" and self.scales != "f32"):
-            raise InputError(
-                f"format {self.format!r} was asked with {self.bits} bits, {self.granularity}{self.group_size or ''} and "
-                f"{self.scales} scales, which do not go together; spell it as `kvgeom schemes` lists it"
-            )
+        form.check(self)
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
-        """Read a spelling such as ``int4-asym-token``, ``q4_0+hadamard`` or ``int3-sym-group64@0-7``, the inverse of ``str``."""
-        match = _SPELLING.fullmatch(text)
-        made = None if match is None else cls._parsed(match)
-        if made is None:
-            raise InputError(
-                f"scheme {text!r} was asked; spell it int<bits>-<sym|asym>-<granularity>, for instance int4-asym-group64, "
-                "or as `kvgeom schemes` lists it"
-            )
-        return made
+        """Read a spelling such as ``int4-asym-token``, ``q4_0+hadamard`` or ``int3-sym-group64@0-7``, the inverse of ``str``.
 
-    @classmethod
-    def _parsed(cls, match: re.Match[str]) -> Scheme | None:
-        kind, size = match["format"], match["size"]
-        granularity: Any = match["granularity"]  # checked on construction
-        sign = match["sign"]
-        common: dict[str, Any] = {
-            "channels": _channels(match["channels"]) if match["channels"] else None,
-            "transform": match["transform"] or "none",
-            "scales": match["scales"] or "f32",
-            "format": kind,
-        }
-        if kind in BLOCK_FORMATS and not (match["bits"] or sign or granularity):
-            bits, block = BLOCK_FORMATS[kind]
-            return cls(bits, kind in SYMMETRIC_BLOCKS, "group", block, **common)
-        if kind in FLOAT_FORMATS and not (match["bits"] or sign):
-            return cls(8, True, granularity or "none", int(size) if size else None, **common)
-        if kind in BLOCK_FORMATS or kind in FLOAT_FORMATS or not (match["bits"] and granularity):
-            return None
-        if (kind == "int") != (sign is not None) or kind not in ("int", *ENGINE_FORMATS):
-            return None
-        symmetric = sign == "sym" if kind == "int" else (kind, match["bits"]) == ("vllm", "8")
-        return cls(int(match["bits"]), symmetric, granularity, int(size) if size else None, **common)
+        Raises
+        ------
+        InputError
+            If no registered format reads it, or it names something that cannot be used.
+        """
+        match = _SUFFIXES.fullmatch(text)
+        if match is not None:
+            for form in formats():
+                parsed = form.read(match["format"])
+                if parsed is not None:
+                    granularity: Any = parsed.granularity  # these three are checked on construction
+                    transform: Any = match["transform"] or "none"
+                    scales: Any = match["scales"] or "f32"
+                    channels = _channels(match["channels"]) if match["channels"] else None
+                    bits, symmetric, _, size = parsed
+                    return cls(bits, symmetric, granularity, size, channels, form.name, transform, scales)
+        usage = next((form.usage for form in formats() if form.begins(text)), get_format(DEFAULT).usage)
+        raise InputError(
+            f"cannot read scheme {text!r}; write it as {usage}, or as `kvgeom schemes` lists it (int4-asym-group64)"
+        )
 
     def only(self, channels: Iterable[int]) -> Scheme:
         """The same scheme, rounding nothing but some channels."""
@@ -206,23 +157,10 @@ class Scheme:
         return (1 << self.bits) - 2 if self.symmetric else (1 << self.bits) - 1
 
     def __str__(self) -> str:
-        shared = f"-{self.granularity}{self.group_size or ''}"
-        if self.format in BLOCK_FORMATS:
-            kind = self.format
-        elif self.format in FLOAT_FORMATS:
-            kind = self.format + ("" if self.granularity == "none" else shared)
-        elif self.format == "int":
-            kind = f"int{self.bits}-{'sym' if self.symmetric else 'asym'}{shared}"
-        else:
-            kind = f"{self.format}{self.bits}{shared}"
-        held = "" if self.scales == "f32" else f"/{self.scales}"
+        scales = "" if self.scales == "f32" else f"/{self.scales}"
         transform = "" if self.transform == "none" else f"+{self.transform}"
         where = "" if self.channels is None else f"@{','.join(runs(self.channels))}"
-        return f"{kind}{held}{transform}{where}"
-
-
-#: Blocks without an offset.
-SYMMETRIC_BLOCKS = ("q8_0", "q5_0", "q4_0", "iq4_nl", "mxfp4", "nvfp4")
+        return f"{get_format(self.format).spell(self)}{scales}{transform}{where}"
 
 
 def runs(numbers: Sequence[int]) -> list[str]:
@@ -237,6 +175,6 @@ def _channels(runs: str) -> tuple[int, ...]:
     for run in runs.split(","):
         first, _, last = run.partition("-")
         if not first or (not last and "-" in run):
-            raise InputError(f"channels {runs!r} were asked; spell them as 0-7,12")
+            raise InputError(f"cannot read channels {runs!r}; write them as 0-7,12")
         found += range(int(first), int(last or first) + 1)
     return tuple(found)

@@ -19,8 +19,9 @@ from kvgeom.engines.registry import resolve
 from kvgeom.models.hf import HFModel
 from kvgeom.models.model import Model
 from kvgeom.quant.fake_quantize import round_kv
+from kvgeom.quant.formats.base import formats
 from kvgeom.quant.quantizer import Rounder
-from kvgeom.quant.scheme import BLOCK_FORMATS, Scheme
+from kvgeom.quant.scheme import Scheme
 from tests.builders.llamacpp import LlamaCpp, reference_blocks, write_gguf
 from tests.builders.tensors import keys
 from tests.builders.tiny import wide_model
@@ -175,7 +176,7 @@ def test_mlx_lm_itself(demo: HFModel, bits: int) -> None:
     assert (ours - theirs).abs().mean() < 0.2 * (theirs - exact).abs().mean()
 
 
-@pytest.mark.parametrize("kind", BLOCK_FORMATS)
+@pytest.mark.parametrize("kind", [known.name for known in formats() if known.block_size is not None])
 def test_blocks_of_the_compiled_ggml(kind: str) -> None:
     """Those that the gguf package does not write too. Codes at an exact tie may differ, for compilers fuse operations."""
     needs("llama_cpp")

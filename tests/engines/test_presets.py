@@ -224,7 +224,7 @@ def test_projection_presets_need_no_cache_window() -> None:
     with pytest.raises(InputError, match="nothing waits"):
         Placement(flush="all")
     assert tiny_model().geometry.head_dim == 8  # too small for blocks of 32: an error, not a wrong number
-    with pytest.raises(InputError, match="do not divide"):
+    with pytest.raises(InputError, match="head_dim=8"):
         tiny_model().forward(IDS, tiny_model().new_cache(Rounder(resolve("llamacpp-q4_0").recipe(3))))
 
 

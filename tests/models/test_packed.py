@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from kvgeom.engines.registry import presets, resolve
 from kvgeom.errors import InputError
 from kvgeom.models.packed import PackedCache
+from kvgeom.quant.formats.base import formats
 from kvgeom.quant.memory import bits_per_element, bytes_per_token, cache_bytes
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Rounder
 from kvgeom.quant.recipe import Recipe
-from kvgeom.quant.scheme import BLOCK_FORMATS, Scheme
+from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.transforms import Statics
 from tests.builders.tiny import wide_model
 
@@ -42,7 +43,7 @@ SCHEMES = [
     "mlx3-group64",
     "hqq2-group32",
     "vllm4-token-head+rht",
-    *BLOCK_FORMATS,
+    *[known.name for known in formats() if known.block_size is not None],
 ]
 
 

@@ -193,7 +193,7 @@ def test_bad_channels() -> None:
         Scheme(4, channels=(2, 1))
     with pytest.raises(InputError, match="at least one"):
         Scheme(4).only([])
-    with pytest.raises(InputError, match="spell"):
+    with pytest.raises(InputError, match="3-,"):
         Scheme.parse("int4-asym-token@3-,")
 
 

@@ -1,0 +1,1 @@
+"""Number formats of quantized caches, one module a family; each registers its formats when it is imported."""

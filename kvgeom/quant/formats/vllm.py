@@ -1,0 +1,73 @@
+"""vLLM's integer grids of a head of a token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvgeom.quant.formats.base import Axes, Format, Scales, register_format
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from kvgeom.quant.scheme import Scheme
+
+
+class Vllm(Format):
+    """vLLM's per-token-head integers: 8 bits symmetric, 4 bits with a whole zero point; ties go away from zero.
+
+    Source: ``_reshape_cache_per_token_head`` and ``_reshape_cache_int4_kernel`` (the zero point lies in the four lowest
+    bits of the scale) of vLLM 0.28.
+    """
+
+    def scale_dtypes(self, scheme: Scheme) -> tuple[torch.dtype, None]:
+        """float32; a zero point lies within it."""
+        import torch
+
+        return torch.float32, None
+
+    def lowest(self, scheme: Scheme) -> int:
+        """-128 or 0."""
+        return -128 if scheme.bits == 8 else 0
+
+    def quantize(self, scheme: Scheme, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
+        """Codes and scales of some blocks."""
+        import torch
+
+        if scheme.bits == 8:
+            step = (blocks.abs().amax(axes, keepdim=True) / 127).clamp_min(1e-6)
+            return _half_away(blocks * (1.0 / step)).clamp_(-128, 127), Scales(step, torch.zeros_like(step))
+        low, high = blocks.amin(axes, keepdim=True), blocks.amax(axes, keepdim=True)
+        step = ((high - low) / 15.0).clamp_min(1e-6)
+        zero = _half_away(-low / step).clamp_(0, 15)
+        codes = _half_away(blocks * (1.0 / step) + zero).clamp_(0, 15)
+        stored = (step.float().view(torch.int32) & -16 | zero.int()).view(torch.float32).to(step.dtype)
+        return codes, Scales(stored, torch.zeros_like(step))
+
+    def decode(self, scheme: Scheme, codes: Tensor, scales: Scales) -> Tensor:
+        """Values of codes."""
+        import torch
+
+        if scheme.bits == 8:
+            return codes * scales.step
+        stored = scales.step.float().view(torch.int32)
+        step, zero = (stored & -16).view(torch.float32), stored & 15
+        return (codes - zero) * step.to(scales.step.dtype)
+
+
+def _half_away(x: Tensor) -> Tensor:
+    """Nearest whole number, ties away from zero, as ``trunc(x + 0.5)`` computes it."""
+    import torch
+
+    return (x + torch.where(x >= 0, 0.5, -0.5).to(x.dtype)).trunc_()
+
+
+register_format(
+    Vllm(
+        name="vllm",
+        widths=(4, 8),
+        granularities=("token-head",),
+        symmetric_widths=(8,),
+        examples={"vllm4-token-head+rht": "vLLM's own grids: vllm4 and vllm8"},
+    )
+)
