@@ -46,8 +46,7 @@ def found() -> Diagnosis:
 
 
 def test_families_round_what_they_say() -> None:
-    families = whole_cache(6, TENSOR)
-    flat = {name: recipe for members in families.values() for name, recipe in members.items()}
+    flat = {name: each.recipe for name, each in whole_cache(6, TENSOR).items()}
     assert flat["all layers"] == Recipe.uniform(6, TENSOR)
     assert flat["keys only"].layers == ((TENSOR, None),) * 6
     assert flat["values only"].layers == ((None, TENSOR),) * 6
@@ -56,7 +55,7 @@ def test_families_round_what_they_say() -> None:
     assert {k.bits for k, _ in flat["K4 V2"].layers if k} == {4}
     assert {v.bits for _, v in flat["K4 V2"].layers if v} == {2}
     assert str(flat["group-64"]) == "int3-sym-group64"
-    assert len(whole_cache(1, Scheme(8, True, "tensor"))["first layers"]) == 0
+    assert "first layers" not in {each.family for each in whole_cache(1, Scheme(8, True, "tensor")).values()}
 
 
 @pytest.mark.parametrize("placement", [Placement.cache(), Placement.paper()])
@@ -81,7 +80,10 @@ def test_subsets_of_channels() -> None:
     rng = np.random.default_rng(0)
     magnitudes = {"k": rng.uniform(0.1, 1, (4, 40)), "v": rng.uniform(0.1, 1, (4, 40))}
     magnitudes["k"][2, [7, 30]] = 50
-    family = channel_subsets(magnitudes, TENSOR, [2], share=0.05, repeats=2)["channels"]  # type: ignore[arg-type]
+    made = channel_subsets(magnitudes, TENSOR, [2], share=0.05, repeats=2)  # type: ignore[arg-type]
+    assert {(each.family, each.layer, each.bits) for each in made.values()} == {("channels", 2, 3)}
+    assert [each.draw for each in made.values()] == [None, None, None, None, 0, 1]
+    family = {name: each.recipe for name, each in made.items()}
     assert list(family) == ["every channel", "largest", "all but the largest", "low magnitude", "random 1", "random 2"]
     assert family["largest"].touched == (2,)
     keys = {name: set(recipe.scheme(2, "k").channels or ()) for name, recipe in family.items()}  # type: ignore[union-attr]
@@ -96,23 +98,25 @@ def test_subsets_of_channels() -> None:
 
 
 def test_counts_and_p_values(base: Baseline) -> None:
-    families = whole_cache(3, TENSOR)
-    result = ablate(base, families, reference="all layers", progress=False)
+    conditions = whole_cache(3, TENSOR)
+    result = ablate(base, conditions, reference="all layers")
     frame = result.to_frame().set_index("recipe")
-    for members in families.values():
-        for name, recipe in members.items():
-            alone = evaluate(TINY, {"x": recipe, "all": families["granularity"]["all layers"]}, base, progress=False)
-            assert frame.flips[name] == alone.flips("x")["all"]
-            assert frame.p[name] == pytest.approx(mcnemar(alone.flipped("x"), alone.flipped("all")))
+    assert list(frame.index) == list(conditions)
+    for name, condition in conditions.items():
+        both = {"x": condition.recipe, "all": conditions["all layers"].recipe}
+        alone = evaluate(TINY, both, base, progress=False)
+        assert frame.family[name] == condition.family
+        assert frame.flips[name] == alone.flips("x")["all"]
+        assert frame.p[name] == pytest.approx(mcnemar(alone.flipped("x"), alone.flipped("all")))
     assert isinstance(result.plot(), go.Figure)
     bars = result.plot().data[0]
     np.testing.assert_allclose(bars.x, frame.flip_rate)
-    with pytest.raises(InputError, match="name of its own"):
-        ablate(base, families, reference="nothing", progress=False)
+    with pytest.raises(InputError, match="nothing"):
+        ablate(base, conditions, reference="nothing")
 
 
 def test_ablations_are_saved_and_read_again(base: Baseline, tmp_path: Path) -> None:
-    result = ablate(base, whole_cache(3, TENSOR), reference="all layers", progress=False)
+    result = ablate(base, whole_cache(3, TENSOR), reference="all layers")
     again = Ablation.load(result.save(tmp_path / "a.nc"))
     assert again.data.identical(result.data)
     assert again.meta == result.meta
@@ -126,7 +130,10 @@ def test_a_diagnosis_holds_together(found: Diagnosis) -> None:
     assert found.pcr.layer == worst == found.evidence.worst_layer
     if worst is not None:
         row = found.scan.data.sel(layer=worst)
-        assert (found.pcr.flips_tensor, found.pcr.flips_channel) == (int(row.flips), int(row.flips_channel))
+        assert (int(found.pcr.data.flips_tensor), int(found.pcr.data.flips_channel)) == (
+            int(row.flips),
+            int(row.flips_channel),
+        )
         assert "worst layer kept" in found.ablation.data.recipe
         assert int(found.channels.data.flips.sel(recipe="every channel")) == int(row.flips)
     whole = found.ablation.data.sel(recipe="all layers")
@@ -141,7 +148,7 @@ def test_a_diagnosis_holds_together(found: Diagnosis) -> None:
 def test_a_diagnosis_runs_what_can_flip(found: Diagnosis) -> None:
     """The curve's other prompts only on demand, and then nothing else changes."""
     prompts = PromptSet("tiny", tuple(REQUESTS), (), "written here")
-    options = {"judge": ArbitraryJudge(), "curve_bits": (8, 2), "max_new_tokens": 5, "progress": False}
+    options = {"judge": ArbitraryJudge(), "bits": (8, 2), "max_new_tokens": 5, "progress": False}
     gained = kvgeom.diagnose(TINY, prompts, geometry=False, gains=True, **options)  # type: ignore[arg-type]
     n = len(found.baseline.refused)
     assert (found.curve.counted, gained.curve.counted) == (n, len(REQUESTS))
@@ -171,7 +178,8 @@ def test_tables(found: Diagnosis) -> None:
     assert found.mode.reason in text
     assert "Transition" in text
     lines = text_table(("name", "n"), [("a", 1), ("longer", 22)]).splitlines()
-    assert lines == ["name     n", "------  --", "a        1", "longer  22"]
+    assert [line.split() for line in lines if "-" not in line] == [["name", "n"], ["a", "1"], ["longer", "22"]]
+    assert len({len(line) for line in lines}) == 1  # numbers end together
     assert "-" in text_table(("x",), [(float("nan"),)])
 
 
@@ -184,7 +192,7 @@ def test_the_mode_card() -> None:
         "prompts": {"outlier-crushes-safety": 0.9, "undetermined": 0.1},
         "thresholds": {"outlier-crushes-safety": 1.0},
     }
-    figure = mode_card(Mode("outlier-crushes-safety", "because.", "concentrated", findings, "p", shares))
+    figure = mode_card(Mode.of("outlier-crushes-safety", "because.", "concentrated", findings, "p").with_shares(shares))
     grid, dots, bars, diamonds = figure.data
     assert len(grid.x) == len(COLUMNS) * 2
     assert list(dots.x) == ["outlier-crushes-safety"]
@@ -223,4 +231,4 @@ def test_text_for_perplexity(checkpoint: Path, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "t.txt").write_text("The quick brown fox jumps over the lazy dog.")
     assert main([*asked, str(tmp_path / "t.txt")]) == 0
     assert main([*asked, str(tmp_path / "none.txt")]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "none.txt" in capsys.readouterr().err

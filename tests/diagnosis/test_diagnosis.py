@@ -14,8 +14,14 @@ from kvgeom.behaviour.curve import locate
 from kvgeom.behaviour.pcr import THRESHOLDS, margin_reduction, per_channel_reduction, reduction
 from kvgeom.diagnosis.evidence import FlipTable, evidence_from, shares
 from kvgeom.diagnosis.taxonomy import PRESCRIPTIONS, Evidence, classify, pattern_of
+from kvgeom.evaluation.baseline import baseline
 from kvgeom.paper.published import MODELS, PublishedModel
 from kvgeom.stats import Estimate, bootstrap_means, bootstrap_reduction, mcnemar, reduction_posterior, wilson
+from tests.builders.judges import ArbitraryJudge
+from tests.builders.requests import REQUESTS
+from tests.builders.tiny import tiny_model
+
+TINY = tiny_model("qwen2", seed=2)
 
 
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -62,7 +68,8 @@ flips = st.integers(1, 60).flatmap(
 def test_pcr(both: tuple[list[bool], list[bool]]) -> None:
     tensor, channel = both
     found = reduction(tensor, channel, layer=3, bits=3)
-    assert (found.flips_tensor, found.flips_channel, found.prompts) == (sum(tensor), sum(channel), len(tensor))
+    counts = tuple(int(found.data[name]) for name in ("flips_tensor", "flips_channel", "prompts"))
+    assert counts == (sum(tensor), sum(channel), len(tensor))
     if not any(tensor):
         assert (found.value, found.ci, found.status) == (None, None, "undetermined")
         return
@@ -144,13 +151,13 @@ EVERY = {"pattern": "hyper-vulnerable", "critical_layers": tuple(range(24))}
         ({"pcr": Estimate(0.5, 0.1, 0.9), "group64": None}, "undetermined"),
         ({"pcr": Estimate(0.5, 0.1, 0.9), "group64": Estimate(0.5, 0.4, 0.6)}, "undetermined"),
         ({"pcr": None}, "undetermined"),
-        ({**EARLY, "spared": sure(0.1)}, "multi-layer dilution"),
-        ({**EARLY, "spared": sure(0.9)}, "outlier-crushes-safety"),
-        ({**EARLY, "spared": Estimate(0.5, 0.3, 0.7)}, "undetermined"),
-        ({"spared": sure(0.1)}, "multi-layer dilution"),
-        ({"critical_layers": (), "spared": sure(0.0), "pcr": None}, "multi-layer dilution"),
-        ({**EVERY, "spared": sure(0.0)}, "multi-layer dilution"),
-        ({**EVERY, "spared": sure(0.0), "pcr": sure(0.1), "group64": sure(0.0)}, "hyper-vulnerable"),
+        ({**EARLY, "worst_kept": sure(0.1)}, "multi-layer dilution"),
+        ({**EARLY, "worst_kept": sure(0.9)}, "outlier-crushes-safety"),
+        ({**EARLY, "worst_kept": Estimate(0.5, 0.3, 0.7)}, "undetermined"),
+        ({"worst_kept": sure(0.1)}, "multi-layer dilution"),
+        ({"critical_layers": (), "worst_kept": sure(0.0), "pcr": None}, "multi-layer dilution"),
+        ({**EVERY, "worst_kept": sure(0.0)}, "multi-layer dilution"),
+        ({**EVERY, "worst_kept": sure(0.0), "pcr": sure(0.1), "group64": sure(0.0)}, "hyper-vulnerable"),
         ({"loss": Estimate(0, 0, 0.04)}, "robust"),
         ({"loss": Estimate(0, 0, 0.4), "refused": 5}, "undetermined"),
         ({"loss": Estimate(0.1, 0.02, 0.3)}, "undetermined"),
@@ -195,11 +202,11 @@ def test_every_evidence_has_a_mode_and_says_why(
     critical: set[int],
     value: Estimate | None,
     group64: Estimate | None,
-    spared: Estimate | None,
+    worst_kept: Estimate | None,
 ) -> None:
     pattern, layers = pattern_of(len(critical), 8), tuple(sorted(critical))
     evidence = Evidence(
-        refused, 3, loss, None, pattern, layers, min(layers, default=None), value, group64, None, spared
+        refused, 3, loss, None, pattern, layers, min(layers, default=None), value, group64, None, worst_kept
     )
     found = classify(evidence)
     assert found.reason
@@ -208,13 +215,19 @@ def test_every_evidence_has_a_mode_and_says_why(
     if found.name in ("outlier-crushes-safety", "outlier-as-safety", "mixed"):
         assert value is not None
     if found.name == "multi-layer dilution":
-        assert spared is None or spared.high < 0.5
+        assert worst_kept is None or worst_kept.high < 0.5
     decisive = [f for f in found.findings if f.decisive]
     assert refused == 0 or decisive or value is None
 
 
 def table(
-    n: int = 60, whole: int = 50, group: int = 5, alone: int = 45, channel: int = 2, spared: int = 3, others: int = 40
+    n: int = 60,
+    whole: int = 50,
+    group: int = 5,
+    alone: int = 45,
+    channel: int = 2,
+    worst_kept: int = 3,
+    others: int = 40,
 ) -> FlipTable:
     rows = np.arange(n)
     layers = np.zeros((n, 6), dtype=bool)
@@ -228,7 +241,7 @@ def table(
         layers,
         rows < 2,
         rows < channel,
-        rows < spared,
+        rows < worst_kept,
         rows < 1,
         rows < others,
     )
@@ -243,8 +256,8 @@ def test_evidence_of_a_table_by_hand() -> None:
     assert found.pcr.value == pytest.approx(1 - 2 / 45)
     assert found.group64 is not None
     assert found.group64.value == pytest.approx(1 - 5 / 50)
-    assert found.spared is not None
-    assert found.spared.value == pytest.approx(1 - 3 / 50)
+    assert found.worst_kept is not None
+    assert found.worst_kept.value == pytest.approx(1 - 3 / 50)
     assert found.channel is not None
     assert found.channel.value == pytest.approx(1 - 2 / 50)
     assert classify(found).name == "outlier-crushes-safety"
@@ -258,7 +271,7 @@ def test_shares_say_how_firm_a_mode_is() -> None:
     assert len(torn["prompts"]) > 1
     assert sum(torn["prompts"].values()) == pytest.approx(1)
     assert shares(table(n=0))["prompts"] == {"undetermined": 1.0}
-    dilute = table(alone=20, spared=48)
+    dilute = table(alone=20, worst_kept=48)
     assert classify(evidence_from(dilute)).name == "multi-layer dilution"
     assert max(shares(dilute, samples=100)["prompts"]) == "multi-layer dilution"
 
@@ -295,12 +308,13 @@ def test_pcr_by_margin() -> None:
     rng = np.random.default_rng(0)
     lost = rng.normal(3, 1, 40)
     found = margin_reduction(lost, lost / 4)
-    assert found.value == pytest.approx(0.75)
-    assert found.ci is not None
-    assert found.ci[0] <= 0.75 + 1e-9
-    assert margin_reduction(-lost, lost).value is None
-    assert margin_reduction(np.tile([5.0, -4.9], 20), lost).ci is None  # hardly any damage to reduce
-    assert margin_reduction([], []).value is None
+    assert found["margin_value"] == pytest.approx(0.75)
+    assert found["margin_low"] <= 0.75 + 1e-9
+    assert np.isnan(margin_reduction(-lost, lost)["margin_value"])
+    hardly = margin_reduction(np.tile([5.0, -4.9], 20), lost)  # hardly any damage to reduce
+    assert np.isfinite(hardly["margin_value"])
+    assert np.isnan([hardly["margin_low"], hardly["margin_high"]]).all()
+    assert np.isnan(margin_reduction([], [])["margin_value"])
 
 
 # --- the transition ---
@@ -330,12 +344,10 @@ def test_nothing_refused_has_no_transition() -> None:
 
 
 def test_pcr_without_a_critical_layer() -> None:
-    from tests.evaluation.test_evaluate import REQUESTS, TINY, ArbitraryJudge, baseline
-
     base = baseline(TINY, REQUESTS, judge=ArbitraryJudge(), max_new_tokens=4, progress=False)
-    none = per_channel_reduction(base, None, progress=False)
+    none = per_channel_reduction(base, None)
     assert none.status == "undetermined"
     assert "no single layer" in none.reason
-    some = per_channel_reduction(base, 1, progress=False)
-    assert some.prompts == len(base.refused)
+    some = per_channel_reduction(base, 1)
+    assert int(some.data.prompts) == len(base.refused)
     assert some.layer == 1

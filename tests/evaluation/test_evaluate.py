@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kvgeom.behaviour.curve import bit_width_curve
 from kvgeom.behaviour.over_refusal import over_refusal
 from kvgeom.behaviour.scan import single_layer_scan
+from kvgeom.behaviour.widths import at_widths
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline, baseline
 from kvgeom.evaluation.condition import UNQUANTIZED
@@ -133,7 +134,7 @@ def test_counts(base: Baseline) -> None:
 
 
 def test_curve(base: Baseline) -> None:
-    curve, outcomes = bit_width_curve(base, perplexity_text(), bits=[2, 8, 4, 16], progress=False)
+    curve, outcomes = bit_width_curve(base, at_widths(bits=[2, 8, 4, 16]))
     assert curve.data.bits.values.tolist() == [16, 8, 4, 2]
     for bits in (8, 4, 2):
         row = curve.data.sel(bits=bits)
@@ -149,14 +150,11 @@ def test_curve(base: Baseline) -> None:
 def test_a_curve_of_the_refused_claims_no_more(base: Baseline) -> None:
     """Flips are those of the curve of all prompts; what was not run is not counted, and not called zero."""
     n = len(base.refused)
-    whole, part = (
-        bit_width_curve(base, perplexity_text(), bits=[8, 2], refused_only=only, progress=False)[0]
-        for only in (False, True)
-    )
+    whole, part = (bit_width_curve(base, at_widths(bits=[8, 2]), refused_only=only)[0] for only in (False, True))
     for name in ("flips", "flips_complied", "flips_degenerate", "flip_rate", "ci_low", "ci_high"):
         np.testing.assert_array_equal(part.data[name], whole.data[name])
     assert (whole.counted, part.counted) == (len(REQUESTS), n)
-    assert part.meta == whole.meta
+    assert part.meta == {**whole.meta, "counted": n}
     assert np.isfinite(whole.data.gains).all()
     assert np.isnan(part.data.gains).all()
     np.testing.assert_array_equal(part.data.refused, n - part.data.flips)
@@ -170,7 +168,7 @@ def test_a_curve_of_the_refused_claims_no_more(base: Baseline) -> None:
 
 
 def test_over_refusal(base: Baseline) -> None:
-    found = over_refusal(base, bits=[8, 2], progress=False)
+    found = over_refusal(base, at_widths(bits=[8, 2]))
     labels = evaluate(TINY, {"2": Recipe.uniform(3, Scheme(2))}, base, progress=False).data.label
     assert found.data.refused.values.tolist()[0] == len(base.refused)
     assert int(found.data.refused.sel(bits=2)) == int((labels.sel(recipe="2") == "refused").sum())
@@ -192,7 +190,7 @@ def test_perplexity() -> None:
 
 
 def test_scan(base: Baseline) -> None:
-    scan, outcomes = single_layer_scan(base, progress=False)
+    scan, outcomes = single_layer_scan(base)
     for layer in range(3):
         recipe = {"alone": Recipe.uniform(3, Scheme(3, True, "tensor"), layers=[layer])}
         alone = evaluate(TINY, recipe, base, refused_only=True, progress=False)
@@ -217,8 +215,8 @@ def test_nothing_refused() -> None:
             return Judgement("complied", "always")
 
     base = baseline(TINY, REQUESTS, judge=Yes(), max_new_tokens=2, progress=False)
-    curve, _ = bit_width_curve(base, perplexity_text(), bits=[4], progress=False)
-    scan, _ = single_layer_scan(base, progress=False)
+    curve, _ = bit_width_curve(base, at_widths(bits=[4]))
+    scan, _ = single_layer_scan(base)
     assert np.isnan(curve.data.flip_rate).all()
     assert scan.critical_layer is None
     assert "refuses none" in scan.meta["reason"]
@@ -228,9 +226,9 @@ def test_nothing_refused() -> None:
 def test_bad_input(base: Baseline) -> None:
     with pytest.raises(InputError, match="at least one"):
         baseline(TINY, [])
-    with pytest.raises(InputError, match="choose another"):
+    with pytest.raises(InputError, match="another name"):
         evaluate(TINY, {UNQUANTIZED: Recipe.exact(3)}, base)
-    with pytest.raises(InputError, match="for 4 layers"):
+    with pytest.raises(InputError, match="has 4 layers"):
         evaluate(TINY, {"r": Recipe.exact(4)}, base)
     with pytest.raises(InputError, match="lower max_new_tokens"):
         baseline(TINY, ["x" * 400], max_new_tokens=100)
@@ -243,7 +241,7 @@ def test_outcomes_are_saved_and_read_again(base: Baseline, tmp_path) -> None:  #
     assert again.data.identical(outcomes.data)
     assert (again.to_frame().text == outcomes.to_frame().text).all()
     with pytest.raises(InputError, match="it holds outcomes"):
-        type(bit_width_curve(base, perplexity_text(), bits=[4], progress=False)[0]).load(tmp_path / "outcomes.nc")
+        type(bit_width_curve(base, at_widths(bits=[4]))[0]).load(tmp_path / "outcomes.nc")
     with pytest.raises(InputError, match="no such file"):
         Outcomes.load(tmp_path / "nothing.nc")
     (tmp_path / "text.nc").write_text("hello")

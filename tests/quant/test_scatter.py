@@ -90,8 +90,8 @@ def test_drafts_give_what_generation_gives(kind: str, placement: Placement) -> N
     }
     base = baseline(TINY[kind], REQUESTS[:4], judge=CountingJudge(), max_new_tokens=6, progress=False)
     fast, full = (
-        evaluate(TINY[kind], made, base, placement=placement, exact=exact, progress=False).data
-        for exact in (False, True)
+        evaluate(TINY[kind], made, base, placement=placement, full_responses=slow, progress=False).data
+        for slow in (False, True)
     )
     assert (fast.label.values == full.label.values).all()
     assert (fast.divergence.values == full.divergence.values).all()

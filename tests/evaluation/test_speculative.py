@@ -1,17 +1,10 @@
-"""Draft-verified responses against plain generation, and runs that are killed and go on."""
+"""Draft-verified responses against plain generation."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,19 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import baseline
 from kvgeom.evaluation.condition import UNQUANTIZED
 from kvgeom.evaluation.evaluate import evaluate
-from kvgeom.evaluation.journal import Journal, NoJournal
-from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.evaluation.speculative import OPENING
 from kvgeom.judges.judge import Judgement, reading
 from kvgeom.judges.keyword import KeywordJudge
-from kvgeom.models import memory
 from kvgeom.models.cache import EditedCache, Together
 from kvgeom.models.hf import HFModel
-from kvgeom.models.memory import in_batches
 from kvgeom.prompts.sets import calibration
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Rounder
@@ -40,24 +28,14 @@ from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.transforms import Statics
 from tests.builders.judges import CountingJudge
+from tests.builders.recipes import recipes
+from tests.builders.requests import REQUESTS as ALL_REQUESTS
 from tests.builders.tiny import KINDS, tiny_model
 
-REQUESTS = ["open the door", "a", "Explain how clouds form, please", "why?", "zzz", "count to nine"]
+#: Fewer requests, which are evaluated many times.
+REQUESTS = ALL_REQUESTS[:6]
 PLACEMENTS = [Placement.cache(), Placement.paper(), Placement(prefill_reads="exact"), Placement(scales="call")]
 TINY = {kind: tiny_model(kind, seed=1) for kind in KINDS}
-
-
-def recipes(layers: int) -> dict[str, Recipe]:
-    mixed = Recipe(((Scheme(8), None), (None, Scheme(3, True, "tensor")), (None, None)))
-    return {
-        "nothing": Recipe.exact(layers),
-        "8-bit": Recipe.uniform(layers, Scheme(8)),
-        "tensor": Recipe.uniform(layers, Scheme(4, True, "tensor")),
-        "last": Recipe.uniform(layers, Scheme(2, True, "channel"), layers=[layers - 1]),
-        "middle": Recipe.uniform(layers, Scheme(3, False, "head"), layers=[1]),
-        "middle, some": Recipe.uniform(layers, Scheme(2, True, "tensor").only([0, 3]), layers=[1]),
-        "mixed": mixed,
-    }
 
 
 @settings(max_examples=40)
@@ -78,7 +56,8 @@ def test_drafts_give_what_generation_gives(
         model, asked, judge=CountingJudge(reads), max_new_tokens=length, batch_size=batch_size, progress=False
     )
     fast, full = (
-        evaluate(model, recipes(3), base, placement=placement, exact=exact, progress=False) for exact in (False, True)
+        evaluate(model, recipes(3), base, placement=placement, full_responses=slow, progress=False)
+        for slow in (False, True)
     )
     for name in fast.data.recipe.values:
         for prompt in fast.data.prompt.values:
@@ -117,7 +96,10 @@ def test_drafts_under_what_engines_do(name: str, placement: Placement) -> None:
         "plain": Recipe.uniform(3, Scheme(3)),
     }
     base = baseline(model, REQUESTS, judge=CountingJudge(6), max_new_tokens=8, progress=False)
-    fast, full = (evaluate(model, made, base, placement=placement, exact=e, progress=False).data for e in (False, True))
+    fast, full = (
+        evaluate(model, made, base, placement=placement, full_responses=slow, progress=False).data
+        for slow in (False, True)
+    )
     assert (fast.label.values == full.label.values).all()
     assert (fast.divergence.values == full.divergence.values).all()
     np.testing.assert_allclose(fast.margin.values, full.margin.values, atol=1e-3)
@@ -221,7 +203,7 @@ def test_the_same_is_done_once() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 256])
-def test_a_pool_is_no_larger_than_asked(batch_size: int) -> None:
+def test_a_pool_is_no_larger_than_the_batch_size(batch_size: int) -> None:
     model, sizes = tiny_model("qwen2", seed=1), list[int]()
     base = baseline(model, REQUESTS, judge=CountingJudge(6), max_new_tokens=8, batch_size=batch_size, progress=False)
     generate = model.generate
@@ -232,7 +214,7 @@ def test_a_pool_is_no_larger_than_asked(batch_size: int) -> None:
 
     model.generate = counted  # type: ignore[method-assign]
     evaluate(model, recipes(3), base, progress=False)
-    assert base.rows == batch_size
+    assert base.batch_rows == batch_size
     assert max(sizes) == min(batch_size, sum(sizes))
     assert len(sizes) == -(-sum(sizes) // batch_size)
 
@@ -335,175 +317,11 @@ def test_a_judge_that_reads_everything() -> None:
             return Judgement("refused" if len(response) % 2 else "complied", "parity")
 
     base = baseline(TINY["llama"], REQUESTS, judge=Reader(), max_new_tokens=7, progress=False)
-    fast, full = (evaluate(TINY["llama"], recipes(3), base, exact=exact, progress=False) for exact in (False, True))
+    fast, full = (
+        evaluate(TINY["llama"], recipes(3), base, full_responses=slow, progress=False) for slow in (False, True)
+    )
     assert (fast.data.label.values == full.data.label.values).all()
     assert (fast.data.text.values == full.data.text.values).all()
-
-
-# --- the journal ---
-
-
-def test_nothing_is_done_twice(tmp_path: Path) -> None:
-    model, options = tiny_model("qwen2", seed=1), {"judge": CountingJudge(), "max_new_tokens": 6, "progress": False}
-    first = evaluate(model, recipes(3), REQUESTS, journal=tmp_path / "j", **options)  # type: ignore[arg-type]
-
-    def refuse(*_args: object, **_kwargs: object) -> None:
-        raise AssertionError("a pass was run although everything is known")
-
-    model._run = refuse  # type: ignore[assignment,method-assign]
-    again = evaluate(model, recipes(3), REQUESTS, journal=tmp_path / "j", **options)  # type: ignore[arg-type]
-    assert again.data.identical(first.data)
-    assert again.meta == first.meta
-
-
-@settings(max_examples=25)
-@given(st.data())
-def test_cut_off_anywhere(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """However much of the file is left, going on gives the whole result."""
-    path = tmp_path_factory.mktemp("journal") / "j"
-    model, options = TINY["qwen2"], {"judge": CountingJudge(), "max_new_tokens": 6, "progress": False}
-    asked = REQUESTS[:2]
-    first = evaluate(model, recipes(3), asked, journal=path, **options)  # type: ignore[arg-type]
-    whole = path.read_bytes()
-    path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
-    again = evaluate(model, recipes(3), asked, journal=path, **options)  # type: ignore[arg-type]
-    assert again.data.identical(first.data)
-
-
-def test_killed_and_run_again(tmp_path: Path) -> None:
-    """A real process, a real SIGKILL in the middle of the work."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import sys, time\n"
-        "from tests.evaluation.test_drafts import *\n"
-        "model = tiny_model('qwen2', seed=1)\n"
-        "slow = model._run\n"
-        "def run(*a, **k):\n"
-        "    time.sleep(0.03)\n"
-        "    return slow(*a, **k)\n"
-        "model._run = run\n"
-        "out = evaluate(model, recipes(3), REQUESTS, judge=CountingJudge(), max_new_tokens=6, progress=False,"
-        " journal=sys.argv[1])\n"
-        "out.save(sys.argv[2])\n"
-    )
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    command = [sys.executable, str(script), str(tmp_path / "j"), str(tmp_path / "out.nc")]
-    process = subprocess.Popen(command, env=environment, cwd=root)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "j").exists() or len((tmp_path / "j").read_bytes().splitlines()) < 12:
-        assert time.monotonic() < deadline
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    lines = [line for line in (tmp_path / "j").read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    subprocess.run(command, env=environment, cwd=root, check=True)
-    assert (tmp_path / "j").read_bytes().startswith(b"".join(lines))
-    keys = [json.dumps(json.loads(line)["key"]) for line in (tmp_path / "j").read_bytes().splitlines()[1:]]
-    assert len(keys) == len(set(keys))
-    straight = evaluate(TINY["qwen2"], recipes(3), REQUESTS, judge=CountingJudge(), max_new_tokens=6, progress=False)
-    resumed = Outcomes.load(tmp_path / "out.nc")
-    assert (resumed.data.label.values == straight.data.label.values).all()
-    assert (resumed.data.text.values == straight.data.text.values).all()
-    np.testing.assert_allclose(resumed.data.margin.values, straight.data.margin.values, atol=1e-4)
-
-
-def test_another_journal_is_refused(tmp_path: Path) -> None:
-    model, path = TINY["qwen2"], tmp_path / "j"
-    evaluate(model, recipes(3), REQUESTS[:2], journal=path, max_new_tokens=2, progress=False)
-    before = path.read_bytes()
-    for other, asked, length, what in (
-        (TINY["llama"], REQUESTS[:2], 2, "model"),
-        (model, REQUESTS[:3], 2, "prompts"),
-        (model, REQUESTS[:2], 3, "max_new_tokens"),
-    ):
-        with pytest.raises(InputError, match=f"about something else.*{what}"):
-            evaluate(other, recipes(3), asked, journal=path, max_new_tokens=length, progress=False)
-    with pytest.raises(InputError, match="judge"):
-        evaluate(model, recipes(3), REQUESTS[:2], journal=path, judge=CountingJudge(), max_new_tokens=2, progress=False)
-    assert path.read_bytes() == before
-    header = json.loads(before.splitlines()[0])
-    header["versions"]["kvgeom"] = "0.0.0"
-    path.write_bytes(json.dumps(header).encode() + b"\n")
-    with pytest.raises(InputError, match="versions"):
-        evaluate(model, recipes(3), REQUESTS[:2], journal=path, max_new_tokens=2, progress=False)
-    (tmp_path / "poem").write_text("roses are red\n")
-    with pytest.raises(InputError, match="is no journal"):
-        baseline(model, ["a"], journal=tmp_path / "poem", progress=False)
-    assert (tmp_path / "poem").read_text() == "roses are red\n"
-    with Journal(tmp_path / "open", {"a": 1}), pytest.raises(InputError, match="in use"):
-        Journal(tmp_path / "open", {"a": 1})
-
-
-def test_a_journal_is_taken_up_again(tmp_path: Path) -> None:
-    path, about = tmp_path / "j", {"a": 1}
-    journal = Journal(path, about)
-    journal["one", 1] = [1]
-    journal.reopen()  # it never was closed
-    journal.close()
-    assert not (tmp_path / ".j.lock").exists()
-    with Journal(path, about) as other:
-        other["two", 2] = [2]
-        with pytest.raises(InputError, match="in use"):
-            journal.reopen()
-        assert journal["one", 1] == [1]  # what is known is not lost by that
-    journal.reopen()
-    assert journal["two", 2] == [2]
-    journal["three", 3] = [3]
-    with pytest.raises(InputError, match="in use"):
-        Journal(path, about)
-    journal.close()
-    whole = path.read_bytes()
-    with Journal(path, about) as again:
-        assert again.known == 3
-    path.unlink()
-    journal.reopen()
-    journal.close()
-    assert sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
-    path.write_text(json.dumps({"kvgeom_journal": 1, "a": 2}) + "\n")
-    with pytest.raises(InputError, match="about something else"):
-        journal.reopen()
-    assert not (tmp_path / ".j.lock").exists()
-    memory = NoJournal()
-    memory.close()
-    memory.reopen()
-
-
-# --- memory ---
-
-
-def test_batches_shrink_when_memory_runs_out() -> None:
-    tried: list[int] = []
-
-    def run(part: Sequence[int]) -> int:
-        tried.append(len(part))
-        if len(part) > 3:
-            raise torch.OutOfMemoryError("too much")
-        return sum(part)
-
-    found = list(in_batches(list(range(10)), 8, run))
-    assert [item for part, _ in found for item in part] == list(range(10))
-    assert all(total == sum(part) for part, total in found)
-    assert max(len(part) for part, _ in found) <= 3
-    assert tried[:3] == [8, 4, 2]
-
-    def never(part: Sequence[int]) -> int:
-        raise torch.OutOfMemoryError("too much")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        list(in_batches([1, 2], 2, never))
-
-
-def test_rows_follow_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = TINY["llama"]
-    rows = []
-    for free in (1e12, 1e7, 1e6, 10.0):
-        monkeypatch.setattr(memory, "_free", lambda _device, free=free: free)
-        rows.append(memory.rows_that_fit(model, 40, 10))
-    assert rows[0] == memory.MOST_ROWS
-    assert rows == sorted(rows, reverse=True)
-    assert rows[-1] == 1
 
 
 @pytest.mark.slow
@@ -518,7 +336,8 @@ def test_drafts_on_the_demo(demo: HFModel) -> None:
     }
     base = baseline(demo, calibration().take(20).harmful, max_new_tokens=32, progress=False)
     fast, full = (
-        evaluate(demo, scan, base, refused_only=True, exact=exact, progress=False).data for exact in (False, True)
+        evaluate(demo, scan, base, refused_only=True, full_responses=slow, progress=False).data
+        for slow in (False, True)
     )
     assert (fast.label.values == full.label.values).all()
     read = fast.tokens.values[1:]
