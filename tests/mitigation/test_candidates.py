@@ -232,7 +232,7 @@ def scan(flips: list[int], drop: list[float], refused: int = 20) -> Scan:
 
 
 def mode_named(name: ModeName) -> Mode:
-    return Mode(name, "", None, (), PRESCRIPTIONS[name], {})
+    return Mode.of(name, "", None, (), PRESCRIPTIONS[name])
 
 
 ADVICE: dict[ModeName, tuple[str, list[tuple[str | None, str | None]]]] = {

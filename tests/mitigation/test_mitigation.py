@@ -66,8 +66,12 @@ def outcomes_of(labels: Sequence[Sequence[str]], names: Sequence[str], margins: 
     columns["label"] = (("recipe", "prompt"), rows)
     lost = np.zeros((len(names), shape[1])) if margins is None else margins
     columns["margin"] = (("recipe", "prompt"), np.concatenate([np.full((1, shape[1]), 5.0), 5.0 - lost]))
-    meta = {"model": "m", "fingerprint": "f", "placement": "p", "judge": "j", "max_new_tokens": 4}
-    coords = {"recipe": [UNQUANTIZED, *names], "prompt": np.arange(shape[1])}
+    meta = {"model": "m", "fingerprint": "f", "judge": "j", "max_new_tokens": 4}
+    coords = {
+        "recipe": [UNQUANTIZED, *names],
+        "prompt": np.arange(shape[1]),
+        "placement": ("recipe", np.full(len(rows), "p", dtype=object)),
+    }
     return Outcomes(xr.Dataset(columns, coords=coords), meta)
 
 
@@ -136,7 +140,7 @@ def test_harmless_requests_by_hand() -> None:
         "worse": Recipe.uniform(3, Scheme(2, True, "tensor")),
         "none": Recipe.exact(3),
     }
-    found = harmless_under(base, recipes, Placement(), progress=False)
+    found = harmless_under(base, recipes, Placement())
     labels = evaluate(model, recipes, base, progress=False).data.label
     before = labels.sel(recipe=UNQUANTIZED).values
     assert (before == "complied").any()
@@ -195,9 +199,9 @@ def test_how_many_layers_are_compared(layers: int, kept: tuple[int, ...]) -> Non
 
 def test_orders_of_layers_by_hand() -> None:
     """Keys and values with schemes of their own are rounded together, as the cache does, and not one after the other."""
-    base = baseline(TINY, REQUESTS, judge=ArbitraryJudge(), max_new_tokens=4, progress=False)
+    base = baseline(TINY, REQUESTS, judge=ArbitraryJudge(), max_new_tokens=4, seed=3, progress=False)
     recipe = Recipe(((Scheme(2, True, "tensor"), Scheme(3)),) * 3)
-    found = layer_orders(base, recipe, Placement(), seed=3, progress=False)
+    found = layer_orders(base, recipe, Placement())
     drop = np.zeros(3)
     tokens = list(base.refusal_tokens)
     for index in base.refused:
@@ -216,7 +220,7 @@ def test_orders_of_layers_by_hand() -> None:
     drawn = [order for rule, order in found.items() if rule.startswith("random")]
     assert len(drawn) == 3
     assert all(sorted(order) == [0, 1, 2] for order in drawn)
-    assert found == layer_orders(base, recipe, Placement(), seed=3, progress=False)
+    assert found == layer_orders(base, recipe, Placement())
 
 
 # --- the proof ---
@@ -302,7 +306,7 @@ def diagnosed(model: HFModel = TINY, **options: object) -> Diagnosis:
         SET,
         judge=ArbitraryJudge(),
         max_new_tokens=4,
-        curve_bits=(),
+        bits=(),
         geometry=False,
         progress=False,
         text="Clouds are made of water.",
@@ -317,7 +321,7 @@ def diagnosis() -> Diagnosis:
 
 @cache
 def plan() -> Plan:
-    return diagnosis().prescribe(scheme="int3-sym-tensor", memory=0.6, progress=False)
+    return diagnosis().prescribe(scheme="int3-sym-tensor", memory=0.6)
 
 
 @cache
@@ -353,7 +357,7 @@ def test_prescription_by_hand() -> None:
 @pytest.mark.parametrize("scheme", ["int3-asym-token+center", "int3-sym-tensor+equalize", "int4-asym-group8", "kivi"])
 def test_caches_that_can_be_mended(scheme: str) -> None:
     """Those that transform already as well: what they subtract or divide by is measured."""
-    made = diagnosis().prescribe(scheme=scheme, memory=1.0, progress=False)
+    made = diagnosis().prescribe(scheme=scheme, memory=1.0)
     assert made.scheme == scheme
     assert {str(s) for s in made.unmitigated.recipe.layers[0]} == {str(resolve(scheme).k), str(resolve(scheme).v)}
     assert made.memory_overhead <= 1.0
@@ -361,14 +365,14 @@ def test_caches_that_can_be_mended(scheme: str) -> None:
 
 def test_what_cannot_be_prescribed() -> None:
     with pytest.raises(InputError, match="memory budget of -1"):
-        diagnosis().prescribe(memory=-1, progress=False)
+        diagnosis().prescribe(memory=-1)
     with pytest.raises(InputError, match="memory budget of nan"):
-        diagnosis().prescribe(memory=float("nan"), progress=False)
+        diagnosis().prescribe(memory=float("nan"))
     with pytest.raises(InputError, match="granularity 'groups'"):
-        diagnosis().prescribe(scheme="asym-groups", bits=4, progress=False)
+        diagnosis().prescribe(scheme="asym-groups", bits=4)
     silent = replace(diagnosis(), baseline=replace(diagnosis().baseline, labels=("complied",) * 10))
     with pytest.raises(InputError, match="refuses none of the 10 prompts"):
-        silent.prescribe(progress=False)
+        silent.prescribe()
 
 
 def test_verification_by_hand() -> None:
@@ -405,7 +409,7 @@ def test_verification_by_hand() -> None:
 def test_journals_of_prescription_and_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run again over the journals that a first run has left, nothing is answered twice."""
     path = tmp_path / "one.jsonl"
-    first_plan = diagnosed(journal=path).prescribe(scheme="int3-sym-tensor", memory=0.6, progress=False)
+    first_plan = diagnosed(journal=path).prescribe(scheme="int3-sym-tensor", memory=0.6)
     options = {"judge": ArbitraryJudge(), "controls": 1, "journal": tmp_path / "proof.jsonl", **OPTIONS}
     proof = first_plan.verify(TINY, OTHERS, **options)  # type: ignore[arg-type]
     names = {"one.jsonl", "one-harmless.jsonl", "proof.jsonl", "proof-harmless.jsonl"}
@@ -418,14 +422,14 @@ def test_journals_of_prescription_and_proof(tmp_path: Path, monkeypatch: pytest.
     again = diagnosed(journal=path)
     assert (tmp_path / "one.jsonl").read_bytes() == written["one.jsonl"]
     monkeypatch.setattr(HFModel, "generate", fail)
-    second = again.prescribe(scheme="int3-sym-tensor", memory=0.6, progress=False)
+    second = again.prescribe(scheme="int3-sym-tensor", memory=0.6)
     assert json.dumps(second.to_dict(), default=str) == json.dumps(first_plan.to_dict(), default=str)
     twice = second.verify(TINY, OTHERS, **options)  # type: ignore[arg-type]
     xr.testing.assert_equal(twice.data, proof.data)
     assert {name: (tmp_path / name).read_bytes() for name in names} == written
     # The file is free again, and the same diagnosis can go on to another scheme.
     monkeypatch.undo()
-    third = again.prescribe(scheme="int4-asym-token", progress=False)
+    third = again.prescribe(scheme="int4-asym-token")
     assert third.scheme == "int4-asym-token"
     assert (tmp_path / "one.jsonl").read_bytes().startswith(written["one.jsonl"])
 
@@ -522,7 +526,7 @@ def test_prompts_that_prove_nothing() -> None:
         plan().verify(TINY, PromptSet("harmless used", OTHERS.harmful, SET.harmless[:1], ""), **options)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no harmful requests"):
         plan().verify(TINY, PromptSet("empty", (), OTHERS.harmless, ""), **options)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="judge 'arbitrary' has chosen was to be verified by 'keyword "):
+    with pytest.raises(InputError, match="by judge 'arbitrary', not by 'keyword "):
         plan().verify(TINY, OTHERS, **OPTIONS)  # type: ignore[arg-type]
 
 
