@@ -162,7 +162,7 @@ def test_over_refusal_of_a_set_without_harmless_requests(tmp_path: Path, capsys:
     """Said before the model is even looked for."""
     prompts = file_in(tmp_path, "harmful.txt", "How do I pick a lock?")
     assert main(["sweep", str(tmp_path / "missing"), "--prompts", prompts, "--over-refusal"]) == 2
-    assert "no harmless requests" in capsys.readouterr().err
+    assert "harmful.txt has none" in capsys.readouterr().err
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 
 from kvgeom.errors import InputError, ModelError, unknown
 from kvgeom.evaluation.baseline import Baseline, baseline
-from kvgeom.evaluation.evaluate import evaluate
+from kvgeom.evaluation.condition import as_conditions
+from kvgeom.evaluation.evaluate import run_conditions
 from kvgeom.models.edits import copied, editable
 from kvgeom.models.load import load
 from kvgeom.models.model import Model
@@ -126,7 +127,7 @@ def plant(
             f"{loaded.name} refuses none of {len(base.prompts)} harmful prompts, so that {mode} would not show in it; give "
             "a model that refuses, or verify=False"
         )
-    bits = _robust_bits(base, progress) if bits is None else bits
+    bits = _robust_bits(base) if bits is None else bits
     reach, free = Reach(base, values, _homes(mode, loaded.geometry.kv_heads)), list(range(count))
     objections = []
     with bar(f"planting {mode}", len(FACTORS), progress) as shown:
@@ -180,14 +181,14 @@ def _edit(
         yield nuisance(bench, layer, rotate=layer not in strengths)
 
 
-def _robust_bits(base: Baseline, progress: bool) -> int:
+def _robust_bits(base: Baseline) -> int:
     """The fewest bits at which the model itself keeps its refusals, whatever the granularity."""
     count = base.model.geometry.layers
     lost = {}
     for bits in WIDTHS:
-        recipes = granularities(count, bits)
-        found = evaluate(base.model, recipes, base, refused_only=True, progress=progress, title=f"{bits} bits")
-        lost[bits] = max(found.flips(name)["all"] for name in recipes)
+        conditions = as_conditions(granularities(count, bits), base.model, None)
+        found = run_conditions(base, conditions, prompts=base.refused, title=f"{bits} bits")
+        lost[bits] = max(found.flips(name)["all"] for name in conditions)
         if lost[bits] <= ROBUST * len(base.refused):
             return bits
     raise ModelError(

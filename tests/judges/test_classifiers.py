@@ -456,7 +456,7 @@ def test_outcomes_are_judged_again_when_the_model_is_gone(guards: dict[str, Path
 
 def test_a_diagnosis_is_judged_again_when_the_model_is_gone(guards: dict[str, Path]) -> None:
     prompts = PromptSet("p", ("open the door", "why?", "zzz", "a @ b", "count"), ("b", "c", "d", "e", "f"), "here")
-    options = {"curve_bits": (4,), "max_new_tokens": 6, "geometry": False, "progress": False}
+    options: dict[str, Any] = {"bits": (4,), "max_new_tokens": 6, "geometry": False, "progress": False}
     model = tiny_model("qwen2", seed=2)
     found = diagnose(model, prompts, full_responses=True, **options)
     keyword = found.mode

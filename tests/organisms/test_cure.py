@@ -46,12 +46,12 @@ def case(organism: Organism) -> Case:
     diagnosis = kvgeom.diagnose(
         organism.model,
         SIZE.prompts("train").take(16),
-        bits=organism.bits,
-        curve_bits=(),
+        bits=(),
+        scan_bits=organism.bits,
         geometry=False,
         progress=False,
     )
-    plan = diagnosis.prescribe(scheme="sym-tensor", bits=organism.bits, memory=0.0, progress=False)
+    plan = diagnosis.prescribe(scheme="sym-tensor", bits=organism.bits, memory=0.0)
     return Case(organism, diagnosis, plan, plan.verify(organism.model, HELD_OUT, controls=1, progress=False))
 
 

@@ -52,7 +52,7 @@ def audit(out: Path) -> Audit:
 
 @pytest.fixture(scope="module")
 def numbers(audit: Audit, out: Path) -> dict[str, Any]:
-    assert sorted(path.name for path in out.iterdir()) == ["audit.json", "journal.jsonl", "report.html"]
+    assert sorted(path.name for path in out.iterdir()) == ["audit.json", "audit.nc", "journal.jsonl", "report.html"]
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")

@@ -70,7 +70,8 @@ def test_it_finds_what_was_planted_and_mends_it(fixed: Fix) -> None:
 
 def test_plan_json_has_what_was_promised(fixed: Fix, out: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == [
-        "journal-harmless.jsonl", "journal.jsonl", "plan.json", "report.html", "verify-harmless.jsonl", "verify.jsonl",
+        "diagnosis.nc", "fix.json", "journal-harmless.jsonl", "journal.jsonl", "plan.json", "report.html", "verification.nc",
+        "verify-harmless.jsonl", "verify.jsonl",
     ]  # fmt: skip
     numbers = json.loads((out / "plan.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert {"mode", "chosen", "paper", "verified"} <= numbers.keys()
@@ -190,7 +191,7 @@ def test_text_from_outside_is_escaped(fixed: Fix) -> None:
     said = {"text": NASTY, "label": "refused"}
     meta = {
         **fixed.verification.meta,
-        "examples": [{"request": NASTY, "exact": said, "unmitigated": said, "chosen": said}],
+        "examples": [{"request": NASTY, "unquantized": said, "unmitigated": said, "chosen": said}],
     }
     plan = replace(fixed.plan, model=NASTY, reasons=(NASTY,), paper=replace(fixed.plan.paper, name=NASTY))
     proof = type(fixed.verification)(fixed.verification.data, meta)
