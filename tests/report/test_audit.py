@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import kvgeom
+from kvgeom.errors import InputError
 from kvgeom.paths import write_whole
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.report.audit import Audit
@@ -113,6 +114,27 @@ def test_a_repeated_audit_is_the_same(numbers: dict[str, Any]) -> None:
     ).to_dict()
     for key in numbers.keys() - {"settings"}:
         assert again[key] == numbers[key], key
+
+
+def test_an_audit_can_be_read_back(out: Path, audit: Audit) -> None:
+    again = Audit.load(out)
+    assert again.to_dict() == audit.to_dict()
+    assert render(again) == (out / "report.html").read_text(encoding="utf-8")
+    assert (again.verdict, again.mode, again.evidence, again.prompts) == (
+        audit.verdict, audit.mode, audit.evidence, audit.prompts,
+    )  # fmt: skip
+    assert again.scan.to_frame().equals(audit.scan.to_frame())
+    assert Audit.load(out / "audit.nc").verdict == audit.verdict
+    with pytest.raises(InputError, match="on"):
+        again.baseline  # noqa: B018
+    assert again.on(TINY, judge=ArbitraryJudge(), progress=False).baseline.refused == audit.baseline.refused
+
+
+def test_what_is_no_audit_is_not_read(out: Path, audit: Audit, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=re.escape(str(tmp_path))):
+        Audit.load(tmp_path)
+    with pytest.raises(InputError, match="audit"):
+        Audit.load(audit.scan.save(tmp_path / "scan.nc"))
 
 
 def test_the_page_stands_alone(out: Path, audit: Audit) -> None:

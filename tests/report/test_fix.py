@@ -86,6 +86,18 @@ def test_plan_json_has_what_was_promised(fixed: Fix, out: Path) -> None:
     assert again.verified == verified
 
 
+def test_a_fix_can_be_read_back(fixed: Fix, out: Path, tmp_path: Path) -> None:
+    again = Fix.load(out)
+    assert render(again) == (out / "report.html").read_text(encoding="utf-8")
+    assert again.to_text(out) == fixed.to_text(out)
+    assert again.settings == plain(fixed.settings)
+    assert again.plan.candidates == fixed.plan.candidates
+    assert again.to_frame().equals(fixed.to_frame())
+    assert again.provenance() == fixed.provenance()
+    with pytest.raises(InputError, match=re.escape(str(tmp_path))):
+        Fix.load(tmp_path)
+
+
 def test_every_key_of_plan_json_is_documented(out: Path, fixed: Fix) -> None:
     page = Path(__file__).parents[2].joinpath("docs", "mitigation.md").read_text()
     numbers = json.loads((out / "plan.json").read_text())
