@@ -33,7 +33,7 @@ from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.evaluation.speculative import Answer, generated, verified
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 
@@ -103,11 +103,11 @@ def parting(base: Baseline, quick: Answer, plain: Sequence[int], recipe: Recipe,
     """Where two responses part, and how much more (nats) each way of computing likes the one's token than the other's."""
     model, ids = base.model, base.prompts[quick.prompt].ids
     at = next(at for at, (a, b) in enumerate(zip_longest(quick.tokens, plain)) if a != b)
-    steps = model.new_cache(Rounder(recipe, placement))
+    steps = model.new_cache(Quantizer(recipe, placement))
     logits = model.forward(ids, steps)[-1]
     for token in plain[:at]:
         logits = model.forward([token], steps)[-1]
-    whole = model.new_cache(Rounder(recipe, placement, prompt_tokens=len(ids)))
+    whole = model.new_cache(Quantizer(recipe, placement, prompt_tokens=len(ids)))
     at_once = model.forward([*ids, *plain[:at]], whole)[-1]
     ends = list(model.stop_tokens)
 

@@ -20,8 +20,8 @@ from transformers import DynamicCache
 
 import kvgeom
 from kvgeom.engines.registry import presets, resolve
-from kvgeom.quant.fake_quantize import round_kv
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.fake_quantize import fake_quantize
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.scheme import Scheme
 
 SCHEMES = [
@@ -75,7 +75,7 @@ def cache_cost(name: str) -> None:
     for engine in engines:
 
         def simulated(engine: object = engine) -> object:
-            return model.new_cache(Rounder(engine.recipe(layers), engine.placement))  # type: ignore[attr-defined]
+            return model.new_cache(Quantizer(engine.recipe(layers), engine.placement))  # type: ignore[attr-defined]
 
         first, later = prefill(simulated), generation(simulated)
         print(
@@ -88,7 +88,7 @@ def cache_cost(name: str) -> None:
 def tensor_cost() -> None:
     x = torch.randn(1, 8, 4096, 128)
     ours: dict[str, Callable[[], object]] = {
-        text: partial(round_kv, x, Scheme.parse(text)) for text in (*SCHEMES, "int4-sym-tensor", "hqq4-group64")
+        text: partial(fake_quantize, x, Scheme.parse(text)) for text in (*SCHEMES, "int4-sym-tensor", "hqq4-group64")
     }
     theirs: dict[str, Callable[[], object]] = {}
     if find_spec("optimum"):

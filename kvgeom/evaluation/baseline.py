@@ -173,7 +173,7 @@ class Baseline:
         key = {
             "measure": "perplexity",
             "text": self.run.text,
-            "recipe": list(recipe.spelled) if recipe else None,
+            "recipe": recipe.record() if recipe else None,
             "placement": str(placement),
         }
         measure = partial(perplexity, self.model, self.run.text, recipe, placement=placement)

@@ -50,7 +50,7 @@ class Condition:
     @property
     def key(self) -> dict[str, Any]:
         """What a journal knows it by: recipe and placement, not name or coordinates."""
-        return {"recipe": list(self.recipe.spelled), "placement": str(self.placement)}
+        return {"recipe": self.recipe.record(), "placement": str(self.placement)}
 
 
 def as_conditions(given: Any, model: Model, placement: Placement | str | None) -> dict[str, Condition]:

@@ -9,7 +9,7 @@ import torch
 from kvgeom.errors import InputError
 from kvgeom.models.model import Model
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 
 #: Tokens that are read one by one where one pass would round nothing.
@@ -49,7 +49,7 @@ def perplexity(
     tokens = model.tokens(text)[: min(max_tokens, model.max_context)]
     if len(tokens) < 2:
         raise InputError(f"a text of {len(tokens)} tokens was given; perplexity needs at least two")
-    cache = model.new_cache(Rounder(recipe, placement) if recipe else None)
+    cache = model.new_cache(Quantizer(recipe, placement) if recipe else None)
     if placement.one_pass:
         logits = model.forward(tokens, cache, all_logits=True)[:-1]
     else:

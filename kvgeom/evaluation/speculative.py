@@ -20,7 +20,7 @@ from kvgeom.judges.judge import settles
 from kvgeom.models.cache import EditedCache
 from kvgeom.models.memory import in_batches, rows_that_fit
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 
 #: So many tokens of a draft are checked in the pass over its prompt. Recipes that round the whole cache have mostly left
@@ -137,7 +137,7 @@ def _verify_batch(
 ) -> list[Answer | _Diverged]:
     """One batch of recipes against the draft; who has left it does not run the later stages."""
     model, draft, prompt_tokens = base.model, base.tokens[index], len(base.prompts[index])
-    edits = [Rounder(recipes[name], placement, prompt_tokens=prompt_tokens) for name in part]
+    edits = [Quantizer(recipes[name], placement, prompt_tokens=prompt_tokens) for name in part]
     cache = model.branching_cache(edits)
     found: list[Answer | _Diverged] = []
     alive, checked = list(range(len(part))), 0
@@ -243,7 +243,7 @@ def generated(
                 model,
                 [base.prompts[index] for index in part],
                 base.max_new_tokens,
-                caches=[model.new_cache(Rounder(recipes[name], placement)) for _ in part],
+                caches=[model.new_cache(Quantizer(recipes[name], placement)) for _ in part],
                 batch_size=rows,
                 stop=stop,
             )

@@ -21,7 +21,7 @@ from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.models.reading import read
 from kvgeom.progress import bar, shown, track
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.results import Result
@@ -116,7 +116,7 @@ def patch_layers(
         resid: dict[int, torch.Tensor] = {}
         logits = model.forward_branches(
             prompt.ids,
-            [Rounder(recipe, at) for _, recipe, at in part],
+            [Quantizer(recipe, at) for _, recipe, at in part],
             [layer for layer, *_ in part],
             on_resid=resid.__setitem__ if unit is not None else None,
         )[:, -1]

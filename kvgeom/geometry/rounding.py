@@ -13,11 +13,11 @@ from kvgeom.engines.registry import resolve
 from kvgeom.errors import InputError
 from kvgeom.geometry.activations import Site
 from kvgeom.models.model import Model
-from kvgeom.models.rope import turning
+from kvgeom.models.rope import rotation_at
 from kvgeom.models.statistics import with_constants
 from kvgeom.prompts.sets import calibration
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 
@@ -98,7 +98,7 @@ class Rounding:
     @property
     def needs_rotation(self) -> bool:
         """Whether keys can only be rounded together with their rotary embedding."""
-        return Rounder(self.recipe, self.placement).needs_rotation
+        return Quantizer(self.recipe, self.placement).needs_rotation
 
     def scheme(self, layer: int, site: Site) -> Scheme | None:
         """The scheme of a site of a layer; None where it stays exact."""
@@ -123,14 +123,14 @@ class Rounding:
             return x
         recipe = self.recipe
         if site == "resid":
-            site, recipe = "k", replace(Recipe.uniform(len(recipe), scheme), scatter=recipe.scatter)
-        rounder = Rounder(recipe, self.placement)
+            site, recipe = "k", replace(Recipe.uniform(len(recipe), scheme), random_directions=recipe.random_directions)
+        quantizer = Quantizer(recipe, self.placement)
         parts = []
         for tokens in _shared(self.placement, scheme, x.shape[2]):
-            if rotation is not None and rounder.needs_rotation:
+            if rotation is not None and quantizer.needs_rotation:
                 cos, sin = (angles[None, tokens] for angles in rotation)
-                rounder.turned(layer, turning(cos, sin))
-            parts.append(rounder(layer, site, x[:, :, tokens]))
+                quantizer.set_rotation(layer, rotation_at(cos, sin))
+            parts.append(quantizer(layer, site, x[:, :, tokens]))
         return torch.cat([x[:, :, : x.shape[2] - sum(part.shape[2] for part in parts)], *parts], dim=2)
 
 
@@ -138,7 +138,7 @@ def _shared(placement: Placement, scheme: Scheme, tokens: int) -> Sequence[slice
     """Tokens of a prompt that are rounded in one call, after the sinks; those that would wait come last."""
     parts, settled = [], -1
     for held in (tokens - 1, tokens) if placement.prefill_reads == "last" else (tokens,):
-        start, stop = placement.due(settled, held, scheme.spans_tokens)
+        start, stop = placement.next_span(settled, held, scheme.spans_tokens)
         parts.append(slice(max(start, settled), stop))
         settled = stop
     parts.append(slice(settled, tokens))

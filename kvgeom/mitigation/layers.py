@@ -72,7 +72,7 @@ def layer_orders(base: Baseline, recipe: Recipe, placement: Placement) -> dict[s
         )
         return [float(drop) for drop in patched.margin_drop.mean(("prompt", "scheme")).values]
 
-    key = {"measure": "margin lost by layer", "recipe": list(recipe.spelled), "placement": str(placement)}
+    key = {"measure": "margin lost by layer", "recipe": recipe.record(), "placement": str(placement)}
     drop = np.array(base.journal.remember(key, measure))
     rng = np.random.default_rng(base.run.seed)
     return {

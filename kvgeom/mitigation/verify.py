@@ -202,7 +202,7 @@ def prove(
         if role == PAPER:  # stands beside the plan for comparison; why it fails is not asked
             continue
         for draw in range(controls if roles[role].recipe.touched else 0):
-            recipes[f"{role}, scattered {draw + 1}"] = roles[role].recipe.scattered(seed + draw)
+            recipes[f"{role}, scattered {draw + 1}"] = roles[role].recipe.with_random_directions(seed + draw)
             names[f"{role}, scattered {draw + 1}"] = f"{roles[role].name}, scattered"
             control_of[f"{role}, scattered {draw + 1}"] = role
     conditions = {role: Condition(recipe, placement, family="mitigation") for role, recipe in recipes.items()}

@@ -19,7 +19,7 @@ class Edit(Protocol):
     """What is done to keys and values on their way into a cache.
 
     ``where`` says whether it sees them as stored (``"cache"``, keys after RoPE) or as projected
-    (``"projection"``, keys before RoPE). An edit may also have what :class:`WindowedEdit` and :class:`TurnedEdit` have.
+    (``"projection"``, keys before RoPE). An edit may also have what :class:`WindowedEdit` and :class:`RotaryEdit` have.
     """
 
     @property
@@ -48,24 +48,24 @@ class WindowedEdit(Protocol):
     """An edit that (if ``windowed``) keeps tokens as they come and changes them later, or never."""
 
     windowed: bool
-    waits: bool
+    has_residual: bool
 
-    def settle(self, layer: int, site: Literal["k", "v"], stored: Tensor, new: int) -> Tensor:
+    def flush(self, layer: int, site: Literal["k", "v"], stored: Tensor, new: int) -> Tensor:
         """Return what to keep of ``stored``, one sequence's tokens so far, the last ``new`` of which have just come.
 
-        With ``waits``, attention of this call still reads ``stored`` itself.
+        With ``has_residual``, attention of this call still reads ``stored`` itself.
         """
         ...
 
 
 @runtime_checkable
-class TurnedEdit(Protocol):
-    """An edit that (if ``needs_rotation``) must know how positions turn the keys that come next."""
+class RotaryEdit(Protocol):
+    """An edit that (if ``needs_rotation``) must know how rotary embedding turns the next keys."""
 
     needs_rotation: bool
 
-    def turned(self, layer: int, turn: Callable[[Tensor], Tensor]) -> None:
-        """``turn`` makes ``[batch or 1, kv_heads, tokens, head_dim]`` of vectors ``[kv_heads, head_dim]``."""
+    def set_rotation(self, layer: int, rotation: Callable[[Tensor], Tensor]) -> None:
+        """``rotation`` makes ``[batch or 1, kv_heads, tokens, head_dim]`` of vectors ``[kv_heads, head_dim]``."""
         ...
 
 
@@ -121,15 +121,15 @@ class Together:
         return any(is_windowed(part) for part in self.parts)
 
     @property
-    def waits(self) -> bool:
+    def has_residual(self) -> bool:
         """That of the parts."""
-        return any(getattr(part, "waits", False) for part in self.parts)
+        return any(getattr(part, "has_residual", False) for part in self.parts)
 
-    def settle(self, layer: int, site: Literal["k", "v"], stored: Tensor, new: int) -> Tensor:
+    def flush(self, layer: int, site: Literal["k", "v"], stored: Tensor, new: int) -> Tensor:
         """Every row through its own edit."""
         return torch.cat(
             [
-                part.settle(layer, site, stored[at], new) if isinstance(part, WindowedEdit) else stored[at]
+                part.flush(layer, site, stored[at], new) if isinstance(part, WindowedEdit) else stored[at]
                 for part, at in self._places(len(stored))
             ]
         )
@@ -137,18 +137,18 @@ class Together:
     @property
     def needs_rotation(self) -> bool:
         """Whether one of the parts does."""
-        return any(isinstance(part, TurnedEdit) and part.needs_rotation for part in self.parts)
+        return any(isinstance(part, RotaryEdit) and part.needs_rotation for part in self.parts)
 
-    def turned(self, layer: int, turn: Callable[[Tensor], Tensor]) -> None:
+    def set_rotation(self, layer: int, rotation: Callable[[Tensor], Tensor]) -> None:
         """Tell every part about its own rows."""
 
         def own(vectors: Tensor, at: slice) -> Tensor:
-            turned = turn(vectors)
-            return turned if len(turned) == 1 else turned[at]  # one for all: every row is at the same positions
+            rotated = rotation(vectors)
+            return rotated if len(rotated) == 1 else rotated[at]  # one for all: every row is at the same positions
 
         for part, at in self._places(sum(self.sizes)):
-            if isinstance(part, TurnedEdit):
-                part.turned(layer, partial(own, at=at))
+            if isinstance(part, RotaryEdit):
+                part.set_rotation(layer, partial(own, at=at))
 
     def _places(self, rows: int) -> Iterator[tuple[Edit | None, slice]]:
         """Every part that has rows among the first ``rows``, and which."""
@@ -234,9 +234,9 @@ class EditedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if is_windowed(edit):
             stored = super().update(key_states, value_states, *args, **kwargs)
             new = key_states.shape[-2]
-            self.keys = edit.settle(self.index, "k", self.keys, new)  # type: ignore[attr-defined]
-            self.values = edit.settle(self.index, "v", self.values, new)  # type: ignore[attr-defined]
-            reads_stored = edit.prefill_reads_exact if first_call else edit.waits  # type: ignore[attr-defined]
+            self.keys = edit.flush(self.index, "k", self.keys, new)  # type: ignore[attr-defined]
+            self.values = edit.flush(self.index, "v", self.values, new)  # type: ignore[attr-defined]
+            reads_stored = edit.prefill_reads_exact if first_call else edit.has_residual  # type: ignore[attr-defined]
             return stored if reads_stored else (self.keys, self.values)
         stored = super().update(edit(self.index, "k", key_states), edit(self.index, "v", value_states), *args, **kwargs)
         return (key_states, value_states) if first_call and edit.prefill_reads_exact else stored

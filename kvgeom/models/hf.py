@@ -140,7 +140,7 @@ class HFModel:
         past = cache.layers[start[0] if start else 0].get_seq_length()
         watched = all_logits or any((on_resid, on_rotation, on_query, edit_resid, start))
         tokens = torch.tensor([list(ids)], device=self.device)
-        if past == 0 and len(ids) > 1 and not watched and getattr(cache.edit, "last_apart", False):
+        if past == 0 and len(ids) > 1 and not watched and getattr(cache.edit, "decodes_last_prompt_token", False):
             self._run(tokens[:, :-1], cache, torch.arange(len(ids) - 1, device=self.device)[None], None, 1)
             past, tokens = len(ids) - 1, tokens[:, -1:]
         positions = torch.arange(past, past + tokens.shape[1], device=self.device)[None]
@@ -293,7 +293,7 @@ class HFModel:
     def _cache_hooks(self, edit: Edit | None) -> tuple[Iterable[RemovableHandle], ...]:
         """What the edit of a cache needs beside the cache."""
         return (
-            hooks.tell_turning(self._layers, edit) if edit else (),
+            hooks.pass_rotations(self._layers, edit) if edit else (),
             hooks.edit_projections(self._projections(), edit) if edit and edit.where == "projection" else (),
         )
 

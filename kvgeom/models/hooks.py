@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kvgeom.models.cache import Edit, TurnedEdit
+from kvgeom.models.cache import Edit, RotaryEdit
 from kvgeom.models.modules import Projection, attention_of, attention_write
-from kvgeom.models.rope import turning
+from kvgeom.models.rope import rotation_at
 
 if TYPE_CHECKING:
     from kvgeom.models.model import QueryHook, ResidEdit, ResidHook, RotationHook
@@ -79,14 +79,14 @@ def watch_queries(layers: Layers, projections: Projections, see: QueryHook) -> I
         yield (norm or found["q"].module).register_forward_hook(hook(layer, found["q"], norm))
 
 
-def tell_turning(layers: Layers, edit: Edit) -> Iterator[RemovableHandle]:
-    """Tell an edit that asks for it how the positions of the new tokens turn vectors, before each layer's keys come."""
-    if not isinstance(edit, TurnedEdit) or not edit.needs_rotation:
+def pass_rotations(layers: Layers, edit: Edit) -> Iterator[RemovableHandle]:
+    """Tell an edit that asks for it how the positions of the new tokens rotate vectors, before each layer's keys come."""
+    if not isinstance(edit, RotaryEdit) or not edit.needs_rotation:
         return
 
     def hook(layer: int) -> Callable[..., None]:
         def before(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-            edit.turned(layer, turning(*kwargs["position_embeddings"]))
+            edit.set_rotation(layer, rotation_at(*kwargs["position_embeddings"]))
 
         return before
 

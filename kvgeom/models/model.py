@@ -219,7 +219,7 @@ class Model(Protocol):
             The new tokens.
         cache : EditedCache, optional
             What came before, and the edit that applies; an empty, unedited one by default. An edit may ask
-            (``last_apart``) that the last token of a prompt is run on its own, as some engines do; a pass that is watched
+            (``decodes_last_prompt_token``) that the last token of a prompt is run on its own, as some engines do; a pass that is watched
             or edited by one of the hooks below, or asked for all logits, stays one pass.
         all_logits : bool
             Logits of every new token instead of the last alone.

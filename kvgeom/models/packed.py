@@ -11,10 +11,10 @@ from torch import Tensor
 from kvgeom.errors import InputError
 from kvgeom.models.cache import Edit, EditedCache, EditedLayer
 from kvgeom.models.modules import decoder_layers
-from kvgeom.models.rope import Turn
+from kvgeom.models.rope import Rotation
 from kvgeom.models.rotary import Rotary
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from kvgeom.models.model import Model
 
 Site = Literal["k", "v"]
-#: Of a layer, the position of the first new token, and new keys as stored: how their positions turn a vector.
-Turning = Callable[[int, int, Tensor], Turn]
+#: Of a layer, the position of the first new token, and new keys as stored: how their positions rotate a vector.
+Rotations = Callable[[int, int, Tensor], Rotation]
 
 
 class Codes(Protocol):
@@ -39,15 +39,15 @@ class Codes(Protocol):
 
 
 class PackingEdit(Protocol):
-    """An edit whose results can be held as codes; see :class:`kvgeom.quant.quantizer.Rounder`."""
+    """An edit whose results can be held as codes; see :class:`kvgeom.quant.quantizer.Quantizer`."""
 
     where: str
     prefill_reads_exact: bool
-    waits: bool
+    has_residual: bool
 
     def packs(self, layer: int, site: Site) -> bool: ...
 
-    def due(self, layer: int, site: Site, new: int) -> tuple[int, int]: ...
+    def advance(self, layer: int, site: Site, new: int) -> tuple[int, int]: ...
 
     def pack(self, layer: int, site: Site, x: Tensor, start: int | None = None) -> Sequence[Codes]: ...
 
@@ -73,7 +73,7 @@ class _Store:
         before = self.values()
         if not self.edit.packs(self.layer, self.site):
             return before, before
-        start, stop = self.edit.due(self.layer, self.site, x.shape[2])
+        start, stop = self.edit.advance(self.layer, self.site, x.shape[2])
         coded = self.tokens - self.tail.shape[2]
         if start < coded and start < stop:  # all anew
             self.codes, coded = [], start
@@ -97,9 +97,9 @@ class PackedLayer(EditedLayer):  # type: ignore[no-untyped-call]
 
     is_croppable = False
 
-    def __init__(self, index: int, edit: Any, turning: Turning | None = None) -> None:
+    def __init__(self, index: int, edit: Any, rotations: Rotations | None = None) -> None:
         super().__init__(index, edit)
-        self.turning = turning
+        self.rotations = rotations
         self.stores = {site: _Store(index, site, edit) for site in ("k", "v")}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -110,10 +110,10 @@ class PackedLayer(EditedLayer):  # type: ignore[no-untyped-call]
             self.lazy_initialization(key_states, value_states)
         edit: Any = self.edit
         held = self.get_seq_length()
-        if self.turning is not None:
-            edit.turned(self.index, self.turning(self.index, held, key_states))
+        if self.rotations is not None:
+            edit.set_rotation(self.index, self.rotations(self.index, held, key_states))
         (k, k_held), (v, v_held) = self.stores["k"].add(key_states), self.stores["v"].add(value_states)
-        return (k, v) if (edit.waits if held else edit.prefill_reads_exact) else (k_held, v_held)
+        return (k, v) if (edit.has_residual if held else edit.prefill_reads_exact) else (k_held, v_held)
 
     def get_seq_length(self) -> int:
         """Tokens held."""
@@ -137,10 +137,10 @@ class PackedCache(EditedCache):
     ----------
     n_layers : int
     edit : PackingEdit
-        A :class:`~kvgeom.quant.quantizer.Rounder` that rounds in the cache.
-    turning : callable (layer, position of the first new token, new keys) -> Turn, optional
-        Tells the edit how positions turn vectors, for an edit with ``needs_rotation`` in a model that nobody watches;
-        :meth:`kvgeom.models.rotary.Rotary.turn` is one. The passes of kvgeom's own models need none.
+        A :class:`~kvgeom.quant.quantizer.Quantizer` that rounds in the cache.
+    rotations : callable (layer, position of the first new token, new keys) -> Rotation, optional
+        Tells the edit how positions rotate vectors, for an edit with ``needs_rotation`` in a model that nobody watches;
+        :meth:`kvgeom.models.rotary.Rotary.rotation` is one. The passes of kvgeom's own models need none.
 
     Raises
     ------
@@ -148,13 +148,13 @@ class PackedCache(EditedCache):
         If the edit rounds at the projection, where nothing is stored.
     """
 
-    def __init__(self, n_layers: int, edit: Edit | None = None, turning: Turning | None = None) -> None:
+    def __init__(self, n_layers: int, edit: Edit | None = None, rotations: Rotations | None = None) -> None:
         if edit is None or edit.where != "cache" or not hasattr(edit, "pack"):
             raise InputError(
-                "a packed cache was asked without an edit that rounds in the cache; give a Rounder of this kind"
+                "a packed cache needs an edit that rounds in the cache; give a Quantizer with where='cache'"
             )
         super().__init__(n_layers)
-        self.layers = [PackedLayer(index, edit, turning) for index in range(n_layers)]
+        self.layers = [PackedLayer(index, edit, rotations) for index in range(n_layers)]
         self.edit = edit
 
     @property
@@ -200,11 +200,11 @@ def quantized_cache(model: PreTrainedModel | Model, recipe: Recipe, placement: P
         raise InputError(f"{name} has {count} layers, got a recipe for {len(recipe)}")
     placement = placement or Placement()
     check_packable(recipe, placement)
-    rounder = Rounder(recipe, placement)
+    quantizer = Quantizer(recipe, placement)
     centered = any(keys is not None and keys.transform == "center" for keys, _ in recipe)
-    if not (rounder.needs_rotation and centered):
-        return PackedCache(count, rounder)
-    return PackedCache(count, rounder, Rotary(hf_model, decoder_layers(hf_model, count, name), name).turn)
+    if not (quantizer.needs_rotation and centered):
+        return PackedCache(count, quantizer)
+    return PackedCache(count, quantizer, Rotary(hf_model, decoder_layers(hf_model, count, name), name).rotation)
 
 
 def check_packable(recipe: Recipe, placement: Placement) -> None:

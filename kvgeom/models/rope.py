@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: Turns vectors ``[kv_heads, head_dim]`` into ``[batch or 1, kv_heads, tokens, head_dim]``, each at its token's position.
-Turn = Callable[[Tensor], Tensor]
+#: Rotates vectors ``[kv_heads, head_dim]`` into ``[batch or 1, kv_heads, tokens, head_dim]``, each at its token's position.
+Rotation = Callable[[Tensor], Tensor]
 
 
 def rotate(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -22,8 +22,8 @@ def rotate(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         and the other channels pass through.
     """
     size = cos.shape[-1]
-    turned = k[..., :size]
-    return torch.cat([turned * cos + _rotate_half(turned) * sin, k[..., size:]], dim=-1)
+    rotated = k[..., :size]
+    return torch.cat([rotated * cos + _rotate_half(rotated) * sin, k[..., size:]], dim=-1)
 
 
 def unrotate(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -32,8 +32,8 @@ def unrotate(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotate(k, cos / scale, -sin / scale)
 
 
-def turning(cos: Tensor, sin: Tensor) -> Turn:
-    """How the positions of some tokens turn vectors that are the same at all of them.
+def rotation_at(cos: Tensor, sin: Tensor) -> Rotation:
+    """How the positions of some tokens rotate vectors that are the same at all of them.
 
     Parameters
     ----------

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kvgeom.errors import ModelError
 from kvgeom.models.modules import attention_of
-from kvgeom.models.rope import Turn, turning
+from kvgeom.models.rope import Rotation, rotation_at
 
 #: Positions that tell the embeddings of layers apart; at position 0 all are the same.
 _PROBE = 3
@@ -80,8 +80,8 @@ class Rotary:
             model(input_ids=torch.zeros(1, _PROBE, dtype=torch.long, device=model.device), use_cache=False)
         self._calls = [_match(calls, read.get(index), index, name) for index in range(len(layers))]
 
-    def turn(self, layer: int, first: int, keys: Tensor) -> Turn:
-        """How the positions of new tokens turn vectors.
+    def rotation(self, layer: int, first: int, keys: Tensor) -> Rotation:
+        """How the positions of new tokens rotate vectors.
 
         Parameters
         ----------
@@ -92,7 +92,7 @@ class Rotary:
             For their number, dtype and device.
         """
         positions = torch.arange(first, first + keys.shape[2], device=keys.device)
-        return turning(*self._calls[layer].at(positions, keys))
+        return rotation_at(*self._calls[layer].at(positions, keys))
 
 
 def _match(calls: list[_Call], read: tuple[Tensor, Tensor] | None, layer: int, name: str) -> _Call:

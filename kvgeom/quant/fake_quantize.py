@@ -1,4 +1,4 @@
-"""Pure tensor functions: fit scales to keys or values, and round them.
+"""Pure tensor functions: fit scales to keys or values, quantize and dequantize them, and the control of the error.
 
 Tensors are ``[batch, kv_heads, tokens, head_dim]``. Arithmetic is in float32 at least, whatever the input.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -15,8 +16,20 @@ from kvgeom.errors import InputError
 from kvgeom.quant import transforms
 from kvgeom.quant.formats.base import Axes, Scales, get_format
 from kvgeom.quant.scheme import Scheme
+from kvgeom.quant.transforms import remembered
 
-__all__ = ["Encoded", "Scales", "apply", "decode", "encode", "fit", "last_scales", "only_channels", "round_kv"]
+__all__ = [
+    "Encoded",
+    "Scales",
+    "apply",
+    "decode",
+    "encode",
+    "fake_quantize",
+    "fit",
+    "in_random_directions",
+    "last_scales",
+    "only_channels",
+]
 
 # The axes of [batch, kv_heads, tokens, head_dim] that share a scale (the two groups have layouts of their own).
 _SHARED_AXES: dict[str, Axes] = {
@@ -27,6 +40,10 @@ _SHARED_AXES: dict[str, Axes] = {
     "token-head": (3,),
     "none": (1, 2, 3),
 }
+
+
+#: Channel orders and signs of the last draws.
+_DRAWN: dict[tuple[int, int, str, int], tuple[Tensor, Tensor]] = {}
 
 
 @dataclass(frozen=True)
@@ -67,20 +84,20 @@ def apply(x: Tensor, scheme: Scheme, scales: Scales | None) -> Tensor:
     return only_channels(x, decode(encode(x, scheme, scales), scheme, x), scheme)
 
 
-def round_kv(x: Tensor, scheme: Scheme) -> Tensor:
+def fake_quantize(x: Tensor, scheme: Scheme) -> Tensor:
     """``x`` as a cache under ``scheme`` would return it, scales fitted to ``x`` itself.
 
     Parameters
     ----------
     x : Tensor [batch, kv_heads, tokens, head_dim]
     scheme : Scheme
-        Without ``center`` or ``equalize``, which need to know the model: give a :class:`~kvgeom.quant.quantizer.Rounder`
+        Without ``center`` or ``equalize``, which need to know the model: give a :class:`~kvgeom.quant.quantizer.Quantizer`
         a recipe with :class:`~kvgeom.quant.transforms.Statics` instead.
 
     Returns
     -------
     Tensor
-        Same shape and dtype. On an integer grid with scales in full precision ``|x - round_kv(x)| <= step / 2`` for
+        Same shape and dtype. On an integer grid with scales in full precision ``|x - fake_quantize(x)| <= step / 2`` for
         every entry, up to float32 arithmetic on the largest value of its block. A value that is not finite makes
         its block NaN, and no other.
     """
@@ -88,8 +105,8 @@ def round_kv(x: Tensor, scheme: Scheme) -> Tensor:
         return apply(x, scheme, None)
     if scheme.transform in ("center", "equalize"):
         raise InputError(
-            f"{scheme} was asked of a tensor alone, but {scheme.transform} needs to know the model; give a Rounder a recipe "
-            "with Statics: recipe.with_statics(offsets=...) or (factors=...)"
+            f"{scheme} needs constants of the model, which a lone tensor does not have; give a Quantizer a recipe "
+            "with them: recipe.with_statics(offsets=...) or (factors=...)"
         )
     frame = transforms.frame(scheme, None, x)
     y = frame.enter(_working(x))
@@ -109,10 +126,41 @@ def only_channels(x: Tensor, rounded: Tensor, scheme: Scheme) -> Tensor:
         return rounded
     heads, head_dim = x.shape[1], x.shape[3]
     if scheme.channels[-1] >= heads * head_dim:
-        raise InputError(f"channel {scheme.channels[-1]} was asked, but there are channels 0 to {heads * head_dim - 1}")
+        raise InputError(f"channels must be 0 to {heads * head_dim - 1}, got {scheme.channels[-1]}")
     chosen = torch.zeros(heads * head_dim, dtype=torch.bool, device=x.device)
     chosen[list(scheme.channels)] = True
     return torch.where(rearrange(chosen, "(h d) -> h 1 d", h=heads), rounded, x)
+
+
+def in_random_directions(error: Tensor, seed: int, layer: int, site: str) -> Tensor:
+    """The same error with its channels in a random order and with random signs.
+
+    It tells what such an error would do if its direction did not matter. Order and signs are one draw for each layer and
+    site and the same for all tokens, so that a later token is perturbed alike whether it comes alone or in a pass with
+    others.
+
+    Parameters
+    ----------
+    error : Tensor [batch, kv_heads, tokens, head_dim]
+    seed : int
+    layer, site
+        Each has a draw of its own.
+
+    Returns
+    -------
+    Tensor [batch, kv_heads, tokens, head_dim]
+        Of the same norm at every token.
+    """
+    heads = error.shape[1]
+    order, signs = remembered(_DRAWN, (seed, layer, site, heads * error.shape[3]), _draw)
+    flat = rearrange(error, "b h t d -> b t (h d)")[..., order.to(error.device)] * signs.to(error)
+    return rearrange(flat, "b t (h d) -> b h t d", h=heads)
+
+
+def _draw(key: tuple[int, int, str, int]) -> tuple[Tensor, Tensor]:
+    seed, layer, site, channels = key
+    rng = np.random.default_rng((seed, layer, "kv".index(site)))
+    return torch.from_numpy(rng.permutation(channels)), torch.from_numpy(rng.choice([-1.0, 1.0], channels))
 
 
 def _working(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a cache takes: codes, scales, offsets, and the tokens that wait in full precision."""
+"""What a cache takes: codes, scales, offsets, and the tokens of the residual window."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def cache_bytes(
 ) -> int:
     """Bytes that the cache of one sequence takes, when its prompt and then token after token have come.
 
-    Scales that the prompt has set are held once. What a model computes anyway (offsets, factors, rotations) is not
-    counted. Rounding at the projection is counted as if the cache held codes.
+    Scales that the prompt has set are stored once. What a model computes anyway (offsets, factors, rotations) is not
+    counted. Rounding at the projection is counted as if the cache stored codes.
 
     Parameters
     ----------
@@ -94,15 +94,15 @@ def _site_bytes(
     if scheme is None:
         return scheme_bytes(None, *shape, prompt + generated, exact_bytes)
     once = scheme.spans_tokens and placement.residual == 0 and placement.scales == "prompt"
-    parts, settled, held = list[int](), -1, 0
+    parts, quantized, stored = list[int](), -1, 0
     for new in (prompt, *[1] * generated):
-        held += new
-        start, stop = placement.due(settled, held, scheme.spans_tokens)
+        stored += new
+        start, stop = placement.next_span(quantized, stored, scheme.spans_tokens)
         if placement.flush == "all" and stop > start:
             parts = []
-        settled = stop
+        quantized = stop
         parts.append(stop - start)
-    exact = held - sum(parts)
+    exact = stored - sum(parts)
     total = scheme_bytes(None, *shape, exact, exact_bytes)
     for index, tokens in enumerate(part for part in parts if part):
         total += scheme_bytes(scheme, *shape, tokens, exact_bytes)
@@ -126,7 +126,7 @@ def bytes_per_token(
     *,
     exact_bytes: int = 2,
 ) -> float:
-    """Bytes per token of all layers together, scales, offsets and waiting tokens included, of a prompt of ``tokens``.
+    """Bytes per token of all layers together, scales, offsets and the residual window included, of a prompt of ``tokens``.
 
     Examples
     --------

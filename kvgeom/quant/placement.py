@@ -51,14 +51,12 @@ class Placement:
 
     def __post_init__(self) -> None:
         if self.residual < 0 or self.sinks < 0:
-            raise InputError(f"residual={self.residual} and sinks={self.sinks} were asked; give 0 or more tokens")
+            raise InputError(f"residual and sinks must be 0 or more tokens, got {self.residual} and {self.sinks}")
         if self.flush == "all" and self.residual == 0:
-            raise InputError(
-                "flush='all' was asked without a residual window, so that nothing waits; give residual=1 or more"
-            )
+            raise InputError("flush='all' needs a residual window, got residual=0; give 1 or more")
         if self.windowed and self.where == "projection":
             raise InputError(
-                "a residual window or sink tokens were asked at the projection, which keeps no tokens; use where='cache'"
+                f"where='projection' keeps no tokens, got residual={self.residual} and sinks={self.sinks}; use where='cache'"
             )
 
     @classmethod
@@ -85,21 +83,21 @@ class Placement:
         return self.residual == 0 and self.prefill_reads == "rounded"
 
     @property
-    def follows_drafts(self) -> bool:
+    def allows_speculation(self) -> bool:
         """Whether a response can be checked token by token in passes over prompt and response, and cut off anywhere.
 
         Not so where tokens wait for others, or the last prompt token is fed apart.
         """
         return not self.windowed and self.prefill_reads != "last"
 
-    def due(self, rounded: int, held: int, whole_blocks: bool) -> tuple[int, int]:
-        """Which tokens are to be rounded now.
+    def next_span(self, quantized: int, stored: int, whole_blocks: bool) -> tuple[int, int]:
+        """Which tokens are quantized next.
 
         Parameters
         ----------
-        rounded : int
-            Tokens settled so far, counted from the first, sinks included; -1: none have come before.
-        held : int
+        quantized : int
+            Tokens before the end of the last span, sinks included; -1 before the first call.
+        stored : int
             Tokens in the cache.
         whole_blocks : bool
             Whether the scheme's scales span tokens.
@@ -107,35 +105,35 @@ class Placement:
         Returns
         -------
         start, stop : int
-            The tokens ``start:stop``, of which there may be none; all before ``stop`` are settled then.
+            The tokens ``start:stop``, of which there may be none.
         """
-        first = min(self.sinks, held)
-        begin = max(rounded, first)
+        first = min(self.sinks, stored)
+        begin = max(quantized, first)
         if self.residual == 0:
-            return begin, held
+            return begin, stored
         if self.flush == "all":
-            return (first, held) if rounded < 0 or held - begin >= self.residual else (begin, begin)
-        stop = first + (held - first) // self.residual * self.residual if whole_blocks else held - self.residual
+            return (first, stored) if quantized < 0 or stored - begin >= self.residual else (begin, begin)
+        stop = first + (stored - first) // self.residual * self.residual if whole_blocks else stored - self.residual
         return begin, max(begin, stop)
 
-    def rounds(self, prompt: int, held: int, whole_blocks: bool) -> bool:
-        """Whether anything that is read has been rounded, in a sequence of ``prompt`` tokens that grows to ``held``.
+    def rounds(self, prompt: int, stored: int, whole_blocks: bool) -> bool:
+        """Whether anything that is read has been rounded, in a sequence of ``prompt`` tokens that grows to ``stored``.
 
         Where tokens wait in full precision, a short sequence never meets the rounding at all.
 
         Parameters
         ----------
-        prompt, held : int
+        prompt, stored : int
             Tokens that come at once, and tokens when the last one has come.
         whole_blocks : bool
             Whether the scheme's scales span tokens.
         """
-        settled = -1
-        for length in range(prompt, held + 1):
-            before, (_, settled) = settled, self.due(settled, length, whole_blocks)
+        quantized = -1
+        for length in range(prompt, stored + 1):
+            before, (_, quantized) = quantized, self.next_span(quantized, length, whole_blocks)
             # What comes is read before it is rounded where it waits, and in the prompt where that is read exactly.
             exactly = self.residual > 0 or (self.prefill_reads == "exact" and length == prompt)
-            if (before if exactly else settled) > self.sinks:
+            if (before if exactly else quantized) > self.sinks:
                 return True
         return False
 

@@ -1,4 +1,4 @@
-"""A Recipe and a Placement at work on the stream of keys and values of some sequences."""
+"""Quantization of keys and values on their way into a cache: a Recipe and a Placement at work."""
 
 from __future__ import annotations
 
@@ -8,21 +8,27 @@ import torch
 from torch import Tensor
 
 from kvgeom.errors import InputError
-from kvgeom.quant import fake_quantize as rounding
-from kvgeom.quant.fake_quantize import Encoded, Scales
+from kvgeom.quant.fake_quantize import (
+    Encoded,
+    Scales,
+    decode,
+    encode,
+    in_random_directions,
+    last_scales,
+    only_channels,
+)
 from kvgeom.quant.formats.base import get_format
 from kvgeom.quant.packing import Packed
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Site
-from kvgeom.quant.scatter import scattered
 from kvgeom.quant.scheme import Scheme
-from kvgeom.quant.transforms import Frame, Turn, frame
+from kvgeom.quant.transforms import Frame, Rotation, frame
 
 Key = tuple[int, Site]
 
 
-class Rounder:
-    """Rounds keys and values on their way into a cache; the edit of a :class:`~kvgeom.models.cache.EditedCache`.
+class Quantizer:
+    """Quantizes keys and values on their way into a cache; the edit of a :class:`~kvgeom.models.cache.EditedCache`.
 
     It remembers the scales that a prompt has set, so it belongs to one cache: make a new one for each.
 
@@ -38,7 +44,7 @@ class Rounder:
     Raises
     ------
     InputError
-        If ``prompt_tokens`` is given with a placement under which tokens wait in full precision.
+        If ``prompt_tokens`` is given with a placement that has a residual window.
     """
 
     def __init__(self, recipe: Recipe, placement: Placement | None = None, prompt_tokens: int | None = None) -> None:
@@ -47,14 +53,14 @@ class Rounder:
         self.prompt_tokens = prompt_tokens
         self._scales: dict[Key, Scales] = {}
         self._seen: dict[Key, int] = {}
-        self._turns: dict[int, Turn] = {}
-        self._held: dict[Key, int] = {}
-        self._settled: dict[Key, int] = {}
+        self._rotations: dict[int, Rotation] = {}
+        self._stored: dict[Key, int] = {}
+        self._quantized: dict[Key, int] = {}
         self._offsets: dict[Key, Tensor] = {}
-        if prompt_tokens is not None and self.waits:
+        if prompt_tokens is not None and self.has_residual:
             raise InputError(
-                f"one pass over prompt and response was asked under '{self.placement}', where tokens are read exactly first "
-                "and rounded later; feed the response token by token"
+                f"prompt_tokens={prompt_tokens} does not go with '{self.placement}', which reads tokens exactly before it rounds "
+                "them; leave it out and feed the response token by token"
             )
 
     @property
@@ -68,29 +74,29 @@ class Rounder:
         return self.placement.prefill_reads != "rounded"
 
     @property
-    def last_apart(self) -> bool:
-        """Whether the last prompt token is fed on its own, after the prompt has been rounded."""
+    def decodes_last_prompt_token(self) -> bool:
+        """Whether the last prompt token is run on its own, as the first step of decoding, after the prompt is quantized."""
         return self.placement.prefill_reads == "last"
 
     @property
     def windowed(self) -> bool:
-        """Whether tokens are kept in full precision first, so that :meth:`settle` must be asked what is held."""
+        """Whether some tokens are kept in full precision, so that :meth:`flush` says what is stored."""
         return self.placement.windowed
 
     @property
-    def waits(self) -> bool:
-        """Whether a new token is read exactly and rounded later."""
+    def has_residual(self) -> bool:
+        """Whether new tokens wait in a residual window, where they are read exactly."""
         return self.placement.residual > 0
 
     @property
     def needs_rotation(self) -> bool:
-        """Whether :meth:`turned` must be told of every layer's rotary embedding before its keys come."""
+        """Whether :meth:`set_rotation` must be called in every layer before its keys come."""
         offsets = self.recipe.offsets
         return self.where == "cache" and offsets is not None and offsets.rotary
 
-    def turned(self, layer: int, turn: Turn) -> None:
-        """Hear how the positions of the tokens that come next turn a vector ``[kv_heads, head_dim]``."""
-        self._turns[layer] = turn
+    def set_rotation(self, layer: int, rotation: Rotation) -> None:
+        """Set how rotary embedding turns a vector ``[kv_heads, head_dim]`` at the positions of the next tokens."""
+        self._rotations[layer] = rotation
 
     @property
     def kind(self) -> Hashable:
@@ -100,65 +106,68 @@ class Rounder:
     def __call__(self, layer: int, site: Site, x: Tensor) -> Tensor:
         """What the cache holds of ``x``, ``[batch, kv_heads, new tokens, head_dim]``, in ``layer``."""
         scheme = self.recipe.scheme(layer, site)
-        return x if scheme is None else self._restored((layer, site), x, scheme, None)
+        return x if scheme is None else self._fake_quantized((layer, site), x, scheme, None)
 
     def pack(self, layer: int, site: Site, x: Tensor, start: int | None = None) -> list[Packed]:
-        """Codes and scales of ``x``, which decode to what :meth:`__call__` (or :meth:`settle`) returns of it.
+        """Codes and scales of ``x``, which decode to what :meth:`__call__` (or :meth:`flush`) returns of it.
 
         Parameters
         ----------
         layer, site, x
             As in :meth:`__call__`.
         start : int, optional
-            The first of the tokens, where :meth:`due` has named them.
+            The first of the tokens, where :meth:`advance` has named them.
 
         Raises
         ------
         InputError
-            If only some channels are rounded, or errors are scattered: there are no codes of that.
+            If only some channels are rounded, or errors are moved to random directions: there are no codes of that.
         """
         scheme = self.recipe.scheme(layer, site)
-        if self.recipe.scatter is not None:
+        if self.recipe.random_directions is not None:
             raise InputError(
-                "packed codes of a recipe with scattered errors were asked, which is a control; no cache holds it"
+                f"a recipe with random_directions={self.recipe.random_directions} is a control and has no codes; pack the "
+                "recipe itself"
             )
         if scheme is None or scheme.channels is not None:
-            raise InputError(f"packed codes of layer {layer}, {site} were asked, but its scheme there is {scheme}")
-        found, parts = self._encoded((layer, site), scheme, x, start)
+            raise InputError(
+                f"layer {layer}, {site} has scheme {scheme} and no codes; give one that quantizes all channels"
+            )
+        found, parts = self._encode((layer, site), scheme, x, start)
         return [Packed.of(encoded, scheme, found, y, x.dtype) for y, encoded in parts]
 
     def packs(self, layer: int, site: Site) -> bool:
-        """Whether a site holds codes at all."""
+        """Whether a site is quantized at all."""
         return self.recipe.scheme(layer, site) is not None
 
-    # --- tokens that wait in full precision ---
+    # --- the residual window and sink tokens ---
 
-    def settle(self, layer: int, site: Site, stored: Tensor, new: int) -> Tensor:
-        """What the cache holds of ``stored``, one sequence's tokens so far, the last ``new`` of which have just come."""
-        start, stop = self.due(layer, site, new)
+    def flush(self, layer: int, site: Site, stored: Tensor, new: int) -> Tensor:
+        """What the cache holds of ``stored``, one sequence's tokens so far, of which the last ``new`` have just come."""
+        start, stop = self.advance(layer, site, new)
         scheme = self.recipe.scheme(layer, site)
         if start == stop or scheme is None:
             return stored
-        before = stored.shape[2] - self._held[layer, site]  # padding, or tokens that another edit has settled
-        head, due, tail = stored.tensor_split((before + start, before + stop), dim=2)
-        return torch.cat([head, self._restored((layer, site), due, scheme, start), tail], dim=2)
+        before = stored.shape[2] - self._stored[layer, site]  # padding, or tokens that another edit has quantized
+        head, span, tail = stored.tensor_split((before + start, before + stop), dim=2)
+        return torch.cat([head, self._fake_quantized((layer, site), span, scheme, start), tail], dim=2)
 
-    def due(self, layer: int, site: Site, new: int) -> tuple[int, int]:
-        """Count ``new`` tokens, and say which tokens ``start:stop`` are to be rounded now."""
+    def advance(self, layer: int, site: Site, new: int) -> tuple[int, int]:
+        """Count ``new`` tokens, and return which tokens ``start:stop`` are quantized now."""
         key, scheme = (layer, site), self.recipe.scheme(layer, site)
-        held = self._held[key] = self._held.get(key, 0) + new
+        stored = self._stored[key] = self._stored.get(key, 0) + new
         if scheme is None:
-            return held, held
+            return stored, stored
         if scheme.transform == "center":
             offset = self._offset(key, new)
             self._offsets[key] = torch.cat([self._offsets[key], offset], dim=2) if key in self._offsets else offset
-        start, stop = self.placement.due(self._settled.get(key, -1), held, scheme.spans_tokens)
-        self._settled[key] = stop
+        start, stop = self.placement.next_span(self._quantized.get(key, -1), stored, scheme.spans_tokens)
+        self._quantized[key] = stop
         return start, stop
 
     # --- the arithmetic ---
 
-    def _encoded(
+    def _encode(
         self, key: Key, scheme: Scheme, x: Tensor, start: int | None
     ) -> tuple[Frame, list[tuple[Tensor, Encoded]]]:
         """Codes of ``x`` in the coordinates of the transform, in as many parts as have their own scales."""
@@ -170,13 +179,13 @@ class Rounder:
             vector = self._vector(key)
         found = frame(scheme, vector, x)
         y = found.enter(x if x.dtype == torch.float64 else x.float())
-        if self.waits or not (
+        if self.has_residual or not (
             scheme.spans_tokens or get_format(scheme.format).couples_tokens
-        ):  # what settles together shares scales
-            return found, [(y, rounding.encode(y, scheme))]
-        return found, self._by_prompt(key, scheme, y, start or 0)
+        ):  # what is quantized together shares scales
+            return found, [(y, encode(y, scheme))]
+        return found, self._encode_by_prompt(key, scheme, y, start or 0)
 
-    def _by_prompt(self, key: Key, scheme: Scheme, y: Tensor, start: int) -> list[tuple[Tensor, Encoded]]:
+    def _encode_by_prompt(self, key: Key, scheme: Scheme, y: Tensor, start: int) -> list[tuple[Tensor, Encoded]]:
         """The prompt sets scales; later tokens use them, or (``scales="call"``, or none to use) come one by one."""
         seen = self._seen.get(key, 0)
         self._seen[key] = seen + y.shape[2]
@@ -187,68 +196,65 @@ class Rounder:
         remembers = self.placement.scales == "prompt" and not get_format(scheme.format).couples_tokens
         if not remembers:
             cuts = [y[:, :, :prompt], *torch.split(y[:, :, prompt:], 1, dim=2)]
-            return [(part, rounding.encode(part, scheme)) for part in cuts if part.shape[2]]
+            return [(part, encode(part, scheme)) for part in cuts if part.shape[2]]
         parts = []
         if key not in self._scales:
-            parts.append((y[:, :, :prompt], rounding.encode(y[:, :, :prompt], scheme)))
-            self._scales[key] = rounding.last_scales(parts[0][1].scales, scheme)
+            parts.append((y[:, :, :prompt], encode(y[:, :, :prompt], scheme)))
+            self._scales[key] = last_scales(parts[0][1].scales, scheme)
             y = y[:, :, prompt:]
         if y.shape[2]:
-            parts.append((y, rounding.encode(y, scheme, self._scales[key])))
+            parts.append((y, encode(y, scheme, self._scales[key])))
         return parts
 
-    def _restored(self, key: Key, x: Tensor, scheme: Scheme, start: int | None) -> Tensor:
-        found, parts = self._encoded(key, scheme, x, start)
-        values = [rounding.decode(encoded, scheme, y) for y, encoded in parts]
+    def _fake_quantized(self, key: Key, x: Tensor, scheme: Scheme, start: int | None) -> Tensor:
+        found, parts = self._encode(key, scheme, x, start)
+        values = [decode(encoded, scheme, y) for y, encoded in parts]
         rounded = found.leave(values[0] if len(values) == 1 else torch.cat(values, dim=2))
-        rounded = rounding.only_channels(x, rounded.to(x.dtype), scheme)
-        return rounded if self.recipe.scatter is None else x + scattered(rounded - x, self.recipe.scatter, *key)
+        rounded = only_channels(x, rounded.to(x.dtype), scheme)
+        seed = self.recipe.random_directions
+        return rounded if seed is None else x + in_random_directions(rounded - x, seed, *key)
 
     def _vector(self, key: Key) -> Tensor | None:
         """Offset or factors of a layer and site; None where there are Statics, but none for it."""
         statics = self.recipe.factors
         if statics is None:
-            raise InputError(
-                "a scheme with equalize was asked of a recipe without factors; recipe.with_statics(factors=...)"
-            )
+            raise InputError("a scheme with equalize needs a recipe with factors; use recipe.with_statics(factors=...)")
         return statics.vectors.get(key)
 
     def _offset(self, key: Key, tokens: int) -> Tensor:
         """What ``center`` subtracts from the tokens that come now, ``[batch or 1, kv_heads, tokens, head_dim]``."""
         statics = self.recipe.offsets
         if statics is None:
-            raise InputError(
-                "a scheme with center was asked of a recipe without offsets; recipe.with_statics(offsets=...)"
-            )
+            raise InputError("a scheme with center needs a recipe with offsets; use recipe.with_statics(offsets=...)")
         vector = statics.vectors.get(key)
         if vector is None:
             return torch.zeros(1, 1, tokens, 1)
         if key[1] == "v" or not self.needs_rotation:
             return vector[None, :, None].expand(1, -1, tokens, -1)
-        if key[0] not in self._turns:
+        if key[0] not in self._rotations:
             raise InputError(
-                f"center was asked for the keys that layer {key[0]} stores, without the rotary embedding of their tokens; call "
-                "turned(layer, turn) first, as the models' own passes do"
+                f"center needs the rotary embedding of the keys that layer {key[0]} stores; call "
+                "set_rotation(layer, rotation) first, as the models' own passes do"
             )
-        return self._turns[key[0]](vector)
+        return self._rotations[key[0]](vector)
 
     # --- batches ---
 
-    def rows(self, rows: Tensor) -> Rounder:
-        """The rounder of some sequences of the batch."""
+    def rows(self, rows: Tensor) -> Quantizer:
+        """The quantizer of some sequences of the batch."""
         return self._with({key: scales.rows(rows) for key, scales in self._scales.items()})
 
     @staticmethod
-    def stack(parts: Sequence[Rounder]) -> Rounder:
-        """One rounder for the sequences of several, which must follow the same recipe.
+    def stack(parts: Sequence[Quantizer]) -> Quantizer:
+        """One quantizer for the sequences of several, which must follow the same recipe.
 
-        Not where tokens wait in full precision, which they do in each sequence for itself: put those side by side.
+        Not with a residual window or sinks, which each sequence has for itself: put those side by side.
         """
         first = parts[0]
         return first._with({key: Scales.stack([part._scales[key] for part in parts]) for key in first._scales})
 
-    def _with(self, scales: dict[Key, Scales]) -> Rounder:
-        new = Rounder(self.recipe, self.placement, None if self.waits else 0)
+    def _with(self, scales: dict[Key, Scales]) -> Quantizer:
+        new = Quantizer(self.recipe, self.placement, None if self.has_residual else 0)
         new._scales, new._seen = scales, dict(self._seen)
-        new._held, new._settled, new._offsets = dict(self._held), dict(self._settled), dict(self._offsets)
+        new._stored, new._quantized, new._offsets = dict(self._stored), dict(self._quantized), dict(self._offsets)
         return new

@@ -1,10 +1,10 @@
-"""Which layers of a cache are rounded, and how: every sweep, ablation and mitigation is a Recipe."""
+"""Which layers of a cache are quantized, and how: every sweep, ablation and mitigation is a Recipe."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvgeom.errors import InputError
 from kvgeom.quant.scheme import Scheme
@@ -26,9 +26,9 @@ class Recipe:
         One pair (k, v) per layer, layer 0 first.
     offsets, factors : Statics or None
         What schemes with ``center`` subtract, and what schemes with ``equalize`` divide by.
-    scatter : int or None
-        A control: the seed by which every rounding error is moved to other channels, with other signs. The damage then
-        is that of a random perturbation which has, token by token, the size of the rounding error.
+    random_directions : int or None
+        A control: the seed by which every rounding error is moved to other channels, with other signs. The damage is
+        then that of a random perturbation which has, token by token, the size of the rounding error.
 
     Examples
     --------
@@ -43,7 +43,7 @@ class Recipe:
     layers: tuple[Schemes, ...]
     offsets: Statics | None = None
     factors: Statics | None = None
-    scatter: int | None = None
+    random_directions: int | None = None
 
     @classmethod
     def exact(cls, n_layers: int) -> Recipe:
@@ -84,9 +84,9 @@ class Recipe:
         """The same recipe, with what ``center`` or ``equalize`` need to know of the model."""
         return replace(self, offsets=offsets or self.offsets, factors=factors or self.factors)
 
-    def scattered(self, seed: int) -> Recipe:
+    def with_random_directions(self, seed: int) -> Recipe:
         """The control of this recipe: errors of the same size in random directions; see the class."""
-        return replace(self, scatter=seed)
+        return replace(self, random_directions=seed)
 
     @property
     def touched(self) -> tuple[int, ...]:
@@ -97,12 +97,14 @@ class Recipe:
         """The scheme of one site of one layer."""
         return self.layers[layer][0 if site == "k" else 1]
 
-    @property
-    def spelled(self) -> tuple[object, ...]:
-        """All that the recipe is, layer by layer, in plain words: what a journal knows it by."""
-        layers = [[str(scheme) if scheme else None for scheme in pair] for pair in self.layers]
-        known = [str(found) for found in (self.offsets, self.factors) if found is not None]
-        return (layers, *known, *([] if self.scatter is None else [f"scattered {self.scatter}"]))
+    def record(self) -> dict[str, Any]:
+        """All that the recipe is, as JSON: schemes layer by layer, constants by their fingerprint, the control's seed."""
+        return {
+            "layers": [[None if scheme is None else str(scheme) for scheme in pair] for pair in self.layers],
+            "offsets": self.offsets and self.offsets.fingerprint,
+            "factors": self.factors and self.factors.fingerprint,
+            "random_directions": self.random_directions,
+        }
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -118,13 +120,13 @@ class Recipe:
         known = [
             f"{name} {statics}" for name, statics in (("offsets", self.offsets), ("factors", self.factors)) if statics
         ]
-        known += [] if self.scatter is None else [f"errors scattered {self.scatter}"]
+        known += [] if self.random_directions is None else [f"errors in random directions {self.random_directions}"]
         return " + ".join(schemes) + where + (f" ({', '.join(known)})" if known else "")
 
 
 def _check(layers: Iterable[int], n_layers: int) -> frozenset[int]:
-    asked = frozenset(layers)
-    wrong = sorted(layer for layer in asked if not 0 <= layer < n_layers)
+    chosen = frozenset(layers)
+    wrong = sorted(layer for layer in chosen if not 0 <= layer < n_layers)
     if wrong:
-        raise InputError(f"layers {wrong} were asked, but the model has layers 0 to {n_layers - 1}")
-    return asked
+        raise InputError(f"layers must be 0 to {n_layers - 1}, got {wrong}")
+    return chosen

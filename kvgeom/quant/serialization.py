@@ -19,20 +19,15 @@ from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.transforms import Statics
 
 #: Version of the layout of a recipe's own file.
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 
 
 def recipe_to_json(recipe: Recipe, statics: dict[str, Any]) -> dict[str, Any]:
-    """Plain types. Constants go into ``statics`` by their fingerprint, where several recipes can share them."""
+    """The recipe's record; its constants go into ``statics`` by their fingerprint, where several recipes can share them."""
     for found in (recipe.offsets, recipe.factors):
         if found is not None:
             statics.setdefault(found.fingerprint, _statics_to_json(found))
-    return {
-        "layers": [[None if scheme is None else str(scheme) for scheme in pair] for pair in recipe],
-        "offsets": recipe.offsets and recipe.offsets.fingerprint,
-        "factors": recipe.factors and recipe.factors.fingerprint,
-        "scatter": recipe.scatter,
-    }
+    return recipe.record()
 
 
 def recipe_from_json(record: Mapping[str, Any], statics: Mapping[str, Statics]) -> Recipe:
@@ -45,17 +40,17 @@ def recipe_from_json(record: Mapping[str, Any], statics: Mapping[str, Statics]) 
     """
 
     def known(name: str) -> Statics | None:
-        fingerprint = record.get(name)
+        fingerprint = record[name]
         if fingerprint is not None and fingerprint not in statics:
             raise InputError(
-                f"{name} {fingerprint} of a recipe were asked, but they are not in the file; it is not whole"
+                f"{name} {fingerprint} of a recipe are missing: the file is not whole; write it again with save_recipe"
             )
         return None if fingerprint is None else statics[fingerprint]
 
     layers = tuple(
         (None if k is None else Scheme.parse(k), None if v is None else Scheme.parse(v)) for k, v in record["layers"]
     )
-    return Recipe(layers, known("offsets"), known("factors"), record.get("scatter"))
+    return Recipe(layers, known("offsets"), known("factors"), record["random_directions"])
 
 
 def _statics_to_json(statics: Statics) -> dict[str, Any]:
@@ -82,7 +77,8 @@ def statics_from_json(record: Mapping[str, Any], fingerprint: str) -> Statics:
     found = Statics.of(record["name"], vectors, rotary=bool(record["rotary"]))
     if found.fingerprint != fingerprint:
         raise InputError(
-            f"constants {record['name']!r} were read, but their content is not that of {fingerprint}; the file was changed"
+            f"constants {record['name']!r} have fingerprint {found.fingerprint}, got {fingerprint}: the file was changed; write it "
+            "again with save_recipe"
         )
     return found
 
@@ -124,10 +120,10 @@ def load_recipe(path: str | Path) -> tuple[Recipe, Placement]:
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         if record["recipe_version"] != RECIPE_VERSION:
-            raise InputError(f"{path} has layout {record['recipe_version']}, but this kvgeom reads {RECIPE_VERSION}")
+            raise InputError(f"{path} has layout {record['recipe_version']}; this version reads {RECIPE_VERSION}")
         statics = {key: statics_from_json(value, key) for key, value in record["statics"].items()}
         return recipe_from_json(record["recipe"], statics), Placement(**record["placement"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"a recipe was asked of {path}, which cannot be read ({error!r}); give a file that save_recipe has written"
+            f"cannot read a recipe from {path} ({error!r}); give a file that save_recipe has written"
         ) from error

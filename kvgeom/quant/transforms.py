@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from scipy.linalg import hadamard as sylvester
@@ -19,8 +19,10 @@ from kvgeom.errors import InputError
 from kvgeom.quant.scheme import Scheme
 
 Key = tuple[int, Literal["k", "v"]]
-#: Turns vectors ``[kv_heads, head_dim]`` into ``[batch or 1, kv_heads, tokens, head_dim]``, each at its token's position.
-Turn = Callable[[Tensor], Tensor]
+K = TypeVar("K")
+V = TypeVar("V")
+#: Rotates vectors ``[kv_heads, head_dim]`` into ``[batch or 1, kv_heads, tokens, head_dim]``, each at its token's position.
+Rotation = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Statics:
     vectors : mapping of (layer, "k" or "v") to Tensor [kv_heads, head_dim]
         A site without one is rounded as it is.
     rotary : bool
-        Whether offsets of keys must be turned by a token's position before they fit the keys that a cache stores.
+        Whether offsets of keys must be rotated to a token's position before they fit the keys that a cache stores.
     """
 
     name: str
@@ -135,19 +137,32 @@ def hadamard_matrix(size: int, largest: int | None = None) -> Tensor:
     return torch.kron(torch.eye(size // block).double(), torch.from_numpy(sylvester(block)).double() / block**0.5)
 
 
-#: Matrices that were asked before. A plain dict: an edit must travel to where a remote model runs.
+#: How many matrices, and how many draws, are kept.
+_KEPT = 512
 _MATRICES: dict[tuple[str, int, torch.device, torch.dtype], Tensor] = {}
+
+
+def remembered(cache: dict[K, V], key: K, make: Callable[[K], V]) -> V:
+    """``cache[key]``, made when it is missing; the oldest entry goes when there are too many.
+
+    A plain dict and a plain function: an edit, with all it refers to, must travel to where a remote model runs.
+    """
+    if key not in cache:
+        if len(cache) >= _KEPT:
+            cache.pop(next(iter(cache)), None)
+        cache[key] = make(key)
+    return cache[key]
 
 
 def _matrix(kind: str, like: Tensor) -> Tensor:
     """Orthonormal; for ``rht`` of ones and minus ones."""
-    size = like.shape[-1]
-    key = (kind, size, like.device, like.dtype)
-    if key not in _MATRICES:
-        matrix = hadamard_matrix(size, 64 if kind == "hadamard64" else None)
-        matrix = matrix.sign() if kind == "rht" else matrix
-        _MATRICES[key] = matrix.to(like.device, like.dtype)
-    return _MATRICES[key]
+    return remembered(_MATRICES, (kind, like.shape[-1], like.device, like.dtype), _made)
+
+
+def _made(key: tuple[str, int, torch.device, torch.dtype]) -> Tensor:
+    kind, size, device, dtype = key
+    matrix = hadamard_matrix(size, 64 if kind == "hadamard64" else None)
+    return (matrix.sign() if kind == "rht" else matrix).to(device, dtype)
 
 
 def _rotation(kind: str, size: int) -> Frame:

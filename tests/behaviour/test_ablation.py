@@ -20,7 +20,7 @@ from kvgeom.evaluation.evaluate import evaluate
 from kvgeom.plots.mode import COLUMNS, mode_card
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.results import text_table
@@ -63,7 +63,7 @@ def test_magnitudes_are_of_what_is_rounded(base: Baseline, placement: Placement)
     """Against a cache edit that sees the same tensors on their way to rounding."""
     seen: dict[tuple[int, str], list[torch.Tensor]] = {}
 
-    class Look(Rounder):
+    class Look(Quantizer):
         def __call__(self, layer: int, site: str, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
             seen.setdefault((layer, site), []).append(x)
             return x

@@ -11,7 +11,7 @@ from kvgeom.geometry.ratio import random_bases
 from kvgeom.models.hf import HFModel
 from kvgeom.models.rope import rotate
 from kvgeom.prompts.sets import PromptSet
-from kvgeom.quant.fake_quantize import round_kv
+from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.scheme import Scheme
 from tests.builders.requests import PAIRS
 from tests.builders.tiny import tiny_model
@@ -47,7 +47,7 @@ def by_hand(model: HFModel, layer: int, site: str, position: str, scheme: Scheme
             )
             stored = {"k": cache.layers[layer].keys, "v": cache.layers[layer].values, "resid": resid[layer][None]}
             x = stored[site]
-            e = round_kv(x, scheme) - x
+            e = fake_quantize(x, scheme) - x
             if site == "k" and layer in angles:  # turn back by the opposite angle
                 cos, sin = angles[layer]
                 x, e = (rotate(t, cos, -sin) for t in (x, e))

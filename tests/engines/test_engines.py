@@ -18,9 +18,9 @@ from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import resolve
 from kvgeom.models.hf import HFModel
 from kvgeom.models.model import Model
-from kvgeom.quant.fake_quantize import round_kv
+from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.formats.base import formats
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.scheme import Scheme
 from tests.builders.llamacpp import LlamaCpp, reference_blocks, write_gguf
 from tests.builders.tensors import keys
@@ -37,7 +37,7 @@ def needs(package: str) -> Any:
 def step_by_step(
     model: Model, engine: CacheConfig | None, prompt: Sequence[int], forced: Sequence[int]
 ) -> torch.Tensor:
-    edit = None if engine is None else Rounder(engine.recipe(model.geometry.layers), engine.placement)
+    edit = None if engine is None else Quantizer(engine.recipe(model.geometry.layers), engine.placement)
     cache = model.new_cache(edit)
     return torch.stack([model.forward(prompt, cache)[-1], *(model.forward([token], cache)[-1] for token in forced)])
 
@@ -105,7 +105,7 @@ def test_hqq_solver_bit_for_bit(bits: int, group: int) -> None:
     options = {"nbits": bits, "group_size": group, "axis": 1, "device": "cpu", "compute_dtype": torch.float32}
     codes, meta = quantizer.quantize(x.reshape(-1, 64), **options)
     theirs = quantizer.dequantize(codes, {**meta, "compute_dtype": torch.float32})
-    assert torch.equal(round_kv(x, Scheme.parse(f"hqq{bits}-group{group}")), theirs.reshape(x.shape))
+    assert torch.equal(fake_quantize(x, Scheme.parse(f"hqq{bits}-group{group}")), theirs.reshape(x.shape))
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_mlx_bit_for_bit(bits: int, group: int) -> None:
     mx: Any = needs("mlx.core")
     x = keys(50)
     theirs = mx.dequantize(*mx.quantize(mx.array(x.numpy()), group_size=group, bits=bits), group_size=group, bits=bits)
-    assert torch.equal(round_kv(x, Scheme.parse(f"mlx{bits}-group{group}")), torch.from_numpy(np.array(theirs)))
+    assert torch.equal(fake_quantize(x, Scheme.parse(f"mlx{bits}-group{group}")), torch.from_numpy(np.array(theirs)))
 
 
 @pytest.mark.slow
@@ -183,7 +183,7 @@ def test_blocks_of_the_compiled_ggml(kind: str) -> None:
     x = keys(200)
     flat = x.transpose(1, 2).flatten().numpy()
     theirs = dequantize(reference_blocks(kind, flat).reshape(1, -1), getattr(gguf.GGMLQuantizationType, kind.upper()))
-    ours = round_kv(x, Scheme.parse(kind)).transpose(1, 2).flatten().numpy()
+    ours = fake_quantize(x, Scheme.parse(kind)).transpose(1, 2).flatten().numpy()
     assert (ours == theirs.flatten()).mean() > 0.9999
 
 
@@ -253,7 +253,7 @@ def test_the_bytes_in_llamacpps_cache(demo: HFModel, demo_gguf: Path, kind: str)
     llama.feed(prompt)
     stored = dequantize(llama.first_keys(demo.geometry.channels // block * size), kind_of)
     llama.close()
-    cache = demo.new_cache(Rounder(resolve(f"llamacpp-{kind}").recipe(demo.geometry.layers)))
+    cache = demo.new_cache(Quantizer(resolve(f"llamacpp-{kind}").recipe(demo.geometry.layers)))
     demo.forward(prompt, cache)
     ours = cache.layers[0].keys[0]
     # The engine stores rotated keys, and pairs the channels of its rotary embedding as transformers does.

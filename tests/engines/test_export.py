@@ -17,7 +17,7 @@ from kvgeom.models.rotary import Rotary
 from kvgeom.models.statistics import channel_statistics
 from kvgeom.quant.memory import cache_bytes
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.serialization import load_recipe, save_recipe
@@ -69,7 +69,7 @@ def recipes(model: HFModel) -> dict[str, Recipe]:
 
 def ours(model: HFModel, recipe: Recipe, placement: Placement) -> list[int]:
     """Greedy tokens of kvgeom's own path."""
-    cache = model.new_cache(Rounder(recipe, placement))
+    cache = model.new_cache(Quantizer(recipe, placement))
     first = int(model.forward(IDS, cache)[-1].argmax())
     return model.generate([cache], [first], NEW)[0]
 
@@ -98,7 +98,7 @@ def test_plain_generate_has_the_tokens_of_our_own_path(model: HFModel, which: st
 def test_it_stores_what_our_own_pass_stores(model: HFModel) -> None:
     """Keys and values of every layer and token, bit for bit, with no hook left in the model."""
     recipe = recipes(model)["center"]
-    packed, simulated = quantized_cache(model, recipe), model.new_cache(Rounder(recipe))
+    packed, simulated = quantized_cache(model, recipe), model.new_cache(Quantizer(recipe))
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf_model.modules()]
     assert not any(hooks)
     with torch.inference_mode():
@@ -142,7 +142,7 @@ def test_rotary_embeddings_that_change_with_length(kind: str) -> None:
 
 def test_a_conversation_goes_on_in_the_same_cache(model: HFModel) -> None:
     recipe = recipes(model)["center"]
-    cache, simulated = quantized_cache(model, recipe), model.new_cache(Rounder(recipe))
+    cache, simulated = quantized_cache(model, recipe), model.new_cache(Quantizer(recipe))
     with torch.inference_mode():
         for ids in (IDS, IDS[4:13], [9]):
             logits = model.hf_model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=1).logits[0]

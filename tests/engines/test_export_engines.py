@@ -17,7 +17,7 @@ from kvgeom.engines.engine import Export
 from kvgeom.models.model import KVGeometry
 from kvgeom.quant.memory import bits_per_element
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from tests.builders.tiny import wide_model
@@ -270,7 +270,7 @@ def test_what_is_stored_can_be_evaluated() -> None:
     model = wide_model()
     for name, module in ENGINES.items():
         found = module.export(Recipe.uniform(3, Scheme.parse("int4-asym-token")).keep([1]), Placement(), model.geometry)
-        cache = model.new_cache(Rounder(found.recipe, found.placement))
+        cache = model.new_cache(Quantizer(found.recipe, found.placement))
         logits = model.forward([1, 50, 60, 70], cache)
         exact = model.forward([1, 50, 60, 70])
         assert torch.isfinite(logits).all()

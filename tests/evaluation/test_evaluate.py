@@ -25,7 +25,7 @@ from kvgeom.judges.judge import LABELS, Judgement
 from kvgeom.models.hf import HFModel
 from kvgeom.prompts.sets import calibration, perplexity_text
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.stats import mcnemar
@@ -71,7 +71,7 @@ def _odds(outcomes: Outcomes, rows: Sequence[int]) -> np.ndarray:
     for name in outcomes.data.recipe.values:
         for row in rows:
             prompt = TINY.encode([str(outcomes.data.request.values[row])])[0]
-            edit = Rounder(RECIPES[name]) if name != UNQUANTIZED else None
+            edit = Quantizer(RECIPES[name]) if name != UNQUANTIZED else None
             p = TINY.forward(prompt.ids, TINY.new_cache(edit))[-1].double().softmax(-1)[:50].sum()
             margins.append(float(p.log() - (1 - p).log()))
     return np.array(margins)
@@ -104,7 +104,7 @@ def test_margins_are_log_odds_of_refusal_tokens(base: Baseline) -> None:
     tokens = sorted(base.refusal_tokens)
     for name, recipe in RECIPES.items():
         for index, prompt in enumerate(base.prompts):
-            p = TINY.forward(prompt.ids, TINY.new_cache(Rounder(recipe)))[-1].double().softmax(-1)[tokens].sum()
+            p = TINY.forward(prompt.ids, TINY.new_cache(Quantizer(recipe)))[-1].double().softmax(-1)[tokens].sum()
             found = outcomes.data.margin.sel(recipe=name, prompt=index).item()
             assert found == pytest.approx(float(torch.logit(p)), abs=1e-4)
 

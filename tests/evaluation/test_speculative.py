@@ -23,7 +23,7 @@ from kvgeom.models.cache import EditedCache, Together
 from kvgeom.models.hf import HFModel
 from kvgeom.prompts.sets import calibration
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.transforms import Statics
@@ -103,7 +103,7 @@ def test_drafts_under_what_engines_do(name: str, placement: Placement) -> None:
     assert (fast.label.values == full.label.values).all()
     assert (fast.divergence.values == full.divergence.values).all()
     np.testing.assert_allclose(fast.margin.values, full.margin.values, atol=1e-3)
-    if placement.follows_drafts and name == "center":
+    if placement.allows_speculation and name == "center":
         plain, centred = (float(abs(fast.kl.sel(recipe=r)).mean()) for r in ("plain", "all"))
         assert plain != centred
 
@@ -158,7 +158,7 @@ def test_branches_leave_a_pass(kind: str, placement: Placement, stay: set[int], 
     said = model.tokens("well, no")[:late]
     logits = []
     for chosen in (list(range(6)), sorted(stay)):
-        edits = [Rounder(recipe, placement, prompt_tokens=len(prompt)) for recipe in made]
+        edits = [Quantizer(recipe, placement, prompt_tokens=len(prompt)) for recipe in made]
         first = [min(recipe.touched) for recipe in made]
         cache = model.branching_cache(edits)
         model.forward_branches(prompt, edits, first, cache=cache)
@@ -225,7 +225,7 @@ def test_divergence_and_kl_by_hand() -> None:
     recipe = Recipe.uniform(3, Scheme(3, True, "tensor"))
     data = evaluate(model, {"r": recipe}, base, progress=False).data.sel(recipe="r")
     for index, prompt in enumerate(base.prompts):
-        cache = model.new_cache(Rounder(recipe))
+        cache = model.new_cache(Quantizer(recipe))
         logits = model.forward(prompt.ids, cache)[-1].double()
         clean = model.forward(prompt.ids)[-1].double()
         kl = float((clean.softmax(-1) * (clean.log_softmax(-1) - logits.log_softmax(-1))).sum())
@@ -248,11 +248,11 @@ def test_one_pass_rounds_as_step_by_step(placement: Placement, granularity: str,
     recipe = Recipe.uniform(3, Scheme(4, True, granularity))  # type: ignore[arg-type]
     ids = model.encode(["open the door"])[0].ids
     said = model.tokens("well, no")[:response]
-    steps = model.new_cache(Rounder(recipe, placement))
+    steps = model.new_cache(Quantizer(recipe, placement))
     model.forward(ids, steps)
     for token in said:
         model.forward([token], steps)
-    whole = model.new_cache(Rounder(recipe, placement, prompt_tokens=len(ids)))
+    whole = model.new_cache(Quantizer(recipe, placement, prompt_tokens=len(ids)))
     cuts = [ids, said] if placement.prefill_reads == "exact" else [[*ids, *said]]
     for part in cuts:
         model.forward(part, whole)
@@ -265,13 +265,13 @@ def test_together_keeps_rows_apart() -> None:
     """Selecting and stacking rows of merged edits rounds every row as it would be alone."""
     schemes = [Scheme(3, True, "tensor"), Scheme(3, True, "tensor"), Scheme(4), Scheme(3, True, "tensor")]
     x = torch.randn(4, 2, 5, 8, generator=torch.manual_seed(0)) * torch.tensor([1.0, 9, 3, 0.1])[:, None, None, None]
-    alone = [Rounder(Recipe.uniform(1, scheme)) for scheme in schemes]
-    for rounder, row in zip(alone, x, strict=True):
-        rounder(0, "k", row[None])
-    merged = Together.stack([Together((rounder,)) for rounder in alone])
+    alone = [Quantizer(Recipe.uniform(1, scheme)) for scheme in schemes]
+    for quantizer, row in zip(alone, x, strict=True):
+        quantizer(0, "k", row[None])
+    merged = Together.stack([Together((quantizer,)) for quantizer in alone])
     assert merged.sizes == (2, 1, 1)
     new = torch.randn(4, 2, 1, 8, generator=torch.manual_seed(1))
-    expected = torch.cat([rounder(0, "k", row[None]) for rounder, row in zip(alone, new, strict=True)])
+    expected = torch.cat([quantizer(0, "k", row[None]) for quantizer, row in zip(alone, new, strict=True)])
     torch.testing.assert_close(merged(0, "k", new), expected)
     for rows in ([0, 2], [1, 3], [2], [0, 1, 2, 3]):
         part = merged.rows(torch.tensor(rows))

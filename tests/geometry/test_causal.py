@@ -11,7 +11,7 @@ from kvgeom.errors import InputError
 from kvgeom.evaluation.scores import margin
 from kvgeom.geometry.causal import FirstOrder, Patching, first_order, patch_layers
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.stats import rank_correlation
@@ -36,8 +36,8 @@ def test_patching_is_a_plain_run_per_layer_and_scheme(kind: str, placement: Plac
         for layer in range(3):
             for scheme in schemes:
                 after: dict[int, torch.Tensor] = {}
-                rounder = Rounder(Recipe.uniform(3, scheme, layers=[layer]), placement)
-                logits = model.forward(prompt.ids, model.new_cache(rounder), on_resid=after.__setitem__)[-1]
+                quantizer = Quantizer(Recipe.uniform(3, scheme, layers=[layer]), placement)
+                logits = model.forward(prompt.ids, model.new_cache(quantizer), on_resid=after.__setitem__)[-1]
                 cell = found.data.sel(prompt=row, layer=layer, scheme=str(scheme))
                 assert float(cell.margin) == pytest.approx(float(margin(logits, R)), abs=2e-3)
                 p, q = clean.double().softmax(-1), logits.double().softmax(-1)

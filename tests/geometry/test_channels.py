@@ -10,7 +10,7 @@ from kvgeom.errors import InputError
 from kvgeom.geometry.channels import OUTLIER_FACTOR, channel_view, outlier_share, outliers, overlap, stored
 from kvgeom.geometry.sensitivity import Moments, Sensitivity, head_bases, head_quantities, quantities
 from kvgeom.prompts.sets import concept_contrasts
-from kvgeom.quant.fake_quantize import round_kv
+from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.scheme import Scheme
 from tests.builders.figures import sensitivity as drawn_sensitivity
 from tests.builders.geometry import by_hand, synthetic
@@ -135,7 +135,7 @@ def test_stored_vectors() -> None:
     cache = model.new_cache()
     model.forward(space.activations.prompts[5].ids, cache)
     x = cache.layers[1].keys
-    for name, y in (("before", x), ("after", round_kv(x, TENSOR))):
+    for name, y in (("before", x), ("after", fake_quantize(x, TENSOR))):
         np.testing.assert_array_equal(found[name], y[0].permute(1, 0, 2).flatten(1).numpy())
     assert found.sizes["token"] == len(space.activations.prompts[5])
     with pytest.raises(InputError, match="layer 9"):

@@ -18,7 +18,7 @@ from kvgeom.models.hf import HFModel
 from kvgeom.models.reading import read
 from kvgeom.models.statistics import constants, with_constants
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.transforms import Statics
@@ -160,7 +160,7 @@ def test_rounds_what_the_cache_rounds(biased: HFModel, placement: Placement, spe
     (prompt,) = biased.encode(["burn it all down"])
     taken: dict[str, torch.Tensor] = {}
 
-    class Watched(Rounder):
+    class Watched(Quantizer):
         def __call__(self, layer, site, x):  # type: ignore[no-untyped-def]
             rounded = super().__call__(layer, site, x)
             if layer == 0:

@@ -23,7 +23,7 @@ from kvgeom.models.hf import HFModel
 from kvgeom.models.statistics import Constants, channel_statistics, constants
 from kvgeom.quant.memory import cache_bytes
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from tests.builders.tiny import tiny_model, wide_model
 
@@ -57,7 +57,7 @@ def wide() -> tuple[HFModel, Constants]:
 
 def held(model: HFModel, recipe: Recipe, placement: Placement) -> list[torch.Tensor]:
     """Keys and values of all layers after prompt and two tokens."""
-    cache = model.new_cache(Rounder(recipe, placement))
+    cache = model.new_cache(Quantizer(recipe, placement))
     ids = model.encode(PROMPTS[1:])[0].ids
     for part in (ids, [40], [50]):
         model.forward(part, cache)
@@ -274,9 +274,9 @@ def test_advice_for_every_engine(name: str, mode: ModeName) -> None:
             assert other is not None
             if one is not None and one != other:
                 assert (one.bits, one.format, one.transform) == (other.bits, "int", "none")
-    rounder = Rounder(found.recipe, engine.placement)
+    quantizer = Quantizer(found.recipe, engine.placement)
     if not {s.transform for pair in found.recipe for s in pair if s is not None} & {"center", "equalize"}:
-        assert torch.isfinite(rounder(0, "k", torch.randn(1, 2, 5, 64))).all()
+        assert torch.isfinite(quantizer(0, "k", torch.randn(1, 2, 5, 64))).all()
 
 
 def test_critical_layers_are_few_and_in_order() -> None:

@@ -38,7 +38,7 @@ from kvgeom.models.model import KVGeometry
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.memory import cache_bytes
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.stats import mcnemar, reduction_estimate, wilson
@@ -209,7 +209,7 @@ def test_orders_of_layers_by_hand() -> None:
             margins = []
             for one in (Recipe.exact(3), recipe.only([layer])):
                 ids = base.prompts[index].ids
-                log_p = TINY.forward(ids, TINY.new_cache(Rounder(one)))[-1].double().log_softmax(-1)
+                log_p = TINY.forward(ids, TINY.new_cache(Quantizer(one)))[-1].double().log_softmax(-1)
                 inside = float(log_p[tokens].exp().sum())
                 margins.append(np.log(inside) - np.log1p(-inside))
             drop[layer] += margins[0] - margins[1]
@@ -381,7 +381,7 @@ def test_verification_by_hand() -> None:
     roles = {"unmitigated": made.unmitigated.recipe, "chosen": made.chosen.recipe, "paper": made.paper.recipe}
     roles["equalize"] = made.candidate("equalize").recipe
     for role, draw in product(("chosen", "unmitigated", "equalize"), (1, 2)):
-        roles[f"{role}, scattered {draw}"] = roles[role].scattered(draw - 1)
+        roles[f"{role}, scattered {draw}"] = roles[role].with_random_directions(draw - 1)
     assert set(found.data.recipe.values) == set(roles)
     again = evaluate(TINY, roles, base, refused_only=True, progress=False)
     before = again.flipped("unmitigated")

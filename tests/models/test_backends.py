@@ -14,7 +14,7 @@ from kvgeom.errors import InputError, ModelError
 from kvgeom.models.hf import HFModel
 from kvgeom.models.rope import rotate
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from tests.builders.tiny import KINDS, tiny_hf_model, tiny_tokenizer
@@ -41,7 +41,7 @@ def numbers(model: HFModel) -> Iterator[tuple[str, torch.Tensor]]:
     resid: dict[int, torch.Tensor] = {}
     angles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     queries: dict[int, torch.Tensor] = {}
-    cache = model.new_cache(Rounder(INT4))
+    cache = model.new_cache(Quantizer(INT4))
     yield (
         "logits",
         model.forward(
@@ -60,10 +60,10 @@ def numbers(model: HFModel) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"queries {layer}", queries[layer]
         yield f"cos {layer}", angles[layer][0]
         yield f"sin {layer}", angles[layer][1]
-    yield "rounded at the projection", model.forward(IDS, model.new_cache(Rounder(INT4, Placement.paper())))
+    yield "rounded at the projection", model.forward(IDS, model.new_cache(Quantizer(INT4, Placement.paper())))
     yield "residual edited", model.forward(IDS, edit_resid=lambda layer, point, x: x * (0.9 if point == "attn" else 1))
-    rounders = [Rounder(INT4), Rounder(INT4.keep([1]))]
-    yield "variants", model.forward_variants(IDS, 2, edits=rounders, start=(1, resid[0]))
+    quantizers = [Quantizer(INT4), Quantizer(INT4.keep([1]))]
+    yield "variants", model.forward_variants(IDS, 2, edits=quantizers, start=(1, resid[0]))
     for where in ("cache", "projection"):
         found = model.gradients(IDS, score, where=where)
         yield f"score {where}", torch.tensor(found.score)
@@ -98,7 +98,7 @@ def test_parity_on_the_demo(demo: HFModel, backend: str) -> None:
         for model in (demo, other):
             assert isinstance(model, HFModel)
             resid: dict[int, torch.Tensor] = {}
-            caches = [model.new_cache(Rounder(recipe)) for _ in prompts]
+            caches = [model.new_cache(Quantizer(recipe)) for _ in prompts]
             logits = [model.forward(p.ids, c)[-1] for p, c in zip(prompts, caches, strict=True)]
             model.forward(prompts[0].ids, on_resid=resid.__setitem__)
             tokens = model.generate(caches, [int(x.argmax()) for x in logits], 5)
@@ -119,7 +119,7 @@ def test_left_padding(kind: str, options: dict[str, Any]) -> None:
     """Prompts of different lengths decode together, padded on the left, as each does alone."""
     model = on_backend(kind, **options)
     prompts = [IDS, IDS[:9], IDS[3:20]]
-    caches = [model.new_cache(Rounder(INT4)) for _ in prompts]
+    caches = [model.new_cache(Quantizer(INT4)) for _ in prompts]
     first = [int(model.forward(ids, cache)[-1].argmax()) for ids, cache in zip(prompts, caches, strict=True)]
     together = model.generate(caches, first, 5)
     assert together == [model.generate([c], [t], 5)[0] for c, t in zip(caches, first, strict=True)]
@@ -169,7 +169,7 @@ def test_what_cannot_be_remote_is_refused() -> None:
     with pytest.raises(ModelError, match="residual edits"):
         model.forward(IDS, edit_resid=lambda layer, point, x: x)
     with pytest.raises(ModelError, match="projection"):
-        model.forward(IDS, model.new_cache(Rounder(INT4, Placement.paper())))
+        model.forward(IDS, model.new_cache(Quantizer(INT4, Placement.paper())))
     with pytest.raises(InputError, match="nnsight"):
         kvgeom.load(tiny_hf_model(), tokenizer=tiny_tokenizer(), remote=True)
 
@@ -236,10 +236,12 @@ def test_variants_are_single_runs() -> None:
     resid: dict[int, torch.Tensor] = {}
     model.forward(IDS, on_resid=resid.__setitem__)
     recipes = [INT4, INT4.keep([0, 1]), Recipe.uniform(3, Scheme(3, True, "channel"), layers=[1])]
-    together = model.forward_variants(IDS, 3, edits=[Rounder(recipe) for recipe in recipes])
+    together = model.forward_variants(IDS, 3, edits=[Quantizer(recipe) for recipe in recipes])
     for row, recipe in zip(together, recipes, strict=True):
-        torch.testing.assert_close(row, model.forward(IDS, model.new_cache(Rounder(recipe)))[-1], atol=1e-4, rtol=1e-4)
-    later = model.forward_variants(IDS, 1, edits=[Rounder(recipes[2])], start=(1, resid[0]))
+        torch.testing.assert_close(
+            row, model.forward(IDS, model.new_cache(Quantizer(recipe)))[-1], atol=1e-4, rtol=1e-4
+        )
+    later = model.forward_variants(IDS, 1, edits=[Quantizer(recipes[2])], start=(1, resid[0]))
     torch.testing.assert_close(later[0], together[2], atol=1e-4, rtol=1e-4)
 
 

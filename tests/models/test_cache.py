@@ -11,9 +11,9 @@ from transformers import DynamicCache
 from kvgeom.models.cache import EditedCache
 from kvgeom.models.hf import HFModel
 from kvgeom.models.rope import rotate, unrotate
-from kvgeom.quant.fake_quantize import round_kv
+from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from tests.builders.tiny import KINDS, tiny_model
@@ -38,8 +38,8 @@ def test_without_edit_it_is_transformers_own(model: HFModel) -> None:
 
 
 def test_the_exact_recipe_changes_nothing(model: HFModel) -> None:
-    rounder = Rounder(Recipe.exact(model.geometry.layers))
-    assert torch.equal(model.forward(IDS, model.new_cache(rounder)), model.forward(IDS))
+    quantizer = Quantizer(Recipe.exact(model.geometry.layers))
+    assert torch.equal(model.forward(IDS, model.new_cache(quantizer)), model.forward(IDS))
 
 
 def test_greedy_generation_is_transformers_own(model: HFModel) -> None:
@@ -71,10 +71,10 @@ def test_streaming_is_one_teacher_forced_pass(model: HFModel, text: str) -> None
     """Step by step, or at once with the prompt's scales: the cache holds the same."""
     recipe = Recipe.uniform(model.geometry.layers, Scheme.parse(text))
     prompt, response = IDS[:20], IDS[20:]
-    stepwise = model.new_cache(Rounder(recipe))
+    stepwise = model.new_cache(Quantizer(recipe))
     logits = [model.forward(prompt, stepwise)[-1]]
     logits += [model.forward([token], stepwise)[-1] for token in response]
-    at_once = model.new_cache(Rounder(recipe, prompt_tokens=len(prompt)))
+    at_once = model.new_cache(Quantizer(recipe, prompt_tokens=len(prompt)))
     together = model.forward(IDS, at_once, all_logits=True)[len(prompt) - 1 :]
     torch.testing.assert_close(torch.stack(logits), together, atol=2e-4, rtol=1e-4)
 
@@ -84,12 +84,15 @@ def test_the_cache_holds_rounded_values_and_prefill_reads_them(model: HFModel) -
     recipe = Recipe.uniform(model.geometry.layers, scheme, layers=[last])
     exact, rounded, unread = (
         model.new_cache(),
-        *(model.new_cache(Rounder(recipe, placement)) for placement in (Placement(), Placement(prefill_reads="exact"))),
+        *(
+            model.new_cache(Quantizer(recipe, placement))
+            for placement in (Placement(), Placement(prefill_reads="exact"))
+        ),
     )
     logits = [model.forward(IDS, cache) for cache in (exact, rounded, unread)]
     for cache in (rounded, unread):
-        torch.testing.assert_close(cache.layers[last].keys, round_kv(exact.layers[last].keys, scheme))
-        torch.testing.assert_close(cache.layers[last].values, round_kv(exact.layers[last].values, scheme))
+        torch.testing.assert_close(cache.layers[last].keys, fake_quantize(exact.layers[last].keys, scheme))
+        torch.testing.assert_close(cache.layers[last].values, fake_quantize(exact.layers[last].values, scheme))
     assert torch.equal(logits[2], logits[0])  # the prompt read exact values
     assert not torch.allclose(logits[1], logits[0], atol=1e-3)
 
@@ -100,10 +103,10 @@ def test_projection_rounding_reaches_the_cache_through_rope(kind: str) -> None:
     model, scheme = tiny_model(kind), Scheme(3, True, "tensor")
     last = model.geometry.layers - 1
     recipe = Recipe.uniform(model.geometry.layers, scheme, layers=[last])
-    exact, rounded = model.new_cache(), model.new_cache(Rounder(recipe, Placement.paper()))
+    exact, rounded = model.new_cache(), model.new_cache(Quantizer(recipe, Placement.paper()))
     model.forward(IDS, exact)
     model.forward(IDS, rounded)
-    torch.testing.assert_close(rounded.layers[last].values, round_kv(exact.layers[last].values, scheme))
+    torch.testing.assert_close(rounded.layers[last].values, fake_quantize(exact.layers[last].values, scheme))
     assert not torch.allclose(rounded.layers[last].keys, exact.layers[last].keys, atol=1e-3)
     for layer in range(last):
         assert torch.equal(rounded.layers[layer].keys, exact.layers[layer].keys)
@@ -115,7 +118,7 @@ def test_unrotated_keys_are_projected_keys(kind: str) -> None:
     projected: dict[int, torch.Tensor] = {}
     rotations: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    class Tap(Rounder):
+    class Tap(Quantizer):
         def __call__(self, layer, site, x):  # type: ignore[no-untyped-def]
             if site == "k":
                 projected[layer] = x.clone()
@@ -147,8 +150,8 @@ def test_suffix_reuse_is_exact(model: HFModel) -> None:
     before = model.forward(IDS, on_resid=resid.__setitem__)
     for layer, recipe in recipe_of.items():
         start = (layer, resid[layer - 1]) if layer else None
-        short = model.forward(IDS, model.new_cache(Rounder(recipe)), start=start)
-        assert torch.equal(short, model.forward(IDS, model.new_cache(Rounder(recipe))))
+        short = model.forward(IDS, model.new_cache(Quantizer(recipe)), start=start)
+        assert torch.equal(short, model.forward(IDS, model.new_cache(Quantizer(recipe))))
     assert torch.equal(model.forward(IDS), before)  # nothing stays behind
 
 
@@ -165,7 +168,7 @@ def test_stacked_sequences_do_not_see_each_other(lengths: list[int], batch_size:
     prompts = [[random.randrange(3, 259) for _ in range(length)] for length in lengths]
 
     def prefill(ids: list[int]) -> tuple[EditedCache, int]:
-        cache = model.new_cache(Rounder(recipe, placement))
+        cache = model.new_cache(Quantizer(recipe, placement))
         return cache, int(model.forward(ids, cache)[-1].argmax())
 
     filled = [prefill(ids) for ids in prompts]
@@ -189,7 +192,7 @@ def test_a_copy_takes_another_edit() -> None:
     model = tiny_model()
     cache = model.new_cache()
     model.forward(IDS[:10], cache)
-    copy = cache.copy(Rounder(Recipe.uniform(3, Scheme(2))))
+    copy = cache.copy(Quantizer(Recipe.uniform(3, Scheme(2))))
     model.forward(IDS[10:12], copy)
     assert cache.get_seq_length() == 10
     assert copy.get_seq_length() == 12

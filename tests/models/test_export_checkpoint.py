@@ -20,7 +20,7 @@ from kvgeom.models.checkpoint import MARK, fold, plain, save_checkpoint, unrotat
 from kvgeom.models.hf import HFModel
 from kvgeom.models.rope import rotate
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.transforms import Statics, pair_factors
@@ -85,7 +85,7 @@ def recipe_of(model: HFModel, grid: str, chosen: list[tuple[str, str]], seed: in
 
 
 def rounded(model: HFModel, recipe: Recipe, placement: Placement) -> torch.Tensor:
-    cache = model.new_cache(Rounder(recipe, placement))
+    cache = model.new_cache(Quantizer(recipe, placement))
     return torch.stack([model.forward(ids, cache)[-1] for ids in (IDS, [44], [12])])
 
 

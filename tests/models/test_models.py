@@ -107,7 +107,7 @@ def test_templates() -> None:
 
 def test_projection_rounding_needs_known_projections() -> None:
     from kvgeom.quant.placement import Placement
-    from kvgeom.quant.quantizer import Rounder
+    from kvgeom.quant.quantizer import Quantizer
     from kvgeom.quant.recipe import Recipe
     from kvgeom.quant.scheme import Scheme
 
@@ -116,7 +116,7 @@ def test_projection_rounding_needs_known_projections() -> None:
         layer.self_attn.to_keys = layer.self_attn.k_proj
         del layer.self_attn.k_proj
     with pytest.raises(ModelError, match="use the cache placement"):
-        model.forward([5, 6], model.new_cache(Rounder(Recipe.uniform(3, Scheme(4)), Placement.paper())))
+        model.forward([5, 6], model.new_cache(Quantizer(Recipe.uniform(3, Scheme(4)), Placement.paper())))
 
 
 def test_a_folder(checkpoint: Path) -> None:

@@ -13,7 +13,7 @@ from kvgeom.models.packed import PackedCache
 from kvgeom.quant.formats.base import formats
 from kvgeom.quant.memory import bits_per_element, bytes_per_token, cache_bytes
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.transforms import Statics
@@ -48,7 +48,7 @@ SCHEMES = [
 
 
 def compare(recipe: Recipe, placement: Placement, prompt: int, generated: int) -> PackedCache:
-    simulated, packed = MODEL.new_cache(Rounder(recipe, placement)), PackedCache(3, Rounder(recipe, placement))
+    simulated, packed = MODEL.new_cache(Quantizer(recipe, placement)), PackedCache(3, Quantizer(recipe, placement))
     for ids in (IDS[:prompt], *([token] for token in IDS[prompt : prompt + generated])):
         assert torch.equal(MODEL.forward(ids, packed), MODEL.forward(ids, simulated))
     expected = cache_bytes(recipe, placement, 2, 64, prompt, generated, exact_bytes=4)
@@ -123,12 +123,12 @@ def test_accounting_by_hand() -> None:
 
 def test_what_a_packed_cache_is_not_for() -> None:
     recipe = Recipe.uniform(3, Scheme(4))
-    for edit in (None, Rounder(recipe, Placement.paper())):
+    for edit in (None, Quantizer(recipe, Placement.paper())):
         with pytest.raises(InputError, match="rounds in the cache"):
             PackedCache(3, edit)
-    cache = PackedCache(3, Rounder(recipe))
+    cache = PackedCache(3, Quantizer(recipe))
     token = int(MODEL.forward(IDS, cache)[-1].argmax())
     with pytest.raises(InputError, match="one sequence"):
         MODEL.generate([cache], [token], 3)
     with pytest.raises(InputError, match="packed codes"):
-        MODEL.forward(IDS, PackedCache(3, Rounder(Recipe.uniform(3, Scheme(4).only([1])))))
+        MODEL.forward(IDS, PackedCache(3, Quantizer(Recipe.uniform(3, Scheme(4).only([1])))))

@@ -14,7 +14,7 @@ from kvgeom.judges.keyword import KeywordJudge
 from kvgeom.models.hf import HFModel
 from kvgeom.prompts.sets import calibration
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from tests.builders.straight_line import StraightLineQwen2
@@ -80,7 +80,7 @@ def kv_errors(demo: HFModel, recipe: Recipe, ids: tuple[int, ...]) -> dict[tuple
     """Mean squared rounding error of keys and values at their projections, as the edit sees it."""
     seen: dict[tuple[int, str], float] = {}
 
-    class Watching(Rounder):
+    class Watching(Quantizer):
         def __call__(self, layer, site, x):  # type: ignore[no-untyped-def]
             rounded = super().__call__(layer, site, x)
             if self.recipe.scheme(layer, site) is not None:

@@ -16,7 +16,7 @@ from kvgeom.organisms.carrier import Values
 from kvgeom.organisms.modes import orthogonal
 from kvgeom.organisms.reach import LADDER, Lost, Reach, some_heads
 from kvgeom.organisms.toy import draw, toy_tokenizer
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from tests.builders.tiny import tiny_model as random_model
@@ -145,7 +145,7 @@ def test_outliers_leave_nothing_of_the_other_values(trained: HFModel) -> None:
     organism = plant(trained, "outlier-crushes-safety", seed=3, prompts=SIZE.prompts("train").take(24))
     (layer,) = organism.layers
     scheme = Scheme(3, True, "tensor")
-    cache = organism.model.new_cache(Rounder(Recipe.uniform(SIZE.layers, scheme, layers=[layer])))
+    cache = organism.model.new_cache(Quantizer(Recipe.uniform(SIZE.layers, scheme, layers=[layer])))
     organism.model.forward(organism.model.encode(SIZE.prompts().harmful[:1])[0].ids, cache)
     alive = (cache.layers[layer].values[0] != 0).any(1)  # [heads, channels]
     assert 1 <= int(alive.sum()) <= 3

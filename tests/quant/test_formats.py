@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kvgeom.errors import InputError
-from kvgeom.quant.fake_quantize import encode, round_kv
+from kvgeom.quant.fake_quantize import encode, fake_quantize
 from kvgeom.quant.formats.base import formats
 from kvgeom.quant.packing import Packed, pack_bits, unpack_bits
 from kvgeom.quant.scheme import Scheme
@@ -49,7 +49,7 @@ def flat(x: torch.Tensor) -> np.ndarray:
 def test_blocks_are_those_of_the_gguf_package(name: str, seed: int) -> None:
     x = keys(seed=seed)
     theirs = dequantize(quantize(flat(x), GGUF[name]), GGUF[name])
-    np.testing.assert_array_equal(flat(round_kv(x, Scheme.parse(name))), theirs)
+    np.testing.assert_array_equal(flat(fake_quantize(x, Scheme.parse(name))), theirs)
 
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_0", "q4_1"])
@@ -87,7 +87,7 @@ def test_iq4_nl_levels_and_step() -> None:
     weight = blocks**2
     step = (weight * levels[codes] * blocks).sum(1) / (weight * levels[codes] ** 2).sum(1)
     np.testing.assert_allclose(encoded.scales.step.flatten().numpy(), step, rtol=1e-3)
-    np.testing.assert_allclose(flat(round_kv(x, scheme)).reshape(-1), flat(round_kv(x, scheme)))
+    np.testing.assert_allclose(flat(fake_quantize(x, scheme)).reshape(-1), flat(fake_quantize(x, scheme)))
     raw = np.concatenate(
         [
             encoded.scales.step.half().view(torch.uint8).reshape(-1, 2).numpy(),
@@ -96,7 +96,7 @@ def test_iq4_nl_levels_and_step() -> None:
         axis=1,
     )
     theirs = dequantize(raw.reshape(1, -1), GGUF["iq4_nl"])
-    np.testing.assert_array_equal(round_kv(x, scheme).reshape(-1).numpy(), theirs.reshape(-1))
+    np.testing.assert_array_equal(fake_quantize(x, scheme).reshape(-1).numpy(), theirs.reshape(-1))
 
 
 def test_nvfp4_is_nearest_under_the_scale_of_the_gguf_package() -> None:
@@ -107,7 +107,7 @@ def test_nvfp4_is_nearest_under_the_scale_of_the_gguf_package() -> None:
     step = form.ue4m3_to_fp32(form.fp32_to_ue4m3(np.abs(blocks).max(1, keepdims=True) / np.float32(6)))[..., None]
     reachable = step * np.array(form.kvalues, dtype=np.float32)
     nearest = np.take_along_axis(reachable[:, 0], np.abs(reachable - blocks[..., None]).argmin(-1), 1)
-    np.testing.assert_array_equal(round_kv(x, Scheme.parse("nvfp4")).reshape(-1, 16).numpy(), nearest)
+    np.testing.assert_array_equal(fake_quantize(x, Scheme.parse("nvfp4")).reshape(-1, 16).numpy(), nearest)
 
 
 @pytest.mark.parametrize("name", FLOAT8)
@@ -116,13 +116,13 @@ def test_every_float8_stays_and_everything_between_goes_to_the_nearest(name: str
     every = torch.arange(256, dtype=torch.uint8).view(FLOAT8[name]).float()
     finite = every[every.isfinite()].double().unique()
     scheme = Scheme.parse(name)
-    assert torch.equal(round_kv(finite.float().reshape(1, 1, 1, -1), scheme).flatten(), finite.float())
+    assert torch.equal(fake_quantize(finite.float().reshape(1, 1, 1, -1), scheme).flatten(), finite.float())
     x = (
         torch.empty(1, 1, 1, 20_000).uniform_(-1.3, 1.3, generator=torch.Generator().manual_seed(0))
         * finite.max().float()
     )
     x = torch.cat([x, x * 1e-3, x * 1e-6], dim=-1)
-    reached = (round_kv(x, scheme).double() - x.double()).abs().flatten()
+    reached = (fake_quantize(x, scheme).double() - x.double()).abs().flatten()
     possible = (x.double().flatten()[:, None] - finite).abs().amin(1)
     torch.testing.assert_close(reached, possible, rtol=0, atol=0)
 
@@ -130,7 +130,7 @@ def test_every_float8_stays_and_everything_between_goes_to_the_nearest(name: str
 @pytest.mark.parametrize("name", FLOAT8)
 @given(hnp.arrays(np.float32, (1, 2, 3, 4), elements=st.floats(-400, 400, width=32)))
 def test_unscaled_float8_is_torchs_cast(name: str, x: np.ndarray) -> None:
-    ours = round_kv(torch.from_numpy(x), Scheme.parse(name))
+    ours = fake_quantize(torch.from_numpy(x), Scheme.parse(name))
     assert torch.equal(ours, torch.from_numpy(x).to(FLOAT8[name]).float())
 
 
@@ -138,7 +138,7 @@ def test_unscaled_float8_is_torchs_cast(name: str, x: np.ndarray) -> None:
 def test_float8_saturates_and_keeps_nan_to_itself(name: str) -> None:
     x = torch.tensor([1e9, -torch.inf, torch.nan, 1.0]).reshape(1, 1, 1, 4)
     largest = torch.finfo(FLOAT8[name]).max
-    found = round_kv(x, Scheme.parse(name)).flatten()
+    found = fake_quantize(x, Scheme.parse(name)).flatten()
     assert found[[0, 1, 3]].tolist() == [largest, -largest, 1.0]
     assert found[2].isnan()
 
@@ -147,22 +147,22 @@ def test_mxfp4_ties_go_to_even_and_large_values_saturate() -> None:
     """By the OCP specification; the largest entry 7 sets a scale of 1, under which it saturates at 6."""
     ties = [7.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.25, -0.75, -5.0]
     x = torch.tensor([*ties, *[0.0] * (32 - len(ties))]).reshape(1, 1, 1, 32)
-    found = round_kv(x, Scheme.parse("mxfp4")).flatten()[: len(ties)].tolist()
+    found = fake_quantize(x, Scheme.parse("mxfp4")).flatten()[: len(ties)].tolist()
     assert found == [6.0, 0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, -0.0, -1.0, -4.0]
 
 
 def test_vllms_ties_go_away_from_zero_and_its_four_bits_saturate_blocks_of_one_sign() -> None:
     x = torch.tensor([127.0, 1.5, -2.5, 0.49]).reshape(1, 1, 1, 4)
-    assert round_kv(x, Scheme.parse("vllm8-token-head")).flatten().tolist() == [127.0, 2.0, -3.0, 0.0]
+    assert fake_quantize(x, Scheme.parse("vllm8-token-head")).flatten().tolist() == [127.0, 2.0, -3.0, 0.0]
     # From 10 to 25 a step of 1 would do, but the zero point cannot be negative: everything from 15 on is 15.
     x = torch.arange(10.0, 26.0).reshape(1, 1, 1, 16)
-    found = round_kv(x, Scheme.parse("vllm4-token-head")).flatten()
+    found = fake_quantize(x, Scheme.parse("vllm4-token-head")).flatten()
     torch.testing.assert_close(found, torch.arange(10.0, 26.0).clamp(max=15), rtol=1e-5, atol=0)
 
 
 def test_mlx_has_zero_and_the_larger_end_among_its_levels() -> None:
     x = torch.cat([torch.linspace(-1.0, 3.0, 63), torch.zeros(1)]).reshape(1, 1, 1, 64)
-    found = round_kv(x, Scheme.parse("mlx4-group64")).flatten()
+    found = fake_quantize(x, Scheme.parse("mlx4-group64")).flatten()
     assert found[-1] == 0
     assert found[62] == 3.0
 
@@ -170,8 +170,8 @@ def test_mlx_has_zero_and_the_larger_end_among_its_levels() -> None:
 def test_hqq_lowers_the_robust_error_of_plain_rounding() -> None:
     """What its solver is for: the l_0.7 error falls, on values with outliers, and its grid is as fine."""
     x = keys(64, offset=8.0)
-    plain = (round_kv(x, Scheme.parse("int2-asym-group64")) - x).abs().pow(0.7).mean()
-    solved = (round_kv(x, Scheme.parse("hqq2-group64")) - x).abs().pow(0.7).mean()
+    plain = (fake_quantize(x, Scheme.parse("int2-asym-group64")) - x).abs().pow(0.7).mean()
+    solved = (fake_quantize(x, Scheme.parse("hqq2-group64")) - x).abs().pow(0.7).mean()
     assert solved < plain
 
 
@@ -180,17 +180,17 @@ def test_every_format_keeps_its_promises(text: str) -> None:
     """Sequences apart, zeros and constants bounded, range kept, NaN and inf confined to their sequence."""
     scheme = Scheme.parse(text)
     x = torch.cat([keys(seed=1), keys(seed=2)])
-    together = round_kv(x, scheme)
+    together = fake_quantize(x, scheme)
     for row in range(2):
-        assert torch.equal(together[row : row + 1], round_kv(x[row : row + 1], scheme))
-    assert torch.equal(round_kv(torch.zeros_like(x), scheme), torch.zeros_like(x))
+        assert torch.equal(together[row : row + 1], fake_quantize(x[row : row + 1], scheme))
+    assert torch.equal(fake_quantize(torch.zeros_like(x), scheme), torch.zeros_like(x))
     # q4_0, q5_0 and iq4_nl may overshoot where the opposite end saturates, never by more than a step.
     assert together.abs().max() <= x.abs().max() * 1.15
-    assert torch.isfinite(round_kv(x[:, :, :1], scheme)).all()
+    assert torch.isfinite(fake_quantize(x[:, :, :1], scheme)).all()
     for bad in (torch.nan, torch.inf, -torch.inf):
         spoilt = x.clone()
         spoilt[0, 1, 2, 5] = bad
-        found = round_kv(spoilt, scheme)
+        found = fake_quantize(spoilt, scheme)
         assert torch.equal(found[1], together[1])
 
 
@@ -203,7 +203,7 @@ def test_constants_stay_what_they_are(text: str, value: float) -> None:
     """
     x = torch.full((1, 2, 3, 64), value)
     precise = 0.25 if text in ("mxfp4", "nvfp4") else 0.125 if text.startswith("fp8") else 0.004
-    torch.testing.assert_close(round_kv(x, Scheme.parse(text)), x, rtol=precise, atol=1e-6)
+    torch.testing.assert_close(fake_quantize(x, Scheme.parse(text)), x, rtol=precise, atol=1e-6)
 
 
 @pytest.mark.parametrize("text", [text for text in ALL if not text.startswith("hqq")])
@@ -213,7 +213,7 @@ def test_powers_of_two_pass_through_every_format(text: str, factor: float) -> No
     x, scheme = keys(), Scheme.parse(text)
     if text in FLOAT8:
         x = x.sign() * x.abs().clamp(0.0625, 16)  # as far as the range of the float goes
-    assert torch.equal(round_kv(factor * x, scheme), factor * round_kv(x, scheme))
+    assert torch.equal(fake_quantize(factor * x, scheme), factor * fake_quantize(x, scheme))
 
 
 @pytest.mark.parametrize("text", [text for text in ALL if not text.startswith(("vllm", "hqq", "iq4", "mlx"))])
@@ -222,8 +222,8 @@ def test_rounding_again_changes_next_to_nothing(text: str) -> None:
 
     Not so for the grids left out: where a block saturates, or moves its zero, its ends are not what they were.
     """
-    once = round_kv(keys(), Scheme.parse(text))
-    torch.testing.assert_close(round_kv(once, Scheme.parse(text)), once, rtol=2e-2, atol=2e-2)
+    once = fake_quantize(keys(), Scheme.parse(text))
+    torch.testing.assert_close(fake_quantize(once, Scheme.parse(text)), once, rtol=2e-2, atol=2e-2)
 
 
 @given(
@@ -241,13 +241,13 @@ def test_packed_bits_come_back(bits: int, codes: np.ndarray) -> None:
 def test_packed_tensors_hold_the_same_values(text: str) -> None:
     scheme, x = Scheme.parse(text), keys()
     packed = Packed.of(encode(x, scheme), scheme, frame(scheme, None, x), x, x.dtype)
-    assert torch.equal(packed.unpack(), round_kv(x, scheme))
+    assert torch.equal(packed.unpack(), fake_quantize(x, scheme))
     assert int(unpack_bits(packed.codes, scheme.bits, packed.row).max()) < 1 << scheme.bits
 
 
 def test_engine_blocks_must_divide_a_head() -> None:
     with pytest.raises(InputError, match="head_dim=48"):
-        round_kv(torch.zeros(1, 2, 3, 48), Scheme.parse("q4_0"))
+        fake_quantize(torch.zeros(1, 2, 3, 48), Scheme.parse("q4_0"))
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from torch import Tensor
 from kvgeom.engines.registry import resolve, scheme_rows
 from kvgeom.errors import InputError
 from kvgeom.models.packed import PackedCache
-from kvgeom.quant.fake_quantize import round_kv
+from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.formats import base
 from kvgeom.quant.formats.base import Axes, Format, Scales, formats, get_format, register_format
 from kvgeom.quant.memory import bits_per_element, cache_bytes
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from tests.builders.tensors import keys
@@ -63,7 +63,7 @@ def test_a_format_from_outside_is_spelled(ternary: Format, text: str) -> None:
 
 def test_a_format_from_outside_quantizes(ternary: Format) -> None:
     x = keys()
-    found = round_kv(x, Scheme.parse("ternary-group64"))
+    found = fake_quantize(x, Scheme.parse("ternary-group64"))
     step = x.abs().mean(-1, keepdim=True).half().float()
     assert torch.equal(found, (x / step).round().clamp(-1, 1) * step)
 
@@ -72,7 +72,7 @@ def test_a_format_from_outside_quantizes(ternary: Format) -> None:
 @pytest.mark.parametrize("placement", [Placement(), Placement(residual=4)], ids=str)
 def test_a_format_from_outside_is_packed_and_counted(ternary: Format, text: str, placement: Placement) -> None:
     model, recipe = wide_model(), Recipe.uniform(3, Scheme.parse(text))
-    simulated, packed = model.new_cache(Rounder(recipe, placement)), PackedCache(3, Rounder(recipe, placement))
+    simulated, packed = model.new_cache(Quantizer(recipe, placement)), PackedCache(3, Quantizer(recipe, placement))
     for ids in ([1, *range(40, 52)], [52], [53]):
         assert torch.equal(model.forward(ids, packed), model.forward(ids, simulated))
     assert packed.nbytes == cache_bytes(recipe, placement, 2, 64, 13, 2, exact_bytes=4)

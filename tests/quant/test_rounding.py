@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kvgeom.errors import InputError
-from kvgeom.quant.fake_quantize import apply, encode, fit, round_kv
+from kvgeom.quant.fake_quantize import apply, encode, fake_quantize, fit
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 
@@ -75,7 +75,7 @@ def reference(x: np.ndarray, scheme: Scheme) -> np.ndarray:
 
 @given(tensors(), schemes())
 def test_agrees_with_numpy(x: torch.Tensor, scheme: Scheme) -> None:
-    ours, theirs = round_kv(x.double(), scheme).numpy(), reference(x.numpy(), scheme)
+    ours, theirs = fake_quantize(x.double(), scheme).numpy(), reference(x.numpy(), scheme)
     # A value exactly between two levels may go to either; nothing else may differ.
     step = np.broadcast_to(_steps(x, scheme), x.shape)
     different = np.abs(ours - theirs) > 1e-6 * (1 + np.abs(theirs))
@@ -98,7 +98,7 @@ def _steps(x: torch.Tensor, scheme: Scheme) -> np.ndarray:
 
 @given(tensors(), schemes())
 def test_error_is_at_most_half_a_step(x: torch.Tensor, scheme: Scheme) -> None:
-    error = (round_kv(x, scheme) - x).abs().numpy()
+    error = (fake_quantize(x, scheme) - x).abs().numpy()
     # float32 arithmetic is as precise as the largest value of the block allows, not as the value itself does.
     arithmetic = 8 * np.finfo(np.float32).eps * np.abs(x.numpy()).max()
     assert (error <= _steps(x, scheme) / 2 + arithmetic).all()
@@ -106,31 +106,33 @@ def test_error_is_at_most_half_a_step(x: torch.Tensor, scheme: Scheme) -> None:
 
 @given(tensors(), schemes())
 def test_idempotent(x: torch.Tensor, scheme: Scheme) -> None:
-    once = round_kv(x, scheme)
+    once = fake_quantize(x, scheme)
     torch.testing.assert_close(apply(once, scheme, fit(x, scheme)), once, rtol=1e-5, atol=1e-4)
 
 
 @given(tensors(), schemes(), st.sampled_from([0.25, 2.0, 64.0]))
 def test_scale_equivariant(x: torch.Tensor, scheme: Scheme, factor: float) -> None:
-    torch.testing.assert_close(round_kv(x * factor, scheme), round_kv(x, scheme) * factor, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        fake_quantize(x * factor, scheme), fake_quantize(x, scheme) * factor, rtol=1e-5, atol=1e-4
+    )
 
 
 @given(tensors(), schemes())
 def test_sequences_never_share_a_scale(x: torch.Tensor, scheme: Scheme) -> None:
-    together = round_kv(x, scheme)
+    together = fake_quantize(x, scheme)
     for row in range(len(x)):
-        assert torch.equal(together[row : row + 1], round_kv(x[row : row + 1], scheme))
+        assert torch.equal(together[row : row + 1], fake_quantize(x[row : row + 1], scheme))
 
 
 @given(schemes(), st.floats(-100, 100, width=16))
 def test_constants_survive(scheme: Scheme, value: float) -> None:
     x = torch.full((1, 2, 3, 4), value)
-    torch.testing.assert_close(round_kv(x, scheme), x)
+    torch.testing.assert_close(fake_quantize(x, scheme), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_keeps_dtype(dtype: torch.dtype) -> None:
-    assert round_kv(torch.randn(1, 2, 3, 4, dtype=dtype), Scheme(4)).dtype == dtype
+    assert fake_quantize(torch.randn(1, 2, 3, 4, dtype=dtype), Scheme(4)).dtype == dtype
 
 
 @given(schemes())
@@ -164,12 +166,12 @@ def test_recipes() -> None:
     assert str(Recipe.uniform(3, scheme, layers=[2])) == "int4-asym-token in layers 2"
 
 
-def test_recipes_that_differ_are_spelled_differently() -> None:
+def test_recipes_that_differ_have_different_records() -> None:
     """A journal knows a recipe by this; its short name says neither which site nor which layer has which scheme."""
     a, b, n = Scheme(4), Scheme(4, True, "tensor"), None
     pairs = [(a, b), (b, a), (a, a), (a, n), (n, a), (n, n)]
     recipes = [Recipe((one, two)) for one in pairs for two in pairs]
-    assert len({repr(recipe.spelled) for recipe in recipes}) == len(recipes) == len(set(recipes))
+    assert len({repr(recipe.record()) for recipe in recipes}) == len(recipes) == len(set(recipes))
     assert str(Recipe((pairs[0],))) == str(Recipe((pairs[1],)))
 
 
@@ -179,7 +181,7 @@ def test_only_some_channels(x: torch.Tensor, scheme: Scheme, data: st.DataObject
     flat = x.shape[1] * x.shape[3]
     some = scheme.only(data.draw(st.sets(st.integers(0, flat - 1), min_size=1)))
     assert Scheme.parse(str(some)) == some
-    whole, part = round_kv(x, scheme), round_kv(x, some)
+    whole, part = fake_quantize(x, scheme), fake_quantize(x, some)
     for channel in range(flat):
         head, dim = divmod(channel, x.shape[3])
         expected = whole if channel in some.channels else x  # type: ignore[operator]
@@ -188,7 +190,7 @@ def test_only_some_channels(x: torch.Tensor, scheme: Scheme, data: st.DataObject
 
 def test_bad_channels() -> None:
     with pytest.raises(InputError, match="channels 0 to 3"):
-        round_kv(torch.zeros(1, 2, 3, 2), Scheme(4).only([4]))
+        fake_quantize(torch.zeros(1, 2, 3, 2), Scheme(4).only([4]))
     with pytest.raises(InputError, match="ascending"):
         Scheme(4, channels=(2, 1))
     with pytest.raises(InputError, match="at least one"):
@@ -206,9 +208,9 @@ def test_what_is_not_finite_spoils_its_block_alone(
     marked, spoilt = torch.zeros_like(x), x.clone()
     marked[index], spoilt[index] = 1.0, bad
     block = torch.from_numpy(np.broadcast_to(_steps(marked, replace(scheme, symmetric=True)), x.shape) > 0)
-    found = round_kv(spoilt, scheme)
+    found = fake_quantize(spoilt, scheme)
     assert found[block].isnan().all()
-    assert torch.equal(found[~block], round_kv(x, scheme)[~block])
+    assert torch.equal(found[~block], fake_quantize(x, scheme)[~block])
 
 
 @given(tensors(), schemes())
@@ -229,17 +231,17 @@ def test_one_pass_is_token_by_token(x: torch.Tensor, scheme: Scheme, prompt: int
     placement = Placement(scales="call" if per_call else "prompt")
     prompt = min(prompt, x.shape[2])
     recipe = Recipe.uniform(1, scheme)
-    at_once = Rounder(recipe, placement, prompt_tokens=prompt)(0, "k", x)
-    stream = Rounder(recipe, placement)
+    at_once = Quantizer(recipe, placement, prompt_tokens=prompt)(0, "k", x)
+    stream = Quantizer(recipe, placement)
     parts = [stream(0, "k", x[:, :, :prompt])]
     parts += [stream(0, "k", x[:, :, n : n + 1]) for n in range(prompt, x.shape[2])]
     assert torch.equal(at_once, torch.cat(parts, dim=2))
     for sinks in (1, 2, 4):
         kept = replace(placement, sinks=sinks)
-        whole = Rounder(recipe, kept, prompt_tokens=prompt).settle(0, "k", x, x.shape[2])
-        stream, held = Rounder(recipe, kept), x[:, :, :0]
+        whole = Quantizer(recipe, kept, prompt_tokens=prompt).flush(0, "k", x, x.shape[2])
+        stream, held = Quantizer(recipe, kept), x[:, :, :0]
         for first, stop in zip((0, *range(prompt, x.shape[2])), range(prompt, x.shape[2] + 1), strict=True):
-            held = stream.settle(0, "k", torch.cat([held, x[:, :, first:stop]], dim=2), stop - first)
+            held = stream.flush(0, "k", torch.cat([held, x[:, :, first:stop]], dim=2), stop - first)
         assert torch.equal(whole, held)
         assert torch.equal(whole[:, :, :sinks], x[:, :, :sinks])
 
@@ -252,7 +254,7 @@ def test_what_is_due(prompt: int, residual: int, sinks: int, flush: str, whole: 
     for new in (prompt, *[1] * 30):
         held += new
         first_call = settled < 0
-        start, stop = placement.due(settled, held, whole)
+        start, stop = placement.next_span(settled, held, whole)
         assert min(sinks, held) <= start <= stop <= held
         if placement.flush == "oldest":
             assert start == max(settled, min(sinks, held))
@@ -283,11 +285,11 @@ def test_whether_a_sequence_meets_the_rounding(
     placement = Placement(residual=residual, sinks=sinks, flush=flush, prefill_reads=reads)  # type: ignore[arg-type]
     scheme = Scheme(2, granularity="tensor" if whole else "token", symmetric=True)
     x = torch.randn(1, 1, prompt + generated, 8, generator=torch.Generator().manual_seed(0)) + 0.1
-    rounder, held, met = Rounder(Recipe.uniform(1, scheme), placement), x[:, :, :0], False
+    quantizer, held, met = Quantizer(Recipe.uniform(1, scheme), placement), x[:, :, :0], False
     for stop in range(prompt, prompt + generated + 1):
         first = held.shape[2]
         before = torch.cat([held, x[:, :, first:stop]], dim=2)
-        held = rounder.settle(0, "k", before, stop - first)
+        held = quantizer.flush(0, "k", before, stop - first)
         exactly = residual > 0 or (reads == "exact" and stop == prompt)
         met |= not torch.equal(before if exactly else held, x[:, :, :stop])
     assert placement.rounds(prompt, prompt + generated, whole) == met
@@ -297,13 +299,13 @@ def test_windows_cannot_go_in_one_pass() -> None:
     assert not Placement(prefill_reads="exact").one_pass
     assert not Placement(residual=4).one_pass
     with pytest.raises(InputError, match="token by token"):
-        Rounder(Recipe.uniform(1, Scheme(4)), Placement(residual=4), prompt_tokens=3)
+        Quantizer(Recipe.uniform(1, Scheme(4)), Placement(residual=4), prompt_tokens=3)
 
 
 @given(tensors())
 def test_sixteen_bits_are_the_identity(x: torch.Tensor) -> None:
     recipe = Recipe.exact(1)
     for placement in (Placement(), Placement.paper(), Placement(residual=3, sinks=1)):
-        rounder = Rounder(recipe, placement)
-        assert rounder(0, "k", x) is x
-        assert rounder.settle(0, "v", x, x.shape[2]) is x
+        quantizer = Quantizer(recipe, placement)
+        assert quantizer(0, "k", x) is x
+        assert quantizer.flush(0, "v", x, x.shape[2]) is x

@@ -14,9 +14,9 @@ from kvgeom.errors import InputError
 from kvgeom.models.hf import HFModel
 from kvgeom.models.rope import rotate
 from kvgeom.models.statistics import channel_statistics
-from kvgeom.quant.fake_quantize import round_kv
+from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.transforms import Statics, frame, hadamard_matrix, pair_factors
@@ -41,11 +41,11 @@ def offsets(model: HFModel) -> Statics:
     return Statics.of("key bias", model.key_biases(), rotary=True)
 
 
-class _Coarse(Rounder):
+class _Coarse(Quantizer):
     """Rounds nothing: what remains of the transforms alone."""
 
-    def _restored(self, key, x, scheme, start):  # type: ignore[no-untyped-def]
-        found, _ = self._encoded(key, scheme, x, start)
+    def _fake_quantized(self, key, x, scheme, start):  # type: ignore[no-untyped-def]
+        found, _ = self._encode(key, scheme, x, start)
         y = found.enter(x.float())
         return found.leave(y).to(x.dtype)
 
@@ -70,19 +70,19 @@ def test_center_rounds_what_is_left_without_the_bias(biased: HFModel) -> None:
     last = 2
     scheme = Scheme(3, transform="center")
     recipe = Recipe.uniform(3, scheme, layers=[last]).with_statics(offsets=offsets(biased))
-    exact, cache = biased.new_cache(), biased.new_cache(Rounder(recipe))
+    exact, cache = biased.new_cache(), biased.new_cache(Quantizer(recipe))
     biased.forward(IDS, exact)
     biased.forward(IDS, cache)
     angle = torch.arange(len(IDS))[:, None] * 10000.0 ** (-torch.arange(4) / 4)
     cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
     bias = biased._layers[last].self_attn.k_proj.bias.detach().view(2, 1, 8)  # type: ignore[union-attr, operator]
     offset = rotate(bias.expand(2, len(IDS), 8), cos, sin)[None]
-    expected = round_kv(exact.layers[last].keys - offset, Scheme(3)) + offset
+    expected = fake_quantize(exact.layers[last].keys - offset, Scheme(3)) + offset
     # A value halfway between levels may go to either, for the angles here are not bit for bit those of the model.
     off = (cache.layers[last].keys - expected).abs() > 1e-3
     assert off.float().mean() < 0.02
-    assert torch.equal(cache.layers[last].values, round_kv(exact.layers[last].values, Scheme(3)))
-    plain = biased.new_cache(Rounder(Recipe.uniform(3, Scheme(3), layers=[last])))
+    assert torch.equal(cache.layers[last].values, fake_quantize(exact.layers[last].values, Scheme(3)))
+    plain = biased.new_cache(Quantizer(Recipe.uniform(3, Scheme(3), layers=[last])))
     biased.forward(IDS, plain)
     error = lambda held: (held.layers[last].keys - exact.layers[last].keys).norm()  # noqa: E731
     assert error(cache) < error(plain) / 5
@@ -95,7 +95,7 @@ def test_center_in_padded_batches_and_token_by_token(biased: HFModel) -> None:
         prompts = [IDS[:5], IDS[3:25], IDS[:11]]
 
         def filled(ids: list[int], placement: Placement = placement):  # type: ignore[no-untyped-def]
-            cache = biased.new_cache(Rounder(recipe, placement))
+            cache = biased.new_cache(Quantizer(recipe, placement))
             return cache, int(biased.forward(ids, cache)[-1].argmax())
 
         caches, first = zip(*map(filled, prompts), strict=True)
@@ -106,7 +106,7 @@ def test_center_in_padded_batches_and_token_by_token(biased: HFModel) -> None:
             while len(alone) < len(response):
                 alone.append(int(biased.forward(alone[-1:], cache)[-1].argmax()))
             assert alone == response
-    stepwise, at_once = biased.new_cache(Rounder(recipe)), biased.new_cache(Rounder(recipe, prompt_tokens=9))
+    stepwise, at_once = biased.new_cache(Quantizer(recipe)), biased.new_cache(Quantizer(recipe, prompt_tokens=9))
     biased.forward(IDS[:9], stepwise)
     for token in IDS[9:]:
         biased.forward([token], stepwise)
@@ -124,7 +124,7 @@ def test_key_biases(kind: str) -> None:
                 weight.normal_()
     seen = {}
 
-    class Tap(Rounder):
+    class Tap(Quantizer):
         def __call__(self, layer, site, x):  # type: ignore[no-untyped-def]
             seen[layer, site] = x
             return x
@@ -146,7 +146,7 @@ def test_calibration_means_and_sizes(biased: HFModel) -> None:
     found = channel_statistics(biased, ["a b c", "hello there"])
     projected = []
 
-    class Tap(Rounder):
+    class Tap(Quantizer):
         def __call__(self, layer, site, x):  # type: ignore[no-untyped-def]
             if (layer, site) == (1, "k"):
                 projected.append(x[0])
@@ -189,7 +189,8 @@ def test_hadamard_spreads_an_outlier() -> None:
     x = torch.randn(1, 1, 50, 64, generator=torch.Generator().manual_seed(0))
     x[..., 3] += 60
     error = {
-        t: (round_kv(x, Scheme.parse(t)) - x).norm() for t in ("int4-asym-token-head", "int4-asym-token-head+hadamard")
+        t: (fake_quantize(x, Scheme.parse(t)) - x).norm()
+        for t in ("int4-asym-token-head", "int4-asym-token-head+hadamard")
     }
     assert error["int4-asym-token-head+hadamard"] < error["int4-asym-token-head"] / 2
 
@@ -220,7 +221,7 @@ def test_equalize_folded_into_the_weights() -> None:
     timed = Recipe.uniform(3, Scheme(8, transform="equalize")).with_statics(
         factors=Statics.of("sizes", vectors)  # type: ignore[arg-type]
     )
-    a, b = folded.new_cache(Rounder(recipe)), plain.new_cache(Rounder(timed))
+    a, b = folded.new_cache(Quantizer(recipe)), plain.new_cache(Quantizer(timed))
     folded.forward(IDS, a)
     plain.forward(IDS, b)
     for site, name in (("k", "keys"), ("v", "values")):
@@ -256,13 +257,13 @@ def test_statics_are_equal_by_name_and_content() -> None:
 def test_what_is_missing_is_said(biased: HFModel) -> None:
     x = torch.zeros(1, 2, 3, 8)
     with pytest.raises(InputError, match="with_statics"):
-        round_kv(x, Scheme(4, transform="center"))
+        fake_quantize(x, Scheme(4, transform="center"))
     with pytest.raises(InputError, match="offsets"):
-        Rounder(Recipe.uniform(3, Scheme(4, transform="center")))(0, "k", x)
+        Quantizer(Recipe.uniform(3, Scheme(4, transform="center")))(0, "k", x)
     with pytest.raises(InputError, match="factors"):
-        Rounder(Recipe.uniform(3, Scheme(4, transform="equalize")))(0, "k", x)
+        Quantizer(Recipe.uniform(3, Scheme(4, transform="equalize")))(0, "k", x)
     with pytest.raises(InputError, match="rotary"):
-        Rounder(Recipe.uniform(3, Scheme(4, transform="center")).with_statics(offsets=offsets(biased)))(0, "k", x)
+        Quantizer(Recipe.uniform(3, Scheme(4, transform="center")).with_statics(offsets=offsets(biased)))(0, "k", x)
     with pytest.raises(InputError, match="has none"):
         Statics.of("key bias", {})
     with pytest.raises(InputError, match="finite"):
@@ -284,7 +285,7 @@ def test_center_under_other_backends(kind: str, backend: str) -> None:
         model = kvgeom.load(hf_model, tokenizer=tiny_tokenizer(), backend=name)
         statics = Statics.of("key bias", model.key_biases(), rotary=True)  # type: ignore[attr-defined]
         recipe = Recipe.uniform(3, Scheme(8, transform="center")).with_statics(offsets=statics)
-        cache = model.new_cache(Rounder(recipe))
+        cache = model.new_cache(Quantizer(recipe))
         model.forward(IDS, cache)
         held.append(cache.layers[0].keys)
     # Values halfway between levels may fall to either side.

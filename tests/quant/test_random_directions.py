@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import baseline
 from kvgeom.evaluation.evaluate import evaluate
+from kvgeom.quant.fake_quantize import in_random_directions
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.quantizer import Rounder
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
-from kvgeom.quant.scatter import scattered
 from kvgeom.quant.scheme import Scheme
 from tests.builders.judges import CountingJudge
 from tests.builders.requests import REQUESTS
@@ -35,12 +35,12 @@ def test_it_is_one_signed_permutation_of_the_channels(
     heads, size = shape[1], shape[3]
     channels = heads * size
     units = torch.eye(channels, dtype=torch.float64).view(channels, heads, 1, size)
-    matrix = scattered(units, seed, layer, site).reshape(channels, channels)
+    matrix = in_random_directions(units, seed, layer, site).reshape(channels, channels)
     assert sorted(matrix.abs().flatten().tolist()) == [0.0] * (channels**2 - channels) + [1.0] * channels
     assert (matrix.abs().sum(0) == 1).all()
     assert (matrix.abs().sum(1) == 1).all()
     error = torch.randn(shape, generator=torch.manual_seed(seed), dtype=torch.float64)
-    found = scattered(error, seed, layer, site)
+    found = in_random_directions(error, seed, layer, site)
     by_matrix = (error.transpose(1, 2).flatten(2) @ matrix).unflatten(2, (heads, size)).transpose(1, 2)
     torch.testing.assert_close(found, by_matrix, rtol=0, atol=0)
     torch.testing.assert_close(found.square().sum((1, 3)), error.square().sum((1, 3)))
@@ -48,19 +48,19 @@ def test_it_is_one_signed_permutation_of_the_channels(
 
 def test_layers_sites_and_seeds_have_draws_of_their_own() -> None:
     error = torch.arange(1.0, 33.0).view(1, 2, 1, 16)
-    seen = [scattered(error, *key) for key in ((0, 0, "k"), (0, 0, "v"), (0, 1, "k"), (1, 0, "k"))]
+    seen = [in_random_directions(error, *key) for key in ((0, 0, "k"), (0, 0, "v"), (0, 1, "k"), (1, 0, "k"))]
     for n, one in enumerate(seen):
         assert not torch.equal(one.abs(), error)
         assert all(not torch.equal(one, other) for other in seen[:n])
-    assert torch.equal(seen[0], scattered(error, 0, 0, "k"))
+    assert torch.equal(seen[0], in_random_directions(error, 0, 0, "k"))
 
 
 @given(st.sampled_from(["int3-sym-tensor", "int4-asym-token", "int2-asym-group8", "int4-asym-head"]), sites)
 def test_a_rounder_moves_only_the_error(name: str, site: str) -> None:
     x = torch.randn(1, 2, 7, 8, generator=torch.manual_seed(0))
     recipe = Recipe.uniform(1, Scheme.parse(name))
-    plain, moved = (Rounder(r)(0, site, x) - x for r in (recipe, recipe.scattered(4)))  # type: ignore[arg-type]
-    torch.testing.assert_close(moved, scattered(plain, 4, 0, site), atol=1e-6, rtol=0)
+    plain, moved = (Quantizer(r)(0, site, x) - x for r in (recipe, recipe.with_random_directions(4)))  # type: ignore[arg-type]
+    torch.testing.assert_close(moved, in_random_directions(plain, 4, 0, site), atol=1e-6, rtol=0)
     torch.testing.assert_close(moved.norm(dim=(1, 3)), plain.norm(dim=(1, 3)), atol=1e-5, rtol=1e-5)
 
 
@@ -68,9 +68,9 @@ def test_a_rounder_moves_only_the_error(name: str, site: str) -> None:
 @given(st.sampled_from(PLACEMENTS), st.sampled_from(["tensor", "channel", "token"]), st.integers(1, 5))
 def test_tokens_one_by_one_or_in_one_pass(placement: Placement, granularity: str, response: int) -> None:
     model = TINY["mistral"]
-    recipe = Recipe.uniform(3, Scheme(4, True, granularity)).scattered(2)  # type: ignore[arg-type]
+    recipe = Recipe.uniform(3, Scheme(4, True, granularity)).with_random_directions(2)  # type: ignore[arg-type]
     ids, said = model.encode(["open the door"])[0].ids, model.tokens("well, no")[:response]
-    steps, whole = (model.new_cache(Rounder(recipe, placement, prompt_tokens=n)) for n in (None, len(ids)))
+    steps, whole = (model.new_cache(Quantizer(recipe, placement, prompt_tokens=n)) for n in (None, len(ids)))
     for part in (ids, *([token] for token in said)):
         model.forward(part, steps)
     for part in [ids, said] if placement.prefill_reads == "exact" else [[*ids, *said]]:
@@ -84,9 +84,9 @@ def test_tokens_one_by_one_or_in_one_pass(placement: Placement, granularity: str
 )
 def test_drafts_give_what_generation_gives(kind: str, placement: Placement) -> None:
     made = {
-        "tensor": Recipe.uniform(3, Scheme(4, True, "tensor")).scattered(1),
-        "one layer": Recipe.uniform(3, Scheme(2), layers=[1]).scattered(2),
-        "not scattered": Recipe.uniform(3, Scheme(3)),
+        "tensor": Recipe.uniform(3, Scheme(4, True, "tensor")).with_random_directions(1),
+        "one layer": Recipe.uniform(3, Scheme(2), layers=[1]).with_random_directions(2),
+        "not random": Recipe.uniform(3, Scheme(3)),
     }
     base = baseline(TINY[kind], REQUESTS[:4], judge=CountingJudge(), max_new_tokens=6, progress=False)
     fast, full = (
@@ -101,17 +101,21 @@ def test_drafts_give_what_generation_gives(kind: str, placement: Placement) -> N
 def test_the_control_is_another_recipe_everywhere_it_counts() -> None:
     """Not taken for the recipe itself in a journal, nor in a batch with it, and not packed."""
     recipe = Recipe.uniform(3, Scheme(3))
-    assert len({recipe, recipe.scattered(0), recipe.scattered(1)}) == 3
+    assert len({recipe, recipe.with_random_directions(0), recipe.with_random_directions(1)}) == 3
     base = baseline(TINY["llama"], REQUESTS[:2], judge=CountingJudge(), max_new_tokens=4, progress=False)
     alone = {
         name: evaluate(TINY["llama"], {name: r}, base, progress=False).data.kl.sel(recipe=name).values
-        for name, r in (("plain", recipe), ("0", recipe.scattered(0)), ("1", recipe.scattered(1)))
+        for name, r in (
+            ("plain", recipe),
+            ("0", recipe.with_random_directions(0)),
+            ("1", recipe.with_random_directions(1)),
+        )
     }
     fresh = baseline(TINY["llama"], REQUESTS[:2], judge=CountingJudge(), max_new_tokens=4, progress=False)
-    both = {"plain": recipe, "0": recipe.scattered(0), "1": recipe.scattered(1)}
+    both = {"plain": recipe, "0": recipe.with_random_directions(0), "1": recipe.with_random_directions(1)}
     together = evaluate(TINY["llama"], both, fresh, progress=False).data.kl
     for name, values in alone.items():
         np.testing.assert_allclose(together.sel(recipe=name).values, values, atol=1e-5)
     assert len({tuple(np.round(values, 6)) for values in alone.values()}) == 3
-    with pytest.raises(InputError, match="scattered"):
-        Rounder(recipe.scattered(0)).pack(0, "k", torch.zeros(1, 2, 3, 8))
+    with pytest.raises(InputError, match="random_directions=0"):
+        Quantizer(recipe.with_random_directions(0)).pack(0, "k", torch.zeros(1, 2, 3, 8))

@@ -50,8 +50,8 @@ recipes = st.builds(
 def sent(made: list[Recipe]) -> list[Recipe]:
     """Through text, with the constants of all recipes in one place."""
     shared: dict[str, object] = {}
-    spelled = [recipe_to_json(recipe, shared) for recipe in made]  # type: ignore[arg-type]
-    text = json.dumps(plain({"recipes": spelled, "statics": shared}), allow_nan=False)
+    records = [recipe_to_json(recipe, shared) for recipe in made]  # type: ignore[arg-type]
+    text = json.dumps(plain({"recipes": records, "statics": shared}), allow_nan=False)
     read = json.loads(text)
     known = {key: statics_from_json(value, key) for key, value in read["statics"].items()}
     return [recipe_from_json(record, known) for record in read["recipes"]]
