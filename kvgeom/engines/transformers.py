@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from kvgeom.engines.engine import Engine, Export, Preset, both
 from kvgeom.engines.registry import register_engine
 from kvgeom.errors import InputError
-from kvgeom.models.packed import check_packable
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 
@@ -39,6 +38,8 @@ def export(
     InputError
         As :func:`~kvgeom.models.packed.quantized_cache`, and without a file for a recipe with offsets or factors.
     """
+    from kvgeom.models.packed import check_packable  # imports torch, which listing engines must not
+
     check_packable(recipe, placement)
     lines = ["from kvgeom.models.packed import quantized_cache"]
     if file is not None:

@@ -162,7 +162,7 @@ def test_each_layer_type_has_its_own_rotation() -> None:
         expected = torch.cat(
             [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1
         )
-        torch.testing.assert_close(rotary.turn(layer, 5, keys)(vector)[0], expected)
+        torch.testing.assert_close(rotary.rotation(layer, 5, keys)(vector)[0], expected)
 
 
 def test_a_model_without_rotary_embedding() -> None:
@@ -239,7 +239,7 @@ def test_recipes_as_files(tmp_path: Any, model: HFModel) -> None:
             for key in old.vectors if old else ():
                 assert torch.equal(old.vectors[key], new.vectors[key])
     model.hf_model.save_pretrained(tmp_path / "other")
-    for wrong, message in ((tmp_path / "none", "cannot be read"), (tmp_path / "other/config.json", "cannot be read")):
+    for wrong, message in ((tmp_path / "none", "cannot read"), (tmp_path / "other/config.json", "cannot read")):
         with pytest.raises(InputError, match=message):
             load_recipe(wrong)
 

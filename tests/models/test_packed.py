@@ -130,5 +130,5 @@ def test_what_a_packed_cache_is_not_for() -> None:
     token = int(MODEL.forward(IDS, cache)[-1].argmax())
     with pytest.raises(InputError, match="one sequence"):
         MODEL.generate([cache], [token], 3)
-    with pytest.raises(InputError, match="packed codes"):
+    with pytest.raises(InputError, match="layer 0, k"):
         MODEL.forward(IDS, PackedCache(3, Quantizer(Recipe.uniform(3, Scheme(4).only([1])))))
