@@ -164,7 +164,8 @@ def test_a_curve_of_the_refused_claims_no_more(base: Baseline) -> None:
     titles = [note.text for figure in (whole.plot(), part.plot()) for note in figure.layout.annotations[:1]]
     assert f"{n} harmful requests get that are refused unquantized, of {len(REQUESTS)}" in titles[1]
     assert "refused" not in titles[0]
-    assert [line.split()[-2] for line in part.to_text().splitlines()[2:]] == ["-"] * 3
+    rows = [line.split() for line in part.to_text().splitlines()]
+    assert {row[0]: row[-2] for row in rows if row and row[0].isdigit()} == dict.fromkeys(("16", "8", "2"), "-")
 
 
 def test_over_refusal(base: Baseline) -> None:
