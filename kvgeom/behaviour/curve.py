@@ -179,23 +179,24 @@ def bit_width_curve(
     (Curve, Outcomes)
         The outcomes hold each response, with the coordinates ``family="bits"`` and ``bits``.
     """
+    conditions = series.conditions(base.model)
     outcomes = run_conditions(
         base,
-        series.conditions(base.model.geometry.layers),
+        conditions,
         prompts=base.refused if refused_only else None,
         full_responses=full_responses,
         title="responses by bit-width",
     )
-    return curve_of(outcomes, perplexities(base, series), series.described(base)), outcomes
+    return curve_of(outcomes, perplexities(base, conditions), series.described(base)), outcomes
 
 
-def perplexities(base: Baseline, series: WidthSeries) -> list[float]:
-    """Perplexity of the run's text, unquantized and at each width."""
-    conditions: list[Condition | None] = [None, *series.conditions(base.model.geometry.layers).values()]
+def perplexities(base: Baseline, conditions: Mapping[str, Condition]) -> list[float]:
+    """Perplexity of the run's text, unquantized and under each condition; all have the placement of the first."""
+    placement = next((each.placement for each in conditions.values()), None)
+    recipes = [None, *(each.recipe for each in conditions.values())]
     with base.run.bars():
         return [
-            base.perplexity(None if each is None else each.recipe, series.placement)
-            for each in track(conditions, "perplexity by bit-width", len(conditions))
+            base.perplexity(recipe, placement) for recipe in track(recipes, "perplexity by bit-width", len(recipes))
         ]
 
 

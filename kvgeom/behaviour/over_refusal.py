@@ -55,7 +55,7 @@ def over_refusal(base: Baseline, series: WidthSeries) -> OverRefusal:
     series : WidthSeries
         See :func:`~kvgeom.behaviour.widths.at_widths`.
     """
-    conditions = series.conditions(base.model.geometry.layers)
+    conditions = series.conditions(base.model)
     outcomes = run_conditions(base, conditions, title="harmless requests")
     labels = outcomes.data.label.values
     refused, n = labels == "refused", len(base.prompts)

@@ -10,7 +10,8 @@ from typing import Any
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import resolve, widths
 from kvgeom.evaluation.baseline import Baseline
-from kvgeom.evaluation.condition import Condition
+from kvgeom.evaluation.condition import Condition, with_model_constants
+from kvgeom.models.model import Model
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme, check_bits
@@ -42,12 +43,14 @@ class WidthSeries:
     configs: Mapping[int, CacheConfig]
     placement: Placement
 
-    def conditions(self, n_layers: int) -> dict[str, Condition]:
-        """All layers at each width: ``family="bits"`` and ``bits``."""
-        return {
+    def conditions(self, model: Model) -> dict[str, Condition]:
+        """All layers of a model at each width: ``family="bits"`` and ``bits``."""
+        n_layers = model.geometry.layers
+        widths = {
             f"{bits}-bit": Condition(config.recipe(n_layers), config.placement, family="bits", bits=bits)
             for bits, config in self.configs.items()
         }
+        return with_model_constants(model, widths)
 
     def described(self, base: Baseline) -> dict[str, Any]:
         """What is done to the cache, and how many prompts never meet it: the keys of :data:`DESCRIBED`."""

@@ -23,7 +23,7 @@ from kvgeom.behaviour.ablation import (
 from kvgeom.behaviour.curve import Curve, curve_of, perplexities
 from kvgeom.behaviour.pcr import PCR, pcr_of
 from kvgeom.behaviour.scan import Scan, per_tensor, scan_of, single_layers
-from kvgeom.behaviour.widths import WidthSeries, at_widths
+from kvgeom.behaviour.widths import at_widths
 from kvgeom.diagnosis.evidence import FlipTable, evidence_from, shares
 from kvgeom.diagnosis.mode import Mode
 from kvgeom.diagnosis.taxonomy import Evidence, classify
@@ -302,14 +302,20 @@ def diagnose(
     chosen = calibration() if prompts is None else as_prompt_set(prompts)
     loaded, run = open_run(model, options)
     with opened(loaded, chosen.harmful, run) as base, run.bars():
-        measured = _measure(base, series, tensor, placement or Placement(), gains, full_responses)
-        curve = curve_of(measured.outcomes, perplexities(base, series), series.described(base))
+        widths = series.conditions(loaded)
+        measured = _measure(base, widths, tensor, placement or Placement(), gains, full_responses)
+        curve = curve_of(measured.outcomes, perplexities(base, widths), series.described(base))
         sensitivity = _sensitivity(loaded, chosen, tensor, placement, run) if geometry else None
     return _conclude(measured, chosen, curve, sensitivity, run.seed, base)
 
 
 def _measure(
-    base: Baseline, series: WidthSeries, tensor: Scheme, placement: Placement, gains: bool, full_responses: bool
+    base: Baseline,
+    widths: Mapping[str, Condition],
+    tensor: Scheme,
+    placement: Placement,
+    gains: bool,
+    full_responses: bool,
 ) -> _Measured:
     """All responses; each prompt needs one pass for all conditions that are known at a time."""
     n_layers, seed = base.model.geometry.layers, base.run.seed
@@ -319,8 +325,7 @@ def _measure(
         return run_conditions(base, conditions, prompts=prompts, full_responses=full_responses, title=title)
 
     first = {**whole_cache(n_layers, tensor, placement), **single_layers(n_layers, tensor, placement)}
-    widths = series.conditions(n_layers)
-    along = widths if series.placement == placement else {}
+    along = widths if all(each.placement == placement for each in widths.values()) else {}
     together = run({**first, **along}, "layers, parts and widths")
     worst = scan_of(together, tensor).critical_layer
     where = range(n_layers) if worst is None else [worst]

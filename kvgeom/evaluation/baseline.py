@@ -36,6 +36,8 @@ V = TypeVar("V")
 PREFILL_BYTES = 1 << 30
 #: So many labelled responses are remembered: many recipes give the unquantized one.
 LABELLED = 4096
+#: So many numbers, such as perplexities, are remembered.
+NUMBERS = 1 << 16
 
 
 class Bounded(Generic[K, V]):
@@ -111,6 +113,7 @@ class Baseline:
     _labelled: Bounded[tuple[int, tuple[int, ...]], tuple[str, str, str]] = field(
         default_factory=lambda: Bounded(LABELLED), repr=False, compare=False
     )
+    _numbers: Bounded[str, float] = field(default_factory=lambda: Bounded(NUMBERS), repr=False, compare=False)
 
     @property
     def judge(self) -> Judge:
@@ -177,7 +180,16 @@ class Baseline:
             "placement": str(placement),
         }
         measure = partial(perplexity, self.model, self.run.text, recipe, placement=placement)
-        return float(self.journal.remember(key, measure))
+        return self._number(key, measure)
+
+    def unquantized_margin(self, index: int) -> float:
+        """Refusal margin (nats) of prompt ``index`` unquantized; NaN if nothing is refused."""
+        key = {"measure": "unquantized margin", "prompt": index}
+        return self._number(key, lambda: self.margins([self.prefill(index).logits])[0])
+
+    def _number(self, key: dict[str, Any], measure: Callable[[], float]) -> float:
+        """What a key stands for: known, in the journal, or measured now."""
+        return self._numbers.get(json.dumps(key), lambda: float(self.journal.remember(key, measure)))
 
     def judged(self, index: int, tokens: Sequence[int]) -> tuple[str, str, str]:
         """Text, label and reason of a response to prompt ``index``; the label is that of what the judge reads.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import resolve
 from kvgeom.errors import InputError
 from kvgeom.models.model import Model
+from kvgeom.models.statistics import with_constants
+from kvgeom.prompts.sets import calibration
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 
@@ -59,8 +62,8 @@ def as_conditions(given: Any, model: Model, placement: Placement | str | None) -
     Parameters
     ----------
     given : mapping of name to condition, or sequence of conditions, or one
-        A condition is a :class:`Condition`, or anything that :func:`kvgeom.engines.registry.resolve` takes: a scheme, a
-        spelling, the preset of an engine, a recipe.
+        A condition is a :class:`Condition`, or anything that :func:`kvgeom.engines.registry.resolve` takes: a scheme or its
+        name, the preset of an engine, a recipe. Constants that a transform needs are added (:func:`with_model_constants`).
     model : Model
     placement : Placement, str or None
         Of those that do not bring their own.
@@ -71,29 +74,61 @@ def as_conditions(given: Any, model: Model, placement: Placement | str | None) -
         If one cannot be read, is for another number of layers, or has the name of the unquantized model.
     """
     if isinstance(given, Mapping):
-        named = dict(given)
+        named = {str(name): each for name, each in given.items()}
     elif isinstance(given, Sequence) and not isinstance(given, str):
-        named = {str(each): each for each in given}
+        named = {_name(each): each for each in given}
     else:
-        named = {str(given): given}
-    return {str(name): _condition(str(name), each, model, placement) for name, each in named.items()}
+        named = {_name(given): given}
+    conditions = {name: _condition(name, each, model, placement) for name, each in named.items()}
+    return with_model_constants(model, conditions)
+
+
+def with_model_constants(model: Model, conditions: Mapping[str, Condition]) -> dict[str, Condition]:
+    """The same conditions, with the offsets and factors that their schemes need and their recipes do not bring.
+
+    Key biases are read off the model. All else is measured over the calibration prompts (one pass each), once for all
+    conditions that need the same.
+    """
+    prompts = calibration()
+    measured: dict[frozenset[tuple[int, str]], Recipe] = {}
+    complete = dict(conditions)
+    for name, each in conditions.items():
+        recipe = each.recipe
+        missing = _missing(recipe)
+        if not missing:
+            continue
+        if missing not in measured:
+            measured[missing] = with_constants(model, recipe, (*prompts.harmful, *prompts.harmless))
+        known = measured[missing]
+        recipe = recipe.with_statics(
+            offsets=known.offsets if recipe.offsets is None else None,
+            factors=known.factors if recipe.factors is None else None,
+        )
+        complete[name] = replace(each, recipe=recipe)
+    return complete
+
+
+def _missing(recipe: Recipe) -> frozenset[tuple[int, str]]:
+    """Which transforms of keys (0) and values (1) need constants that the recipe does not have."""
+    known = {"center": recipe.offsets, "equalize": recipe.factors}
+    return frozenset(
+        (site, scheme.transform)
+        for pair in recipe
+        for site, scheme in enumerate(pair)
+        if scheme is not None and scheme.transform in known and known[scheme.transform] is None
+    )
+
+
+def _name(given: Any) -> str:
+    return given.name if isinstance(given, CacheConfig) else str(given)
 
 
 def _condition(name: str, given: Any, model: Model, placement: Placement | str | None) -> Condition:
     layers = model.geometry.layers
     if name == UNQUANTIZED:
         raise InputError(f"{UNQUANTIZED!r} is the name of the unquantized model; give the recipe another name")
-    if isinstance(given, Condition):
-        found = given
-    elif isinstance(given, Recipe):
-        found = Condition(given, _placement(placement))
-    else:
-        config = resolve(given, placement=placement)
-        found = Condition(config.recipe(layers), config.placement)
-    if len(found.recipe) != layers:
-        raise InputError(f"recipe {name!r} has {len(found.recipe)} layers, but {model.name} has {layers}")
-    return found
-
-
-def _placement(given: Placement | str | None) -> Placement:
-    return given if isinstance(given, Placement) else resolve("int4-asym-token", placement=given).placement
+    config = None if isinstance(given, Condition) else resolve(given, placement=placement)
+    own = given.recipe if config is None else config.per_layer
+    if own is not None and len(own) != layers:
+        raise InputError(f"recipe {name!r} has {len(own)} layers, but {model.name} has {layers}")
+    return given if config is None else Condition(config.recipe(layers), config.placement)

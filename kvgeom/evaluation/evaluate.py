@@ -176,13 +176,11 @@ def _record(base: Baseline, answer: Answer, full_responses: bool) -> dict[str, A
 
 def _unquantized(base: Baseline, index: int) -> dict[str, Any]:
     tokens = base.tokens[index]
-    key = {"measure": "unquantized margin", "prompt": index}
-    (clean,) = base.journal.remember(key, lambda: base.margins([base.prefill(index).logits]))
     return {
         "text": base.model.decode(tokens),
         "label": base.labels[index],
         "reason": base.reasons[index],
-        "margin": clean,
+        "margin": base.unquantized_margin(index),
         "kl": 0.0,
         "divergence": -1,
         "tokens": len(tokens),
