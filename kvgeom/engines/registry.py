@@ -103,7 +103,7 @@ def resolve(
     >>> resolve("int3-sym-tensor", placement="paper").placement.where
     'projection'
     """
-    where = _placement(placement)
+    where = None if placement is None else Placement.parse(placement)
     if isinstance(spec, str) and spec in (known := _presets()):
         engine, preset = known[spec]
         found = engine.config(preset, bits)
@@ -155,14 +155,6 @@ def _parse(spec: str, bits: int | None) -> Scheme:
     close = get_close_matches(spec.lower(), known, 1)
     choose = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known)};"
     raise InputError(f"unknown preset {spec!r}; {choose} `kvgeom schemes` lists presets and formats")
-
-
-def _placement(given: Placement | str | None) -> Placement | None:
-    if not isinstance(given, str):
-        return given
-    if given not in ("cache", "paper"):
-        raise InputError(f"unknown placement {given!r}; choose from cache, paper, or give a Placement")
-    return Placement.paper() if given == "paper" else Placement()
 
 
 def scheme_rows(kv_heads: int = 8, head_dim: int = 128, tokens: int = 4096) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from kvgeom.models.statistics import Constants
 from kvgeom.quant.memory import bytes_per_token
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Schemes, Site
-from kvgeom.quant.scheme import Scheme, Transform
+from kvgeom.quant.scheme import Scheme
 
 Family = Literal["unmitigated", "center", "equalize", "hadamard", "refine", "protect", "combined"]
 #: The cache as the engine makes it.
@@ -143,10 +143,10 @@ def _recipe(schemes: Schemes, n_layers: int, known: Constants) -> Recipe:
     return Recipe((schemes,) * n_layers, offsets, known.factors if "equalize" in (k, v) else None)
 
 
-def _transformed(schemes: Schemes, keys: Transform | None, values: Transform | None) -> Schemes:
+def _transformed(schemes: Schemes, keys: str | None, values: str | None) -> Schemes:
     """The same grids after other transforms; what is transformed already, or not rounded, stays as it is."""
 
-    def one(scheme: Scheme | None, transform: Transform | None) -> Scheme | None:
+    def one(scheme: Scheme | None, transform: str | None) -> Scheme | None:
         if scheme is None or transform is None or scheme.transform != "none":
             return scheme
         return replace(scheme, transform=transform)

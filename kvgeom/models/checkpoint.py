@@ -22,7 +22,7 @@ from kvgeom.models.hf import HFModel
 from kvgeom.models.model import Model
 from kvgeom.models.quiet import quiet_transformers
 from kvgeom.quant.recipe import Recipe, Site
-from kvgeom.quant.scheme import Scheme, Transform
+from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.transforms import Statics, frame
 
 #: Which checkpoint this is; only a folder that has it is written again.
@@ -86,7 +86,7 @@ def foldable(recipe: Recipe) -> tuple[Site, ...]:
         site: {s.transform for layer in range(len(recipe)) if (s := recipe.scheme(layer, site)) is not None} - {"none"}
         for site in get_args(Site)
     }
-    able: dict[Site, set[Transform]] = {"k": {"equalize"}, "v": {"equalize", "center", "hadamard", "hadamard64", "rht"}}
+    able: dict[Site, set[str]] = {"k": {"equalize"}, "v": {"equalize", "center", "hadamard", "hadamard64", "rht"}}
     return tuple(site for site, used in found.items() if used and used <= able[site])
 
 

@@ -69,6 +69,26 @@ class Placement:
         """The paper's simulation: projection outputs, fresh scales in every forward call."""
         return cls(where="projection", scales="call")
 
+    @classmethod
+    def parse(cls, given: Placement | str) -> Placement:
+        """``"cache"`` and ``"paper"`` by name; a placement is returned as it is.
+
+        Raises
+        ------
+        InputError
+            If it is neither.
+
+        Examples
+        --------
+        >>> Placement.parse("paper").where
+        'projection'
+        """
+        if isinstance(given, cls):
+            return given
+        if given not in ("cache", "paper"):
+            raise InputError(f"unknown placement {given!r}; choose from cache, paper, or give a Placement")
+        return cls.paper() if given == "paper" else cls.cache()
+
     @property
     def windowed(self) -> bool:
         """Whether some tokens are kept in full precision, for a while or for good."""

@@ -22,7 +22,7 @@ from kvgeom.quant.packing import Packed
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Site
 from kvgeom.quant.scheme import Scheme
-from kvgeom.quant.transforms import Frame, Rotation, frame
+from kvgeom.quant.transforms import Frame, Rotation, frame, get_transform
 
 Key = tuple[int, Site]
 
@@ -158,7 +158,7 @@ class Quantizer:
         stored = self._stored[key] = self._stored.get(key, 0) + new
         if scheme is None:
             return stored, stored
-        if scheme.transform == "center":
+        if _constants(scheme) == "offsets":
             offset = self._offset(key, new)
             self._offsets[key] = torch.cat([self._offsets[key], offset], dim=2) if key in self._offsets else offset
         start, stop = self.placement.next_span(self._quantized.get(key, -1), stored, scheme.spans_tokens)
@@ -171,13 +171,13 @@ class Quantizer:
         self, key: Key, scheme: Scheme, x: Tensor, start: int | None
     ) -> tuple[Frame, list[tuple[Tensor, Encoded]]]:
         """Codes of ``x`` in the coordinates of the transform, in as many parts as have their own scales."""
-        vector = None
-        if scheme.transform == "center":
+        constant, needed = None, _constants(scheme)
+        if needed == "offsets":
             tokens = x.shape[2]
-            vector = self._offset(key, tokens) if start is None else self._offsets[key][:, :, start : start + tokens]
-        elif scheme.transform == "equalize":
-            vector = self._vector(key)
-        found = frame(scheme, vector, x)
+            constant = self._offset(key, tokens) if start is None else self._offsets[key][:, :, start : start + tokens]
+        elif needed == "factors":
+            constant = self._factors(key)
+        found = frame(scheme, constant, x)
         y = found.enter(x if x.dtype == torch.float64 else x.float())
         if self.has_residual or not (
             scheme.spans_tokens or get_format(scheme.format).couples_tokens
@@ -214,18 +214,23 @@ class Quantizer:
         seed = self.recipe.random_directions
         return rounded if seed is None else x + in_random_directions(rounded - x, seed, *key)
 
-    def _vector(self, key: Key) -> Tensor | None:
-        """Offset or factors of a layer and site; None where there are Statics, but none for it."""
+    def _factors(self, key: Key) -> Tensor | None:
+        """Factors of a layer and site, ``[kv_heads, 1, head_dim]``; None where there are Statics, but none for it."""
         statics = self.recipe.factors
         if statics is None:
-            raise InputError("a scheme with equalize needs a recipe with factors; use recipe.with_statics(factors=...)")
-        return statics.vectors.get(key)
+            raise InputError(
+                f"{self.recipe.scheme(*key)} needs a recipe with factors; use recipe.with_statics(factors=...)"
+            )
+        vector = statics.vectors.get(key)
+        return None if vector is None else vector[:, None]
 
     def _offset(self, key: Key, tokens: int) -> Tensor:
-        """What ``center`` subtracts from the tokens that come now, ``[batch or 1, kv_heads, tokens, head_dim]``."""
+        """Offsets of the tokens that come now, ``[batch or 1, kv_heads, tokens, head_dim]``."""
         statics = self.recipe.offsets
         if statics is None:
-            raise InputError("a scheme with center needs a recipe with offsets; use recipe.with_statics(offsets=...)")
+            raise InputError(
+                f"{self.recipe.scheme(*key)} needs a recipe with offsets; use recipe.with_statics(offsets=...)"
+            )
         vector = statics.vectors.get(key)
         if vector is None:
             return torch.zeros(1, 1, tokens, 1)
@@ -233,7 +238,7 @@ class Quantizer:
             return vector[None, :, None].expand(1, -1, tokens, -1)
         if key[0] not in self._rotations:
             raise InputError(
-                f"center needs the rotary embedding of the keys that layer {key[0]} stores; call "
+                f"{self.recipe.scheme(*key)} needs the rotary embedding of the keys that layer {key[0]} stores; call "
                 "set_rotation(layer, rotation) first, as the models' own passes do"
             )
         return self._rotations[key[0]](vector)
@@ -258,3 +263,8 @@ class Quantizer:
         new._scales, new._seen = scales, dict(self._seen)
         new._stored, new._quantized, new._offsets = dict(self._stored), dict(self._quantized), dict(self._offsets)
         return new
+
+
+def _constants(scheme: Scheme) -> str | None:
+    found = get_transform(scheme.transform)
+    return None if found is None else found.constants

@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 
 from kvgeom.errors import InputError
 from kvgeom.quant.formats.base import DEFAULT, formats, get_format
+from kvgeom.quant.transforms import get_transform
 
 Granularity = Literal["tensor", "token", "channel", "group", "head", "token-head", "channel-group", "none"]
-Transform = Literal["none", "center", "equalize", "hadamard", "hadamard64", "rht"]
 Precision = Literal["f32", "f16", "bf16"]
 BITS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -54,8 +54,9 @@ class Scheme:
         ``q5_0``, ``q5_1``, ``q4_0``, ``q4_1``, ``iq4_nl``; the block floats ``mxfp4`` and ``nvfp4``; the integer grids of
         engines ``mlx``, ``hqq`` and ``vllm``, which differ from ``int`` in how they choose and apply a scale; or your own
         (:func:`kvgeom.quant.formats.base.register_format`).
-    transform : {"none", "center", "equalize", "hadamard", "hadamard64", "rht"}
-        What is done to the values before rounding, and undone after; see :mod:`kvgeom.quant.transforms`.
+    transform : str
+        What is done to the values before rounding, and undone after: ``none``, ``center``, ``equalize``, ``hadamard``,
+        ``hadamard64``, ``rht``, or your own (:func:`kvgeom.quant.transforms.register_transform`).
     scales : {"f32", "f16", "bf16"}
         Precision in which the scales (and offsets) of an integer grid are stored.
 
@@ -84,7 +85,7 @@ class Scheme:
     group_size: int | None = None
     channels: tuple[int, ...] | None = None
     format: str = "int"
-    transform: Transform = "none"
+    transform: str = "none"
     scales: Precision = "f32"
 
     def __post_init__(self) -> None:
@@ -93,7 +94,6 @@ class Scheme:
             raise InputError(f"bits of a scheme must be 2 to 8, got {self.bits}; full precision is no scheme (None)")
         for name, value, known in (
             ("granularity", self.granularity, get_args(Granularity)),
-            ("transform", self.transform, get_args(Transform)),
             ("precision of scales", self.scales, get_args(Precision)),
         ):
             if value not in known:
@@ -110,6 +110,7 @@ class Scheme:
                 f"channels must be in ascending order, each once, and at least one, got {self.channels}; use only()"
             )
         form.check(self)
+        get_transform(self.transform)
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
@@ -125,12 +126,13 @@ class Scheme:
             for form in formats():
                 parsed = form.read(match["format"])
                 if parsed is not None:
-                    granularity: Any = parsed.granularity  # these three are checked on construction
-                    transform: Any = match["transform"] or "none"
+                    granularity: Any = parsed.granularity  # checked on construction, as the precision of scales is
                     scales: Any = match["scales"] or "f32"
                     channels = _channels(match["channels"]) if match["channels"] else None
                     bits, symmetric, _, size = parsed
-                    return cls(bits, symmetric, granularity, size, channels, form.name, transform, scales)
+                    return cls(
+                        bits, symmetric, granularity, size, channels, form.name, match["transform"] or "none", scales
+                    )
         usage = next((form.usage for form in formats() if form.begins(text)), get_format(DEFAULT).usage)
         raise InputError(
             f"cannot read scheme {text!r}; write it as {usage}, or as `kvgeom schemes` lists it (int4-asym-group64)"

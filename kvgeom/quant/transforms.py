@@ -1,28 +1,31 @@
 """What is done to keys and values before rounding and undone after: ``center``, ``equalize``, and rotations of heads.
 
 None of them changes what attention computes in full precision, and none costs memory per token: offsets and factors are
-constants of the model, rotations are fixed.
+constants of the model, rotations are fixed. Yours is one more with :func:`register_transform`. Importing this module must
+not import torch, which takes seconds: functions import it where they compute.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
-
-import torch
-from scipy.linalg import hadamard as sylvester
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from kvgeom.errors import InputError
-from kvgeom.quant.scheme import Scheme
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from kvgeom.quant.scheme import Scheme
 
 Key = tuple[int, Literal["k", "v"]]
 K = TypeVar("K")
 V = TypeVar("V")
 #: Rotates vectors ``[kv_heads, head_dim]`` into ``[batch or 1, kv_heads, tokens, head_dim]``, each at its token's position.
-Rotation = Callable[[Tensor], Tensor]
+Rotation = Callable[["Tensor"], "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,16 @@ class Statics:
         InputError
             If there are none, or one is not a finite matrix ``[kv_heads, head_dim]``.
         """
+        import torch
+
         if not vectors:
-            raise InputError(f"{name} was asked, but there are no vectors of it; this model has none")
+            raise InputError(f"{name!r} needs at least one vector; this model has none")
         digest = hashlib.sha256(f"{name}\n{rotary}".encode())
         for key in sorted(vectors):
             vector = vectors[key].detach().float().cpu().contiguous()
             if vector.ndim != 2 or not torch.isfinite(vector).all():
                 raise InputError(
-                    f"{name} of {key} has shape {tuple(vector.shape)} or is not finite; give [kv_heads, head_dim]"
+                    f"vectors of {name!r} must be finite and [kv_heads, head_dim], got {tuple(vector.shape)} at {key}"
                 )
             digest.update(f"{key}{tuple(vector.shape)}".encode() + vector.numpy().tobytes())
         return cls(name, digest.hexdigest()[:16], dict(vectors), rotary)
@@ -73,35 +78,164 @@ class Statics:
         return f"{self.name} {self.fingerprint[:8]}"
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Transform:
+    """A change of coordinates before rounding, undone after it. Subclasses define ``enter`` and ``leave``.
+
+    Attributes
+    ----------
+    name : str
+        What follows ``+`` in the spelling of a scheme; lower-case letters, then digits.
+    constants : {"offsets", "factors"} or None
+        Which :class:`Statics` of the recipe it needs. ``offsets`` of keys are rotated to the position of their tokens where
+        these are stored rotated; ``factors`` are not.
+    """
+
+    name: str
+    constants: Literal["offsets", "factors"] | None = None
+
+    def enter(self, x: Tensor, constant: Any) -> Tensor:
+        """The values to round.
+
+        Parameters
+        ----------
+        x : Tensor [batch, kv_heads, tokens, head_dim]
+        constant : Tensor or None
+            Broadcastable to ``x``; None for a transform without constants.
+        """
+        raise NotImplementedError
+
+    def leave(self, y: Tensor, constant: Any) -> Tensor:
+        """The inverse of :meth:`enter`."""
+        raise NotImplementedError
+
+
+_TRANSFORMS: dict[str, Transform] = {}
+
+
+def register_transform(new: Transform) -> Transform:
+    """Make a transform known to :meth:`Scheme.parse` and the quantizer; returns it.
+
+    Raises
+    ------
+    InputError
+        If its name is taken or cannot be spelled.
+    """
+    if new.name in _TRANSFORMS or new.name == "none":
+        raise InputError(f"a transform named {new.name!r} is registered already; choose another name")
+    if not re.fullmatch(r"[a-z]+\d*", new.name):
+        raise InputError(f"transform name {new.name!r} cannot be spelled; use lower-case letters, then digits")
+    _TRANSFORMS[new.name] = new
+    return new
+
+
+def get_transform(name: str) -> Transform | None:
+    """The transform of that name; None for ``"none"``.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    if name != "none" and name not in _TRANSFORMS:
+        raise InputError(f"unknown transform {name!r}; choose from {', '.join(['none', *_TRANSFORMS])}")
+    return _TRANSFORMS.get(name)
+
+
 @dataclass(frozen=True)
 class Frame:
-    """The way into the coordinates in which values are rounded, and back."""
+    """The coordinates in which values are rounded: a transform, with its constant for these values.
 
-    enter: Callable[[Tensor], Tensor]
-    leave: Callable[[Tensor], Tensor]
+    Without a transform, or where it needs a constant and there is none, values are rounded as they are.
+    """
+
+    transform: Transform | None
+    constant: Tensor | None
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The values to round."""
+        return x if self.transform is None else self.transform.enter(x, self.constant)
+
+    def leave(self, y: Tensor) -> Tensor:
+        """The inverse of :meth:`enter`."""
+        return y if self.transform is None else self.transform.leave(y, self.constant)
 
 
-def frame(scheme: Scheme, vector: Tensor | None, like: Tensor) -> Frame:
+def frame(scheme: Scheme, constant: Tensor | None, like: Tensor) -> Frame:
     """The coordinates in which ``scheme`` rounds.
 
     Parameters
     ----------
     scheme : Scheme
-    vector : Tensor, optional
-        What ``center`` subtracts (broadcastable to the values) or ``equalize`` divides by (``[kv_heads, head_dim]``);
-        without it, these change nothing.
+    constant : Tensor, optional
+        An offset, or factors, broadcastable to the values; without it, a transform that needs one changes nothing.
     like : Tensor [batch, kv_heads, tokens, head_dim]
-        What is to be rounded, for its device and head_dim.
+        What is to be rounded, for its device and precision.
     """
-    if scheme.transform in ("hadamard", "hadamard64", "rht"):
-        return _rotation(scheme.transform, like.shape[-1])
-    if vector is None:
-        return Frame(lambda x: x, lambda x: x)
-    vector = vector.to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
-    if scheme.transform == "center":
-        return Frame(lambda x: x - vector, lambda x: x + vector)
-    factors = vector[:, None]
-    return Frame(lambda x: x / factors, lambda x: x * factors)
+    import torch
+
+    found = get_transform(scheme.transform)
+    if found is None or found.constants is None:
+        return Frame(found, None)
+    if constant is None:
+        return Frame(None, None)
+    return Frame(found, constant.to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32))
+
+
+class Center(Transform):
+    """Subtract an offset, for instance the bias of the key projection."""
+
+    def enter(self, x: Tensor, constant: Any) -> Tensor:
+        """What is left without the offset."""
+        return x - constant
+
+    def leave(self, y: Tensor, constant: Any) -> Tensor:
+        """Add it again."""
+        return y + constant
+
+
+class Equalize(Transform):
+    """Divide each channel by its factor, so that all have about one size."""
+
+    def enter(self, x: Tensor, constant: Any) -> Tensor:
+        """Channels of one size."""
+        return x / constant
+
+    def leave(self, y: Tensor, constant: Any) -> Tensor:
+        """Channels of their own sizes."""
+        return y * constant
+
+
+class Hadamard(Transform):
+    """Rotate each head by a Hadamard matrix, of blocks no larger than its limit (64 for ``hadamard64``)."""
+
+    def enter(self, x: Tensor, constant: Any) -> Tensor:
+        """Rotated heads."""
+        return x @ _matrix(self.name, x)
+
+    def leave(self, y: Tensor, constant: Any) -> Tensor:
+        """The matrix is its own inverse."""
+        return y @ _matrix(self.name, y)
+
+
+class RandomizedHadamard(Transform):
+    """vLLM's: signs of a fixed seed, then the matrix of plus and minus ones, not normalized."""
+
+    def enter(self, x: Tensor, constant: Any) -> Tensor:
+        """Rotated heads, larger by the root of the matrix's size."""
+        return (x * _signs(x)) @ _matrix(self.name, x)
+
+    def leave(self, y: Tensor, constant: Any) -> Tensor:
+        """Rotated back."""
+        size = y.shape[-1]
+        return (y @ _matrix(self.name, y)) * _signs(y) / (size & -size)
+
+
+register_transform(Center(name="center", constants="offsets"))
+register_transform(Equalize(name="equalize", constants="factors"))
+register_transform(Hadamard(name="hadamard"))
+register_transform(Hadamard(name="hadamard64"))
+register_transform(RandomizedHadamard(name="rht"))
 
 
 def pair_factors(largest: Tensor, rotary_dim: int) -> Tensor:
@@ -119,6 +253,8 @@ def pair_factors(largest: Tensor, rotary_dim: int) -> Tensor:
     Tensor [kv_heads, head_dim]
         Positive, with geometric mean one in each head.
     """
+    import torch
+
     sizes = largest.clone().float()
     half = rotary_dim // 2
     if half:
@@ -133,8 +269,11 @@ def hadamard_matrix(size: int, largest: int | None = None) -> Tensor:
 
     With ``largest``, a power of two, blocks are no larger than that.
     """
+    import torch
+    from scipy.linalg import hadamard
+
     block = min(size & -size, largest or size)
-    return torch.kron(torch.eye(size // block).double(), torch.from_numpy(sylvester(block)).double() / block**0.5)
+    return torch.kron(torch.eye(size // block).double(), torch.from_numpy(hadamard(block)).double() / block**0.5)
 
 
 #: How many matrices, and how many draws, are kept.
@@ -165,13 +304,9 @@ def _made(key: tuple[str, int, torch.device, torch.dtype]) -> Tensor:
     return (matrix.sign() if kind == "rht" else matrix).to(device, dtype)
 
 
-def _rotation(kind: str, size: int) -> Frame:
-    if kind != "rht":
-        return Frame(lambda x: x @ _matrix(kind, x), lambda x: x @ _matrix(kind, x))
-    # vLLM's randomized one: signs of a fixed seed, then the matrix of plus and minus ones, not normalized.
+def _signs(like: Tensor) -> Tensor:
+    import torch
+
+    size = like.shape[-1]
     seeded = torch.Generator().manual_seed(0x9E3779B9)
-    signs = 2 * torch.bernoulli(torch.full((size,), 0.5), generator=seeded) - 1
-    return Frame(
-        lambda x: (x * signs.to(x)) @ _matrix(kind, x),
-        lambda x: (x @ _matrix(kind, x)) * signs.to(x) / (size & -size),
-    )
+    return (2 * torch.bernoulli(torch.full((size,), 0.5), generator=seeded) - 1).to(like)
