@@ -16,7 +16,7 @@ from kvgeom.errors import InputError
 from kvgeom.quant import transforms
 from kvgeom.quant.formats.base import Axes, Scales, get_format
 from kvgeom.quant.scheme import Scheme
-from kvgeom.quant.transforms import get_transform, remembered
+from kvgeom.quant.transforms import remembered
 
 __all__ = [
     "Encoded",
@@ -103,8 +103,7 @@ def fake_quantize(x: Tensor, scheme: Scheme) -> Tensor:
     """
     if scheme.transform == "none":
         return apply(x, scheme, None)
-    found = get_transform(scheme.transform)
-    if found is not None and found.constants is not None:
+    if scheme.constants is not None:
         raise InputError(
             f"{scheme} needs constants of the model, which a lone tensor does not have; give a Quantizer a recipe "
             "with them: recipe.with_statics(offsets=...) or (factors=...)"

@@ -22,7 +22,7 @@ from kvgeom.quant.packing import Packed
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Site
 from kvgeom.quant.scheme import Scheme
-from kvgeom.quant.transforms import Frame, Rotation, frame, get_transform
+from kvgeom.quant.transforms import Frame, Rotation, frame
 
 Key = tuple[int, Site]
 
@@ -158,7 +158,7 @@ class Quantizer:
         stored = self._stored[key] = self._stored.get(key, 0) + new
         if scheme is None:
             return stored, stored
-        if _constants(scheme) == "offsets":
+        if scheme.constants == "offsets":
             offset = self._offset(key, new)
             self._offsets[key] = torch.cat([self._offsets[key], offset], dim=2) if key in self._offsets else offset
         start, stop = self.placement.next_span(self._quantized.get(key, -1), stored, scheme.spans_tokens)
@@ -171,7 +171,7 @@ class Quantizer:
         self, key: Key, scheme: Scheme, x: Tensor, start: int | None
     ) -> tuple[Frame, list[tuple[Tensor, Encoded]]]:
         """Codes of ``x`` in the coordinates of the transform, in as many parts as have their own scales."""
-        constant, needed = None, _constants(scheme)
+        constant, needed = None, scheme.constants
         if needed == "offsets":
             tokens = x.shape[2]
             constant = self._offset(key, tokens) if start is None else self._offsets[key][:, :, start : start + tokens]
@@ -263,8 +263,3 @@ class Quantizer:
         new._scales, new._seen = scales, dict(self._seen)
         new._stored, new._quantized, new._offsets = dict(self._stored), dict(self._quantized), dict(self._offsets)
         return new
-
-
-def _constants(scheme: Scheme) -> str | None:
-    found = get_transform(scheme.transform)
-    return None if found is None else found.constants

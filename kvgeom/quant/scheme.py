@@ -149,6 +149,12 @@ class Scheme:
         return self if bare else replace(self, channels=None, transform="none")
 
     @property
+    def constants(self) -> Literal["offsets", "factors"] | None:
+        """Which constants of the model the transform needs, if any."""
+        found = get_transform(self.transform)
+        return None if found is None else found.constants
+
+    @property
     def spans_tokens(self) -> bool:
         """Whether tokens share a scale, so that the scale must be known before a token is stored."""
         return self.granularity in ("tensor", "channel", "head", "channel-group")

@@ -187,11 +187,13 @@ class Center(Transform):
 
     def enter(self, x: Tensor, constant: Any) -> Tensor:
         """What is left without the offset."""
-        return x - constant
+        found: Tensor = x - constant
+        return found
 
     def leave(self, y: Tensor, constant: Any) -> Tensor:
         """Add it again."""
-        return y + constant
+        found: Tensor = y + constant
+        return found
 
 
 class Equalize(Transform):
@@ -199,11 +201,13 @@ class Equalize(Transform):
 
     def enter(self, x: Tensor, constant: Any) -> Tensor:
         """Channels of one size."""
-        return x / constant
+        found: Tensor = x / constant
+        return found
 
     def leave(self, y: Tensor, constant: Any) -> Tensor:
         """Channels of their own sizes."""
-        return y * constant
+        found: Tensor = y * constant
+        return found
 
 
 class Hadamard(Transform):

@@ -1,4 +1,4 @@
-"""Formats from outside the package: known wherever a built-in one is."""
+"""Formats and transforms from outside the package: known wherever a built-in one is."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from kvgeom.engines.registry import resolve, scheme_rows
 from kvgeom.errors import InputError
 from kvgeom.models.packed import PackedCache
+from kvgeom.quant import transforms
 from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.formats import base
 from kvgeom.quant.formats.base import Axes, Format, Scales, formats, get_format, register_format
@@ -20,6 +21,7 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
+from kvgeom.quant.transforms import Statics, Transform, register_transform
 from tests.builders.tensors import keys
 from tests.builders.tiny import wide_model
 
@@ -127,3 +129,92 @@ def test_examples_are_written_as_they_are_read(known: Format) -> None:
     for text in known.examples:
         assert str(Scheme.parse(text)) == text
         assert Scheme.parse(text).format == known.name
+
+
+class Reverse(Transform):
+    """Channels in reverse order, for groups of other neighbours."""
+
+    def enter(self, x: Tensor, constant: Tensor | None) -> Tensor:
+        return x.flip(-1)
+
+    def leave(self, y: Tensor, constant: Tensor | None) -> Tensor:
+        return y.flip(-1)
+
+
+class Shift(Transform):
+    """As ``center``, with a sign of its own."""
+
+    def enter(self, x: Tensor, constant: Tensor) -> Tensor:
+        return x + constant
+
+    def leave(self, y: Tensor, constant: Tensor) -> Tensor:
+        return y - constant
+
+
+@pytest.fixture
+def extra() -> Iterator[None]:
+    register_transform(Reverse(name="reverse"))
+    register_transform(Shift(name="shift2", constants="offsets"))
+    yield
+    del transforms._TRANSFORMS["reverse"], transforms._TRANSFORMS["shift2"]
+
+
+@pytest.mark.parametrize("text", ["q4_0+reverse", "int3-sym-tensor+shift2", "int4-asym-group64/f16+reverse@0-3"])
+def test_a_transform_from_outside_is_spelled(extra: None, text: str) -> None:
+    assert str(Scheme.parse(text)) == text
+    assert Scheme.parse(text).constants == ("offsets" if "shift2" in text else None)
+
+
+def test_a_transform_from_outside_is_applied(extra: None) -> None:
+    x = keys()
+    expected = fake_quantize(x.flip(-1), Scheme.parse("int4-asym-group48")).flip(-1)
+    assert torch.equal(fake_quantize(x, Scheme.parse("int4-asym-group48+reverse")), expected)
+    assert torch.equal(Quantizer(Recipe.uniform(1, Scheme.parse("int4-asym-group48+reverse")))(0, "k", x), expected)
+
+
+def test_constants_reach_a_transform_from_outside(extra: None) -> None:
+    x = keys()
+    offset = torch.arange(x.shape[1] * x.shape[3]).view(x.shape[1], x.shape[3]).float()
+    recipe = Recipe.uniform(1, Scheme.parse("int4-asym-token+shift2"))
+    found = Quantizer(recipe.with_statics(offsets=Statics.of("ramp", {(0, "v"): offset})))(0, "v", x)
+    moved = offset[None, :, None]
+    assert torch.equal(found, fake_quantize(x + moved, Scheme.parse("int4-asym-token")) - moved)
+    with pytest.raises(InputError, match="offsets"):
+        Quantizer(recipe)(0, "v", x)
+    with pytest.raises(InputError, match="shift2"):
+        fake_quantize(x, Scheme.parse("int4-asym-token+shift2"))
+
+
+@pytest.mark.parametrize("name", ["none", "hadamard", "Mine", "two-words"])
+def test_transform_names_that_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=name):
+        register_transform(Reverse(name=name))
+
+
+def test_an_unknown_transform_names_those_that_are() -> None:
+    with pytest.raises(InputError, match="hadamard64"):
+        Scheme.parse("int4-asym-token+whiten")
+
+
+def test_memories_are_bounded_and_keep_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transforms, "_KEPT", 3)
+    made: list[int] = []
+    cache: dict[int, int] = {}
+
+    def square(key: int) -> int:
+        made.append(key)
+        return key * key
+
+    for key in (1, 2, 3, 3, 4, 4, 1):
+        assert transforms.remembered(cache, key, square) == key * key
+    assert made == [1, 2, 3, 4, 1]
+    assert sorted(cache) == [1, 3, 4]
+
+
+def test_placements_by_name() -> None:
+    given = Placement(sinks=2)
+    assert Placement.parse("cache") == Placement()
+    assert Placement.parse("paper") == Placement(where="projection", scales="call")
+    assert Placement.parse(given) is given
+    with pytest.raises(InputError, match="choose from cache, paper"):
+        Placement.parse("attic")
