@@ -62,8 +62,10 @@ class Bounded(Generic[K, V]):
                 self._taken -= self._size(self._values.popitem(last=False)[1])
         return value
 
-    def __len__(self) -> int:
-        return len(self._values)
+    @property
+    def taken(self) -> float:
+        """Room that is taken, at most what there is."""
+        return self._taken
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,11 @@ class Baseline:
             return Prefill(cache, logits)
 
         return self._prefills.get(index, make)
+
+    @property
+    def prefilled_bytes(self) -> float:
+        """Bytes of the exact caches that are kept now, at most :data:`PREFILL_BYTES`."""
+        return self._prefills.taken
 
     def log_likelihood(self, index: int, tokens: Sequence[int]) -> float:
         """Mean log-probability (nats per token) that the unquantized model gives to a response to prompt ``index``."""
@@ -309,5 +316,10 @@ def _about(model: Model, prompts: Sequence[EncodedPrompt], run: RunConfig) -> di
         "prompts": hashlib.sha256(ids).hexdigest(),
         "judge": run.judge.name,
         "max_new_tokens": run.max_new_tokens,
-        "versions": {name: version(name) for name in ("kvgeom", "torch", "transformers")},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what a model answers."""
+    return {name: version(name) for name in ("kvgeom", "torch", "transformers")}

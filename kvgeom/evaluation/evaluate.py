@@ -10,7 +10,7 @@ import xarray as xr
 
 from kvgeom import progress
 from kvgeom.errors import InputError
-from kvgeom.evaluation.baseline import Baseline, opened
+from kvgeom.evaluation.baseline import Baseline, opened, versions
 from kvgeom.evaluation.condition import COORDINATES, UNQUANTIZED, Condition, as_conditions
 from kvgeom.evaluation.config import open_run
 from kvgeom.evaluation.outcomes import Outcomes
@@ -225,5 +225,7 @@ def _outcomes(
         "max_new_tokens": base.max_new_tokens,
         "asked": len(base.prompts),
         "full_responses": full_responses,
+        "seed": base.run.seed,
+        "versions": versions(),
     }
     return Outcomes(xr.Dataset(columns, coords=coords), meta)

@@ -18,6 +18,8 @@ from kvgeom.stats import wilson
 
 if TYPE_CHECKING:
     from kvgeom.judges.classifiers import ClassifierJudge
+#: What ``meta`` of a result has from the outcomes that it is drawn from.
+SHARED = ("model", "fingerprint", "judge", "max_new_tokens", "seed", "versions")
 #: Both parts have all variables and agree on what they share.
 CONCAT: dict[str, Any] = {"data_vars": "minimal", "coords": "minimal", "compat": "equals", "join": "exact"}
 
@@ -48,8 +50,7 @@ class Outcomes(Result):
         """The part of ``meta`` that results drawn from some of these recipes share; all of them by default."""
         names = list(recipes) or [str(name) for name in self.data.recipe.values if name != UNQUANTIZED]
         placements = sorted({str(value) for value in self.data.placement.sel(recipe=names).values})
-        shared = {name: self.meta[name] for name in ("model", "fingerprint", "judge", "max_new_tokens")}
-        return {**shared, "placement": " / ".join(placements)}
+        return {**{name: self.meta[name] for name in SHARED}, "placement": " / ".join(placements)}
 
     def names(self, **coordinates: Any) -> list[str]:
         """Recipes with these coordinates, in order.
@@ -85,13 +86,24 @@ class Outcomes(Result):
         return found[0]
 
     def joined(self, other: Outcomes) -> Outcomes:
-        """These outcomes and those of other recipes (on the same prompts) or other prompts (under the same recipes)."""
+        """These outcomes and those of other recipes (on the same prompts) or other prompts (under the same recipes).
+
+        Raises
+        ------
+        InputError
+            If both recipes and prompts differ.
+        """
         mine = [str(name) for name in self.data.recipe.values]
         theirs = [str(name) for name in other.data.recipe.values]
         recipes = {**self.meta["recipes"], **other.meta["recipes"]}
         if mine == theirs:
             fresh = ~np.isin(other.data.prompt.values, self.data.prompt.values)
             data = xr.concat([self.data, other.data.isel(prompt=fresh)], dim="prompt", **CONCAT).sortby("prompt")
+        elif not np.array_equal(self.data.prompt.values, other.data.prompt.values):
+            raise InputError(
+                f"outcomes of recipes {', '.join(mine)} and {', '.join(theirs)} are of different prompts; evaluate both on "
+                "the same ones"
+            )
         else:
             new = [name for name in theirs if name not in mine]
             data = xr.concat([self.data, other.data.sel(recipe=new)], dim="recipe", **CONCAT)

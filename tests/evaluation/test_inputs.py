@@ -1,0 +1,185 @@
+"""What users write where a model, recipes, prompts and options are due."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import kvgeom
+from kvgeom.behaviour.curve import bit_width_curve
+from kvgeom.behaviour.widths import at_widths
+from kvgeom.errors import InputError
+from kvgeom.evaluation.baseline import baseline
+from kvgeom.evaluation.condition import UNQUANTIZED, Condition, with_model_constants
+from kvgeom.evaluation.evaluate import evaluate
+from kvgeom.models.hf import HFModel
+from kvgeom.quant.placement import Placement
+from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.scheme import Scheme
+from kvgeom.quant.transforms import Statics
+from tests.builders.judges import ArbitraryJudge
+from tests.builders.requests import PAIRS, REQUESTS
+from tests.builders.tiny import tiny_model, wide_model
+
+OPTIONS: dict[str, Any] = {"judge": ArbitraryJudge(), "max_new_tokens": 3, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> HFModel:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def biased() -> HFModel:
+    return wide_model()
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        list(PAIRS.harmful),
+        pd.Series(PAIRS.harmful),
+        np.array(PAIRS.harmful),
+        PAIRS,
+        {"harmful": list(PAIRS.harmful)},
+        pd.DataFrame({"prompt": PAIRS.harmful}),
+    ],
+    ids=lambda prompts: type(prompts).__name__,
+)
+def test_prompts_however_they_are_given(checkpoint: Path, tiny: HFModel, prompts: object) -> None:
+    """A folder stands for its model, a string for its scheme; the result is that of the objects themselves."""
+    found = evaluate(str(checkpoint), ["int4-asym-token"], prompts, placement="paper", **OPTIONS)
+    recipe = Recipe.uniform(3, Scheme.parse("int4-asym-token"))
+    expected = evaluate(tiny, {"int4-asym-token": recipe}, PAIRS, placement=Placement.paper(), **OPTIONS)
+    assert list(found.data.recipe.values) == [UNQUANTIZED, "int4-asym-token"]
+    assert (found.data.request.values == list(PAIRS.harmful)).all()
+    assert (found.data.placement.sel(recipe="int4-asym-token") == str(Placement.paper())).all()
+    for column in ("label", "text", "divergence", "tokens"):
+        np.testing.assert_array_equal(found.data[column].values, expected.data[column].values)
+    np.testing.assert_allclose(found.data.margin.values, expected.data.margin.values, atol=1e-4)
+    np.testing.assert_allclose(found.data.kl.values, expected.data.kl.values, atol=1e-4)
+
+
+def test_a_named_set_of_prompts(tiny: HFModel) -> None:
+    found = evaluate(tiny, "int4-asym-token", "held-out", judge=ArbitraryJudge(), max_new_tokens=1, progress=False)
+    assert found.data.sizes["prompt"] == len(kvgeom.load_prompts("held-out").harmful)
+
+
+def test_recipes_however_they_are_given(tiny: HFModel) -> None:
+    """A scheme, its name, a condition and a recipe are one and the same; a preset brings its placement."""
+    base = baseline(tiny, REQUESTS[:3], **OPTIONS)
+    scheme, recipe = Scheme(3, True, "tensor"), Recipe.uniform(3, Scheme(3, True, "tensor"))
+    given = {
+        "scheme": scheme,
+        "name": str(scheme),
+        "recipe": recipe,
+        "condition": Condition(recipe, family="mine", layer=2, draw=1),
+        "kivi": "kivi",
+    }
+    found = evaluate(tiny, given, base, progress=False)
+    for name in ("scheme", "name", "condition"):
+        for column in ("label", "text", "margin", "kl"):
+            one, other = (found.data[column].sel(recipe=which).values for which in (name, "recipe"))
+            np.testing.assert_array_equal(one, other)
+    assert found.names(family="mine") == ["condition"]
+    assert found.name(layer=2, draw=1) == "condition"
+    assert str(found.data.placement.sel(recipe="kivi").values) != str(found.data.placement.sel(recipe="name").values)
+    listed = evaluate(tiny, [scheme, "kivi"], base, progress=False)
+    assert list(listed.data.recipe.values) == [UNQUANTIZED, str(scheme), "kivi"]
+    with pytest.raises(InputError, match="sorts"):
+        found.names(sorts=3)
+    with pytest.raises(InputError, match="family"):
+        found.name(family="nothing like it")
+
+
+@pytest.mark.parametrize(
+    ("recipes", "placement", "word"),
+    [
+        ("int4-asym-tokn", None, "tokn"),
+        ("kiwi", None, "kivi"),
+        ("asym-token", None, "int4-asym-token"),
+        ("int4-asym-token", "papr", "paper"),
+        ({"mine": Recipe.exact(5)}, None, "mine"),
+        ({"mine": Condition(Recipe.exact(5))}, None, "mine"),
+        ({"mine": 4}, None, "int"),
+        ({UNQUANTIZED: "kivi"}, None, UNQUANTIZED),
+    ],
+)
+def test_recipes_that_cannot_be_used(tiny: HFModel, recipes: object, placement: str | None, word: str) -> None:
+    with pytest.raises(InputError, match=word):
+        evaluate(tiny, recipes, REQUESTS[:1], placement=placement, **OPTIONS)
+
+
+CALLS: dict[str, Callable[..., object]] = {
+    "evaluate": lambda **options: evaluate("nowhere", "int4-asym-token", REQUESTS, **options),
+    "baseline": lambda **options: baseline("nowhere", REQUESTS, **options),
+    "diagnose": lambda **options: kvgeom.diagnose("nowhere", PAIRS, **options),
+    "audit": lambda **options: kvgeom.audit("nowhere", prompts=PAIRS, **options),
+    "fix": lambda **options: kvgeom.fix("nowhere", prompts=PAIRS, verify_prompts="held-out", **options),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("option", "meant"), [("max_new_token", "max_new_tokens"), ("journl", "journal"), ("dtpye", "dtype")]
+)
+def test_unknown_options_are_named(call: str, option: str, meant: str) -> None:
+    """Before anything is loaded: that the model does not exist does not matter."""
+    with pytest.raises(InputError, match=f"{option}.*{meant}"):
+        CALLS[call](**{option: 3})
+
+
+def test_options_of_the_run_belong_to_the_baseline(tiny: HFModel) -> None:
+    base = baseline(tiny, REQUESTS[:1], **OPTIONS)
+    with pytest.raises(InputError, match="max_new_tokens"):
+        evaluate(tiny, "int4-asym-token", base, max_new_tokens=5)
+    for name in ("max_new_tokens", "batch_size"):
+        with pytest.raises(InputError, match=name):
+            baseline(tiny, REQUESTS, **{name: 0})
+
+
+def test_constants_that_a_transform_needs(biased: HFModel) -> None:
+    """``+center`` works without them: they are read off the model, or measured."""
+    scheme = Scheme.parse("int4-asym-token+center")
+    base = baseline(biased, REQUESTS[:3], **OPTIONS)
+    keys = Recipe.uniform(3, scheme, sites="k")
+    offsets = Statics.of("key bias", biased.key_biases(), rotary=True)
+    given = {"none": keys, "own": keys.with_statics(offsets=offsets)}
+    found = evaluate(biased, given, base, progress=False).data
+    np.testing.assert_array_equal(found.kl.sel(recipe="none").values, found.kl.sel(recipe="own").values)
+    plain = evaluate(biased, {"plain": Recipe.uniform(3, Scheme(4), sites="k")}, base, progress=False).data
+    assert (plain.kl.sel(recipe="plain").values != found.kl.sel(recipe="none").values).any()
+    curve, outcomes = bit_width_curve(base, at_widths("asym-token+center", [4, 3]))
+    assert curve.data.bits.values.tolist() == [16, 4, 3]
+    assert np.isfinite(curve.data.perplexity_ratio).all()
+    whole = evaluate(biased, ["int4-asym-token+center"], base, progress=False).data
+    np.testing.assert_allclose(
+        outcomes.data.kl.sel(recipe="4-bit").values, whole.kl.sel(recipe="int4-asym-token+center").values, atol=1e-5
+    )
+
+
+def test_constants_are_measured_once(tiny: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all conditions that need the same; what a recipe brings is kept, and what needs nothing is left alone."""
+    passes: list[int] = []
+    forward = tiny.forward
+    monkeypatch.setattr(tiny, "forward", lambda ids, *a, **k: (passes.append(len(ids)), forward(ids, *a, **k))[1])
+    scheme = Scheme.parse("int4-asym-token+center")
+    own = Statics.of("mine", {(layer, s): torch.zeros(2, 8) for layer in range(3) for s in "kv"}, rotary=True)  # type: ignore[misc]
+    given = {
+        "two": Condition(Recipe.uniform(3, scheme)),
+        "three": Condition(Recipe.uniform(3, Scheme.parse("int3-asym-token+center"))),
+        "own": Condition(Recipe.uniform(3, scheme).with_statics(offsets=own)),
+        "bare": Condition(Recipe.uniform(3, Scheme(4))),
+    }
+    found = with_model_constants(tiny, given)
+    assert len(passes) == 64
+    assert found["two"].recipe.offsets == found["three"].recipe.offsets
+    assert found["two"].recipe.offsets is not None
+    assert found["own"] == given["own"]
+    assert found["bare"] == given["bare"]

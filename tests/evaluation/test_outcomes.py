@@ -1,0 +1,100 @@
+"""Outcomes put together, cut, saved and traced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from kvgeom.errors import InputError
+from kvgeom.evaluation.baseline import Baseline, baseline
+from kvgeom.evaluation.condition import UNQUANTIZED, Condition
+from kvgeom.evaluation.evaluate import evaluate, run_conditions
+from kvgeom.evaluation.outcomes import Outcomes
+from kvgeom.quant.placement import Placement
+from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.scheme import Scheme
+from tests.builders.judges import ArbitraryJudge
+from tests.builders.requests import REQUESTS
+from tests.builders.tiny import tiny_model
+
+TINY = tiny_model("qwen2", seed=2)
+CONDITIONS = {
+    "a": Condition(Recipe.uniform(3, Scheme(3, True, "tensor")), family="granularity", granularity="tensor", bits=3),
+    "b": Condition(Recipe.uniform(3, Scheme(2)), Placement.paper(), family="bits", bits=2),
+    "c": Condition(Recipe.uniform(3, Scheme(2), layers=[0]), family="layer", layer=0, bits=2, draw=0),
+}
+
+
+@pytest.fixture(scope="module")
+def base() -> Baseline:
+    return baseline(TINY, REQUESTS, judge=ArbitraryJudge(), max_new_tokens=5, progress=False)
+
+
+@pytest.fixture(scope="module")
+def whole(base: Baseline) -> Outcomes:
+    return run_conditions(base, CONDITIONS)
+
+
+def test_joined_over_recipes(base: Baseline, whole: Outcomes) -> None:
+    one = run_conditions(base, {name: CONDITIONS[name] for name in ("a", "b")})
+    other = run_conditions(base, {name: CONDITIONS[name] for name in ("b", "c")})
+    both = one.joined(other)
+    xr.testing.assert_identical(both.data, whole.data)
+    assert both.meta == whole.meta
+    assert both.name(family="layer", layer=0, draw=0) == "c"
+    assert both.names(bits=2) == ["b", "c"]
+
+
+def test_joined_over_prompts(base: Baseline, whole: Outcomes) -> None:
+    """In the order of the prompts, whichever part comes first; what both have is there once."""
+    odd, rest = (run_conditions(base, CONDITIONS, prompts=chosen) for chosen in ([1, 3, 5], [0, 1, 2, 4, 6, 7]))
+    for both in (odd.joined(rest), rest.joined(odd)):
+        np.testing.assert_array_equal(both.data.prompt, range(len(REQUESTS)))
+        xr.testing.assert_identical(both.data, whole.data)
+        assert both.meta == whole.meta
+
+
+def test_recipes_of_other_prompts_are_not_joined(base: Baseline) -> None:
+    one, other = (
+        run_conditions(base, {name: CONDITIONS[name]}, prompts=chosen) for name, chosen in (("a", [0, 1]), ("b", [2]))
+    )
+    with pytest.raises(InputError, match="prompts"):
+        one.joined(other)
+
+
+def test_parts(base: Baseline, whole: Outcomes) -> None:
+    part = whole.at_recipes(["c"]).at_prompts([2, 0])
+    assert part.data.recipe.values.tolist() == [UNQUANTIZED, "c"]
+    assert part.data.prompt.values.tolist() == [2, 0]
+    assert list(part.meta["recipes"]) == ["c"]
+    assert whole.of_refused().data.prompt.values.tolist() == list(base.refused)
+
+
+def test_coordinates_and_provenance_are_saved(whole: Outcomes, tmp_path: Path) -> None:
+    again = Outcomes.load(whole.save(tmp_path / "outcomes.nc"))
+    xr.testing.assert_identical(again.data, whole.data)
+    assert again.meta == whole.meta
+    assert again.names(family="granularity", granularity="tensor") == ["a"]
+    assert again.names(layer=None, draw=None) == ["a", "b"]
+    known = again.provenance()
+    assert known == whole.provenance()
+    assert (known["model"], known["fingerprint"]) == (TINY.name, TINY.fingerprint)
+    assert (known["judge"], known["max_new_tokens"], known["seed"]) == ("arbitrary", 5, 0)
+    assert {"kvgeom", "torch", "transformers"} <= {*known["versions"]}
+
+
+def test_what_results_share_of_where_they_come_from(whole: Outcomes) -> None:
+    assert whole.made_by(["b"])["placement"] == str(Placement.paper())
+    assert str(Placement()) in whole.made_by()["placement"]
+    assert str(Placement.paper()) in whole.made_by()["placement"]
+
+
+def test_of_equal_conditions_one_is_run(base: Baseline) -> None:
+    twice = evaluate(TINY, {"a": CONDITIONS["a"], "again": CONDITIONS["a"].recipe}, base, progress=False)
+    one, other = (twice.data[["label", "text", "kl"]].sel(recipe=name) for name in ("a", "again"))
+    for column in one.data_vars:
+        np.testing.assert_array_equal(one[column].values, other[column].values)
+    assert twice.names(family="granularity") == ["a"]  # coordinates are not shared
