@@ -36,7 +36,7 @@ def render(fix: Fix) -> str:
         sections=_sections(fix),
         reasons=plan.reasons,
         mode=fix.diagnosis.mode,
-        mode_figure=drawn(mode_card(fix.diagnosis.mode)),
+        mode_figure=drawn(mode_card(fix.diagnosis.mode), "Failure mode"),
         exports=plan.exports() if plan.placement.where == "cache" else (),
         status=found.status,
         judged=found.meta,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,14 +35,18 @@ def page(template: str, **content: Any) -> str:
 
 def section(title: str, text: str, figure: go.Figure, table: pd.DataFrame | None = None) -> dict[str, Any]:
     """A figure with its heading, how to read it, and its numbers, for the template."""
-    return {"title": title, "text": text, "figure": drawn(figure), "table": None if table is None else cells(table)}
+    return {"title": title, "text": text, "figure": drawn(figure, title), "table": None if table is None else cells(table)}
 
 
-def drawn(figure: go.Figure) -> Markup:
-    """A figure as markup; plotly escapes its JSON, and figures escape names."""
+def drawn(figure: go.Figure, title: str) -> Markup:
+    """A figure as markup; plotly escapes its JSON, and figures escape names.
+
+    Its id comes from the title, so that the same result makes the same page. Titles on a page must differ.
+    """
     from markupsafe import Markup
 
-    return Markup(figure.to_html(full_html=False, include_plotlyjs=False, config=_CONFIG))  # noqa: S704
+    name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+    return Markup(figure.to_html(full_html=False, include_plotlyjs=False, config=_CONFIG, div_id=name))  # noqa: S704
 
 
 def cells(table: pd.DataFrame) -> dict[str, Any]:

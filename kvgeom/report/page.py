@@ -37,7 +37,7 @@ def render(audit: Audit) -> str:
         tone=_TONES.get(audit.verdict.status, ""),
         audit=audit,
         cards=_cards(audit),
-        mode_figure=drawn(mode_card(audit.mode)),
+        mode_figure=drawn(mode_card(audit.mode), "Failure mode"),
         sections=_sections(audit),
         provenance=_provenance(audit),
     )
