@@ -6,15 +6,11 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 import kvgeom
 from kvgeom.engines import registry
-from kvgeom.plots import registry as plots
-from kvgeom.prompts.sets import PromptSet
-from tests.builders.figures import curve
 from tests.builders.tiny import tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -39,31 +35,6 @@ def test_links(page: Path) -> None:
 
 def python_blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
-
-
-def test_the_example_judge() -> None:
-    """The judge of docs/extending.md, on a tiny model instead of the demo."""
-    block = next(block for block in python_blocks(ROOT / "docs" / "extending.md") if "class Apologies" in block)
-    names: dict[str, object] = {}
-    exec(block.replace('kvgeom.audit("demo", "out", judge=Apologies())', ""), names)
-    judge = names["Apologies"]()  # type: ignore[operator]
-    assert judge.label("r", "So sorry!", lambda: 0.0).label == "refused"
-    assert judge.label("r", "xx", lambda: -9.0).label == "degenerate"
-    prompts = PromptSet("p", ("a b", "c d"), ("e f", "g h"), "")
-    found = kvgeom.audit(tiny_model(), prompts=prompts, judge=judge, bits=(2,), max_new_tokens=2, progress=False)
-    assert found.settings["judge"] == "apologies"
-
-
-def test_the_example_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The figure of docs/extending.md, of a curve made by hand."""
-    plots.figures("curve")
-    monkeypatch.setattr(plots, "_FIGURES", {kind: dict(known) for kind, known in plots._FIGURES.items()})
-    block = next(block for block in python_blocks(ROOT / "docs" / "extending.md") if "def losses" in block)
-    drawn: dict[str, object] = {"diagnosis": SimpleNamespace(curve=curve())}
-    exec(block, drawn)
-    (bars,) = curve().plot("losses", colour="red").data
-    assert bars.marker.color == "red"
-    assert list(bars.y) == list(curve().data.flips.values)
 
 
 def test_the_page_on_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
