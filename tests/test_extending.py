@@ -84,5 +84,5 @@ def test_a_benchmark(made: dict[str, Any]) -> None:
 
 def test_names_that_are_taken_are_refused(made: dict[str, Any], checkpoint: Path) -> None:
     for block in (b for b in BLOCKS if "register_" in b):
-        with pytest.raises(InputError, match="fastlm|ternary|apologies|mine"):
+        with pytest.raises(InputError, match=r"fastlm|ternary|apologies|mine"):
             exec(block.replace('"demo"', repr(str(checkpoint))), {"__name__": "outside", "kvgeom": kvgeom})

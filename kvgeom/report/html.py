@@ -35,7 +35,12 @@ def page(template: str, **content: Any) -> str:
 
 def section(title: str, text: str, figure: go.Figure, table: pd.DataFrame | None = None) -> dict[str, Any]:
     """A figure with its heading, how to read it, and its numbers, for the template."""
-    return {"title": title, "text": text, "figure": drawn(figure, title), "table": None if table is None else cells(table)}
+    return {
+        "title": title,
+        "text": text,
+        "figure": drawn(figure, title),
+        "table": None if table is None else cells(table),
+    }
 
 
 def drawn(figure: go.Figure, title: str) -> Markup:
