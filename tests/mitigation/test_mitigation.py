@@ -66,7 +66,7 @@ def outcomes_of(labels: Sequence[Sequence[str]], names: Sequence[str], margins: 
     columns["label"] = (("recipe", "prompt"), rows)
     lost = np.zeros((len(names), shape[1])) if margins is None else margins
     columns["margin"] = (("recipe", "prompt"), np.concatenate([np.full((1, shape[1]), 5.0), 5.0 - lost]))
-    meta = {"model": "m", "fingerprint": "f", "judge": "j", "max_new_tokens": 4}
+    meta = {"model": "m", "fingerprint": "f", "judge": "j", "max_new_tokens": 4, "seed": 0, "versions": {}}
     coords = {
         "recipe": [UNQUANTIZED, *names],
         "prompt": np.arange(shape[1]),
