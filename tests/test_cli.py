@@ -122,7 +122,7 @@ def test_a_sweep_says_what_it_rounded(checkpoint: Path, capsys: pytest.CaptureFi
     asked = ["sweep", str(checkpoint), "--limit", "2", "--max-new-tokens", "2", "--quiet"]
     assert main([*asked, "--scheme", "kivi"]) == 0
     said = capsys.readouterr().out
-    assert "kivi; cache, scales of the prompt, prefill reads exact, 128 tokens wait" in said
+    assert "kivi; cache, scales of the prompt, prefill reads exact, residual window of 128 tokens" in said
     assert "KIVI (arXiv:2402.02750)" in said
     assert "2-bit: k int2-asym-channel-group32/f16, v int2-asym-group32/f16" in said
     assert "No request meets a rounded key or value" in said

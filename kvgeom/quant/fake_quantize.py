@@ -48,7 +48,7 @@ _DRAWN: dict[tuple[int, int, str, int], tuple[Tensor, Tensor]] = {}
 
 @dataclass(frozen=True)
 class Encoded:
-    """Codes, in the shape of the blocks they lie in, and their scales, which may be those of tokens before."""
+    """Codes, in the shape of their blocks, and their scales, which may be ``borrowed`` from earlier tokens."""
 
     codes: Tensor
     scales: Scales
@@ -62,10 +62,10 @@ def fit(x: Tensor, scheme: Scheme) -> Scales:
 
 
 def encode(x: Tensor, scheme: Scheme, scales: Scales | None = None) -> Encoded:
-    """Codes of ``x`` under ``scales``, or under its own; the scheme's transform and channels are not looked at."""
+    """Codes of ``x`` under ``scales``, or under its own; the scheme's transform and channels are ignored."""
     form = get_format(scheme.format)
     if scales is not None:
-        # One group of tokens, whose scales tokens that came later must do with: they broadcast.
+        # The scales of one group of tokens, which broadcast over later tokens.
         lone = scheme.granularity == "channel-group" and scales.step.ndim == 4
         return Encoded(
             form.encode(scheme, _working(x) if lone else _blocks(_working(x), scheme)[0], scales), scales, True
@@ -114,7 +114,7 @@ def fake_quantize(x: Tensor, scheme: Scheme) -> Tensor:
 
 
 def last_scales(scales: Scales, scheme: Scheme) -> Scales:
-    """The scales that tokens after those that set them are rounded with: of groups of tokens, those of the last."""
+    """The scales for later tokens: all of them, or those of the last group of tokens."""
     if scheme.granularity != "channel-group":
         return scales
     return Scales(scales.step[:, :, -1], scales.offset[:, :, -1])

@@ -61,7 +61,7 @@ def cache_bytes(
     *,
     exact_bytes: int = 2,
 ) -> int:
-    """Bytes that the cache of one sequence takes, when its prompt and then token after token have come.
+    """Bytes of the cache of one sequence, after its prompt and then token after token.
 
     Scales that the prompt has set are stored once. What a model computes anyway (offsets, factors, rotations) is not
     counted. Rounding at the projection is counted as if the cache stored codes.
@@ -73,7 +73,7 @@ def cache_bytes(
     kv_heads, head_dim : int
         Of the cache of one layer.
     prompt, generated : int
-        Tokens that come at once, and then one by one.
+        Tokens of the prompt, and tokens generated after it one by one.
     exact_bytes : int
         Of an element in full precision.
     """

@@ -1,4 +1,4 @@
-"""Codes as bits: what a cache under a scheme really takes."""
+"""Codes as bits: what a cache under a scheme takes in memory."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ class Packed:
     codes : Tensor, uint8
         Rows of packed codes.
     step, offset : Tensor or None
-        In the precision in which the format holds them; None where it has none.
+        In the precision in which the format stores them; None where it has none.
     scheme : Scheme
     frame : Frame
         The way back from the coordinates in which they were rounded.
     row : int
         Codes in a row.
     like : Tensor
-        Shape and dtype of the values before the way back (on the "meta" device: it holds nothing).
+        Shape and dtype of the values before the way back, on the "meta" device, where it takes no memory.
     dtype : torch.dtype
         Of the cache.
     borrowed : bool
-        Whether the scales are held with tokens that came before.
+        Whether the scales are stored with earlier tokens.
     """
 
     codes: Tensor

@@ -1,4 +1,4 @@
-"""Where and when keys and values are rounded."""
+"""Where in a model, and when, keys and values are quantized."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ class Placement:
     where : {"cache", "projection"}
         ``cache``: as stored, keys after RoPE. ``projection``: the output of ``k_proj``/``v_proj``, keys before RoPE.
     scales : {"prompt", "call"}
-        For granularities that share scales over tokens. ``prompt``: the prompt sets them and every
-        later token is rounded (and saturates) with them, as in a cache that must store a token when it
-        comes. ``call``: each forward call sets its own, so that a lone decoded token gets a scale per
-        channel and no error at all.
+        For granularities that share scales over tokens. ``prompt``: the prompt sets them, and every later token is
+        rounded (and saturates) with them, as in a cache that must store each token at once. ``call``: each forward call
+        sets its own, so that under a scale per channel a single decoded token has no error at all.
     prefill_reads : {"rounded", "exact", "last"}
         Whether the prompt's own attention reads what is stored, or the values before rounding (as engines
         do that quantize after prefill). ``last``: all but the last prompt token read exactly, because the engine feeds
         that one as its first decode step (MLX-LM). Only where rounding happens in the cache.
     residual : int
-        Tokens that may wait in full precision until they are rounded. 0: each is rounded when it comes, and read
-        so. Otherwise a new token is always read exactly, and rounding comes after. What is rounded together then sets
-        its own scales, and a scheme whose scales span tokens waits for ``residual`` of them.
+        Size of the residual window: how many recent tokens stay in full precision before they are rounded. With 0, each
+        token is rounded at once and read rounded. Otherwise a new token is always read exactly and rounded later. Tokens
+        that are rounded together set their own scales; a scheme whose scales span tokens rounds ``residual`` of them at a
+        time.
     flush : {"oldest", "all"}
-        What happens when more tokens wait than may. ``oldest``: those that waited longest are rounded (KIVI).
-        ``all``: the whole prompt is rounded when it has come; later, when ``residual`` tokens wait, everything is
-        rounded anew, what was rounded before included (the quantized caches of transformers).
+        What happens when the residual window is full. ``oldest``: its oldest tokens are rounded (KIVI). ``all``: the whole
+        prompt is rounded after its forward pass; later, whenever the window is full, the whole sequence is rounded again,
+        tokens that were rounded before included (the quantized caches of transformers).
     sinks : int
-        First tokens of a sequence that stay in full precision for good.
+        How many first tokens of a sequence stay in full precision for good.
 
     Notes
     -----
-    The default is what a quantized cache really holds. :meth:`paper` is the simulation in the code
+    The default is what a quantized cache stores. :meth:`paper` is the simulation in the code
     released with arXiv:2606.09864 (for one sequence at a time: scales are never shared across a batch here).
     """
 
@@ -91,7 +91,7 @@ class Placement:
 
     @property
     def windowed(self) -> bool:
-        """Whether some tokens are kept in full precision, for a while or for good."""
+        """Whether some tokens are stored in full precision, for a while or for good."""
         return self.residual > 0 or self.sinks > 0
 
     @property
@@ -106,7 +106,7 @@ class Placement:
     def allows_speculation(self) -> bool:
         """Whether a response can be checked token by token in passes over prompt and response, and cut off anywhere.
 
-        Not so where tokens wait for others, or the last prompt token is fed apart.
+        False with a residual window or sinks, or where the last prompt token is run on its own.
         """
         return not self.windowed and self.prefill_reads != "last"
 
@@ -139,7 +139,7 @@ class Placement:
     def rounds(self, prompt: int, stored: int, whole_blocks: bool) -> bool:
         """Whether anything that is read has been rounded, in a sequence of ``prompt`` tokens that grows to ``stored``.
 
-        Where tokens wait in full precision, a short sequence never meets the rounding at all.
+        With a residual window, a short sequence is never rounded at all.
 
         Parameters
         ----------
@@ -163,7 +163,8 @@ class Placement:
             parts.append("prefill reads exact" + (", its last token rounded" if self.prefill_reads == "last" else ""))
         if self.residual:
             parts.append(
-                f"{self.residual} tokens wait" + ("" if self.flush == "oldest" else ", then all are rounded anew")
+                f"residual window of {self.residual} tokens"
+                + ("" if self.flush == "oldest" else ", flushed with all tokens")
             )
         if self.sinks:
             parts.append(f"{self.sinks} sinks")

@@ -203,7 +203,7 @@ def test_an_engine_is_named_and_what_it_never_rounds_is_not_called_safe(tmp_path
     words = " ".join(" ".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).text).split())
     curve, scan = words.split("Which layers carry refusal", 1)
     assert "kivi (KIVI (arXiv:2402.02750), released code, group 32, residual 128)" in curve
-    assert "128 tokens wait" in curve
+    assert "residual window of 128 tokens" in curve
     assert "No request meets a rounded key or value" in curve
     assert "nothing was rounded" in curve
     assert "(int3-sym-tensor; cache, scales of the prompt)" in scan
