@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
@@ -13,11 +12,10 @@ from numpy.typing import NDArray
 
 from kvgeom.errors import InputError
 from kvgeom.geometry.activations import SITES, Site, at_site
+from kvgeom.geometry.fitted import FittedSpace
+from kvgeom.geometry.ratio import OUTLIER_FACTOR
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec, Rounding
-
-if TYPE_CHECKING:
-    from kvgeom.geometry.sensitivity import Sensitivity
-    from kvgeom.geometry.subspace import Subspace
+from kvgeom.geometry.sensitivity import Sensitivity
 
 
 def overlap(
@@ -50,10 +48,6 @@ def overlap(
     slack = 1e-9 * max(found, 1.0)
     tails = (1 + int((draws >= found - slack).sum()), 1 + int((draws <= found + slack).sum()))
     return found, min(1.0, 2 * min(tails) / (permutations + 1))
-
-
-#: A channel is an outlier if its root mean square is more than so many times that of the layer's median channel.
-OUTLIER_FACTOR = 5.0
 
 
 def outliers(magnitude: NDArray[np.floating]) -> NDArray[np.bool_]:
@@ -142,7 +136,7 @@ def channel_view(sensitivity: Sensitivity, site: str = "k", *, permutations: int
 
 
 def stored(
-    space: Subspace, layer: int, site: Site = "k", scheme: CacheSpec = DEFAULT_SCHEME, *, row: int = 0
+    space: FittedSpace, layer: int, site: Site = "k", scheme: CacheSpec = DEFAULT_SCHEME, *, row: int = 0
 ) -> xr.Dataset:
     """One prompt's vectors at one layer, before and after rounding, in the frame in which they are rounded.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import xarray as xr
@@ -13,12 +13,10 @@ from numpy.typing import NDArray
 from kvgeom.errors import InputError
 from kvgeom.geometry.activations import SITES, site_width
 from kvgeom.geometry.estimators import METHODS, bootstrap, defined_at
+from kvgeom.geometry.fitted import FittedSpace
 from kvgeom.geometry.separation import separation
 from kvgeom.progress import bar, shown
 from kvgeom.results import Result
-
-if TYPE_CHECKING:
-    from kvgeom.geometry.subspace import Subspace
 
 
 @dataclass(frozen=True, repr=False)
@@ -115,7 +113,7 @@ def _nan_rows(values: NDArray[np.float64], rows: NDArray[np.float64]) -> NDArray
 
 
 def compare(
-    space: Subspace,
+    space: FittedSpace,
     methods: Sequence[str] | None = None,
     positions: Sequence[str] | None = None,
     *,

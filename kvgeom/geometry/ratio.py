@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+#: A channel is an outlier if its root mean square is more than so many times that of the layer's median channel.
+OUTLIER_FACTOR = 5.0
+
 
 @dataclass
 class Moments:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,15 +16,13 @@ from kvgeom.errors import InputError
 from kvgeom.evaluation.respond import respond
 from kvgeom.evaluation.scores import kl_divergence, margin, refusal_tokens
 from kvgeom.geometry.estimators import defined_at, difference_of_means
+from kvgeom.geometry.fitted import FittedSpace
 from kvgeom.geometry.steering import ablate, add, label_responses
 from kvgeom.judges.judge import Judge
 from kvgeom.judges.registry import as_judge
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import bar, shown, track
 from kvgeom.results import Result
-
-if TYPE_CHECKING:
-    from kvgeom.geometry.subspace import Subspace
 
 
 @dataclass(frozen=True, repr=False)
@@ -237,7 +235,7 @@ def _added(
 
 
 def select_direction(
-    space: Subspace,
+    space: FittedSpace,
     *,
     validation: int = 6,
     positions: Sequence[str] | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import xarray as xr
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from kvgeom.errors import InputError
 from kvgeom.geometry.activations import SITES, Site, at_site, site_width, tokens_at, vectors
-from kvgeom.geometry.channels import OUTLIER_FACTOR
+from kvgeom.geometry.fitted import FittedSpace
 from kvgeom.geometry.ratio import (
+    OUTLIER_FACTOR,
     Moments,
     channel_quantities,
     head_bases,
@@ -25,9 +26,6 @@ from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec, Rounding
 from kvgeom.progress import shown, track
 from kvgeom.prompts.sets import PromptSet, concept_contrasts
 from kvgeom.results import Result
-
-if TYPE_CHECKING:
-    from kvgeom.geometry.subspace import Subspace
 
 _STORED: tuple[Site, Site] = ("k", "v")
 #: Significance of the separation, before correction for the number of positions that were tried.
@@ -65,7 +63,7 @@ class Sensitivity(Result):
     ``to_frame("resid_channels")`` and ``to_frame("contrasts")`` have the others.
 
     ``meta`` holds ``scheme``, ``placement``, ``kv_heads``, ``head_dim``, ``prompts``, ``k`` and
-    ``outlier_factor`` (see :data:`kvgeom.geometry.channels.OUTLIER_FACTOR`).
+    ``outlier_factor`` (see :data:`kvgeom.geometry.ratio.OUTLIER_FACTOR`).
     """
 
     kind: ClassVar[str] = "sensitivity"
@@ -91,7 +89,7 @@ class Sensitivity(Result):
 
 
 def measure(
-    space: Subspace,
+    space: FittedSpace,
     scheme: CacheSpec = DEFAULT_SCHEME,
     *,
     noise_pairs: int | None = None,
@@ -160,7 +158,7 @@ def measure(
 
 
 def _moments(
-    space: Subspace,
+    space: FittedSpace,
     rounding: Rounding,
     pairs: int | None,
     nulls: dict[int, NDArray[np.float64]] | None,
@@ -194,7 +192,7 @@ def _moments(
 
 
 def _with_contrasts(
-    data: xr.Dataset, beside: dict[str, tuple[Subspace, dict[tuple[int, Site], Moments]]]
+    data: xr.Dataset, beside: dict[str, tuple[FittedSpace, dict[tuple[int, Site], Moments]]]
 ) -> xr.Dataset:
     """Null (b), and whether the ratio is above it."""
     layers, sites = data.layer.values, data.site.values
@@ -217,7 +215,7 @@ def _with_contrasts(
 
 
 def _table(
-    space: Subspace,
+    space: FittedSpace,
     rounding: Rounding,
     moments: dict[tuple[int, Site], Moments],
     nulls: dict[int, NDArray[np.float64]],
@@ -248,7 +246,12 @@ def _table(
 
 
 def _cell(
-    space: Subspace, rounding: Rounding, moments: Moments, site: Site, layer: int, nulls: dict[int, NDArray[np.float64]]
+    space: FittedSpace,
+    rounding: Rounding,
+    moments: Moments,
+    site: Site,
+    layer: int,
+    nulls: dict[int, NDArray[np.float64]],
 ) -> dict[str, Any]:
     direction = space.directions[layer, site]
     numbers = quantities(moments, direction.gap, direction.basis, nulls[len(direction.gap)])
@@ -282,7 +285,7 @@ def _cell(
 
 
 def _heads(
-    space: Subspace, moments: dict[tuple[int, Site], Moments], layer: int, site: Site
+    space: FittedSpace, moments: dict[tuple[int, Site], Moments], layer: int, site: Site
 ) -> dict[str, NDArray[np.float64]]:
     direction = space.directions[layer, site]
     heads = head_bases(direction.basis, space.model.geometry.kv_heads)
@@ -290,7 +293,7 @@ def _heads(
 
 
 def _channels(
-    space: Subspace, moments: dict[tuple[int, Site], Moments], layer: int, site: Site
+    space: FittedSpace, moments: dict[tuple[int, Site], Moments], layer: int, site: Site
 ) -> dict[str, NDArray[np.float64]]:
     direction = space.directions[layer, site]
     return channel_quantities(moments[layer, site], direction.gap, direction.basis, direction.defined)
