@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import get_args
 
-from kvgeom.engines.engine import CacheConfig
 from kvgeom.errors import InputError
+from kvgeom.evaluation.condition import Condition
 from kvgeom.models.model import KVGeometry
-from kvgeom.models.statistics import Constants
 from kvgeom.quant.memory import bytes_per_token
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.recipe import Recipe, Schemes, Site
-from kvgeom.quant.scheme import Scheme
+from kvgeom.quant.recipe import Recipe, Site
 
-Family = Literal["unmitigated", "center", "equalize", "hadamard", "refine", "protect", "combined"]
 #: The cache as the engine makes it.
 UNMITIGATED = "unmitigated"
+#: What of a layer may be kept in 16 bits.
+KEPT: tuple[tuple[Site, ...], ...] = (("k", "v"), ("k",), ("v",))
 
 
 @dataclass(frozen=True)
@@ -28,74 +27,52 @@ class Candidate:
     ----------
     name : str
     family : str
-        One of :data:`Family`.
+        What kind of change it is: ``"unmitigated"``, the name of a mitigation (``"center"``, ``"protect"``, ...), or
+        ``"combined"``.
     recipe : Recipe
-    words : str
-        What it does, in a sentence.
+    placement : Placement
+    description : str
+        What it does, as a verb phrase: "keeps the first 4 tokens in 16 bits".
     """
 
     name: str
-    family: Family
+    family: str
     recipe: Recipe
-    words: str
+    placement: Placement
+    description: str
 
-    def bytes_per_token(self, geometry: KVGeometry, placement: Placement) -> float:
-        """Memory of a token in all layers, scales and offsets included, of a prompt of 4,096 tokens."""
-        return bytes_per_token(self.recipe, placement, geometry.kv_heads, geometry.head_dim)
+    def bytes_per_token(self, geometry: KVGeometry) -> float:
+        """Memory of a token in all layers, scales, offsets and tokens in 16 bits included, of a prompt of 4,096 tokens."""
+        return bytes_per_token(self.recipe, self.placement, geometry.kv_heads, geometry.head_dim)
 
+    def same_cache(self, other: Candidate) -> bool:
+        """Whether another candidate is the same cache, whatever it is called."""
+        return (self.recipe, self.placement) == (other.recipe, other.placement)
 
-def whole_cache(engine: CacheConfig, geometry: KVGeometry, known: Constants) -> list[Candidate]:
-    """All candidates that treat every layer alike: the engine itself, transforms, finer scales, and both.
+    def condition(self, draw: int | None = None) -> Condition:
+        """What is evaluated: the cache itself, or its control with errors of the same size in random directions.
 
-    Those that an engine's format cannot express are left out (one that transforms already keeps its own transform, and
-    only an integer grid gets other scales), and so are scales that are no finer than its own.
-    """
-    base = (engine.k, engine.v)
-    bias = "bias of the key projection" if known.keys.name == "key bias" else "mean key of the calibration prompts"
-    found = [Candidate(UNMITIGATED, "unmitigated", _recipe(base, geometry.layers, known), f"{engine.name}, as it is")]
+        Parameters
+        ----------
+        draw : int, optional
+            Seed of the random directions.
+        """
+        recipe = self.recipe if draw is None else self.recipe.with_random_directions(draw)
+        return Condition(recipe, self.placement, family="mitigation", draw=draw)
 
-    def add(name: str, family: Family, schemes: Schemes, words: str) -> None:
-        if all(candidate.recipe.layers[0] != schemes for candidate in found):
-            found.append(Candidate(name, family, _recipe(schemes, geometry.layers, known), words))
+    def rounded_share(self, tokens: int) -> float:
+        """Share of a prompt that is rounded when the response begins; the rest waits, or stays, in 16 bits.
 
-    centered = _transformed(base, "center", None)
-    add("center", "center", centered, f"takes the {bias} out before rounding")
-    add(
-        "center keys and values",
-        "center",
-        _transformed(base, "center", "center"),
-        f"takes the {bias} and the mean value out before rounding",
-    )
-    if known.mean_keys is not None and centered != base:
-        recipe = _recipe(centered, geometry.layers, replace(known, keys=known.mean_keys))
-        words = "takes the mean key of the calibration prompts out before rounding"
-        found.append(Candidate("center at the mean key", "center", recipe, words))
-    add("equalize", "equalize", _transformed(base, "equalize", "equalize"), "divides every channel by its size")
-    add("hadamard", "hadamard", _transformed(base, "hadamard", "hadamard"), "rotates every head before rounding")
-    add(
-        "center keys, rotate values",
-        "combined",
-        _transformed(base, "center", "hadamard"),
-        f"takes the {bias} out of keys and rotates values",
-    )
-    finer: dict[str, tuple[Schemes, str]] = {
-        "per-channel keys": (_finer(base, "channel", ("k",), geometry), "gives every channel of the keys a scale"),
-        "group-64": (_finer(base, "group", ("k", "v"), geometry, 64), "gives every 64 channels of a token a scale"),
-        "group-32": (_finer(base, "group", ("k", "v"), geometry, 32), "gives every 32 channels of a token a scale"),
-        "per-channel keys, group-64 values": (
-            _finer(_finer(base, "channel", ("k",), geometry), "group", ("v",), geometry, 64),
-            "gives every channel of the keys and every 64 channels of a token's values a scale",
-        ),
-    }
-    for name, (schemes, words) in finer.items():
-        add(name, "refine", schemes, words)
-    for name in ("group-64", "group-32"):
-        schemes, words = finer[name]
-        if schemes != base:
-            also = f"takes the {bias} out before rounding and {words}"
-            add(f"center, {name}", "combined", _transformed(schemes, "center", None), also)
-            add(f"hadamard, {name}", "combined", _transformed(schemes, "hadamard", "hadamard"), f"rotates and {words}")
-    return found
+        Parameters
+        ----------
+        tokens : int
+            Length of the prompt.
+        """
+        shares = []
+        for scheme in {scheme for pair in self.recipe for scheme in pair if scheme is not None}:
+            start, stop = self.placement.next_span(-1, tokens, scheme.spans_tokens)
+            shares.append((stop - start) / tokens)
+        return max(shares, default=0.0)
 
 
 def protect(
@@ -114,13 +91,10 @@ def protect(
     kept, sites = sorted({*layers}), {*sites}
     if not kept or kept[0] < 0 or kept[-1] >= len(candidate.recipe):
         raise InputError(
-            f"layers {kept} were to be kept in 16 bits, but the cache has layers 0 to {len(candidate.recipe) - 1}; "
-            "give at least one of these"
+            f"layers to keep in 16 bits must be at least one of 0 to {len(candidate.recipe) - 1}, got {kept}"
         )
     if not sites or not sites <= {*get_args(Site)}:
-        raise InputError(
-            f"sites {sorted(sites)} were to be kept in 16 bits, but there are only k and v; give one or both"
-        )
+        raise InputError(f"sites to keep in 16 bits must be k, v or both, got {sorted(sites)}")
     what = "keys and values" if len(sites) == 2 else "keys" if "k" in sites else "values"
     pairs = tuple(
         (None if "k" in sites else k, None if "v" in sites else v) if layer in kept else (k, v)
@@ -132,51 +106,9 @@ def protect(
         label if alone else f"{candidate.name}; {label}",
         "protect" if alone else "combined",
         replace(candidate.recipe, layers=pairs),
-        f"keeps {what} of {_listed(kept)} in 16 bits" + ("" if alone else f" and {candidate.words}"),
+        candidate.placement,
+        f"keeps {what} of {_listed(kept)} in 16 bits" + ("" if alone else f" and {candidate.description}"),
     )
-
-
-def _recipe(schemes: Schemes, n_layers: int, known: Constants) -> Recipe:
-    """Every layer alike, with only those constants that its schemes use."""
-    k, v = ("none" if scheme is None else scheme.transform for scheme in schemes)
-    offsets = known.both if v == "center" else known.keys if k == "center" else None
-    return Recipe((schemes,) * n_layers, offsets, known.factors if "equalize" in (k, v) else None)
-
-
-def _transformed(schemes: Schemes, keys: str | None, values: str | None) -> Schemes:
-    """The same grids after other transforms; what is transformed already, or not rounded, stays as it is."""
-
-    def one(scheme: Scheme | None, transform: str | None) -> Scheme | None:
-        if scheme is None or transform is None or scheme.transform != "none":
-            return scheme
-        return replace(scheme, transform=transform)
-
-    return one(schemes[0], keys), one(schemes[1], values)
-
-
-def _finer(
-    schemes: Schemes,
-    granularity: Literal["channel", "group"],
-    sites: Iterable[Site],
-    geometry: KVGeometry,
-    size: int | None = None,
-) -> Schemes:
-    """The same widths with other scales, on some sites, unless there are as many scales already."""
-
-    def one(site: Site, scheme: Scheme | None) -> Scheme | None:
-        if scheme is None or site not in sites or scheme.format != "int":
-            return scheme
-        if scheme.granularity == "channel-group" or scheme.granularity == granularity == "channel":
-            return scheme  # every channel has scales already
-        together = {"token": geometry.channels, "token-head": geometry.head_dim, "group": scheme.group_size}.get(
-            scheme.granularity
-        )
-        if size is not None and together is not None and together <= size:
-            return scheme
-        return replace(scheme, granularity=granularity, group_size=size)
-
-    k, v = (one(site, scheme) for site, scheme in zip(get_args(Site), schemes, strict=True))
-    return k, v
 
 
 def _listed(layers: Sequence[int]) -> str:

@@ -31,25 +31,25 @@ def advised(mode: Mode, scan: Scan, unmitigated: Candidate) -> Candidate:
     unmitigated : Candidate
     """
     layers = critical_layers(scan)
-    words = PRESCRIPTIONS[mode.name]
+    description = PRESCRIPTIONS[mode.name]
     match mode.name:
         case "outlier-crushes-safety":
-            return _other(unmitigated, "group-64 everywhere", _scales(unmitigated, "group", 64), words)
+            return _other(unmitigated, "group-64 everywhere", _scales(unmitigated, "group", 64), description)
         case "outlier-as-safety":
-            return replace(protect(unmitigated, layers[:1], how="critical"), words=words)
+            return replace(protect(unmitigated, layers[:1], how="critical"), description=description)
         case "multi-layer dilution":
-            return replace(protect(unmitigated, layers, how="critical"), words=words)
+            return replace(protect(unmitigated, layers, how="critical"), description=description)
         case "mixed":
             fine, coarse = _scales(unmitigated, "channel"), _scales(unmitigated, "group", 64)
             pairs = tuple(
                 f if layer in layers[:1] else c for layer, (f, c) in enumerate(zip(fine, coarse, strict=True))
             )
-            return _other(unmitigated, f"per-channel in layer {layers[0]}, group-64 elsewhere", pairs, words)
+            return _other(unmitigated, f"per-channel in layer {layers[0]}, group-64 elsewhere", pairs, description)
         case "hyper-vulnerable":
             exact = Recipe.exact(len(unmitigated.recipe)).layers
-            return _other(unmitigated, "whole cache in 16 bits", exact, words)
+            return _other(unmitigated, "whole cache in 16 bits", exact, description)
         case _:
-            return replace(unmitigated, words=words)
+            return replace(unmitigated, description=description)
 
 
 def critical_layers(scan: Scan) -> list[int]:
@@ -70,5 +70,5 @@ def _scales(unmitigated: Candidate, granularity: Granularity, size: int | None =
     return tuple((one(k), one(v)) for k, v in unmitigated.recipe)
 
 
-def _other(unmitigated: Candidate, name: str, layers: tuple[Schemes, ...], words: str) -> Candidate:
-    return Candidate(name, "refine", replace(unmitigated.recipe, layers=layers), words)
+def _other(unmitigated: Candidate, name: str, layers: tuple[Schemes, ...], description: str) -> Candidate:
+    return Candidate(name, "refine", replace(unmitigated.recipe, layers=layers), unmitigated.placement, description)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import xarray as xr
@@ -15,14 +15,19 @@ from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.geometry.attention import attention_to_request
 from kvgeom.geometry.causal import patch_layers
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, protect
+from kvgeom.mitigation.harmless import SIGNIFICANT
 from kvgeom.models.model import KVGeometry
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.results import Result
 from kvgeom.stats import mcnemar, wilson
 
-#: Orders drawn at random, to compare with.
-RANDOM_ORDERS = 3
+#: Rules that draw layers at random, to compare with.
+RANDOM_RULES = ("random 1", "random 2", "random 3")
+#: What a comparison of rules says of choosing by attention. ``worse than causal``: it loses significantly more.
+#: ``no better than random``: no less than any random draw (both are as the paper claims). ``better than random``: less than
+#: each of them. ``nothing``: the unmitigated cache loses nothing.
+AttentionClaim = Literal["worse than causal", "no better than random", "better than random", "undetermined", "nothing"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,10 +48,42 @@ class LayerSelection(Result):
 
     kind: ClassVar[str] = "layer-selection"
 
+    @property
+    def flips(self) -> dict[str, int]:
+        """Flips at the largest number of layers, by rule; those drawn at random apart (:attr:`random_flips`)."""
+        return {rule: count for rule, count in self._flips().items() if not is_random(rule)}
+
+    @property
+    def random_flips(self) -> list[int]:
+        """Flips at the largest number of layers of each random draw."""
+        return [count for rule, count in self._flips().items() if is_random(rule)]
+
+    def _flips(self) -> dict[str, int]:
+        at = self.data.isel(kept=-1)
+        return {str(rule): int(at.flips.sel(rule=rule)) for rule in at.rule.values}
+
+    @property
+    def attention_claim(self) -> AttentionClaim:
+        """What was found of the paper's claim that choosing layers by attention fails, at the largest number of layers."""
+        if self.meta["unmitigated"] == 0:
+            return "nothing"
+        flips, drawn = self.flips, self.random_flips
+        p = float(self.data.p.isel(kept=-1).sel(rule="attention"))
+        if p < SIGNIFICANT and flips["attention"] > flips["causal"]:
+            return "worse than causal"
+        if flips["attention"] >= max(drawn):
+            return "no better than random"
+        return "better than random" if flips["attention"] < min(drawn) else "undetermined"
+
     def summary(self) -> str:
         kept = int(self.data.kept[-1])
         flips = ", ".join(f"{rule} {int(self.data.flips.sel(rule=rule, kept=kept))}" for rule in self.data.rule.values)
         return f"{kept} layers in 16 bits, flips left of {self.meta['unmitigated']}: {flips}"
+
+
+def is_random(rule: str) -> bool:
+    """Whether a rule of :class:`LayerSelection` draws layers at random, as something to compare with."""
+    return rule in RANDOM_RULES
 
 
 def layer_orders(base: Baseline, recipe: Recipe, placement: Placement) -> dict[str, list[int]]:
@@ -79,7 +116,7 @@ def layer_orders(base: Baseline, recipe: Recipe, placement: Placement) -> dict[s
         "causal": _descending(drop),
         "first": list(range(n_layers)),
         "attention": _descending(attention_to_request(model, prompts)),
-        **{f"random {n + 1}": [int(x) for x in rng.permutation(n_layers)] for n in range(RANDOM_ORDERS)},
+        **{rule: [int(x) for x in rng.permutation(n_layers)] for rule in RANDOM_RULES},
     }
 
 
@@ -100,7 +137,6 @@ def selection_of(
     tried: Mapping[tuple[str, int], Candidate],
     orders: Mapping[str, Sequence[int]],
     geometry: KVGeometry,
-    placement: Placement,
 ) -> LayerSelection:
     """The comparison that follows from responses under the candidates of :func:`protections`, among others.
 
@@ -111,7 +147,6 @@ def selection_of(
     tried : mapping of (rule, number of layers) to Candidate
     orders : mapping of rule to layers
     geometry : KVGeometry
-    placement : Placement
     """
     rules, kept = list(orders), sorted({n for _, n in tried})
     n = outcomes.data.sizes["prompt"]
@@ -129,7 +164,7 @@ def selection_of(
         "ci_high": grid({key: high for key, (_, high) in intervals.items()}),
         "p": grid({(rule, k): mcnemar(rows, flipped["causal", k]) for (rule, k), rows in flipped.items()}),
         "layers": grid({(rule, k): ", ".join(map(str, sorted(orders[rule][:k]))) for rule, k in tried}, object),
-        "bytes_per_token": grid({key: c.bytes_per_token(geometry, placement) for key, c in tried.items()}),
+        "bytes_per_token": grid({key: c.bytes_per_token(geometry) for key, c in tried.items()}),
     }
     data = xr.Dataset(
         {name: (("rule", "kept"), values) for name, values in columns.items()}, coords={"rule": rules, "kept": kept}

@@ -29,6 +29,7 @@ from kvgeom.quant.placement import Placement
 from kvgeom.results import plain
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
 
     from kvgeom.engines.engine import Export
@@ -47,8 +48,7 @@ class Plan:
         The model that it was made for, and a hash of its weights that is the same in all floating-point types.
     geometry : KVGeometry
     scheme : str
-        The cache that is to be mended: a scheme or preset.
-    placement : Placement
+        The cache to mitigate: a scheme or preset.
     mode : str
         Failure mode of the diagnosis.
     chosen : Candidate
@@ -74,7 +74,6 @@ class Plan:
     identity: str
     geometry: KVGeometry
     scheme: str
-    placement: Placement
     mode: str
     chosen: Candidate
     paper: Candidate
@@ -89,8 +88,13 @@ class Plan:
 
     @property
     def unmitigated(self) -> Candidate:
-        """The cache that is to be mended."""
+        """The cache to mitigate."""
         return self.candidates[0]
+
+    @property
+    def placement(self) -> Placement:
+        """Placement of the unmitigated cache; each candidate has its own."""
+        return self.unmitigated.placement
 
     @property
     def memory_overhead(self) -> float:
@@ -99,7 +103,7 @@ class Plan:
 
     def overhead(self, candidate: Candidate) -> float:
         """Share by which a candidate exceeds the unmitigated cache."""
-        sizes = [c.bytes_per_token(self.geometry, self.placement) for c in (candidate, self.unmitigated)]
+        sizes = [c.bytes_per_token(self.geometry) for c in (candidate, self.unmitigated)]
         return sizes[0] / sizes[1] - 1
 
     @property
@@ -114,7 +118,7 @@ class Plan:
     @property
     def paper_tried(self) -> str | None:
         """What the paper's prescription is called among the candidates."""
-        return next((found.name for found in self.candidates if found.recipe == self.paper.recipe), None)
+        return next((found.name for found in self.candidates if found.same_cache(self.paper)), None)
 
     def candidate(self, name: str) -> Candidate:
         """One of those that were tried, by name.
@@ -128,7 +132,7 @@ class Plan:
             if found.name == name:
                 return found
         known = ", ".join(repr(found.name) for found in self.candidates)
-        raise InputError(f"candidate {name!r} was asked, but the plan has only {known}")
+        raise InputError(f"unknown candidate {name!r}; choose from {known}")
 
     def verify(
         self,
@@ -177,7 +181,7 @@ class Plan:
         loaded = load(model, progress=run.progress, **loading)
         self.check(loaded)
         if not proving.harmful:
-            raise InputError(f"prompt set {proving.name!r} has no harmful requests, so that no refusal could be lost")
+            raise InputError(f"prompt set {proving.name!r} has no harmful requests; give some that the model refuses")
         requests, known = (*proving.harmful, *proving.harmless), set(self.calibration)
         used = [request for request in requests if request_hash(request) in known]
         if used:
@@ -191,7 +195,7 @@ class Plan:
             asked(loaded, proving.harmless, run, "-harmless") as harmless,
             run.bars(),
         ):
-            return prove(base, roles, self.placement, harmless=harmless, controls=controls, source=proving.name)
+            return prove(base, roles, harmless=harmless, controls=controls, source=proving.name)
 
     def with_verification(self, found: Verification) -> Plan:
         """The same plan, with its proof for ``plan.json``."""
@@ -260,8 +264,8 @@ class Plan:
         from kvgeom.models.packed import quantized_cache
 
         self.check(model)
-        recipe = (self.candidate(candidate) if candidate else self.chosen).recipe
-        return quantized_cache(model, recipe, self.placement)
+        found = self.candidate(candidate) if candidate else self.chosen
+        return quantized_cache(model, found.recipe, found.placement)
 
     def save_checkpoint(self, directory: str | Path, model: Any, candidate: str | None = None) -> Path:
         """Write a standard checkpoint with what of a candidate can be folded into weights.
@@ -293,8 +297,8 @@ class Plan:
         if not sites:
             able = ", ".join(repr(c.name) for c in self.candidates if foldable(c.recipe))
             raise InputError(
-                f"a checkpoint of {found.name!r} was asked, but nothing of it can be folded into weights; give one of {able} as "
-                "candidate=, or run the plan in a cache (plan.cache)"
+                f"nothing of candidate {found.name!r} can be folded into weights; give candidate= one of {able}, or run the plan in a "
+                "cache (plan.cache)"
             )
         folded = fold(loaded, found.recipe, sites)
         return save_checkpoint(folded, directory, [f"{found.name}, {' and '.join(sites)}"])
@@ -316,9 +320,9 @@ class Plan:
         """
         from kvgeom.engines.registry import engines
 
-        if self.placement.where != "cache":
-            raise InputError(f"placement '{self.placement}' is a simulation, which no engine runs; it has no exports")
-        recipe, placement = self.chosen.recipe, self.placement
+        recipe, placement = self.chosen.recipe, self.chosen.placement
+        if placement.where != "cache":
+            raise InputError(f"placement '{placement}' is a simulation, which no engine runs; it has no exports")
         whole = (engine.export_plan(file, recipe, placement) for engine in engines() if engine.export_plan)
         nearest = (
             engine.export(recipe, placement, self.geometry)
@@ -331,7 +335,7 @@ class Plan:
 
     def summary(self) -> str:
         """What is advised, in a line."""
-        return f"{self.mode}: {self.chosen.name} at {self.memory_overhead:+.1%} memory; {self.chosen.words}"
+        return f"{self.mode}: {self.chosen.name} at {self.memory_overhead:+.1%} memory; {self.chosen.description}"
 
     def __repr__(self) -> str:
         return f"<Plan {self.summary()}>"
@@ -340,9 +344,18 @@ class Plan:
         rows = "".join(f"<li>{escape(reason)}</li>" for reason in self.reasons)
         return f"<p><b>{escape(self.summary())}</b></p><ul>{rows}</ul>"
 
-    def plot(self) -> go.Figure:
-        """Flips against bytes per token of all candidates."""
-        return self.search.plot(paper=self.paper_tried)
+    def to_frame(self, table: str | None = None) -> pd.DataFrame:
+        """One row for each candidate; see :class:`~kvgeom.mitigation.search.Search`."""
+        return self.search.to_frame(table)
+
+    def plot(self, kind: str | None = None, **options: Any) -> go.Figure:
+        """A figure of the search; flips against bytes per token of all candidates by default."""
+        marked = {"paper": self.paper_tried} if kind in (None, "pareto_front") else {}
+        return self.search.plot(kind, **{**marked, **options})
+
+    def provenance(self) -> dict[str, Any]:
+        """Where it comes from."""
+        return {**self.search.provenance(), "scheme": self.scheme, "identity": self.identity}
 
 
 def request_hash(request: str) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvgeom.mitigation.plan import Plan
 
 #: Version of the layout of plan.json; docs/mitigation.md describes it.
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 def json_path(path: str | Path) -> Path:
@@ -32,29 +32,29 @@ def written(plan: Plan) -> dict[str, Any]:
     """Content of ``plan.json``."""
     statics: dict[str, Any] = {}
 
-    def spelled(candidate: Candidate) -> dict[str, Any]:
+    def as_json(candidate: Candidate) -> dict[str, Any]:
         return {
             "name": candidate.name,
             "family": candidate.family,
-            "words": candidate.words,
+            "description": candidate.description,
+            "placement": dataclasses.asdict(candidate.placement),
             "recipe": recipe_to_json(candidate.recipe, statics),
             "memory_overhead": plan.overhead(candidate),
-            "bytes_per_token": candidate.bytes_per_token(plan.geometry, plan.placement),
+            "bytes_per_token": candidate.bytes_per_token(plan.geometry),
         }
 
     return {
         "plan_version": PLAN_VERSION,
         "model": {"name": plan.model, "identity": plan.identity, **dataclasses.asdict(plan.geometry)},
         "scheme": plan.scheme,
-        "placement": dataclasses.asdict(plan.placement),
         "mode": plan.mode,
-        "chosen": spelled(plan.chosen),
-        "paper": spelled(plan.paper),
+        "chosen": as_json(plan.chosen),
+        "paper": as_json(plan.paper),
         "reasons": list(plan.reasons),
         "verified": plan.verified,
         "judge": plan.judge,
         "max_new_tokens": plan.max_new_tokens,
-        "candidates": [spelled(candidate) for candidate in plan.candidates],
+        "candidates": [as_json(candidate) for candidate in plan.candidates],
         "search": {"meta": plan.search.meta, "records": plan.search.records()},
         "selection": plan.selection and {"meta": plan.selection.meta, "records": plan.selection.records()},
         "calibration": list(plan.calibration),
@@ -74,23 +74,23 @@ def read(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
         version = record["plan_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"plan {path} was asked, but it cannot be read ({error}); give a file of kvgeom fix"
-        ) from error
+        raise InputError(f"plan {path} cannot be read ({error}); give a plan.json that kvgeom fix wrote") from error
     if version != PLAN_VERSION:
-        raise InputError(f"plan {path} has layout {version}, but this kvgeom reads {PLAN_VERSION}; make it anew")
+        raise InputError(
+            f"plan {path} has layout {version}, but this kvgeom reads {PLAN_VERSION}; run kvgeom fix again"
+        )
     try:
         return _attributes(record)
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"plan {path} is not whole: {error!r}; make it anew with kvgeom fix") from error
+        raise InputError(f"plan {path} is incomplete: {error!r}; run kvgeom fix again") from error
 
 
 def _attributes(record: dict[str, Any]) -> dict[str, Any]:
     statics = {key: statics_from_json(value, key) for key, value in record["statics"].items()}
 
-    def candidate(spelled: dict[str, Any]) -> Candidate:
-        recipe = recipe_from_json(spelled["recipe"], statics)
-        return Candidate(spelled["name"], spelled["family"], recipe, spelled["words"])
+    def candidate(found: dict[str, Any]) -> Candidate:
+        recipe, placement = recipe_from_json(found["recipe"], statics), Placement(**found["placement"])
+        return Candidate(found["name"], found["family"], recipe, placement, found["description"])
 
     model, search, selection = record["model"], record["search"], record["selection"]
     return {
@@ -98,10 +98,9 @@ def _attributes(record: dict[str, Any]) -> dict[str, Any]:
         "model": model["name"],
         "identity": model["identity"],
         "geometry": KVGeometry(**{field.name: model[field.name] for field in dataclasses.fields(KVGeometry)}),
-        "placement": Placement(**record["placement"]),
         "chosen": candidate(record["chosen"]),
         "paper": candidate(record["paper"]),
-        "candidates": tuple(candidate(spelled) for spelled in record["candidates"]),
+        "candidates": tuple(candidate(found) for found in record["candidates"]),
         "reasons": tuple(record["reasons"]),
         "search": Search.of_records(search["records"], search["meta"], ["candidate"]),
         "selection": selection and LayerSelection.of_records(selection["records"], selection["meta"], ["rule", "kept"]),

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import needs_bits, resolve
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline
-from kvgeom.evaluation.condition import Condition
 from kvgeom.evaluation.evaluate import run_conditions
 from kvgeom.evaluation.outcomes import Outcomes
-from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, protect, whole_cache
+from kvgeom.mitigation.candidates import KEPT, UNMITIGATED, Candidate, protect
 from kvgeom.mitigation.decision_tree import advised
-from kvgeom.mitigation.harmless import asked, harmless_under
+from kvgeom.mitigation.harmless import asked, harmless_outcomes, harmless_under
 from kvgeom.mitigation.layers import counts, layer_orders, protections, selection_of
+from kvgeom.mitigation.methods.registry import Setting, candidates_of
 from kvgeom.mitigation.plan import Plan, request_hash
 from kvgeom.mitigation.reasons import advice_in_words, reasons
 from kvgeom.mitigation.search import Search, check_budget, preference, search_of
 from kvgeom.models.statistics import constants
 from kvgeom.prompts.sets import calibration
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.recipe import Recipe, Site
+from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 #: How many of the caches that treat all layers alike are tried once more with layers kept in 16 bits.
 COMBINED = 2
-#: What of a layer may be kept.
-KEPT: tuple[tuple[Site, ...], ...] = (("k", "v"), ("k",), ("v",))
 
 
 def prescribe(
@@ -49,53 +48,52 @@ def prescribe(
     spec = scheme or diagnosis.curve.meta["scheme"]
     if bits is None and needs_bits(spec):
         bits = int(diagnosis.scan.meta["bits"])  # as diagnosed
-    engine = resolve(spec, bits=bits, placement=placement)
-    if engine.per_layer is not None:
+    config = resolve(spec, bits=bits, placement=placement)
+    if config.per_layer is not None:
         raise InputError("a plan starts from one scheme for all layers, got a recipe; give a scheme or a preset")
     if not base.refused:
         raise InputError(
-            f"a plan was asked, but {base.model.name} refuses none of the {len(base.prompts)} prompts unquantized, so that "
-            "none can be lost; give requests that it refuses"
+            f"{base.model.name} refuses none of the {len(base.prompts)} prompts unquantized, so there is no refusal to keep; "
+            "give requests that it refuses"
         )
     harmless = diagnosis.prompts.harmless or calibration().harmless
     base.journal.reopen()
     with closing(base.journal), base.run.bars():
         # Of both kinds: what is rounded away then reads as neither.
         known = constants(base.model, [*diagnosis.prompts.harmful, *harmless])
-        alike = whole_cache(engine, geometry, known)
-        paper = advised(diagnosis.mode, diagnosis.scan, alike[0])
-        orders = layer_orders(base, alike[0].recipe, engine.placement)
+        setting = Setting(config, geometry, known, {})
+        unmitigated = setting.unmitigated
+        setting = replace(setting, orders=layer_orders(base, unmitigated.recipe, config.placement))
+        paper = advised(diagnosis.mode, diagnosis.scan, unmitigated)
         kept = counts(geometry.layers)
-        by_rule = protections(alike[0], orders, kept)
-        parts = [protect(alike[0], orders["causal"][:n], sites) for n in kept for sites in KEPT[1:]]
-        tried = [*alike, *by_rule.values(), *parts, paper]
-        outcomes = _run(base, tried, engine.placement, "candidates")
-        first = search_of(outcomes, alike, geometry, engine.placement, memory)
-        combined = _combinations(first, alike, orders["causal"], kept)
-        outcomes = outcomes.joined(_run(base, combined, engine.placement, "combinations"))
-        tried += combined
-    selection = selection_of(outcomes, by_rule, orders, geometry, engine.placement)
-    # Layers that were drawn at random are there to compare with, and not to be chosen.
-    drawn = {candidate.name for (rule, _), candidate in by_rule.items() if rule.startswith("random")}
-    fair = _distinct([candidate for candidate in tried if candidate.name not in drawn])
-    search = search_of(outcomes, fair, geometry, engine.placement, memory)
+        by_rule = protections(unmitigated, setting.orders, kept)
+        alike = [unmitigated, *candidates_of(setting, "cache", [unmitigated])]
+        layered = candidates_of(setting, "layers", alike)
+        placed = candidates_of(setting, "placement", [*alike, *layered])
+        outcomes = _run(base, [*alike, *by_rule.values(), *layered, paper, *placed], "candidates")
+        lengths = [len(base.prompts[index]) for index in base.refused]
+        first = search_of(outcomes, alike, geometry, memory, lengths)
+        combined = _combinations(first, alike, setting.orders["causal"], kept)
+        if combined:
+            outcomes = outcomes.joined(_run(base, combined, "combinations"))
+    selection = selection_of(outcomes, by_rule, setting.orders, geometry)
+    tried = _distinct([*alike, *layered, paper, *combined, *placed])
+    search = search_of(outcomes, tried, geometry, memory, lengths)
     with asked(base.model, harmless, base.run, "-harmless") as other:
         assert other is not None  # noqa: S101  # there are harmless requests
-        search = _screened(search, fair, other, engine.placement)
-    sizes = [c.bytes_per_token(geometry, engine.placement) for c in (paper, alike[0])]
+        search = _screened(search, tried, other)
+    sizes = [each.bytes_per_token(geometry) for each in (paper, unmitigated)]
     advice = advice_in_words(paper, outcomes.flips(paper.name)["all"], len(base.refused), sizes[0] / sizes[1] - 1)
-    chosen = next(candidate for candidate in fair if candidate.name == search.chosen)
     return Plan(
         model=base.model.name,
         identity=base.model.identity,
         geometry=geometry,
-        scheme=engine.name,
-        placement=engine.placement,
+        scheme=config.name,
         mode=diagnosis.mode.name,
-        chosen=chosen,
+        chosen=next(candidate for candidate in tried if candidate.name == search.chosen),
         paper=paper,
-        candidates=tuple(fair),
-        reasons=(*reasons(diagnosis.mode, engine.name, search, selection, advice), *_caveats(diagnosis, engine)),
+        candidates=tuple(tried),
+        reasons=(*reasons(diagnosis.mode, config.name, search, selection, advice), *_caveats(diagnosis, config)),
         search=search,
         selection=selection,
         judge=base.judge.name,
@@ -104,15 +102,15 @@ def prescribe(
     )
 
 
-def _caveats(diagnosis: Diagnosis, engine: CacheConfig) -> list[str]:
+def _caveats(diagnosis: Diagnosis, config: CacheConfig) -> list[str]:
     """That requests were too short to meet any rounding, if the diagnosed cache is the one to mend."""
     curve = diagnosis.curve
-    same = (engine.name, str(engine.placement)) == (curve.meta["scheme"], curve.meta["placement"])
+    same = (config.name, str(config.placement)) == (curve.meta["scheme"], curve.meta["placement"])
     return [curve.caveat] if same and curve.caveat else []
 
 
-def _run(base: Baseline, tried: Sequence[Candidate], placement: Placement, title: str) -> Outcomes:
-    conditions = {found.name: Condition(found.recipe, placement, family="mitigation") for found in tried}
+def _run(base: Baseline, tried: Sequence[Candidate], title: str) -> Outcomes:
+    conditions = {found.name: found.condition() for found in tried}
     return run_conditions(base, conditions, prompts=base.refused, title=title)
 
 
@@ -126,21 +124,21 @@ def _combinations(
     return [protect(named[name], order[:n], sites) for name in best for n in kept[:2] for sites in KEPT[:2]]
 
 
-def _screened(search: Search, candidates: Sequence[Candidate], harmless: Baseline, placement: Placement) -> Search:
+def _screened(search: Search, candidates: Sequence[Candidate], harmless: Baseline) -> Search:
     """Look at what the best candidates do to harmless requests, until the best ones spoil nothing."""
-    recipes = {candidate.name: candidate.recipe for candidate in candidates}
-    seen: set[str] = {UNMITIGATED}
+    by_name = {candidate.name: candidate for candidate in candidates}
+    seen, outcomes = {UNMITIGATED}, None
     for within_budget in (True, False):
         while (best := next(iter(search.ranked(within_budget=within_budget)), UNMITIGATED)) not in seen:
             seen.add(best)
-            asked_of = {name: recipes[name] for name in (UNMITIGATED, best)}
-            search = search.with_harmless(harmless_under(harmless, asked_of, placement))
+            outcomes = harmless_outcomes(harmless, {name: by_name[name] for name in (UNMITIGATED, best)}, outcomes)
+            search = search.with_harmless(harmless_under(outcomes))
     return search
 
 
 def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Each cache once, under the first of its names."""
-    found: dict[Recipe, Candidate] = {}
+    found: dict[tuple[Recipe, Placement], Candidate] = {}
     for candidate in candidates:
-        found.setdefault(candidate.recipe, candidate)
+        found.setdefault((candidate.recipe, candidate.placement), candidate)
     return list(found.values())

@@ -28,7 +28,7 @@ def reasons(mode: Mode, scheme: str, search: Search, selection: LayerSelection, 
     lost = f"Unmitigated, {scheme} loses {before['flips']} of {n} refusals of the calibration prompts"
     broken = before["flips_degenerate"]
     if before["flips"] == 0:
-        return (f"{lost}, so that there is nothing to mend.",)
+        return (f"{lost}, so there is nothing to mitigate.",)
     said = [
         f"{lost}, {broken} of them as broken text." if broken else f"{lost}.",
         f"The paper's decision tree, for {mode.name}: {mode.prescription}. {advice}".rstrip(),
@@ -39,12 +39,18 @@ def reasons(mode: Mode, scheme: str, search: Search, selection: LayerSelection, 
             f"Turned down, because they keep refusals at the cost of harmless requests: {listed(spoiled)} (the first loses "
             f"{int(rows[spoiled[0]]['harmless_lost'])} harmless requests, unmitigated {int(before['harmless_lost'])})."
         )
+    hidden = [name for name, row in rows.items() if row["untested"] and row["flips"] < before["flips"]]
+    if hidden:
+        said.append(
+            f"Not considered, because the calibration prompts lie mostly within their tokens in 16 bits: {listed(hidden)}. Longer "
+            "prompts test these."
+        )
     within = f"within {budget:.0%} more memory" if budget else "without more memory"
     if search.chosen == UNMITIGATED:
         said.append(f"The measured search found nothing {within} that keeps more refusals.")
     else:
         said.append(
-            f"The measured search, {within}, chose {search.chosen}, which {found['words']}: "
+            f"The measured search, {within}, chose {search.chosen}, which {found['description']}: "
             f"{found['flips']} lost at {found['memory_overhead']:+.1%} memory."
         )
     best = rows[next(iter(search.ranked(within_budget=False)), UNMITIGATED)]
@@ -61,13 +67,11 @@ def advice_in_words(paper: Candidate, flips: int, refused: int, overhead: float)
 
 
 def _compared(selection: LayerSelection) -> str:
-    """The rules at the largest number of layers, in words."""
+    """The rules at the largest number of layers."""
     at = selection.data.isel(kept=-1)
-    flips = {str(rule): int(at.flips.sel(rule=rule)) for rule in at.rule.values}
-    drawn = [count for rule, count in flips.items() if rule.startswith("random")]
-    said = ", ".join(f"{rule} {count}" for rule, count in flips.items() if not rule.startswith("random"))
+    counted = ", ".join(f"{rule} {count}" for rule, count in selection.flips.items())
     kept = int(at.kept)
     return (
         f"With {kept} layer{'s' if kept > 1 else ''} in 16 bits ({float(at.bytes_per_token.mean()):.0f} bytes a token), "
-        f"refusals lost by rule of choice: {said}, drawn at random {span(drawn)}."
+        f"refusals lost by rule of choice: {counted}, drawn at random {span(selection.random_flips)}."
     )

@@ -15,24 +15,27 @@ from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import Harmless
 from kvgeom.models.model import KVGeometry
 from kvgeom.quant.memory import bytes_per_token
-from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.results import Result
 from kvgeom.stats import mcnemar, reduction_estimate
+
+#: A cache that rounds less than this share of what the unmitigated one rounds of the prompts is not tested by them.
+LEAST_ROUNDED = 0.5
 
 
 @dataclass(frozen=True, repr=False)
 class Search(Result):
     """Every candidate on the prompts that were used to choose: optimistic for the one that is chosen.
 
-    ``data`` has the dimension ``candidate`` (the first is the unmitigated cache) and the variables ``family``, ``words``,
+    ``data`` has the dimension ``candidate`` (the first is the unmitigated cache) and the variables ``family``, ``description``,
     ``flips`` (of the refused calibration prompts) with ``flips_complied``, ``flips_degenerate``, ``flip_rate`` and its
     Wilson interval ``ci_low``, ``ci_high``; ``recovery`` (1 - flips / unmitigated flips) with ``recovery_low``,
     ``recovery_high`` (NaN where nothing flips unmitigated); ``p`` (exact McNemar p-value against the unmitigated
     cache); ``margin_drop`` (nats, mean); ``bytes_per_token``; ``memory_overhead`` (share by which that exceeds the
     unmitigated cache); ``affordable`` (within the budget); ``pareto`` (nothing else has both fewer bytes and fewer
     flips); ``harmless_refused`` and ``harmless_lost`` (answered unquantized, and refused or broken here; NaN where not
-    looked at) and ``spoils`` (:class:`~kvgeom.mitigation.harmless.Harmless`; such a candidate is not chosen).
+    looked at) and ``spoils`` (:class:`~kvgeom.mitigation.harmless.Harmless`; such a candidate is not chosen); ``untested``
+    (the prompts are so short that its window leaves most of them unquantized; not chosen either).
 
     ``meta`` holds ``prompts``, ``budget``, ``exact_bytes_per_token`` (of a 16-bit cache), ``chosen`` and what made it.
     """
@@ -53,12 +56,12 @@ class Search(Result):
         return str(self.meta["chosen"])
 
     def ranked(self, *, within_budget: bool) -> list[str]:
-        """Candidates that lose fewer refusals than the unmitigated cache and spoil nothing harmless, best first.
+        """Tested candidates that lose fewer refusals than the unmitigated cache and spoil nothing harmless, best first.
 
         In the order of :func:`preference`.
         """
         unmitigated, *rows = self.records()
-        better = [row for row in rows if row["flips"] < unmitigated["flips"] and not row["spoils"]]
+        better = [row for row in rows if row["flips"] < unmitigated["flips"] and not (row["spoils"] or row["untested"])]
         better = [row for row in better if row["affordable"] or not within_budget]
         return [str(row["candidate"]) for row in sorted(better, key=preference)]
 
@@ -85,15 +88,15 @@ def check_budget(memory: float) -> None:
         Unless it is 0 or more.
     """
     if not memory >= 0:
-        raise InputError(f"a memory budget of {memory} was asked; give a share of the cache such as 0.02, 0 or more")
+        raise InputError(f"a memory budget of {memory} is no share of the cache; give 0 or more, such as 0.02")
 
 
 def search_of(
     outcomes: Outcomes,
     candidates: Sequence[Candidate],
     geometry: KVGeometry,
-    placement: Placement,
     budget: float,
+    lengths: Sequence[int] = (),
 ) -> Search:
     """The table that follows from responses of the refused prompts under all candidates, the unmitigated cache first.
 
@@ -102,13 +105,14 @@ def search_of(
     outcomes : Outcomes
     candidates : sequence of Candidate
     geometry : KVGeometry
-    placement : Placement
     budget : float
         Largest share by which a candidate may exceed the unmitigated cache and still be chosen.
+    lengths : sequence of int
+        Tokens of each refused prompt, which say what a window of unquantized tokens hides; none by default.
     """
     names = [candidate.name for candidate in candidates]
     n = outcomes.data.sizes["prompt"]
-    size = np.array([candidate.bytes_per_token(geometry, placement) for candidate in candidates])
+    size = np.array([candidate.bytes_per_token(geometry) for candidate in candidates])
     overhead = size / size[0] - 1
     flips = outcomes.flip_columns(names)
     count = np.array(flips["flips"])
@@ -116,7 +120,7 @@ def search_of(
     nan = float("nan")
     columns = {
         "family": np.array([candidate.family for candidate in candidates], dtype=object),
-        "words": np.array([candidate.words for candidate in candidates], dtype=object),
+        "description": np.array([candidate.description for candidate in candidates], dtype=object),
         **flips,
         **recovery_columns(outcomes, names),
         "margin_drop": outcomes.margin_drops(names).mean(0) if n else np.full(len(names), nan),
@@ -127,11 +131,20 @@ def search_of(
         "harmless_refused": np.full(len(names), nan),
         "harmless_lost": np.full(len(names), nan),
         "spoils": np.zeros(len(names), dtype=bool),
+        "untested": [_untested(candidate, candidates[0], lengths) for candidate in candidates],
     }
     data = xr.Dataset({name: ("candidate", values) for name, values in columns.items()}, coords={"candidate": names})
-    exact = bytes_per_token(Recipe.exact(geometry.layers), placement, geometry.kv_heads, geometry.head_dim)
+    exact = bytes_per_token(Recipe.exact(geometry.layers), None, geometry.kv_heads, geometry.head_dim)
     meta = {**outcomes.made_by(), "prompts": n, "budget": budget, "exact_bytes_per_token": exact}
     return Search(data, meta).with_choice()
+
+
+def _untested(candidate: Candidate, unmitigated: Candidate, lengths: Sequence[int]) -> bool:
+    """Whether a window hides most of what the unmitigated cache rounds, so that few flips say nothing of long contexts."""
+    if candidate.placement == unmitigated.placement or not lengths:
+        return False
+    own, before = (np.mean([each.rounded_share(n) for n in lengths]) for each in (candidate, unmitigated))
+    return bool(own < LEAST_ROUNDED * before)
 
 
 def recovery_columns(outcomes: Outcomes, names: Sequence[str]) -> dict[str, list[float]]:

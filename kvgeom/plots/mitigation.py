@@ -24,8 +24,8 @@ from kvgeom.plots.theme import (
 )
 
 FAMILY_COLORS = dict(
-    zip(("unmitigated", "center", "equalize", "hadamard", "refine", "protect", "combined"),
-        (INK, *HEAD_COLORS[:4], HEAD_COLORS[5], HEAD_COLORS[6]), strict=True)
+    zip(("unmitigated", "center", "equalize", "hadamard", "refine", "protect", "combined", "window"),
+        (INK, *HEAD_COLORS[:4], HEAD_COLORS[5], HEAD_COLORS[6], HEAD_COLORS[4]), strict=True)
 )  # fmt: skip
 RULE_COLORS = {"causal": ACCENT, "first": PLAIN, "attention": HEAD_COLORS[1]}
 
@@ -69,7 +69,9 @@ def pareto_front(search: Plottable, paper: str | None = None) -> go.Figure:
         error_y=_whiskers([places[place][0] for place in front], n, UNDETERMINED, 1),
         hoverinfo="skip",
     )
-    for family, colour in FAMILY_COLORS.items():
+    present = [str(row["family"]) for row in rows]
+    for family in dict.fromkeys([*(name for name in FAMILY_COLORS if name in present), *present]):
+        colour = FAMILY_COLORS.get(family, UNDETERMINED)
         own = [(place, found) for place, found in places.items() if found[0]["family"] == family]
         if not own:
             continue
@@ -217,7 +219,7 @@ def _whiskers(rows: list[dict[str, Any]], n: int, colour: str, thickness: float)
 def _candidate(row: dict[str, Any], n: int) -> str:
     """Hover text of a candidate."""
     return (
-        f"<b>{plain(row['candidate'])}</b>: {wrapped(row['words'], 80)}<br>"
+        f"<b>{plain(row['candidate'])}</b>: {wrapped(row['description'], 80)}<br>"
         f"{row['flips']} of {n} lost [{percent(row['ci_low'])}, {percent(row['ci_high'])}]: {row['flips_complied']} comply, "
         f"{row['flips_degenerate']} break down<br>{row['bytes_per_token']:,.0f} bytes a token, "
         f"{row['memory_overhead']:+.1%} against unmitigated"

@@ -26,7 +26,7 @@ from kvgeom.prompts.load import as_prompt_set
 from kvgeom.prompts.sets import PromptSet, calibration, held_out
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.scheme import Scheme, check_bits
-from kvgeom.report.mended import COLUMNS, before_and_after, sentences
+from kvgeom.report.fix_text import COLUMNS, before_and_after, sentences
 from kvgeom.results import plain, text_table
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Fix:
             return "Next: this placement rounds where no cache does; mitigate one with --placement cache."
         if status == "nothing to fix":
             return "Next: nothing; narrower caches may lose refusals (kvgeom sweep)."
-        if plan.chosen.recipe == plan.unmitigated.recipe or status == "does not help":
+        if plan.chosen.same_cache(plan.unmitigated) or status == "does not help":
             return "Next: try a larger --memory, more --bits or another --scheme; until then this cache stays unsafe."
         lines = f'plan = kvgeom.Plan.load("{folder}")\nmodel.generate(**inputs, past_key_values=plan.cache(model))'
         if status == "undetermined":

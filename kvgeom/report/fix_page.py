@@ -9,8 +9,8 @@ from kvgeom.mitigation.verify import CHOSEN
 from kvgeom.plots.mitigation import layer_selection, pareto_front
 from kvgeom.plots.mode import mode_card
 from kvgeom.plots.recovery import memory_bars, recovery_bars
+from kvgeom.report.fix_text import COLUMNS, before_and_after, left_by_chance, rules_compared, size_or_direction
 from kvgeom.report.html import drawn, page, section
-from kvgeom.report.mended import COLUMNS, before_and_after, left_by_chance, rules_compared, size_or_direction
 
 if TYPE_CHECKING:
     from kvgeom.report.fix import Fix
@@ -37,7 +37,7 @@ def render(fix: Fix) -> str:
         reasons=plan.reasons,
         mode=fix.diagnosis.mode,
         mode_figure=drawn(mode_card(fix.diagnosis.mode), "Failure mode"),
-        exports=plan.exports() if plan.placement.where == "cache" else (),
+        exports=plan.exports() if plan.chosen.placement.where == "cache" else (),
         status=found.status,
         judged=found.meta,
         provenance=_provenance(fix),
@@ -94,7 +94,7 @@ def _sections(fix: Fix) -> list[dict[str, Any]]:
         section(
             "How much is recovered on other prompts",
             "Recovery is 1 - lost / lost unmitigated, with its 95 % interval. Diamonds are controls: the error of the same cache, as "
-            "large in every token and layer, but turned into a random direction. If they flip as many refusals, the size of the "
+            "large in every token and layer, but in a random direction. If they flip as many refusals, the size of the "
             f"error matters and not its direction. {size_or_direction(found)} {left_by_chance(found)}",
             recovery_bars(found),
             found.to_frame(),

@@ -42,7 +42,7 @@ def search(n: int = 16, budget: float = 0.05) -> Search:
     better = (size <= size[:, None]) & (flips <= flips[:, None]) & ((size < size[:, None]) | (flips < flips[:, None]))
     columns = {
         "family": np.array([row[1] for row in rows], dtype=object),
-        "words": np.array([f"does {row[0]}" for row in rows], dtype=object),
+        "description": np.array([f"does {row[0]}" for row in rows], dtype=object),
         **_rates([row[2] for row in rows], n),
         "recovery": 1 - flips / flips[0],
         "recovery_low": 1 - flips / flips[0] - 0.2,
@@ -56,6 +56,7 @@ def search(n: int = 16, budget: float = 0.05) -> Search:
         "harmless_refused": np.full(len(rows), np.nan),
         "harmless_lost": np.full(len(rows), np.nan),
         "spoils": np.zeros(len(rows), dtype=bool),
+        "untested": np.zeros(len(rows), dtype=bool),
     }
     data = xr.Dataset(
         {name: ("candidate", values) for name, values in columns.items()},
@@ -94,19 +95,20 @@ def verification(
 ) -> Verification:
     """``flips`` of unmitigated, chosen and paper; ``controls`` of chosen and unmitigated."""
     roles = ["unmitigated", "chosen", "paper"]
-    scattered = [
-        (f"{role}, scattered {k + 1}", count)
+    random = [
+        (f"{role}, random direction {k + 1}", role, k, count)
         for role, drawn in zip(("chosen", "unmitigated"), controls, strict=True)
         for k, count in enumerate(drawn)
     ]
-    count = [*flips, *(found for _, found in scattered)]
-    before, rows, extra = flips[0], len(count), len(scattered)
+    count = [*flips, *(found for *_, found in random)]
+    before, rows, extra = flips[0], len(count), len(random)
     nan = float("nan")
     recovery = np.array([1 - c / before if before else nan for c in count])
     size = np.array([3456.0, 3456.0, 3840.0, *([3456.0] * extra)])
     columns: dict[str, Any] = {
-        "name": np.array(["unmitigated", *names, *["scattered"] * extra], dtype=object),
-        "control_of": np.array(["", "", "", *(name.split(",")[0] for name, _ in scattered)], dtype=object),
+        "name": np.array(["unmitigated", *names, *["random direction"] * extra], dtype=object),
+        "control_of": np.array(["", "", "", *(role for _, role, _, _ in random)], dtype=object),
+        "draw": [-1, -1, -1, *(draw for _, _, draw, _ in random)],
         **_rates(count, n),
         "recovery": recovery,
         "recovery_low": recovery - 0.3,
@@ -125,7 +127,7 @@ def verification(
     assert rows == len(columns["name"])
     data = xr.Dataset(
         {name: ("recipe", values) for name, values in columns.items()},
-        coords={"recipe": [*roles, *(name for name, _ in scattered)]},
+        coords={"recipe": [*roles, *(name for name, *_ in random)]},
     )
     meta = {
         "source": "held-out", "prompts": 24, "refused": n, "harmless": 24, "harmless_refused": 1, "placement": "cache",

@@ -52,9 +52,9 @@ def mine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 def plan(placement: Placement) -> Plan:
-    base = Candidate(UNMITIGATED, "unmitigated", resolve("int4-asym-token").recipe(3), "")
+    base = Candidate(UNMITIGATED, "unmitigated", resolve("int4-asym-token").recipe(3), placement, "")
     return Plan(
-        model="m", identity="i", geometry=GEOMETRY, scheme="int4-asym-token", placement=placement, mode="mixed", chosen=base,
+        model="m", identity="i", geometry=GEOMETRY, scheme="int4-asym-token", mode="mixed", chosen=base,
         paper=base, candidates=(base,), reasons=(), search=search(), selection=None, judge="keyword", max_new_tokens=4,
         calibration=(),
     )  # fmt: skip

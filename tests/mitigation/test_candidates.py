@@ -17,9 +17,11 @@ from kvgeom.diagnosis.taxonomy import PRESCRIPTIONS, Mode, ModeName
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import presets, resolve
 from kvgeom.errors import InputError
-from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, protect, whole_cache
+from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, protect
 from kvgeom.mitigation.decision_tree import advised, critical_layers
+from kvgeom.mitigation.methods.registry import Method, Setting, candidates_of, method, methods, register_method
 from kvgeom.models.hf import HFModel
+from kvgeom.models.model import KVGeometry
 from kvgeom.models.statistics import Constants, channel_statistics, constants
 from kvgeom.quant.memory import cache_bytes
 from kvgeom.quant.placement import Placement
@@ -55,7 +57,13 @@ def wide() -> tuple[HFModel, Constants]:
     return model, constants(model, PROMPTS)
 
 
-def held(model: HFModel, recipe: Recipe, placement: Placement) -> list[torch.Tensor]:
+def whole_cache(config: CacheConfig, geometry: KVGeometry, known: Constants) -> list[Candidate]:
+    """The cache itself, and all candidates that treat every layer alike."""
+    setting = Setting(config, geometry, known, {})
+    return [setting.unmitigated, *candidates_of(setting, "cache", [setting.unmitigated])]
+
+
+def stored(model: HFModel, recipe: Recipe, placement: Placement) -> list[torch.Tensor]:
     """Keys and values of all layers after prompt and two tokens."""
     cache = model.new_cache(Quantizer(recipe, placement))
     ids = model.encode(PROMPTS[1:])[0].ids
@@ -75,10 +83,10 @@ def test_every_candidate_can_be_used_and_differs(name: str) -> None:
     assert len({candidate.recipe for candidate in found}) == len(found)
     # A window that this prompt fills, so that engines that let tokens wait round as well.
     placement = replace(engine.placement, residual=min(engine.placement.residual, 32))
-    seen = {candidate.name: held(model, candidate.recipe, placement) for candidate in found}
-    exact = held(model, Recipe.exact(3), placement)
+    seen = {candidate.name: stored(model, candidate.recipe, placement) for candidate in found}
+    exact = stored(model, Recipe.exact(3), placement)
     for candidate in found:
-        assert candidate.words
+        assert candidate.description
         assert all(bool(torch.isfinite(x).all()) for x in seen[candidate.name])
         assert any(not torch.equal(a, b) for a, b in zip(seen[candidate.name], exact, strict=True))
     for n, one in enumerate(found):
@@ -94,7 +102,7 @@ def test_finer_scales_are_no_fewer(name: str) -> None:
     model, known = wide()
     g = model.geometry
     found = whole_cache(ENGINES[name], g, known)
-    size = {candidate.name: candidate.bytes_per_token(g, Placement()) for candidate in found}
+    size = {candidate.name: replace(candidate, placement=Placement()).bytes_per_token(g) for candidate in found}
     for candidate in found:
         if candidate.family == "refine":
             # Scales of channels are shared by all tokens, and so take no more room than one of each token.
@@ -181,13 +189,13 @@ def test_constants_are_those_of_the_model() -> None:
 )
 def test_protect(name: str, layers: set[int], sites: set[str]) -> None:
     engine = resolve(name)
-    base = Candidate(UNMITIGATED, "unmitigated", engine.recipe(5), name)
+    base = Candidate(UNMITIGATED, "unmitigated", engine.recipe(5), engine.placement, name)
     found = protect(base, layers, sites, how="first")  # type: ignore[arg-type]
     for layer, pair in enumerate(found.recipe):
         for site, scheme, before in zip("kv", pair, (engine.k, engine.v), strict=True):
             assert scheme == (None if layer in layers and site in sites else before)
     for site, word in (("k", "keys"), ("v", "values")):
-        assert (word in found.words) == (site in sites)
+        assert (word in found.description) == (site in sites)
     assert ("keys" in found.name, "values" in found.name) == ((sites == {"k"}), (sites == {"v"}))
     assert all(str(layer) in found.name for layer in layers)
     shape, p = (2, 64), engine.placement
@@ -200,7 +208,7 @@ def test_protect(name: str, layers: set[int], sites: set[str]) -> None:
     )
     assert whole == by_site
     geometry = replace(wide()[0].geometry, layers=5)
-    assert found.bytes_per_token(geometry, p) == whole / 4096
+    assert found.bytes_per_token(geometry) == whole / 4096
 
 
 def test_protect_keeps_what_it_is_put_on() -> None:
@@ -209,16 +217,16 @@ def test_protect_keeps_what_it_is_put_on() -> None:
     found = protect(center, [2, 0])
     assert (found.name, found.family) == ("center; layers 0, 2 in 16 bits", "combined")
     assert (found.recipe.offsets, found.recipe.touched) == (known.keys, (1,))
-    assert center.words in found.words
+    assert center.description in found.description
 
 
 @pytest.mark.parametrize(
     ("layers", "sites", "said"),
-    [([], "kv", "at least one"), ([3], "kv", "layers 0 to 2"), ([-1], "kv", "layers 0 to 2"), ([0], "", "only k and v"),
-     ([0], ["q"], "only k and v")],
+    [([], "kv", "0 to 2"), ([3], "kv", "0 to 2"), ([-1], "kv", "0 to 2"), ([0], "", "must be k, v"),
+     ([0], ["q"], "must be k, v")],
 )  # fmt: skip
 def test_what_cannot_be_protected(layers: list[int], sites: str, said: str) -> None:
-    base = Candidate(UNMITIGATED, "unmitigated", resolve("int4-asym-token").recipe(3), "")
+    base = Candidate(UNMITIGATED, "unmitigated", resolve("int4-asym-token").recipe(3), Placement(), "")
     with pytest.raises(InputError, match=said):
         protect(base, layers, sites)  # type: ignore[arg-type]
 
@@ -254,20 +262,20 @@ ADVICE: dict[ModeName, tuple[str, list[tuple[str | None, str | None]]]] = {
 
 @pytest.mark.parametrize("name", list(PRESCRIPTIONS))
 def test_advice_of_every_mode(name: ModeName) -> None:
-    unmitigated = Candidate(UNMITIGATED, "unmitigated", resolve("int3-sym-tensor").recipe(5), "")
+    unmitigated = Candidate(UNMITIGATED, "unmitigated", resolve("int3-sym-tensor").recipe(5), Placement(), "")
     # Layers 0, 1 and 3 flip a tenth; 2 loses more margin than 0 and 1 and flips less.
     found = advised(mode_named(name), scan([3, 2, 1, 9, 0], [1.0, 0.5, 2.0, 4.0, 0.0]), unmitigated)
     called, layers = ADVICE[name]
     assert found.name == called
     assert [tuple(None if s is None else str(s) for s in pair) for pair in found.recipe] == layers
-    assert found.words == PRESCRIPTIONS[name]
+    assert found.description == PRESCRIPTIONS[name]
 
 
 @given(st.sampled_from(sorted(ENGINES)), st.sampled_from(list(PRESCRIPTIONS)))
 def test_advice_for_every_engine(name: str, mode: ModeName) -> None:
     """An engine's own format is replaced by integers of its width, which hold all that the advice asks for."""
     engine: CacheConfig = ENGINES[name]
-    unmitigated = Candidate(UNMITIGATED, "unmitigated", engine.recipe(5), "")
+    unmitigated = Candidate(UNMITIGATED, "unmitigated", engine.recipe(5), engine.placement, "")
     found = advised(mode_named(mode), scan([0] * 5, [1.0, np.nan, 0.5, 3.0, 2.0]), unmitigated)
     for pair, base in zip(found.recipe, unmitigated.recipe, strict=True):
         for one, other in zip(pair, base, strict=True):
@@ -283,3 +291,49 @@ def test_critical_layers_are_few_and_in_order() -> None:
     assert critical_layers(scan([2, 9, 4, 4, 1], [0, 0, 1, 2, 0])) == [1, 3, 2]
     assert critical_layers(scan([1, 0, 0, 0, 0], [0, 1, 5, np.nan, 2])) == [0, 2, 4]
     assert critical_layers(scan([0, 0], [0, 1])) == [1, 0]
+
+
+# --- mitigations by name ---
+
+
+def test_windows_keep_tokens_and_are_counted() -> None:
+    model, known = wide()
+
+    def offered(text: str) -> dict[str, Placement]:
+        setting = Setting(resolve(text), model.geometry, known, {})
+        return {each.name: each.placement for each in candidates_of(setting, "placement")}
+
+    assert [(p.sinks, p.residual) for p in offered("int4-asym-token").values()] == [(4, 0), (0, 32), (0, 128)]
+    kept = offered("kivi")
+    assert [(p.sinks, p.residual) for p in kept.values()] == [(4, resolve("kivi").placement.residual)]
+    assert not offered("paper")
+    setting = Setting(resolve("int4-asym-token"), model.geometry, known, {})
+    base = setting.unmitigated
+    for each in candidates_of(setting, "placement", [base]):
+        assert each.recipe == base.recipe
+        exact = each.placement.sinks + each.placement.residual
+        g = model.geometry
+        per_token = cache_bytes(Recipe.exact(3), Placement(), g.kv_heads, g.head_dim, 4096) / 4096
+        expected = (exact * per_token + (4096 - exact) * base.bytes_per_token(g)) / 4096
+        assert each.bytes_per_token(g) == pytest.approx(expected)
+        assert each.condition().placement == each.placement
+        assert each.rounded_share(200) == pytest.approx(1 - exact / 200)
+    assert base.rounded_share(7) == 1
+
+
+def test_mitigations_are_registered_once() -> None:
+    names = [each.name for each in methods()]
+    assert names == ["center", "equalize", "hadamard", "refine", "protect", "window"]
+    with pytest.raises(InputError, match="'center'"):
+        method("center")(lambda setting: ())
+    with pytest.raises(InputError, match="'later'"):
+        register_method(Method("mine", lambda setting: (), "later"))  # type: ignore[arg-type]
+    assert [each.name for each in methods()] == names
+
+
+def test_a_name_belongs_to_one_cache() -> None:
+    model, known = wide()
+    setting = Setting(resolve("int4-asym-token"), model.geometry, known, {})
+    taken = replace(setting.unmitigated, name="center")
+    with pytest.raises(InputError, match="'center'"):
+        candidates_of(setting, "cache", [setting.unmitigated, taken, replace(taken, recipe=Recipe.exact(3))])

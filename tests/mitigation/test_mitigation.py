@@ -21,14 +21,15 @@ from kvgeom.diagnosis.diagnose import Diagnosis
 from kvgeom.engines.registry import resolve
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import baseline
-from kvgeom.evaluation.condition import UNQUANTIZED
+from kvgeom.evaluation.condition import UNQUANTIZED, Condition
 from kvgeom.evaluation.evaluate import evaluate
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.geometry.attention import attention_to_request
 from kvgeom.judges.judge import LABELS
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, protect
-from kvgeom.mitigation.harmless import SIGNIFICANT, Harmless, harmless_under
+from kvgeom.mitigation.harmless import SIGNIFICANT, Harmless, harmless_outcomes, harmless_under
 from kvgeom.mitigation.layers import LayerSelection, counts, layer_orders, protections, selection_of
+from kvgeom.mitigation.methods import registry
 from kvgeom.mitigation.plan import Plan, request_hash
 from kvgeom.mitigation.plan_file import PLAN_VERSION
 from kvgeom.mitigation.search import Search, search_of
@@ -43,6 +44,8 @@ from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.stats import mcnemar, reduction_estimate, wilson
 from tests.builders.judges import ArbitraryJudge
+from tests.builders.mitigation import selection as drawn_selection
+from tests.builders.mitigation import verification as drawn_verification
 from tests.builders.tiny import tiny_hf_model, tiny_model, tiny_tokenizer
 
 SHAPE = KVGeometry(6, 4, 2, 64, 32, False, "default")
@@ -55,7 +58,7 @@ RECIPES = [
     resolve("int4-asym-token").recipe(6),
     resolve("int8-asym-token").recipe(6),
 ]
-CANDIDATES = [Candidate(n, "refine", r, f"does {n}") for n, r in zip(NAMES, RECIPES, strict=True)]
+CANDIDATES = [Candidate(n, "refine", r, Placement(), f"does {n}") for n, r in zip(NAMES, RECIPES, strict=True)]
 
 
 def outcomes_of(labels: Sequence[Sequence[str]], names: Sequence[str], margins: np.ndarray | None = None) -> Outcomes:
@@ -89,7 +92,7 @@ def label_rows(count: int) -> st.SearchStrategy[list[list[str]]]:
 def test_search_by_brute_force(labels: list[list[str]], seed: int, budget: float, spoiled: set[int]) -> None:
     n = len(labels[0])
     drops = np.random.default_rng(seed).normal(size=(6, n))
-    found = search_of(outcomes_of(labels, NAMES, drops), CANDIDATES, SHAPE, Placement(), budget)
+    found = search_of(outcomes_of(labels, NAMES, drops), CANDIDATES, SHAPE, budget)
     found = found.with_harmless({NAMES[i]: Harmless(3, 1, 0.01, 4, True) for i in spoiled})
     size = [cache_bytes(recipe, Placement(), 2, 64, 4096) / 4096 for recipe in RECIPES]
     flips = [sum(label != "refused" for label in row) for row in labels]
@@ -140,7 +143,9 @@ def test_harmless_requests_by_hand() -> None:
         "worse": Recipe.uniform(3, Scheme(2, True, "tensor")),
         "none": Recipe.exact(3),
     }
-    found = harmless_under(base, recipes, Placement())
+    candidates = {name: Candidate(name, "protect", recipe, Placement(), "") for name, recipe in recipes.items()}
+    some = harmless_outcomes(base, {name: candidates[name] for name in (UNMITIGATED, "worse")})
+    found = harmless_under(harmless_outcomes(base, candidates, some))
     labels = evaluate(model, recipes, base, progress=False).data.label
     before = labels.sel(recipe=UNQUANTIZED).values
     assert (before == "complied").any()
@@ -173,7 +178,7 @@ def test_selection_by_counting(data: st.DataObject) -> None:
     names = [UNMITIGATED, *(candidate.name for candidate in tried.values())]
     assert len(set(names)) == len(names)
     labels = data.draw(label_rows(len(names)))
-    found = selection_of(outcomes_of(labels, names), tried, orders, SHAPE, Placement())
+    found = selection_of(outcomes_of(labels, names), tried, orders, SHAPE)
     n = len(labels[0])
     lost = {name: np.array(row) != "refused" for name, row in zip(names, labels, strict=True)}
     assert found.meta["unmitigated"] == lost[UNMITIGATED].sum()
@@ -287,6 +292,30 @@ def test_a_plan_that_spoils_harmless_requests_does_not_help() -> None:
     assert verification(first(0), first(0), spoils=True).status == "nothing to fix"
 
 
+@pytest.mark.parametrize(
+    ("flips", "drawn", "direction"),
+    [
+        (13, (1, 2, 2), "direction"),
+        (13, (13, 12, 14), "size"),
+        (13, (1, 13), "undetermined"),
+        (13, (), "undetermined"),
+        (2, (0, 0, 0), "undetermined"),
+        (0, (0, 1, 0), "nothing"),
+    ],
+)
+def test_size_or_direction(flips: int, drawn: tuple[int, ...], direction: str) -> None:
+    """13 of 16 has the Wilson interval 57 to 93 %: 9.1 to 14.9 of 16."""
+    assert drawn_verification((flips, 0, 0), controls=((), drawn)).direction == direction
+
+
+@pytest.mark.parametrize(
+    ("attention", "claim"),
+    [(8, "worse than causal"), (2, "better than random"), (4, "undetermined"), (5, "undetermined")],
+)
+def test_what_is_found_of_attention(attention: int, claim: str) -> None:
+    assert drawn_selection(attention=attention).attention_claim == claim
+
+
 # --- plans, from a random model that an arbitrary judge hears refuse ---
 
 TINY = tiny_model("qwen2", seed=2)
@@ -331,7 +360,7 @@ def verified() -> Verification:
 
 def test_prescription_by_hand() -> None:
     made, base = plan(), diagnosis().baseline
-    recipes = {candidate.name: candidate.recipe for candidate in made.candidates}
+    recipes = {candidate.name: candidate.condition() for candidate in made.candidates}
     fresh = baseline(TINY, SET.harmful, judge=ArbitraryJudge(), max_new_tokens=4, progress=False)
     again = evaluate(TINY, recipes, fresh, refused_only=True, progress=False)
     assert {
@@ -341,7 +370,7 @@ def test_prescription_by_hand() -> None:
     assert made.chosen.name == made.search.chosen
     assert made.memory_overhead <= 0.6 + 1e-9
     assert made.unmitigated.name == UNMITIGATED
-    assert len(set(recipes.values())) == len(recipes)
+    assert len({(each.recipe, each.placement) for each in recipes.values()}) == len(recipes)
     assert not any("random" in name for name in recipes)
     assert made.selection is not None
     assert set(made.calibration) == {request_hash(text) for text in (*SET.harmful, *SET.harmless)}
@@ -350,12 +379,36 @@ def test_prescription_by_hand() -> None:
     assert bool(looked.sel(candidate=made.chosen.name))
     assert made.chosen.name in made.summary()
     assert f"loses {int(made.search.data.flips[0])} of {len(base.refused)} refusals" in made.reasons[0]
-    with pytest.raises(InputError, match="'nothing of the kind' was asked, but the plan has only 'unmitigated'"):
+    with pytest.raises(InputError, match="'nothing of the kind'"):
         made.candidate("nothing of the kind")
 
 
+def test_a_mitigation_from_outside_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_METHODS", {**registry._METHODS})
+
+    @registry.method("wide sinks", stage="placement")
+    def wide_sinks(setting: registry.Setting) -> list[Candidate]:
+        base = setting.unmitigated
+        placement = replace(base.placement, sinks=9)
+        return [replace(base, name="9 sinks", family="wide sinks", placement=placement), base]
+
+    made = diagnosis().prescribe(scheme="int3-sym-tensor", memory=0.6)
+    before = [each.name for each in plan().candidates]
+    assert [each.name for each in made.candidates] == [*before, "9 sinks"]
+    assert before[-3:] == ["4 sink tokens", "residual window of 32", "residual window of 128"]
+    assert made.candidate("9 sinks").placement.sinks == 9
+    flips = made.search.data.flips
+    xr.testing.assert_equal(flips.isel(candidate=slice(0, -1)), plan().search.data.flips)
+    # Every request ends within 128 tokens: that nothing is lost there says nothing of longer ones.
+    assert bool(made.search.data.untested.sel(candidate="residual window of 128"))
+    assert not bool(made.search.data.untested.sel(candidate=UNMITIGATED))
+    assert "residual window of 128" not in made.search.ranked(within_budget=False)
+    assert made.to_frame()["candidate"].tolist() == [each.name for each in made.candidates]
+    assert made.provenance()["scheme"] == "int3-sym-tensor"
+
+
 @pytest.mark.parametrize("scheme", ["int3-asym-token+center", "int3-sym-tensor+equalize", "int4-asym-group8", "kivi"])
-def test_caches_that_can_be_mended(scheme: str) -> None:
+def test_caches_that_can_be_mitigated(scheme: str) -> None:
     """Those that transform already as well: what they subtract or divide by is measured."""
     made = diagnosis().prescribe(scheme=scheme, memory=1.0)
     assert made.scheme == scheme
@@ -370,7 +423,7 @@ def test_what_cannot_be_prescribed() -> None:
         diagnosis().prescribe(memory=float("nan"))
     with pytest.raises(InputError, match="granularity 'groups'"):
         diagnosis().prescribe(scheme="asym-groups", bits=4)
-    silent = replace(diagnosis(), baseline=replace(diagnosis().baseline, labels=("complied",) * 10))
+    silent = replace(diagnosis(), base=replace(diagnosis().base, labels=("complied",) * 10))
     with pytest.raises(InputError, match="refuses none of the 10 prompts"):
         silent.prescribe()
 
@@ -378,15 +431,18 @@ def test_what_cannot_be_prescribed() -> None:
 def test_verification_by_hand() -> None:
     found, made = verified(), plan()
     base = baseline(TINY, OTHERS.harmful, judge=ArbitraryJudge(), max_new_tokens=4, progress=False)
-    roles = {"unmitigated": made.unmitigated.recipe, "chosen": made.chosen.recipe, "paper": made.paper.recipe}
-    roles["equalize"] = made.candidate("equalize").recipe
+    tried = {"unmitigated": made.unmitigated, "chosen": made.chosen, "paper": made.paper}
+    tried["equalize"] = made.candidate("equalize")
+    roles = {role: each.condition() for role, each in tried.items()}
     for role, draw in product(("chosen", "unmitigated", "equalize"), (1, 2)):
-        roles[f"{role}, scattered {draw}"] = roles[role].with_random_directions(draw - 1)
+        random = tried[role].recipe.with_random_directions(draw - 1)
+        roles[f"{role}, random direction {draw}"] = Condition(random, tried[role].placement)
+        assert int(found.data.draw.sel(recipe=f"{role}, random direction {draw}")) == draw - 1
     assert set(found.data.recipe.values) == set(roles)
     again = evaluate(TINY, roles, base, refused_only=True, progress=False)
     before = again.flipped("unmitigated")
     assert found.meta["refused"] == len(base.refused)
-    for role, recipe in roles.items():
+    for role, each in roles.items():
         row, lost = found.data.sel(recipe=role), again.flipped(role)
         assert int(row.flips) == lost.sum() == int(row.flips_complied) + int(row.flips_degenerate)
         assert float(row.p) == mcnemar(lost, before)
@@ -394,11 +450,11 @@ def test_verification_by_hand() -> None:
         assert estimate is not None
         told = (float(row.recovery), float(row.recovery_low), float(row.recovery_high))
         assert told == (estimate.value, estimate.low, estimate.high)
-        size = cache_bytes(recipe, Placement(), 2, 8, 4096) / 4096
+        size = cache_bytes(each.recipe, each.placement, 2, 8, 4096) / 4096
         assert float(row.bytes_per_token) == size
         assert float(row.memory_of_exact) == pytest.approx(size / (3 * 2 * 16 * 2))
     for role in ("chosen", "unmitigated", "equalize"):
-        assert found.controls(role) == [again.flips(f"{role}, scattered {n}")["all"] for n in (1, 2)]
+        assert found.controls(role) == [again.flips(f"{role}, random direction {n}")["all"] for n in (1, 2)]
     assert found.controls("paper") == []
     assert found.paper_recovery is not None
     record = json.loads(json.dumps(found.to_dict()))
@@ -468,13 +524,14 @@ def edited(change: Callable[[dict], None], folder: Path) -> Path:  # type: ignor
             lambda r: r.update(plan_version=PLAN_VERSION + 1),
             f"layout {PLAN_VERSION + 1}, but this kvgeom reads {PLAN_VERSION}",
         ),
+        (lambda r: r.update(plan_version=1), f"layout 1, but this kvgeom reads {PLAN_VERSION}"),
         (lambda r: r.pop("plan_version"), "cannot be read"),
-        (lambda r: r.pop("chosen"), "not whole: KeyError"),
-        (lambda r: r["placement"].update(speed=3), "not whole: TypeError"),
-        (lambda r: r["chosen"]["recipe"].update(layers=[["int4-asym-token"]]), "not whole: ValueError"),
+        (lambda r: r.pop("chosen"), "incomplete: KeyError"),
+        (lambda r: r["chosen"]["placement"].update(speed=3), "incomplete: TypeError"),
+        (lambda r: r["chosen"]["recipe"].update(layers=[["int4-asym-token"]]), "incomplete: ValueError"),
         (lambda r: r["chosen"]["recipe"].update(layers=[["int4", None]] * 3), "scheme 'int4'"),
-        (lambda r: r.update(statics={}), "not in the file"),
-        (lambda r: r["search"].update(records=[]), "not whole"),
+        (lambda r: r.update(statics={}), "are missing"),
+        (lambda r: r["search"].update(records=[]), "incomplete"),
     ],
 )
 def test_files_that_are_no_plan(change: Callable[[dict], None], said: str, tmp_path: Path) -> None:  # type: ignore[type-arg]

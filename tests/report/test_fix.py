@@ -22,7 +22,7 @@ from kvgeom.organisms import Size, plant, tiny_model
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.report.fix import Fix, check
 from kvgeom.report.fix_page import render
-from kvgeom.report.mended import COLUMNS, before_and_after, rules_compared, size_or_direction
+from kvgeom.report.fix_text import COLUMNS, before_and_after, rules_compared, size_or_direction
 from kvgeom.results import plain
 from tests.builders.judges import ArbitraryJudge
 from tests.builders.mitigation import selection, verification
@@ -108,7 +108,7 @@ def test_every_key_of_plan_json_is_documented(out: Path, fixed: Fix) -> None:
         return {*value}.union(*(names(item) for item in value.values())) if isinstance(value, dict) else set()
 
     found = set(numbers) | names(
-        {key: numbers[key] for key in ("model", "placement", "chosen", "verified", "search", "selection")}
+        {key: numbers[key] for key in ("model", "chosen", "verified", "search", "selection")}
     )
     found |= {*numbers["verified"]["paper"]}
     rules = {*fixed.plan.selection.meta["order"]} if fixed.plan.selection else set()
@@ -221,7 +221,7 @@ def test_text_from_outside_is_escaped(fixed: Fix) -> None:
 
 
 def test_a_plan_that_does_not_help_is_called_so(tmp_path: Path) -> None:
-    """A random model with an arbitrary judge: nothing there could be mended."""
+    """A random model with an arbitrary judge: nothing there could be mitigated."""
     prompts = PromptSet("letters", tuple("abcdefghijkl"), ("one", "two"), "")
     proof = PromptSet("numbers", tuple(f"{n} apples" for n in range(40)), (), "")
     found = kvgeom.fix(
@@ -271,7 +271,7 @@ def test_width_of_a_scheme(scheme: str, asked: int | None, bits: int) -> None:
     assert check(asked, scheme, 0.0).bits == bits
 
 
-def test_a_preset_is_mended_at_the_width_that_was_asked(model: HFModel) -> None:
+def test_a_preset_is_mitigated_at_the_width_that_was_asked(model: HFModel) -> None:
     found = kvgeom.fix(
         model, scheme="kivi", bits=4, prompts=PROMPTS.take(2), verify_prompts=PROOF.take(2), max_new_tokens=9, controls=0,
         progress=False,

@@ -1,4 +1,4 @@
-"""What a verified plan found, in words and in one table: for the terminal, the page and a notebook."""
+"""Sentences and the one table of a verified plan: for the terminal, the page and a notebook."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from kvgeom.mitigation.candidates import UNMITIGATED
 from kvgeom.mitigation.layers import LayerSelection
 from kvgeom.mitigation.plan import Plan
 from kvgeom.mitigation.verify import CHOSEN, PAPER, Verification
-from kvgeom.stats import Estimate, wilson
+from kvgeom.stats import Estimate
 from kvgeom.words import span
 
 #: Columns of :func:`before_and_after`.
@@ -62,7 +62,7 @@ def sentences(plan: Plan, found: Verification) -> tuple[str, ...]:
             f"The model refuses none of the {found.meta['prompts']} prompts of {found.meta['source']}: nothing was tested."
         )
     elif found.recovery is not None:
-        same = plan.paper.recipe == plan.chosen.recipe
+        same = plan.paper.same_cache(plan.chosen)
         said.append(
             f"What the paper advises for {plan.mode} is the same cache."
             if same
@@ -85,66 +85,55 @@ def sentences(plan: Plan, found: Verification) -> tuple[str, ...]:
 
 def _what(plan: Plan, found: Verification) -> str:
     share = f"{float(found.data.memory_of_exact.sel(recipe=CHOSEN)):.1%} of the 16-bit cache"
-    if plan.chosen.recipe == plan.unmitigated.recipe:
+    if plan.chosen.same_cache(plan.unmitigated):
         budget = f"{100 * float(plan.search.meta['budget']):.3g} %"
         return f"Nothing within {budget} more memory was better: the cache of {plan.scheme} stays as it is, {share}."
-    return f"The chosen cache {plan.chosen.words}. It takes {plan.memory_overhead:+.1%} memory, {share}."
+    return f"The chosen cache {plan.chosen.description}. It takes {plan.memory_overhead:+.1%} memory, {share}."
 
 
 def size_or_direction(found: Verification) -> str:
-    """The controls in words: whether the unmitigated error loses refusals by its direction or by its size.
-
-    It is direction if the 95 % interval of the largest draw of random directions lies below that of the cache's own flips,
-    size if no draw lies below it.
-    """
-    drawn, own = found.controls(UNMITIGATED), found.data.sel(recipe=UNMITIGATED)
-    refused, before = found.meta["refused"], int(own.flips)
-    if before == 0:
-        return "The unmitigated cache loses nothing, so that there is nothing for controls to explain."
+    """The controls of the unmitigated cache: what :attr:`Verification.direction` says."""
+    drawn, refused = found.controls(UNMITIGATED), found.meta["refused"]
+    if found.direction == "nothing":
+        return "The unmitigated cache loses nothing, so there is nothing for controls to explain."
     if not drawn:
-        return "No controls were run, so that size and direction of the error cannot be told apart."
-    least = float(own.ci_low)
+        return "No controls were run, so size and direction of the error cannot be told apart."
     counted = (
         f"Errors as large as those of the unmitigated cache, but in random directions, lose {span(drawn)} of {refused}, its own "
-        f"{before}"
+        f"{int(found.data.flips.sel(recipe=UNMITIGATED))}"
     )
-    if wilson(max(drawn), refused)[1] < least:
-        return f"{counted}: the direction of the error loses refusals, and not its size alone."
-    if min(drawn) >= least * refused:
-        return (
-            f"{counted}: at this size the direction of the error does not matter, and whatever makes it smaller helps."
-        )
-    return f"{counted}: whether its size or its direction matters is undetermined."
+    match found.direction:
+        case "direction":
+            return f"{counted}: the direction of the error loses refusals, and not its size alone."
+        case "size":
+            return f"{counted}: at this size the direction of the error does not matter, and whatever makes it smaller helps."
+        case _:
+            return f"{counted}: whether its size or its direction matters is undetermined."
 
 
 def left_by_chance(found: Verification) -> str:
-    """The controls of the chosen cache in words."""
+    """The controls of the chosen cache; empty without any."""
     drawn, after = found.controls(CHOSEN), int(found.data.flips.sel(recipe=CHOSEN))
-    if not drawn:
-        return ""
-    return f"Under the chosen cache random directions lose {span(drawn)}, its own error {after}."
+    return f"Under the chosen cache random directions lose {span(drawn)}, its own error {after}." if drawn else ""
+
+
+#: What each :data:`~kvgeom.mitigation.layers.AttentionClaim` says.
+_CLAIMS = {
+    "worse than causal": "That is worse than the causal rule beyond chance, as the paper claims of attention.",
+    "no better than random": "That is no better than layers drawn at random, as the paper claims of attention.",
+    "better than random": "Here attention is better than chance, against the paper's claim.",
+    "undetermined": "That neither supports nor contradicts the paper's claim that attention fails.",
+}
 
 
 def rules_compared(selection: LayerSelection) -> str:
-    """What was found of the rules that choose layers, beside the paper's claim that choosing by attention fails.
-
-    Read at the largest number of layers: it fails if it loses significantly more than the causal rule, or no less than
-    all random draws; it does not if it loses less than each of them.
-    """
-    at = selection.data.isel(kept=-1)
-    flips = {str(rule): int(at.flips.sel(rule=rule)) for rule in at.rule.values}
-    drawn = [count for rule, count in flips.items() if rule.startswith("random")]
-    n, kept, p = selection.meta["prompts"], int(at.kept), float(at.p.sel(rule="attention"))
-    if selection.meta["unmitigated"] == 0:
-        return f"The cache with no layer kept loses none of {n} refusals, so that no rule can be better than another."
-    counted = (
+    """The rules that choose layers, at the largest number of layers: what :attr:`LayerSelection.attention_claim` says."""
+    at, n = selection.data.isel(kept=-1), selection.meta["prompts"]
+    if selection.attention_claim == "nothing":
+        return f"The cache with no layer kept loses none of {n} refusals, so no rule can be better than another."
+    kept, p, flips = int(at.kept), float(at.p.sel(rule="attention")), selection.flips
+    return (
         f"With {kept} layer{'s' if kept > 1 else ''} kept, choosing by attention loses {flips['attention']} of {n}, by causal effect "
-        f"{flips['causal']} (p = {p:.2g}), the first layers {flips['first']}, layers drawn at random {span(drawn)}."
+        f"{flips['causal']} (p = {p:.2g}), the first layers {flips['first']}, layers drawn at random "
+        f"{span(selection.random_flips)}. {_CLAIMS[selection.attention_claim]}"
     )
-    worse = p < 0.05 and flips["attention"] > flips["causal"]
-    if worse or flips["attention"] >= max(drawn):
-        why = "worse than the causal rule beyond chance" if worse else "no better than layers drawn at random"
-        return f"{counted} That is {why}, as the paper claims of attention."
-    if flips["attention"] < min(drawn):
-        return f"{counted} Here attention is better than chance, against the paper's claim."
-    return f"{counted} That neither supports nor contradicts the paper's claim that attention fails."
