@@ -107,9 +107,7 @@ def test_every_key_of_plan_json_is_documented(out: Path, fixed: Fix) -> None:
             return set().union(*(names(item) for item in value))
         return {*value}.union(*(names(item) for item in value.values())) if isinstance(value, dict) else set()
 
-    found = set(numbers) | names(
-        {key: numbers[key] for key in ("model", "chosen", "verified", "search", "selection")}
-    )
+    found = set(numbers) | names({key: numbers[key] for key in ("model", "chosen", "verified", "search", "selection")})
     found |= {*numbers["verified"]["paper"]}
     rules = {*fixed.plan.selection.meta["order"]} if fixed.plan.selection else set()
     missing = {
