@@ -2,7 +2,7 @@
 
 Run:  python benchmarks/diagnosis.py [--model demo] [--new-tokens 64] [--sample 12] [--prompts 20]
 
-Timed twice: all that a diagnosis runs, and the list that is asked of one at least (sweep, all single layers per-tensor
+Timed twice: all that a diagnosis runs, and the least that one must run (sweep, all single layers per-tensor
 and per-channel, channel ablation, PCR). All sides run in one process on the same machine, after each other. Plain
 generation prefills every prompt under every recipe and decodes in batches to the end, for all prompts. Because it takes
 so long, it is timed on every n-th recipe (--sample of them, 0 for all) and scaled up; labels are compared on the same
@@ -47,21 +47,21 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--sample", type=int, default=12)
-    asked = parser.parse_args()
-    model = kvgeom.load(asked.model)
-    prompts = kvgeom.calibration().take(asked.prompts)
+    options = parser.parse_args()
+    model = kvgeom.load(options.model)
+    prompts = kvgeom.calibration().take(options.prompts)
     model.forward(model.encode(prompts.harmful[:1])[0].ids)  # warm up
 
     spent, ran = Clock(model), Recipes()
     begin = time.perf_counter()
-    found = kvgeom.diagnose(model, prompts, max_new_tokens=asked.new_tokens, geometry=False, progress=False)
+    found = kvgeom.diagnose(model, prompts, max_new_tokens=options.new_tokens, geometry=False, progress=False)
     fast = time.perf_counter() - begin
     spent.stop()
     recipes = ran.stop()
     perplexities = spent.seconds.pop("perplexity", 0.0)
     fast -= perplexities  # the same on both sides
     print(
-        f"{model!r}, {len(prompts.harmful)} prompts, {len(found.baseline.refused)} refused, {asked.new_tokens} tokens"
+        f"{model!r}, {len(prompts.harmful)} prompts, {len(found.baseline.refused)} refused, {options.new_tokens} tokens"
     )
     print(f"diagnosis: {len(recipes)} recipes in {fast:.0f} s (without {perplexities:.0f} s for perplexities)")
     for name, seconds in sorted(spent.seconds.items(), key=lambda item: -item[1]):
@@ -71,12 +71,12 @@ def main() -> None:
 
     ran = Recipes()
     begin = time.perf_counter()
-    run_list(model, prompts, asked.new_tokens)
+    run_list(model, prompts, options.new_tokens)
     fast_list = time.perf_counter() - begin
     listed = ran.stop()
     print(f"sweep, single layers, channels, PCR: {len(listed)} recipes in {fast_list:.0f} s")
 
-    step = max(1, len(recipes) // asked.sample) if asked.sample else 1
+    step = max(1, len(recipes) // options.sample) if options.sample else 1
     base, labels, same, tokens, parted = found.baseline, 0, 0, 0, list[str]()
     plain = dict[tuple[Recipe, Placement], float]()
     for recipe, placement in recipes[::step]:
@@ -84,12 +84,12 @@ def main() -> None:
         answers = list(generated(base, {i: ["r"] for i in range(len(base.prompts))}, {"r": recipe}, placement))
         judged = {answer.prompt: base.judged(answer.prompt, answer.tokens)[1] for answer in answers}
         plain[recipe, placement] = time.perf_counter() - begin
-        said = {answer.prompt: answer.tokens for answer in answers}
+        responses = {answer.prompt: answer.tokens for answer in answers}
         for quick in verified(base, {i: ["r"] for i in base.refused}, {"r": recipe}, placement):
             labels, tokens = labels + 1, tokens + len(quick.tokens)
             same += base.judged(quick.prompt, quick.tokens)[1] == judged[quick.prompt]
-            if quick.tokens != said[quick.prompt][: len(quick.tokens)]:
-                parted.append(parting(base, quick, said[quick.prompt], recipe, placement))
+            if quick.tokens != responses[quick.prompt][: len(quick.tokens)]:
+                parted.append(parting(base, quick, responses[quick.prompt], recipe, placement))
     print(f"labels equal: {same} of {labels}; responses that part: {len(parted)}, tokens compared: {tokens}")
     for line in parted:
         print(line)
@@ -112,7 +112,7 @@ def parting(base: Baseline, quick: Answer, plain: Sequence[int], recipe: Recipe,
     ends = list(model.stop_tokens)
 
     def gap(row: Tensor) -> float:
-        one, other = (row[list(said[at : at + 1]) or ends].max() for said in (quick.tokens, plain))
+        one, other = (row[list(tokens[at : at + 1]) or ends].max() for tokens in (quick.tokens, plain))
         return float(one - other)
 
     return (
@@ -123,7 +123,7 @@ def parting(base: Baseline, quick: Answer, plain: Sequence[int], recipe: Recipe,
 
 
 def run_list(model: Any, prompts: PromptSet, new_tokens: int) -> None:
-    """What is asked of a diagnosis at least, from unquantized responses on."""
+    """The least that a diagnosis must run, from unquantized responses on."""
     tensor, n_layers = Scheme(3, symmetric=True, granularity="tensor"), model.geometry.layers
     base = kvgeom.baseline(model, prompts.harmful, max_new_tokens=new_tokens, progress=False)
 

@@ -109,12 +109,14 @@ def test_tables_hold_what_the_dataset_holds(tiny: HFModel) -> None:
 
 SETUP = """
 import kvgeom
-from kvgeom.behaviour.curve import over_refusal
+from kvgeom.behaviour.over_refusal import over_refusal
+from kvgeom.behaviour.widths import at_widths
 from kvgeom.geometry.attention import attention_error
 from kvgeom.geometry.causal import first_order, patch_layers
 from kvgeom.geometry.selection import opening_tokens
 from kvgeom.organisms import Size, plant, tiny_model
 from kvgeom.geometry.steering import steer
+from kvgeom.report.audit import Audit
 
 size = Size(3)
 model = plant(tiny_model(size), "outlier-crushes-safety", seed=5, prompts=size.prompts("train").take(24)).model
@@ -135,8 +137,10 @@ SHOWN = {
     "Directions": "space.compare(samples=2, **quiet)",
     "FirstOrder": "first_order(model, space.harmful[:2], int3, openings, **quiet)",
     "LayerSelection": "fixed.plan.selection",
+    "Mode": "fixed.diagnosis.mode",
     "Outcomes": "fixed.diagnosis.outcomes",
-    "OverRefusal": "over_refusal(fixed.diagnosis.baseline, bits=[4], **quiet)",
+    "OverRefusal": "over_refusal(fixed.diagnosis.baseline, at_widths(bits=[4]))",
+    "PCR": "fixed.diagnosis.pcr",
     "Patching": "patch_layers(model, space.harmful[:2], [int3], openings, **quiet)",
     "Scan": "fixed.diagnosis.scan",
     "Search": "fixed.plan.search",
@@ -150,6 +154,7 @@ SHOWN = {
 ALSO = (
     "fixed",
     "fixed.diagnosis",
+    "Audit.of(fixed.diagnosis, {})",
     "fixed.plan",
     "kvgeom.subspace(model, asked, **quiet).sensitivity(**quiet)",
 )

@@ -38,7 +38,7 @@ class Curve(Result):
       (NaN where the model refuses nothing);
     - ``perplexity_ratio``: perplexity of a plain text under the recipe over the unquantized one.
 
-    ``meta`` holds ``scheme`` (spelling without bits), ``engine`` (which one, and of which version, if the scheme is a preset),
+    ``meta`` holds ``scheme`` (as a string, without bits), ``engine`` (which one, and of which version, if the scheme is a preset),
     ``stored`` (what keys and values are stored as, by width), ``placement``, ``prompts`` (all
     that the unquantized model was asked), ``counted``, ``baseline_refused`` and ``untouched``: how
     many prompts are so short that even the longest response to them ends before anything that is read has been rounded.
@@ -81,8 +81,8 @@ class Curve(Result):
 
     def to_text(self) -> str:
         """What was rounded and how, one row for each width, and the transition."""
-        asked, refused = self.meta["prompts"], self.meta["baseline_refused"]
-        which = "" if self.counted == asked else f"; the {self.counted} of {asked} prompts refused unquantized"
+        prompts, refused = self.meta["prompts"], self.meta["baseline_refused"]
+        which = "" if self.counted == prompts else f"; the {self.counted} of {prompts} prompts refused unquantized"
         lines = [f"Bit-width ({self.meta['scheme']}; {self.meta['placement']}{which})"]
         if self.meta["engine"]:
             lines += [

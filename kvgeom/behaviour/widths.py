@@ -29,7 +29,7 @@ class WidthSeries:
     Attributes
     ----------
     scheme : str
-        Spelling without width, or the name of a preset.
+        The scheme as a string without its width, or the name of a preset.
     engine : str
         Engine and version that a preset's name stands for; empty for a scheme of no engine.
     configs : mapping of int to CacheConfig
@@ -56,9 +56,9 @@ class WidthSeries:
         """What is done to the cache, and how many prompts never meet it: the keys of :data:`DESCRIBED`."""
 
         def untouched(prompt: int) -> bool:
-            held = prompt + base.max_new_tokens - 1  # the last token is generated, never read
+            stored = prompt + base.max_new_tokens - 1  # the last token is generated, never read
             return not any(
-                config.placement.rounds(prompt, held, one.spans_tokens)
+                config.placement.rounds(prompt, stored, one.spans_tokens)
                 for config in self.configs.values()
                 for one in config.schemes
             )
@@ -82,7 +82,7 @@ def at_widths(
     ----------
     scheme : str, Scheme, CacheConfig or Recipe, optional
         Asymmetric per-token by default; the bits of an integer Scheme are left open. A name is that of an engine's preset
-        (``"kivi"``) or a spelling (``"asym-group64"``, ``"q4_0"``); see :func:`kvgeom.engines.registry.resolve`.
+        (``"kivi"``) or a scheme as a string (``"asym-group64"``, ``"q4_0"``); see :func:`kvgeom.engines.registry.resolve`.
     bits : int or sequence of int, optional
         16 is always part of a curve. By default 8, 6, 5, 4, 3, 2, as far as the scheme offers them.
     placement : Placement, "cache" or "paper", optional

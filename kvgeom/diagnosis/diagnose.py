@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from html import escape
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import numpy as np
-
 from kvgeom.behaviour.ablation import (
     ALL_LAYERS,
     EVERY_CHANNEL,
@@ -16,41 +14,30 @@ from kvgeom.behaviour.ablation import (
     Ablation,
     ablation_of,
     ablation_text,
-    channel_magnitudes,
-    channel_subsets,
-    whole_cache,
 )
 from kvgeom.behaviour.curve import Curve, curve_of, perplexities
 from kvgeom.behaviour.pcr import PCR, pcr_of
-from kvgeom.behaviour.scan import Scan, per_tensor, scan_of, single_layers
+from kvgeom.behaviour.scan import Scan, per_tensor, scan_of
 from kvgeom.behaviour.widths import at_widths
-from kvgeom.diagnosis.evidence import FlipTable, evidence_from, shares
+from kvgeom.diagnosis.evidence import evidence_from, shares
+from kvgeom.diagnosis.measure import WORST_LAYER, Measured, flip_table, measure, sensitivity_of, with_geometry
 from kvgeom.diagnosis.mode import Mode
 from kvgeom.diagnosis.taxonomy import Evidence, classify
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline, opened, run_baseline
-from kvgeom.evaluation.condition import Condition
-from kvgeom.evaluation.config import RunConfig, open_run
-from kvgeom.evaluation.evaluate import run_conditions
+from kvgeom.evaluation.config import open_run
 from kvgeom.evaluation.outcomes import Outcomes
-from kvgeom.geometry.channels import channel_view
 from kvgeom.geometry.sensitivity import Sensitivity
-from kvgeom.geometry.subspace import subspace
-from kvgeom.models.model import Model
 from kvgeom.prompts.load import as_prompt_set
 from kvgeom.prompts.sets import PromptSet, calibration
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.results import Composite, Result
 
 if TYPE_CHECKING:
     from kvgeom.judges.classifiers import ClassifierJudge
     from kvgeom.mitigation.plan import Plan
-
-#: Family and name of the condition that keeps the worst layer exact.
-WORST_LAYER, WORST_KEPT = "worst layer", "worst layer kept"
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,7 +61,7 @@ class Diagnosis(Composite):
         None where the geometry was left out.
     evidence : Evidence
     prompts : PromptSet
-        That were asked (the harmful ones), with their harmless counterparts.
+        The harmful ones were put to the model; with their harmless counterparts.
     measured : int or None
         The layer that was the worst when its parts were tried.
     seed : int
@@ -159,7 +146,7 @@ class Diagnosis(Composite):
         ratio, first = self.curve.data.perplexity_ratio.values, self.curve.meta["baseline_perplexity"]
         curve = curve_of(outcomes, [first * float(r) for r in ratio], self.curve.meta)
         scheme = Scheme.parse(self.scan.meta["scheme"])
-        measured = _Measured(outcomes, parts, paper, scheme, self.measured)
+        measured = Measured(outcomes, parts, paper, scheme, self.measured)
         return _conclude(measured, self.prompts, curve, self.sensitivity, self.seed, self.base)
 
     def prescribe(
@@ -181,7 +168,7 @@ class Diagnosis(Composite):
         memory : float
             Budget: the share by which the cache may exceed the unmitigated one, scales and offsets counted.
         scheme : str, optional
-            The cache to mitigate, a spelling or an engine's preset; that of the curve by default.
+            The cache to mitigate, a scheme as a string or an engine's preset; that of the curve by default.
         bits : int, optional
             Its width; that of the diagnosis's scan by default.
         placement : Placement, optional
@@ -240,17 +227,6 @@ class Diagnosis(Composite):
         return f"<p><b>{escape(self.mode.name)}</b></p><ul>{rows}</ul>"
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """Responses that a diagnosis follows from, whoever has labelled them."""
-
-    outcomes: Outcomes
-    parts: Outcomes
-    paper: Outcomes
-    scheme: Scheme
-    worst: int | None  # when its parts were tried; another judge may find another one
-
-
 def diagnose(
     model: Any,
     prompts: Any = None,
@@ -270,7 +246,7 @@ def diagnose(
     ----------
     model : anything that :func:`kvgeom.load` takes
     prompts : PromptSet or name of one, optional
-        Its harmful requests are asked; the calibration set by default. The subspace is found on the same set
+        Its harmful requests are put to the model; the calibration set by default. The subspace is found on the same set
         if it has harmless requests too, else on the calibration set.
     scheme : Scheme or str, optional
         Of the curve: asymmetric per-token by default; also an engine's preset, such as ``"kivi"``.
@@ -303,49 +279,14 @@ def diagnose(
     loaded, run = open_run(model, options)
     with opened(loaded, chosen.harmful, run) as base, run.bars():
         widths = series.conditions(loaded)
-        measured = _measure(base, widths, tensor, placement or Placement(), gains, full_responses)
+        measured = measure(base, widths, tensor, placement or Placement(), gains, full_responses)
         curve = curve_of(measured.outcomes, perplexities(base, widths), series.described(base))
-        sensitivity = _sensitivity(loaded, chosen, tensor, placement, run) if geometry else None
+        sensitivity = sensitivity_of(loaded, chosen, tensor, placement, run) if geometry else None
     return _conclude(measured, chosen, curve, sensitivity, run.seed, base)
 
 
-def _measure(
-    base: Baseline,
-    widths: Mapping[str, Condition],
-    tensor: Scheme,
-    placement: Placement,
-    gains: bool,
-    full_responses: bool,
-) -> _Measured:
-    """All responses; each prompt needs one pass for all conditions that are known at a time."""
-    n_layers, seed = base.model.geometry.layers, base.run.seed
-    asked = tuple(range(len(base.prompts))) if full_responses else base.refused
-
-    def run(conditions: Mapping[str, Condition], title: str, prompts: Sequence[int] = asked) -> Outcomes:
-        return run_conditions(base, conditions, prompts=prompts, full_responses=full_responses, title=title)
-
-    first = {**whole_cache(n_layers, tensor, placement), **single_layers(n_layers, tensor, placement)}
-    along = widths if all(each.placement == placement for each in widths.values()) else {}
-    together = run({**first, **along}, "layers, parts and widths")
-    worst = scan_of(together, tensor).critical_layer
-    where = range(n_layers) if worst is None else [worst]
-    more = channel_subsets(channel_magnitudes(base, placement), tensor, where, placement, seed=seed)
-    at_worst: dict[str, Condition] = {}
-    if worst is not None:
-        kept = Recipe.uniform(n_layers, tensor).keep([worst])
-        more[WORST_KEPT] = Condition(kept, placement, family=WORST_LAYER, layer=worst, bits=tensor.bits)
-        at_worst = single_layers(n_layers, tensor, Placement.paper(), [worst])
-    parts = together.joined(run(more, "worst layer, channels"))
-    paper = run(at_worst, "PCR as the paper simulates")
-    curve = together.at_recipes(widths) if along else run(widths, "responses by bit-width")
-    if gains and not full_responses:
-        others = [index for index in range(len(base.prompts)) if index not in base.refused]
-        curve = curve.joined(run(widths, "responses by bit-width", others))
-    return _Measured(curve, parts, paper, tensor, worst)
-
-
 def _conclude(
-    measured: _Measured,
+    measured: Measured,
     prompts: PromptSet,
     curve: Curve,
     sensitivity: Sensitivity | None,
@@ -357,8 +298,8 @@ def _conclude(
     scan = scan_of(parts, tensor)
     worst = scan.critical_layer
     tried = worst == measured.worst
-    table = _flip_table(parts, tensor.bits, worst, tried)
-    evidence = _with_geometry(evidence_from(table, seed=seed), sensitivity, worst)
+    table = flip_table(parts, tensor.bits, worst, tried)
+    evidence = with_geometry(evidence_from(table, seed=seed), sensitivity, worst)
     return Diagnosis(
         mode=classify(evidence).with_shares(shares(table, seed=seed)),
         curve=curve,
@@ -376,58 +317,4 @@ def _conclude(
         measured=measured.worst,
         seed=seed,
         base=base,
-    )
-
-
-def _flip_table(outcomes: Outcomes, bits: int, worst: int | None, tried: bool) -> FlipTable:
-    flipped = outcomes.flipped
-    alone = [flipped(name) for name in outcomes.names(family="layer", granularity="tensor", bits=bits)]
-    whole = outcomes.name(family="granularity", granularity="tensor")
-    table = FlipTable(
-        bits,
-        worst,
-        flipped(whole),
-        flipped(whole, "degenerate"),
-        flipped(outcomes.name(family="granularity", granularity="group")),
-        np.stack(alone, axis=1),
-        everywhere=flipped(outcomes.name(family="granularity", granularity="channel")),
-    )
-    if worst is None:
-        return table
-    table = replace(
-        table, channel=flipped(outcomes.name(family="layer", layer=worst, granularity="channel", bits=bits))
-    )
-    if not tried:
-        return table
-    return replace(
-        table,
-        worst_kept=flipped(outcomes.name(family=WORST_LAYER, layer=worst)),
-        largest=flipped("largest"),
-        others=flipped("all but the largest"),
-    )
-
-
-def _sensitivity(
-    model: Model, prompts: PromptSet, scheme: Scheme, placement: Placement | None, run: RunConfig
-) -> Sensitivity:
-    contrast = prompts if prompts.harmless else calibration()
-    space = subspace(model, contrast, placement=placement, progress=run.progress)
-    half = max(2, min(len(contrast.harmful), len(contrast.harmless)) // 2)
-    return space.sensitivity(scheme, noise_pairs=half, progress=run.progress, seed=run.seed)
-
-
-def _with_geometry(evidence: Evidence, sensitivity: Sensitivity | None, worst: int | None) -> Evidence:
-    """What the keys of the worst layer look like, where that is defined."""
-    if sensitivity is None or worst is None or evidence.refused == 0:
-        return evidence
-    keys = sensitivity.data.sel(layer=worst, site="k")
-    if keys.status == "undefined":
-        return evidence
-    view = channel_view(sensitivity, "k").sel(layer=worst)
-    return replace(
-        evidence,
-        signal_gap=float(keys.signal_gap),
-        noise_alignment=float(keys.noise_alignment),
-        overlap=float(view.overlap),
-        overlap_p=float(view.overlap_p),
     )

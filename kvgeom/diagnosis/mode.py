@@ -59,7 +59,7 @@ class Mode(Result):
     ``data`` has over ``finding`` (a number) the variables ``name``, ``value`` (what came out, as text) and ``decisive``
     (whether a rule used it to name the mode), ``speaks_for`` over (finding, mode), and ``share`` over (resampling, mode):
     how sure the name is, the share of ``"prompts"`` (bootstrap samples) and of ``"thresholds"`` (moved borders) under
-    which each mode comes out; NaN where that was not asked.
+    which each mode comes out; NaN where that was not computed.
 
     ``meta`` holds ``name`` (one of :data:`ModeName`), ``reason`` (the rule that named it, with its numbers), ``pattern`` (how
     the damage is spread over layers, or None) and ``prescription`` (what the paper's decision tree advises for this mode; not
@@ -143,7 +143,7 @@ class Mode(Result):
 
     @property
     def shares(self) -> dict[str, dict[str, float]]:
-        """Share of each mode that comes out at all, by kind of resampling, the largest first; empty where not asked."""
+        """Share of each mode that comes out at all, by kind of resampling, the largest first; empty where not computed."""
         found: dict[str, dict[str, float]] = {}
         for kind in RESAMPLINGS:
             row = self.data.share.sel(resampling=kind)

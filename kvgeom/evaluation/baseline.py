@@ -1,4 +1,4 @@
-"""The unquantized model on some prompts, which every recipe is held against."""
+"""The unquantized model on some prompts, with which every recipe is compared."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The unquantized model on some prompts: what every recipe is held against. Made by :func:`baseline`.
+    """The unquantized model on some prompts: what every recipe is compared with. Made by :func:`baseline`.
 
-    It holds tokens and labels. Exact caches are made when they are asked for, and kept within a budget.
+    It holds tokens and labels. Exact caches are made when they are needed, and kept within a budget.
 
     Attributes
     ----------

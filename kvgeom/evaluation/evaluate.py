@@ -52,7 +52,7 @@ def evaluate(
     ----------
     model : anything that :func:`kvgeom.load` takes
     recipes : mapping of name to recipe, or sequence of recipes
-        A recipe is a :class:`~kvgeom.Recipe`, a :class:`~kvgeom.Scheme` or its spelling, the preset of an engine, or a
+        A recipe is a :class:`~kvgeom.Recipe`, a :class:`~kvgeom.Scheme` or its name, the preset of an engine, or a
         :class:`~kvgeom.evaluation.condition.Condition`.
     prompts : PromptSet, name of one, sequence of str, or Baseline
         Of a set the harmful requests. With a :class:`Baseline` the unquantized responses are not made again, and its run

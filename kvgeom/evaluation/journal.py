@@ -50,7 +50,7 @@ class Journal(NoJournal):
 
     Every line is handed to the system before the next measurement begins, so that a killed process loses nothing
     that was done. A line that was cut off in the middle is dropped, and that measurement is made again. Values stay
-    in the file; only where each begins is held in memory.
+    in the file; only where each begins is kept in memory.
 
     Parameters
     ----------

@@ -48,7 +48,7 @@ def perplexity(
     placement = placement or Placement()
     tokens = model.tokens(text)[: min(max_tokens, model.max_context)]
     if len(tokens) < 2:
-        raise InputError(f"a text of {len(tokens)} tokens was given; perplexity needs at least two")
+        raise InputError(f"perplexity needs a text of at least two tokens, got {len(tokens)}; give a longer text")
     cache = model.new_cache(Quantizer(recipe, placement) if recipe else None)
     if placement.one_pass:
         logits = model.forward(tokens, cache, all_logits=True)[:-1]

@@ -105,7 +105,7 @@ def verified(
 def _verify_prompt(
     base: Baseline, index: int, recipes: Mapping[str, Recipe], placement: Placement
 ) -> Iterator[Answer | _Diverged]:
-    """Hold one prompt's draft against what each recipe would have said."""
+    """Compare one prompt's draft with what each recipe would have answered."""
     draft = base.tokens[index]
     for name in recipes:
         if not recipes[name].touched:
@@ -135,7 +135,7 @@ def _verify_batch(
     placement: Placement,
     stages: Sequence[Sequence[int]],
 ) -> list[Answer | _Diverged]:
-    """One batch of recipes against the draft; who has left it does not run the later stages."""
+    """One batch of recipes against the draft; those that have left it do not run the later stages."""
     model, draft, prompt_tokens = base.model, base.tokens[index], len(base.prompts[index])
     edits = [Quantizer(recipes[name], placement, prompt_tokens=prompt_tokens) for name in part]
     cache = model.branching_cache(edits)

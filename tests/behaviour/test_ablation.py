@@ -205,14 +205,14 @@ def test_the_mode_card() -> None:
 def test_commands(command: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = [command, str(checkpoint), "--limit", "2", "--max-new-tokens", "3", "--quiet"]
     assert main(asked) == 0
-    said = capsys.readouterr()
-    assert said.err == ""
-    assert {"diagnose": "Failure mode", "sweep": "perplexity", "scan": "Critical layer"}[command] in said.out
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert {"diagnose": "Failure mode", "sweep": "perplexity", "scan": "Critical layer"}[command] in shown.out
     assert main([*asked, "--out", str(tmp_path / "kept")]) == 0
     first = capsys.readouterr().out
     tables = tmp_path / "kept" / f"{command}.txt"
-    assert first == f"{said.out}\ntables: {tables}\n"
-    assert tables.read_text() == said.out[1:]
+    assert first == f"{shown.out}\ntables: {tables}\n"
+    assert tables.read_text() == shown.out[1:]
     before = (tmp_path / "kept" / "journal.jsonl").read_bytes()
     assert main([*asked, "--out", str(tmp_path / "kept")]) == 0
     assert capsys.readouterr().out == first

@@ -129,9 +129,9 @@ def test_who_has_diverged_runs_no_further() -> None:
     def counted(caches: Sequence[EditedCache], *args: Any, **kwargs: Any) -> list[list[int]]:
         pools.append(len(caches))
         before = len(passes)
-        said = generate(caches, *args, **kwargs)
+        response = generate(caches, *args, **kwargs)
         del passes[before:]
-        return said
+        return response
 
     model.generate = counted  # type: ignore[method-assign]
     found = evaluate(model, recipes(3), base, progress=False).data.sel(recipe=[n for n in recipes(3) if n != "nothing"])
@@ -155,7 +155,7 @@ def test_branches_leave_a_pass(kind: str, placement: Placement, stay: set[int], 
     model = TINY[kind]
     made = sorted((r for r in recipes(3).values() if r.touched), key=lambda recipe: min(recipe.touched))
     prompt = model.encode(["open the door"])[0].ids
-    said = model.tokens("well, no")[:late]
+    response = model.tokens("well, no")[:late]
     logits = []
     for chosen in (list(range(6)), sorted(stay)):
         edits = [Quantizer(recipe, placement, prompt_tokens=len(prompt)) for recipe in made]
@@ -165,7 +165,7 @@ def test_branches_leave_a_pass(kind: str, placement: Placement, stay: set[int], 
         if len(chosen) < 6:
             cache.keep(torch.tensor([0, *(row + 1 for row in chosen)]))
         left = [first[row] for row in chosen]
-        logits.append(model.forward_branches(said, [edits[i] for i in chosen], left, cache=cache, last=late))
+        logits.append(model.forward_branches(response, [edits[i] for i in chosen], left, cache=cache, last=late))
         rows = [cache.row(place + 1, len(prompt) + late).layers[2].keys for place in range(len(chosen))]
         logits.append(torch.cat(rows))
     full, keys, part, part_keys = logits
@@ -230,30 +230,30 @@ def test_divergence_and_kl_by_hand() -> None:
         clean = model.forward(prompt.ids)[-1].double()
         kl = float((clean.softmax(-1) * (clean.log_softmax(-1) - logits.log_softmax(-1))).sum())
         assert data.kl.sel(prompt=index).item() == pytest.approx(kl, abs=1e-5)
-        at, said = -1, []
+        at, response = -1, []
         for step, expected in enumerate(base.tokens[index]):
-            said.append(int(logits.argmax()))
-            if said[-1] != expected:
+            response.append(int(logits.argmax()))
+            if response[-1] != expected:
                 at = step
                 break
-            logits = model.forward([said[-1]], cache)[-1].double()
+            logits = model.forward([response[-1]], cache)[-1].double()
         assert data.divergence.sel(prompt=index).item() == at
 
 
 @settings(max_examples=30)
 @given(st.sampled_from(PLACEMENTS), st.sampled_from(["tensor", "channel", "head", "token"]), st.integers(1, 5))
-def test_one_pass_rounds_as_step_by_step(placement: Placement, granularity: str, response: int) -> None:
+def test_one_pass_rounds_as_step_by_step(placement: Placement, granularity: str, late: int) -> None:
     """What the cache holds after a teacher-forced pass is what it holds after single steps."""
     model = TINY["mistral"]
     recipe = Recipe.uniform(3, Scheme(4, True, granularity))  # type: ignore[arg-type]
     ids = model.encode(["open the door"])[0].ids
-    said = model.tokens("well, no")[:response]
+    response = model.tokens("well, no")[:late]
     steps = model.new_cache(Quantizer(recipe, placement))
     model.forward(ids, steps)
-    for token in said:
+    for token in response:
         model.forward([token], steps)
     whole = model.new_cache(Quantizer(recipe, placement, prompt_tokens=len(ids)))
-    cuts = [ids, said] if placement.prefill_reads == "exact" else [[*ids, *said]]
+    cuts = [ids, response] if placement.prefill_reads == "exact" else [[*ids, *response]]
     for part in cuts:
         model.forward(part, whole)
     for a, b in zip(steps.layers[:1], whole.layers[:1], strict=True):  # later layers may round ties apart
