@@ -214,7 +214,7 @@ def _fold_values(model: Model, layer: int, scheme: Scheme, vector: Tensor | None
         return
     # Every other transform is linear: rows of `entered` are what becomes of the unit vectors of each head.
     unit = torch.eye(g.head_dim, dtype=torch.float64).expand(1, g.kv_heads, -1, -1)
-    entered = frame(scheme, None if vector is None else vector.cpu()[:, None], unit).enter(unit)[0]
+    entered = frame(scheme.transform, None if vector is None else vector.cpu()[:, None], unit).enter(unit)[0]
     for head in range(g.kv_heads):
         edits.transform_values(model, layer, head, entered[head].T)
 

@@ -108,7 +108,7 @@ def fake_quantize(x: Tensor, scheme: Scheme) -> Tensor:
             f"{scheme} needs constants of the model, which a lone tensor does not have; give a Quantizer a recipe "
             "with them: recipe.with_statics(offsets=...) or (factors=...)"
         )
-    frame = transforms.frame(scheme, None, x)
+    frame = transforms.frame(scheme.transform, None, x)
     y = frame.enter(_working(x))
     return only_channels(x, frame.leave(apply(y, scheme.plain, None)).to(x.dtype), scheme)
 

@@ -177,7 +177,7 @@ class Quantizer:
             constant = self._offset(key, tokens) if start is None else self._offsets[key][:, :, start : start + tokens]
         elif needed == "factors":
             constant = self._factors(key)
-        found = frame(scheme, constant, x)
+        found = frame(scheme.transform, constant, x)
         y = found.enter(x if x.dtype == torch.float64 else x.float())
         if self.has_residual or not (
             scheme.spans_tokens or get_format(scheme.format).couples_tokens

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from kvgeom.quant.scheme import Scheme
-
 Key = tuple[int, Literal["k", "v"]]
 K = TypeVar("K")
 V = TypeVar("V")
@@ -161,12 +159,13 @@ class Frame:
         return y if self.transform is None else self.transform.leave(y, self.constant)
 
 
-def frame(scheme: Scheme, constant: Tensor | None, like: Tensor) -> Frame:
-    """The coordinates in which ``scheme`` rounds.
+def frame(transform: str, constant: Tensor | None, like: Tensor) -> Frame:
+    """The coordinates in which a scheme with this transform rounds.
 
     Parameters
     ----------
-    scheme : Scheme
+    transform : str
+        Its name.
     constant : Tensor, optional
         An offset, or factors, broadcastable to the values; without it, a transform that needs one changes nothing.
     like : Tensor [batch, kv_heads, tokens, head_dim]
@@ -174,7 +173,7 @@ def frame(scheme: Scheme, constant: Tensor | None, like: Tensor) -> Frame:
     """
     import torch
 
-    found = get_transform(scheme.transform)
+    found = get_transform(transform)
     if found is None or found.constants is None:
         return Frame(found, None)
     if constant is None:

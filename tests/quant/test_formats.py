@@ -57,7 +57,7 @@ def test_codes_and_scales_are_those_of_the_gguf_package(name: str) -> None:
     """Bit for bit in memory, once the bytes are put in GGML's order: scale, offset, low nibbles, high nibbles."""
     x = keys()[:, :1]
     packed = encode(x, Scheme.parse(name))
-    form = Packed.of(packed, Scheme.parse(name), frame(Scheme.parse(name), None, x), x, x.dtype)
+    form = Packed.of(packed, Scheme.parse(name), frame(Scheme.parse(name).transform, None, x), x, x.dtype)
     theirs = quantize(flat(x), GGUF[name]).reshape(-1, gguf.GGML_QUANT_SIZES[GGUF[name]][1])
     scales = [
         part.contiguous().view(torch.uint8).reshape(len(theirs), 2)
@@ -240,7 +240,7 @@ def test_packed_bits_come_back(bits: int, codes: np.ndarray) -> None:
 @pytest.mark.parametrize("text", ALL)
 def test_packed_tensors_hold_the_same_values(text: str) -> None:
     scheme, x = Scheme.parse(text), keys()
-    packed = Packed.of(encode(x, scheme), scheme, frame(scheme, None, x), x, x.dtype)
+    packed = Packed.of(encode(x, scheme), scheme, frame(scheme.transform, None, x), x, x.dtype)
     assert torch.equal(packed.unpack(), fake_quantize(x, scheme))
     assert int(unpack_bits(packed.codes, scheme.bits, packed.row).max()) < 1 << scheme.bits
 

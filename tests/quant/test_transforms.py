@@ -181,7 +181,7 @@ def test_hadamard_of_any_size_is_orthonormal_and_symmetric(size: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rotations_come_back(transform: str, dtype: torch.dtype) -> None:
     x = torch.randn(1, 2, 3, 64, dtype=dtype)
-    found = frame(Scheme(4, transform=transform), None, x)  # type: ignore[arg-type]
+    found = frame(transform, None, x)
     torch.testing.assert_close(found.leave(found.enter(x)), x)
 
 

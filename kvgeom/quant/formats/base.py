@@ -11,15 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvgeom.errors import InputError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from kvgeom.quant.scheme import Scheme
 
 Axes = tuple[int, ...]
 
@@ -41,6 +39,28 @@ class Scales:
         import torch
 
         return Scales(torch.cat([p.step for p in parts]), torch.cat([p.offset for p in parts]))
+
+
+class Grid(Protocol):
+    """What a format needs to know of a :class:`~kvgeom.quant.scheme.Scheme`."""
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def symmetric(self) -> bool: ...
+
+    @property
+    def granularity(self) -> str: ...
+
+    @property
+    def group_size(self) -> int | None: ...
+
+    @property
+    def scales(self) -> str: ...
+
+    @property
+    def levels(self) -> int: ...
 
 
 class Parsed(NamedTuple):
@@ -128,7 +148,7 @@ class Format:
         granularity = found["granularity"] or self.default_granularity or self.granularities[0]
         return Parsed(width, symmetric, granularity, int(found["size"]) if found["size"] else None)
 
-    def spell(self, scheme: Scheme) -> str:
+    def spell(self, scheme: Grid) -> str:
         """The inverse of :meth:`read`."""
         parts = [self.name + (str(scheme.bits) if len(self.widths) > 1 else "")]
         if self.symmetric_widths is None:
@@ -137,7 +157,7 @@ class Format:
             parts.append(f"{scheme.granularity}{scheme.group_size or ''}")
         return "-".join(parts)
 
-    def check(self, scheme: Scheme) -> None:
+    def check(self, scheme: Grid) -> None:
         """Refuse a scheme that this format cannot be.
 
         Raises
@@ -165,42 +185,42 @@ class Format:
 
     # --- arithmetic ---
 
-    def quantize(self, scheme: Scheme, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
+    def quantize(self, scheme: Grid, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
         """Codes and scales of some blocks."""
         scales = self.fit(scheme, blocks, axes)
         return self.encode(scheme, blocks, scales), scales
 
-    def fit(self, scheme: Scheme, blocks: Tensor, axes: Axes) -> Scales:
+    def fit(self, scheme: Grid, blocks: Tensor, axes: Axes) -> Scales:
         """Scales alone."""
         return self.quantize(scheme, blocks, axes)[1]
 
-    def encode(self, scheme: Scheme, blocks: Tensor, scales: Scales) -> Tensor:
+    def encode(self, scheme: Grid, blocks: Tensor, scales: Scales) -> Tensor:
         """Codes under scales that other values have set; beyond their range values saturate."""
         raise NotImplementedError(f"format {self.name!r} cannot quantize values with the scales of others")
 
-    def decode(self, scheme: Scheme, codes: Tensor, scales: Scales) -> Tensor:
+    def decode(self, scheme: Grid, codes: Tensor, scales: Scales) -> Tensor:
         """Values of codes."""
         return codes * scales.step + scales.offset
 
     # --- storage ---
 
-    def scale_dtypes(self, scheme: Scheme) -> tuple[torch.dtype | None, torch.dtype | None]:
+    def scale_dtypes(self, scheme: Grid) -> tuple[torch.dtype | None, torch.dtype | None]:
         """How a scale and its offset are stored; None where there is none to store. float16 and none by default."""
         import torch
 
         return torch.float16, None
 
-    def lowest(self, scheme: Scheme) -> int:
+    def lowest(self, scheme: Grid) -> int:
         """The smallest code, from which stored codes are counted."""
         return 0
 
-    def to_bytes(self, scheme: Scheme, codes: Tensor) -> Tensor:
+    def to_bytes(self, scheme: Grid, codes: Tensor) -> Tensor:
         """Codes as ``0 .. 2**bits - 1``, uint8."""
         import torch
 
         return (codes - self.lowest(scheme)).to(torch.uint8)
 
-    def from_bytes(self, scheme: Scheme, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    def from_bytes(self, scheme: Grid, numbers: Tensor, dtype: torch.dtype) -> Tensor:
         """Inverse of :meth:`to_bytes`."""
         return numbers.to(dtype) + self.lowest(scheme)
 

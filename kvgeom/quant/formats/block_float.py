@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvgeom.quant.formats.base import Axes, Format, Scales, register_format
+from kvgeom.quant.formats.base import Axes, Format, Grid, Scales, register_format
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from kvgeom.quant.scheme import Scheme
 
 _LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 #: Halfway between levels; a tie goes to the level whose last bit is even, which is the upper one at every second bound.
@@ -27,7 +25,7 @@ class BlockFloat4(Format):
         """The scale of blocks whose largest magnitudes are given."""
         raise NotImplementedError
 
-    def quantize(self, scheme: Scheme, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
+    def quantize(self, scheme: Grid, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
         """Codes and scales of some blocks."""
         import torch
 
@@ -40,14 +38,14 @@ class BlockFloat4(Format):
         codes = torch.where(scaled.isnan(), scaled, magnitude.copysign(scaled))
         return codes, Scales(step, torch.zeros_like(step))
 
-    def to_bytes(self, scheme: Scheme, codes: Tensor) -> Tensor:
+    def to_bytes(self, scheme: Grid, codes: Tensor) -> Tensor:
         """Index of the magnitude, and 8 for a sign."""
         import torch
 
         levels = torch.tensor(_LEVELS, dtype=codes.dtype, device=codes.device)
         return (torch.bucketize(codes.abs().contiguous(), levels) + 8 * torch.signbit(codes)).to(torch.uint8)
 
-    def from_bytes(self, scheme: Scheme, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    def from_bytes(self, scheme: Grid, numbers: Tensor, dtype: torch.dtype) -> Tensor:
         """Inverse of :meth:`to_bytes`."""
         import torch
 
@@ -58,7 +56,7 @@ class BlockFloat4(Format):
 class Mxfp4(BlockFloat4):
     """The scale is the power of two that brings the largest entry into [4, 8)."""
 
-    def scale_dtypes(self, scheme: Scheme) -> tuple[torch.dtype, None]:
+    def scale_dtypes(self, scheme: Grid) -> tuple[torch.dtype, None]:
         """A power of two."""
         import torch
 
@@ -77,7 +75,7 @@ class Mxfp4(BlockFloat4):
 class Nvfp4(BlockFloat4):
     """The scale is ``max|x| / 6`` as an E4M3 float, without a second scale of the tensor."""
 
-    def scale_dtypes(self, scheme: Scheme) -> tuple[torch.dtype, None]:
+    def scale_dtypes(self, scheme: Grid) -> tuple[torch.dtype, None]:
         """E4M3."""
         import torch
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvgeom.quant.formats.base import Axes, Format, Scales, register_format
+from kvgeom.quant.formats.base import Axes, Format, Grid, Scales, register_format
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from kvgeom.quant.scheme import Scheme
 
 
 class Float8(Format):
@@ -30,13 +28,13 @@ class Float8(Format):
 
         return torch.finfo(self.dtype).max
 
-    def scale_dtypes(self, scheme: Scheme) -> tuple[torch.dtype | None, None]:
+    def scale_dtypes(self, scheme: Grid) -> tuple[torch.dtype | None, None]:
         """float32, or none without a scale."""
         import torch
 
         return None if scheme.granularity == "none" else torch.float32, None
 
-    def fit(self, scheme: Scheme, blocks: Tensor, axes: Axes) -> Scales:
+    def fit(self, scheme: Grid, blocks: Tensor, axes: Axes) -> Scales:
         """The scale that takes the largest value to the largest float, or one."""
         import torch
 
@@ -46,7 +44,7 @@ class Float8(Format):
         step = blocks.abs().amax(axes, keepdim=True) / self.largest
         return Scales(step, torch.zeros_like(step))
 
-    def encode(self, scheme: Scheme, blocks: Tensor, scales: Scales) -> Tensor:
+    def encode(self, scheme: Grid, blocks: Tensor, scales: Scales) -> Tensor:
         """The nearest floats."""
         import torch
 
@@ -54,18 +52,18 @@ class Float8(Format):
             blocks = blocks / torch.where(scales.step == 0, torch.ones_like(scales.step), scales.step)
         return blocks.clamp(-self.largest, self.largest).to(self.dtype)
 
-    def decode(self, scheme: Scheme, codes: Tensor, scales: Scales) -> Tensor:
+    def decode(self, scheme: Grid, codes: Tensor, scales: Scales) -> Tensor:
         """Values of codes."""
         values = codes.to(scales.step.dtype)
         return values if scheme.granularity == "none" else values.mul_(scales.step)
 
-    def to_bytes(self, scheme: Scheme, codes: Tensor) -> Tensor:
+    def to_bytes(self, scheme: Grid, codes: Tensor) -> Tensor:
         """The bits of the floats."""
         import torch
 
         return codes.view(torch.uint8)
 
-    def from_bytes(self, scheme: Scheme, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    def from_bytes(self, scheme: Grid, numbers: Tensor, dtype: torch.dtype) -> Tensor:
         """Inverse of :meth:`to_bytes`."""
         return numbers.view(self.dtype)
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvgeom.quant.formats.base import Axes, Format, Scales, register_format
+from kvgeom.quant.formats.base import Axes, Format, Grid, Scales, register_format
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from kvgeom.quant.scheme import Scheme
 
 _BLOCK = 32
 _IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -22,11 +20,11 @@ _IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 
 class Q8(Format):
     """``q8_0``: ``step = max|x| / 127``, nearest level, ties away from zero."""
 
-    def lowest(self, scheme: Scheme) -> int:
+    def lowest(self, scheme: Grid) -> int:
         """-128."""
         return -128
 
-    def quantize(self, scheme: Scheme, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
+    def quantize(self, scheme: Grid, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
         """Codes and scales of some blocks."""
         step = blocks.abs().amax(-1, keepdim=True) / 127
         scaled = blocks * _inverse(step)
@@ -39,11 +37,11 @@ class Q8(Format):
 class SignedBlocks(Format):
     """``q4_0`` and ``q5_0``: the entry of largest size becomes the lowest level exactly; the highest may saturate."""
 
-    def lowest(self, scheme: Scheme) -> int:
+    def lowest(self, scheme: Grid) -> int:
         """-8 or -16."""
         return -(1 << (scheme.bits - 1))
 
-    def quantize(self, scheme: Scheme, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
+    def quantize(self, scheme: Grid, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
         """Codes and scales of some blocks."""
         half = -self.lowest(scheme)
         extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
@@ -55,13 +53,13 @@ class SignedBlocks(Format):
 class OffsetBlocks(Format):
     """``q4_1`` and ``q5_1``: from the smallest to the largest value."""
 
-    def scale_dtypes(self, scheme: Scheme) -> tuple[torch.dtype, torch.dtype]:
+    def scale_dtypes(self, scheme: Grid) -> tuple[torch.dtype, torch.dtype]:
         """float16 both."""
         import torch
 
         return torch.float16, torch.float16
 
-    def quantize(self, scheme: Scheme, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
+    def quantize(self, scheme: Grid, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
         """Codes and scales of some blocks."""
         levels = (1 << scheme.bits) - 1
         low = blocks.amin(-1, keepdim=True)
@@ -77,7 +75,7 @@ class Iq4(Format):
     GGUF file tries more scalings than this.
     """
 
-    def quantize(self, scheme: Scheme, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
+    def quantize(self, scheme: Grid, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
         """Codes and scales of some blocks."""
         import torch
 
@@ -88,7 +86,7 @@ class Iq4(Format):
         step = torch.where(extreme.abs() < 1e-15, torch.zeros_like(step), step)
         return codes.to(blocks.dtype), _scales(step)
 
-    def decode(self, scheme: Scheme, codes: Tensor, scales: Scales) -> Tensor:
+    def decode(self, scheme: Grid, codes: Tensor, scales: Scales) -> Tensor:
         """Values of codes."""
         import torch
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvgeom.quant.formats.base import Axes, Format, Scales, register_format
+from kvgeom.quant.formats.base import Axes, Format, Grid, Scales, register_format
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from kvgeom.quant.scheme import Scheme
 
 
 class Hqq(Format):
@@ -21,13 +19,13 @@ class Hqq(Format):
     *whole tensor* no longer falls, so that values share more than a scale. ``offset`` is the zero point.
     """
 
-    def scale_dtypes(self, scheme: Scheme) -> tuple[torch.dtype, torch.dtype]:
+    def scale_dtypes(self, scheme: Grid) -> tuple[torch.dtype, torch.dtype]:
         """float32 both."""
         import torch
 
         return torch.float32, torch.float32
 
-    def quantize(self, scheme: Scheme, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
+    def quantize(self, scheme: Grid, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
         """Codes, scales and zero points of some blocks."""
         import torch
 
@@ -35,7 +33,7 @@ class Hqq(Format):
         codes, steps, zeros = (torch.stack(part) for part in zip(*rows, strict=True))
         return codes, Scales(steps, zeros)
 
-    def decode(self, scheme: Scheme, codes: Tensor, scales: Scales) -> Tensor:
+    def decode(self, scheme: Grid, codes: Tensor, scales: Scales) -> Tensor:
         """Values of codes."""
         return (codes - scales.offset) * scales.step
 

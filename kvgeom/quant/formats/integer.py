@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvgeom.quant.formats.base import Axes, Format, Scales, register_format
+from kvgeom.quant.formats.base import Axes, Format, Grid, Scales, register_format
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from kvgeom.quant.scheme import Scheme
 
 
 class Integer(Format):
@@ -19,16 +17,16 @@ class Integer(Format):
     Symmetric: ``step = max|x| / qmax``, offset 0. Asymmetric: ``step = (max - min) / (2**bits - 1)``, offset ``min``.
     """
 
-    def lowest(self, scheme: Scheme) -> int:
+    def lowest(self, scheme: Grid) -> int:
         """``-qmax`` or 0."""
         return -scheme.levels // 2 if scheme.symmetric else 0
 
-    def scale_dtypes(self, scheme: Scheme) -> tuple[torch.dtype, torch.dtype | None]:
+    def scale_dtypes(self, scheme: Grid) -> tuple[torch.dtype, torch.dtype | None]:
         """The precision that the scheme names; no offset where it is symmetric."""
         dtype = _precision(scheme)
         return dtype, None if scheme.symmetric else dtype
 
-    def fit(self, scheme: Scheme, blocks: Tensor, axes: Axes) -> Scales:
+    def fit(self, scheme: Grid, blocks: Tensor, axes: Axes) -> Scales:
         """The smallest grid that covers the values without clipping, in the precision of the scheme's scales."""
         import torch
 
@@ -39,7 +37,7 @@ class Integer(Format):
             return Scales(_stored(step, scheme), torch.zeros_like(step))
         return Scales(_stored((high - low) / scheme.levels, scheme), _stored(low, scheme))
 
-    def encode(self, scheme: Scheme, blocks: Tensor, scales: Scales) -> Tensor:
+    def encode(self, scheme: Grid, blocks: Tensor, scales: Scales) -> Tensor:
         """The nearest codes."""
         import torch
 
@@ -49,19 +47,19 @@ class Integer(Format):
         codes = blocks / step if scheme.symmetric else (blocks - scales.offset).div_(step)
         return codes.round_().clamp_(lowest, lowest + scheme.levels)
 
-    def decode(self, scheme: Scheme, codes: Tensor, scales: Scales) -> Tensor:
+    def decode(self, scheme: Grid, codes: Tensor, scales: Scales) -> Tensor:
         """Values of codes."""
         values = codes * scales.step
         return values if scheme.symmetric else values.add_(scales.offset)
 
 
-def _precision(scheme: Scheme) -> torch.dtype:
+def _precision(scheme: Grid) -> torch.dtype:
     import torch
 
     return {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[scheme.scales]
 
 
-def _stored(x: Tensor, scheme: Scheme) -> Tensor:
+def _stored(x: Tensor, scheme: Grid) -> Tensor:
     return x if scheme.scales == "f32" else x.to(_precision(scheme)).to(x.dtype)
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvgeom.quant.formats.base import Axes, Format, Scales, register_format
+from kvgeom.quant.formats.base import Axes, Format, Grid, Scales, register_format
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from kvgeom.quant.scheme import Scheme
 
 
 class Mlx(Format):
@@ -19,13 +17,13 @@ class Mlx(Format):
     Source: ``affine_quantize`` of MLX 0.32, which stores scale and offset in the model's own precision.
     """
 
-    def scale_dtypes(self, scheme: Scheme) -> tuple[torch.dtype, torch.dtype]:
+    def scale_dtypes(self, scheme: Grid) -> tuple[torch.dtype, torch.dtype]:
         """float32 both."""
         import torch
 
         return torch.float32, torch.float32
 
-    def quantize(self, scheme: Scheme, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
+    def quantize(self, scheme: Grid, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
         """Codes and scales of some blocks."""
         import torch
 

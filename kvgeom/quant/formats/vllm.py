@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvgeom.quant.formats.base import Axes, Format, Scales, register_format
+from kvgeom.quant.formats.base import Axes, Format, Grid, Scales, register_format
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from kvgeom.quant.scheme import Scheme
 
 
 class Vllm(Format):
@@ -20,17 +18,17 @@ class Vllm(Format):
     bits of the scale) of vLLM 0.28.
     """
 
-    def scale_dtypes(self, scheme: Scheme) -> tuple[torch.dtype, None]:
+    def scale_dtypes(self, scheme: Grid) -> tuple[torch.dtype, None]:
         """float32; a zero point lies within it."""
         import torch
 
         return torch.float32, None
 
-    def lowest(self, scheme: Scheme) -> int:
+    def lowest(self, scheme: Grid) -> int:
         """-128 or 0."""
         return -128 if scheme.bits == 8 else 0
 
-    def quantize(self, scheme: Scheme, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
+    def quantize(self, scheme: Grid, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
         """Codes and scales of some blocks."""
         import torch
 
@@ -44,7 +42,7 @@ class Vllm(Format):
         stored = (step.float().view(torch.int32) & -16 | zero.int()).view(torch.float32).to(step.dtype)
         return codes, Scales(stored, torch.zeros_like(step))
 
-    def decode(self, scheme: Scheme, codes: Tensor, scales: Scales) -> Tensor:
+    def decode(self, scheme: Grid, codes: Tensor, scales: Scales) -> Tensor:
         """Values of codes."""
         import torch
 
