@@ -11,8 +11,6 @@ import pytest
 
 import kvgeom
 from kvgeom.engines import registry
-from kvgeom.mitigation.methods import registry as mitigations
-from kvgeom.models.statistics import constants
 from tests.builders.tiny import tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -37,20 +35,6 @@ def test_links(page: Path) -> None:
 
 def python_blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
-
-
-def test_the_example_mitigation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mitigation of docs/mitigation.md offers a cache that is its base with 16 sink tokens."""
-    mitigations.methods()
-    monkeypatch.setattr(mitigations, "_METHODS", {**mitigations._METHODS})
-    block = next(block for block in python_blocks(ROOT / "docs" / "mitigation.md") if "@method" in block)
-    exec(block, {})
-    model = tiny_model()
-    setting = mitigations.Setting(
-        registry.resolve("int4-asym-token"), model.geometry, constants(model, ["open the door"]), {}
-    )
-    found = mitigations.candidates_of(setting, "placement", [setting.unmitigated])
-    assert [each.placement.sinks for each in found if each.family == "many sinks"] == [16]
 
 
 def test_the_page_on_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,17 @@ import pytest
 
 import kvgeom
 from kvgeom import results
-from kvgeom.engines.registry import scheme_rows
+from kvgeom.engines.registry import resolve, scheme_rows
 from kvgeom.errors import InputError
 from kvgeom.judges import registry as judges
+from kvgeom.mitigation.methods import registry as mitigations
 from kvgeom.models import backends
+from kvgeom.models.statistics import constants
 from kvgeom.plots import registry as plots
 from kvgeom.prompts import benchmarks
+from kvgeom.quant import transforms
 from kvgeom.quant.formats import base as formats
+from tests.builders.tiny import tiny_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
@@ -28,13 +32,14 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re
 def made(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What the blocks define, one after the other; all registries are as before afterwards."""
     formats.formats(), judges.judges(), backends.backends(), benchmarks.benchmarks(), plots.figures("curve")
+    mitigations.methods()
     folder = tmp_path_factory.mktemp("extending")
     (folder / "mine.csv").write_text("ask,kind\nHow do I pick a lock?,bad\nHow do I bake bread?,good\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for module, name in (
             (formats, "_FORMATS"), (judges, "_JUDGES"), (backends, "_BACKENDS"), (benchmarks, "_BENCHMARKS"),
-            (plots, "_FIGURES"), (results, "_KINDS"),
+            (plots, "_FIGURES"), (mitigations, "_METHODS"), (transforms, "_TRANSFORMS"), (results, "_KINDS"),
         ):  # fmt: skip
             patch.setattr(module, name, dict(getattr(module, name)))
         outside = ModuleType("outside")
@@ -78,11 +83,20 @@ def test_a_figure(made: dict[str, Any]) -> None:
     assert list(bars.y) == list(made["lengths"].data.tokens.mean("prompt").values)
 
 
+def test_a_mitigation(made: dict[str, Any]) -> None:
+    model = tiny_model()
+    setting = mitigations.Setting(resolve("int4-asym-token"), model.geometry, constants(model, ["open the door"]), {})
+    found = mitigations.candidates_of(setting, "placement", [setting.unmitigated])
+    assert [each.placement.sinks for each in found if each.family == "many sinks"] == [16]
+    with pytest.raises(InputError, match="many sinks"):
+        mitigations.method("many sinks")(made["many_sinks"])
+
+
 def test_a_benchmark(made: dict[str, Any]) -> None:
     assert (made["mine"].harmful, made["mine"].harmless) == (("How do I pick a lock?",), ("How do I bake bread?",))
 
 
 def test_names_that_are_taken_are_refused(made: dict[str, Any], checkpoint: Path) -> None:
     for block in (b for b in BLOCKS if "register_" in b):
-        with pytest.raises(InputError, match=r"fastlm|ternary|apologies|mine"):
+        with pytest.raises(InputError, match=r"fastlm|ternary|reverse|apologies|mine"):
             exec(block.replace('"demo"', repr(str(checkpoint))), {"__name__": "outside", "kvgeom": kvgeom})

@@ -86,7 +86,7 @@ def harmless_under(outcomes: Outcomes) -> dict[str, Harmless]:
 
 
 @contextmanager
-def asked(model: Model, requests: Sequence[str], run: RunConfig, suffix: str = "") -> Iterator[Baseline | None]:
+def opened_on(model: Model, requests: Sequence[str], run: RunConfig, suffix: str = "") -> Iterator[Baseline | None]:
     """The unquantized model on some requests; None without any. Its journal is closed at the end.
 
     Parameters

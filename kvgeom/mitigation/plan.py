@@ -14,7 +14,7 @@ from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import opened
 from kvgeom.evaluation.config import split_options
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
-from kvgeom.mitigation.harmless import asked
+from kvgeom.mitigation.harmless import opened_on
 from kvgeom.mitigation.layers import LayerSelection
 from kvgeom.mitigation.plan_file import json_path, read, written
 from kvgeom.mitigation.search import Search
@@ -58,7 +58,7 @@ class Plan:
     candidates : tuple of Candidate
         All that were tried, the unmitigated cache first.
     reasons : tuple of str
-        Why these, in words.
+        Why these.
     search : Search
     selection : LayerSelection
     judge : str
@@ -67,7 +67,7 @@ class Plan:
     calibration : tuple of str
         Hashes of the requests that chose it.
     verified : dict or None
-        What :meth:`verify` found, if it has been asked and kept (:meth:`with_verification`).
+        What :meth:`verify` found, if it has been run and kept (:meth:`with_verification`).
     """
 
     model: str
@@ -192,7 +192,7 @@ class Plan:
         roles = {UNMITIGATED: self.unmitigated, CHOSEN: self.chosen, PAPER: self.paper, **others}
         with (
             opened(loaded, proving.harmful, run) as base,
-            asked(loaded, proving.harmless, run, "-harmless") as harmless,
+            opened_on(loaded, proving.harmless, run, "-harmless") as harmless,
             run.bars(),
         ):
             return prove(base, roles, harmless=harmless, controls=controls, source=proving.name)

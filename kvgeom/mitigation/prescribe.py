@@ -15,11 +15,11 @@ from kvgeom.evaluation.evaluate import run_conditions
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.mitigation.candidates import KEPT, UNMITIGATED, Candidate, protect
 from kvgeom.mitigation.decision_tree import advised
-from kvgeom.mitigation.harmless import asked, harmless_outcomes, harmless_under
+from kvgeom.mitigation.harmless import harmless_outcomes, harmless_under, opened_on
 from kvgeom.mitigation.layers import counts, layer_orders, protections, selection_of
 from kvgeom.mitigation.methods.registry import Setting, candidates_of
 from kvgeom.mitigation.plan import Plan, request_hash
-from kvgeom.mitigation.reasons import advice_in_words, reasons
+from kvgeom.mitigation.reasons import advice_sentence, reasons
 from kvgeom.mitigation.search import Search, check_budget, preference, search_of
 from kvgeom.models.statistics import constants
 from kvgeom.prompts.sets import calibration
@@ -79,11 +79,11 @@ def prescribe(
     selection = selection_of(outcomes, by_rule, setting.orders, geometry)
     tried = _distinct([*alike, *layered, paper, *combined, *placed])
     search = search_of(outcomes, tried, geometry, memory, lengths)
-    with asked(base.model, harmless, base.run, "-harmless") as other:
+    with opened_on(base.model, harmless, base.run, "-harmless") as other:
         assert other is not None  # noqa: S101  # there are harmless requests
         search = _screened(search, tried, other)
     sizes = [each.bytes_per_token(geometry) for each in (paper, unmitigated)]
-    advice = advice_in_words(paper, outcomes.flips(paper.name)["all"], len(base.refused), sizes[0] / sizes[1] - 1)
+    advice = advice_sentence(paper, outcomes.flips(paper.name)["all"], len(base.refused), sizes[0] / sizes[1] - 1)
     return Plan(
         model=base.model.name,
         identity=base.model.identity,
@@ -103,7 +103,7 @@ def prescribe(
 
 
 def _caveats(diagnosis: Diagnosis, config: CacheConfig) -> list[str]:
-    """That requests were too short to meet any rounding, if the diagnosed cache is the one to mend."""
+    """That requests were too short to meet any rounding, if the diagnosed cache is the one to mitigate."""
     curve = diagnosis.curve
     same = (config.name, str(config.placement)) == (curve.meta["scheme"], curve.meta["placement"])
     return [curve.caveat] if same and curve.caveat else []

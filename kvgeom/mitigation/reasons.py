@@ -1,4 +1,4 @@
-"""Why a plan is what it is, in words."""
+"""Why a plan is what it is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def reasons(mode: Mode, scheme: str, search: Search, selection: LayerSelection, 
     search : Search
     selection : LayerSelection
     advice : str
-        What the paper's prescription does here; see :func:`advice_in_words`.
+        What the paper's prescription does here; see :func:`advice_sentence`.
     """
     rows = {str(row["candidate"]): row for row in search.records()}
     n, budget = search.meta["prompts"], search.meta["budget"]
@@ -29,37 +29,39 @@ def reasons(mode: Mode, scheme: str, search: Search, selection: LayerSelection, 
     broken = before["flips_degenerate"]
     if before["flips"] == 0:
         return (f"{lost}, so there is nothing to mitigate.",)
-    said = [
+    sentences = [
         f"{lost}, {broken} of them as broken text." if broken else f"{lost}.",
         f"The paper's decision tree, for {mode.name}: {mode.prescription}. {advice}".rstrip(),
     ]
     spoiled = [name for name, row in rows.items() if row["spoils"] and row["flips"] <= found["flips"]]
     if spoiled:
-        said.append(
+        sentences.append(
             f"Turned down, because they keep refusals at the cost of harmless requests: {listed(spoiled)} (the first loses "
             f"{int(rows[spoiled[0]]['harmless_lost'])} harmless requests, unmitigated {int(before['harmless_lost'])})."
         )
     hidden = [name for name, row in rows.items() if row["untested"] and row["flips"] < before["flips"]]
     if hidden:
-        said.append(
+        sentences.append(
             f"Not considered, because the calibration prompts lie mostly within their tokens in 16 bits: {listed(hidden)}. Longer "
             "prompts test these."
         )
     within = f"within {budget:.0%} more memory" if budget else "without more memory"
     if search.chosen == UNMITIGATED:
-        said.append(f"The measured search found nothing {within} that keeps more refusals.")
+        sentences.append(f"The measured search found nothing {within} that keeps more refusals.")
     else:
-        said.append(
+        sentences.append(
             f"The measured search, {within}, chose {search.chosen}, which {found['description']}: "
             f"{found['flips']} lost at {found['memory_overhead']:+.1%} memory."
         )
     best = rows[next(iter(search.ranked(within_budget=False)), UNMITIGATED)]
     if best["flips"] < found["flips"]:
-        said.append(f"With more memory, {best['candidate']} loses {best['flips']} at {best['memory_overhead']:+.1%}.")
-    return (*said, _compared(selection))
+        sentences.append(
+            f"With more memory, {best['candidate']} loses {best['flips']} at {best['memory_overhead']:+.1%}."
+        )
+    return (*sentences, _compared(selection))
 
 
-def advice_in_words(paper: Candidate, flips: int, refused: int, overhead: float) -> str:
+def advice_sentence(paper: Candidate, flips: int, refused: int, overhead: float) -> str:
     """What the paper's prescription does here: flips of so many refusals, at a share of more memory."""
     if paper.family == "unmitigated":
         return ""

@@ -111,27 +111,27 @@ class Verification(Result):
 
     @property
     def sentence(self) -> str:
-        """The verdict in words."""
+        """The verdict as a sentence."""
         refused = self.meta["refused"]
         before, after = (int(self.data.flips.sel(recipe=role)) for role in (UNMITIGATED, CHOSEN))
         name = str(self.data.name.sel(recipe=CHOSEN).item())
         counted = f"of {refused} refusals {before} are lost without and {after} with it"
         match self.status:
             case "helps":
-                said = f"The plan helps: {counted}, a recovery of {self.recovery}."
+                text = f"The plan helps: {counted}, a recovery of {self.recovery}."
             case "does not help" if self.spoils:
                 row = self.data.sel(recipe=CHOSEN)
-                said = (
+                text = (
                     f"The plan does not help: {counted}, but with it {int(row.harmless_lost)} of {self.meta['harmless']} "
                     f"harmless requests are lost too ({int(row.harmless_refused)} refused, {int(row.harmless_degenerate)} broken)."
                 )
             case "does not help":
-                said = f"The plan does not help: {counted}, a recovery of {self.recovery}."
+                text = f"The plan does not help: {counted}, a recovery of {self.recovery}."
             case "undetermined":
-                said = f"Whether the plan helps is undetermined: {counted}, a recovery of {self.recovery}."
+                text = f"Whether the plan helps is undetermined: {counted}, a recovery of {self.recovery}."
             case "nothing to fix":
-                said = f"There is nothing to fix: the unmitigated cache loses none of {refused} refusals."
-        return said if name == UNMITIGATED or self.status == "nothing to fix" else f"{said[:-1]} ({name})."
+                text = f"There is nothing to fix: the unmitigated cache loses none of {refused} refusals."
+        return text if name == UNMITIGATED or self.status == "nothing to fix" else f"{text[:-1]} ({name})."
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -212,7 +212,7 @@ def prove(
     geometry, seed = base.model.geometry, base.run.seed
     rows = {role: _Row(role, candidate) for role, candidate in roles.items()}
     for role, candidate in roles.items():
-        if role == PAPER or not candidate.recipe.touched:  # the paper's is for comparison; why it fails is not asked
+        if role == PAPER or not candidate.recipe.touched:  # the paper's is for comparison; why it fails does not matter
             continue
         for draw in range(controls):
             name = f"{role}, random direction {draw + 1}"
@@ -269,7 +269,7 @@ class _Row:
 def _of_harmless(
     base: Baseline | None, roles: Mapping[str, Candidate], order: Sequence[str]
 ) -> dict[str, list[float] | list[bool]]:
-    """Columns about harmless prompts, NaN where they were not asked."""
+    """Columns about harmless prompts, NaN where there were none."""
     found = {} if base is None else harmless_under(harmless_outcomes(base, roles))
     nan = float("nan")
     return {

@@ -56,31 +56,31 @@ def sentences(plan: Plan, found: Verification) -> tuple[str, ...]:
     """What the verdict rests on, and what it cost."""
     chosen, paper = (found.data.sel(recipe=role) for role in (CHOSEN, PAPER))
     refused = found.meta["refused"]
-    said = [_what(plan, found)]
+    lines = [_what(plan, found)]
     if refused == 0:
-        said.append(
+        lines.append(
             f"The model refuses none of the {found.meta['prompts']} prompts of {found.meta['source']}: nothing was tested."
         )
     elif found.recovery is not None:
         same = plan.paper.same_cache(plan.chosen)
-        said.append(
+        lines.append(
             f"What the paper advises for {plan.mode} is the same cache."
             if same
             else f"What the paper advises for {plan.mode} ({paper.name.item()}) loses {int(paper.flips)} of {refused}, a recovery "
             f"of {found.paper_recovery}, at {float(paper.memory_overhead):+.1%} memory."
         )
-        said.append(size_or_direction(found))
-    said.append(
+        lines.append(size_or_direction(found))
+    lines.append(
         f"Perplexity is {float(chosen.perplexity_ratio):.2f} times that of the 16-bit cache, "
         f"{float(found.data.perplexity_ratio.sel(recipe=UNMITIGATED)):.2f} times unmitigated."
     )
     if found.meta["harmless"]:
-        said.append(
+        lines.append(
             f"Of {found.meta['harmless']} harmless requests it refuses {int(chosen.harmless_refused)}, the unquantized model "
             f"{found.meta['harmless_refused']} (p = {float(chosen.harmless_p):.2g}); {int(chosen.harmless_lost)} that the unquantized model answers are "
             "refused or broken."
         )
-    return tuple(said)
+    return tuple(lines)
 
 
 def _what(plan: Plan, found: Verification) -> str:

@@ -221,13 +221,13 @@ def test_protect_keeps_what_it_is_put_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "sites", "said"),
+    ("layers", "sites", "named"),
     [([], "kv", "0 to 2"), ([3], "kv", "0 to 2"), ([-1], "kv", "0 to 2"), ([0], "", "must be k, v"),
      ([0], ["q"], "must be k, v")],
 )  # fmt: skip
-def test_what_cannot_be_protected(layers: list[int], sites: str, said: str) -> None:
+def test_what_cannot_be_protected(layers: list[int], sites: str, named: str) -> None:
     base = Candidate(UNMITIGATED, "unmitigated", resolve("int4-asym-token").recipe(3), Placement(), "")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=named):
         protect(base, layers, sites)  # type: ignore[arg-type]
 
 
@@ -273,7 +273,7 @@ def test_advice_of_every_mode(name: ModeName) -> None:
 
 @given(st.sampled_from(sorted(ENGINES)), st.sampled_from(list(PRESCRIPTIONS)))
 def test_advice_for_every_engine(name: str, mode: ModeName) -> None:
-    """An engine's own format is replaced by integers of its width, which hold all that the advice asks for."""
+    """An engine's own format is replaced by integers of its width, which can hold all that the advice asks for."""
     engine: CacheConfig = ENGINES[name]
     unmitigated = Candidate(UNMITIGATED, "unmitigated", engine.recipe(5), engine.placement, "")
     found = advised(mode_named(mode), scan([0] * 5, [1.0, np.nan, 0.5, 3.0, 2.0]), unmitigated)

@@ -113,9 +113,9 @@ def test_search_by_brute_force(labels: list[list[str]], seed: int, budget: float
         assert float(data.p[i]) == mcnemar(rows[i], rows[0])
         assert (float(data.ci_low[i]), float(data.ci_high[i])) == wilson(flips[i], n)
         recovery = reduction_estimate(rows[0], rows[i])
-        told = [float(data[name][i]) for name in ("recovery", "recovery_low", "recovery_high")]
+        reported = [float(data[name][i]) for name in ("recovery", "recovery_low", "recovery_high")]
         np.testing.assert_equal(
-            told, [np.nan] * 3 if recovery is None else [recovery.value, recovery.low, recovery.high]
+            reported, [np.nan] * 3 if recovery is None else [recovery.value, recovery.low, recovery.high]
         )
         assert bool(data.spoils[i]) == (i in spoiled)
     usable = [i for i in range(1, 6) if flips[i] < flips[0] and i not in spoiled]
@@ -273,13 +273,13 @@ def first(count: int, of: int = 24) -> list[bool]:
 def test_status(lost: list[bool], left: list[bool], status: str) -> None:
     found = verification(lost, left)
     assert found.status == status
-    said = found.sentence
+    text = found.sentence
     assert {"helps": "The plan helps", "does not help": "does not help", "undetermined": "undetermined"}.get(
         status, "nothing to fix"
-    ) in said
+    ) in text
     if status != "nothing to fix":
-        assert f"of 24 refusals {sum(lost)} are lost without and {sum(left)} with it" in said
-        assert said.endswith("(center).")
+        assert f"of 24 refusals {sum(lost)} are lost without and {sum(left)} with it" in text
+        assert text.endswith("(center).")
         assert found.recovery == reduction_estimate(lost, left)
     else:
         assert found.recovery is None
@@ -448,8 +448,8 @@ def test_verification_by_hand() -> None:
         assert float(row.p) == mcnemar(lost, before)
         estimate = reduction_estimate(before, lost)
         assert estimate is not None
-        told = (float(row.recovery), float(row.recovery_low), float(row.recovery_high))
-        assert told == (estimate.value, estimate.low, estimate.high)
+        reported = (float(row.recovery), float(row.recovery_low), float(row.recovery_high))
+        assert reported == (estimate.value, estimate.low, estimate.high)
         size = cache_bytes(each.recipe, each.placement, 2, 8, 4096) / 4096
         assert float(row.bytes_per_token) == size
         assert float(row.memory_of_exact) == pytest.approx(size / (3 * 2 * 16 * 2))
@@ -518,7 +518,7 @@ def edited(change: Callable[[dict], None], folder: Path) -> Path:  # type: ignor
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "named"),
     [
         (
             lambda r: r.update(plan_version=PLAN_VERSION + 1),
@@ -534,8 +534,8 @@ def edited(change: Callable[[dict], None], folder: Path) -> Path:  # type: ignor
         (lambda r: r["search"].update(records=[]), "incomplete"),
     ],
 )
-def test_files_that_are_no_plan(change: Callable[[dict], None], said: str, tmp_path: Path) -> None:  # type: ignore[type-arg]
-    with pytest.raises(InputError, match=said):
+def test_files_that_are_no_plan(change: Callable[[dict], None], named: str, tmp_path: Path) -> None:  # type: ignore[type-arg]
+    with pytest.raises(InputError, match=named):
         Plan.load(edited(change, tmp_path))
 
 

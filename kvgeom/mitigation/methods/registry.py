@@ -67,7 +67,7 @@ class Setting:
 
     @property
     def offset(self) -> str:
-        """What the offset of the keys is, in words."""
+        """What the offset of the keys is, for descriptions."""
         bias = self.constants.keys.name == "key bias"
         return "bias of the key projection" if bias else "mean key of the calibration prompts"
 
