@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 import kvgeom
 from kvgeom import results
@@ -21,6 +22,7 @@ from kvgeom.models.statistics import constants
 from kvgeom.plots import registry as plots
 from kvgeom.prompts import benchmarks
 from kvgeom.quant import transforms
+from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.formats import base as formats
 from tests.builders.tiny import tiny_model
 
@@ -59,6 +61,13 @@ def test_a_format(made: dict[str, Any]) -> None:
     assert str(kvgeom.Scheme.parse("ternary-group64+hadamard")) == "ternary-group64+hadamard"
     assert made["outcomes"].names() == ["ternary-token"]
     assert "ternary-group64" in {row["name"] for row in scheme_rows(2, 64, 100)}
+
+
+def test_a_transform(made: dict[str, Any]) -> None:
+    x = torch.arange(8.0).reshape(1, 1, 1, 8)
+    halves = kvgeom.Scheme.parse("int2-asym-group4")
+    turned = fake_quantize(x, kvgeom.Scheme.parse("int2-asym-group4+reverse"))
+    assert torch.equal(turned, fake_quantize(x.flip(-1), halves).flip(-1))
 
 
 def test_a_judge(made: dict[str, Any]) -> None:

@@ -24,19 +24,15 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Audit, and print the verdict and where the report lies."""
-    from kvgeom.behaviour.widths import at_widths
-
-    prompts, run = options.prompt_set(arguments.prompts, arguments.limit), options.run_options(arguments)
-    placement = options.placement(arguments)
-    at_widths(arguments.scheme, arguments.bits, placement)  # errors are reported before a model is loaded
+    run = options.run_options(arguments)
     result = kvgeom.audit(
         arguments.model,
         arguments.out,
-        prompts=prompts,
+        prompts=options.prompt_set(arguments.prompts, arguments.limit),
         scheme=arguments.scheme,
         bits=arguments.bits,
         scan_bits=options.check_scan_bits(arguments.scan_bits),
-        placement=placement,
+        placement=options.placement(arguments),
         **run,
         **options.load_options(arguments),
     )

@@ -34,18 +34,14 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Diagnose, and print all tables."""
-    from kvgeom.behaviour.widths import at_widths
-
     judge, run = options.classifier(arguments), options.run_options(arguments)
-    prompts, placement = options.prompt_set(arguments.prompts, arguments.limit), options.placement(arguments)
-    at_widths(arguments.scheme, arguments.bits, placement)  # errors are reported before a model is loaded
     found = kvgeom.diagnose(
         arguments.model,
-        prompts,
+        options.prompt_set(arguments.prompts, arguments.limit),
         scheme=arguments.scheme,
         bits=arguments.bits,
         scan_bits=options.check_scan_bits(arguments.scan_bits),
-        placement=placement,
+        placement=options.placement(arguments),
         geometry=arguments.geometry,
         full_responses=judge is not None,
         journal=options.journal(arguments),

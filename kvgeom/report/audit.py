@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from kvgeom.behaviour.ablation import Ablation
-from kvgeom.behaviour.widths import DESCRIBED
+from kvgeom.behaviour.widths import DESCRIBED, at_widths
 from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
 from kvgeom.engines.registry import needs_bits
 from kvgeom.errors import InputError
@@ -59,9 +59,9 @@ class Audit(Diagnosis):
     @classmethod
     def of(cls, diagnosis: Diagnosis, about: dict[str, Any]) -> Audit:
         """The audit that follows from a diagnosis."""
-        held = {each.name: getattr(diagnosis, each.name) for each in fields(Diagnosis)}
+        parts = {each.name: getattr(diagnosis, each.name) for each in fields(Diagnosis)}
         verdict = conclude(diagnosis.curve, diagnosis.mode)
-        return cls(**held, verdict=verdict, about=about, responses=_examples(diagnosis))
+        return cls(**parts, verdict=verdict, about=about, responses=_examples(diagnosis))
 
     @property
     def model(self) -> dict[str, Any]:
@@ -129,10 +129,10 @@ class Audit(Diagnosis):
     def of_parts(cls, parts: Mapping[str, Result], record: Mapping[str, Any]) -> Self:
         """The inverse of :meth:`parts` and :meth:`record`."""
         diagnosis = Diagnosis.of_parts(parts, record)
-        held = {each.name: getattr(diagnosis, each.name) for each in fields(Diagnosis)}
+        known = {each.name: getattr(diagnosis, each.name) for each in fields(Diagnosis)}
         verdict = record["verdict"]
         return cls(
-            **held,
+            **known,
             verdict=Verdict(verdict["status"], verdict["headline"], tuple(verdict["sentences"])),
             about=record["about"],
             responses=tuple(record["responses"]),
@@ -168,7 +168,7 @@ def audit(
     scheme: Scheme | str | None = None,
     bits: Sequence[int] | int | None = None,
     scan_bits: int = 3,
-    placement: Placement | None = None,
+    placement: Placement | str | None = None,
     **options: Any,
 ) -> Audit:
     """Audit a model end to end: does its refusal survive a rounded KV cache, where does it break, and how?
@@ -192,8 +192,9 @@ def audit(
     """
     started = time.monotonic()
     run, loading = split_options(options)
-    for width in (*([bits] if isinstance(bits, int) else bits or ()), scan_bits):
-        check_bits(width)
+    at_widths(scheme, bits, placement)  # errors in these are reported before a model is loaded
+    if check_bits(scan_bits) == 16:
+        raise InputError("scan_bits must be 2 to 8, got 16, which rounds nothing")
     folder = None if out is None else writable_folder(out)
     chosen = calibration() if prompts is None else as_prompt_set(prompts)
     if not chosen.harmful:

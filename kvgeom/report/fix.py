@@ -155,8 +155,8 @@ class Fix:
             "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
             for row in before_and_after(self.verification)
         )
-        said = "".join(f"<li>{escape(sentence)}</li>" for sentence in self.sentences)
-        return f"<p><b>{escape(self.verification.sentence)}</b></p><table><tr>{head}</tr>{rows}</table><ul>{said}</ul>"
+        items = "".join(f"<li>{escape(sentence)}</li>" for sentence in self.sentences)
+        return f"<p><b>{escape(self.verification.sentence)}</b></p><table><tr>{head}</tr>{rows}</table><ul>{items}</ul>"
 
 
 def fix(
@@ -281,17 +281,15 @@ def check_prompts(prompts: PromptSet, verify_prompts: PromptSet) -> None:
     for what, given in (("choose", prompts), ("prove", verify_prompts)):
         if not given.harmful:
             raise InputError(
-                f"prompt set {given.name!r} was to {what} a plan, but it has no harmful requests; give some that the model "
-                "refuses"
+                f"prompt set {given.name!r} has no harmful requests to {what} a plan with; give some that the model refuses"
             )
     # A set without harmless requests borrows those of the calibration set.
     choosing = {request.strip() for request in (*prompts.harmful, *(prompts.harmless or calibration().harmless))}
     shared = [r for r in (*verify_prompts.harmful, *verify_prompts.harmless) if r.strip() in choosing]
     if shared:
         raise InputError(
-            f"{len(shared)} of the requests of {verify_prompts.name!r} are also in {prompts.name!r} or among the harmless ones that go "
-            f"with it, the first {shared[0][:60]!r}, but a plan is proven on requests that did not choose it; give two sets that "
-            "share none"
+            f"{len(shared)} of the requests of {verify_prompts.name!r} are also in {prompts.name!r} or the harmless requests asked "
+            f"with it, such as {shared[0][:60]!r}; prove a plan on requests that did not choose it"
         )
 
 

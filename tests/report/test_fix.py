@@ -118,7 +118,8 @@ def test_every_key_of_plan_json_is_documented(out: Path, fixed: Fix) -> None:
 
 def _inner(numbers: dict[str, Any]) -> set[str]:
     """Keys of recipes and of names that are data, not layout."""
-    return {*numbers["chosen"]["recipe"], *numbers["search"]["meta"], *numbers["selection"]["meta"]}
+    meta = {**numbers["search"]["meta"], **numbers["selection"]["meta"]}
+    return {*numbers["chosen"]["recipe"], *meta, *meta["versions"]}
 
 
 def test_a_folder_with_a_fix_makes_no_response_again(fixed: Fix, model: HFModel, out: Path) -> None:
@@ -245,7 +246,7 @@ def test_what_cannot_be_used_is_said_before_anything_is_written(tmp_path: Path) 
         ({"memory": float("nan")}, "memory budget of nan"),
         ({"controls": -1}, "got -1"),
         ({"bits": 16}, "got 16"),
-        ({"bits": 9}, "bits=9"),
+        ({"bits": 9}, "got 9"),
         ({"scheme": "nothing"}, "presets"),
         ({"scheme": "int3-asym-group64", "bits": 4}, "has 3"),
         ({"scheme": "kivi", "bits": 8}, "2, 4"),
@@ -370,7 +371,7 @@ def test_the_command(model: HFModel, tmp_path: Path, capsys: pytest.CaptureFixtu
     ("arguments", "says"),
     [
         (["--bits", "16"], "got 16"),
-        (["--bits", "1"], "bits=1"),
+        (["--bits", "1"], "got 1"),
         (["--memory", "-1"], "memory budget of -1.0"),
         (["--verify-prompts", "calibration"], "are also in"),
         (["--verify-prompts", "missing.txt"], "no such file"),
