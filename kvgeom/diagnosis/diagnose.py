@@ -234,7 +234,7 @@ def diagnose(
     scheme: CacheConfig | Scheme | str | None = None,
     bits: Sequence[int] | int | None = None,
     scan_bits: int = 3,
-    placement: Placement | None = None,
+    placement: Placement | str | None = None,
     geometry: bool = True,
     gains: bool = False,
     full_responses: bool = False,
@@ -254,7 +254,7 @@ def diagnose(
         Widths of the curve; see :func:`~kvgeom.behaviour.widths.at_widths`.
     scan_bits : int
         Of layer scan, ablations and PCR, which round symmetric per-tensor as the paper's released code does.
-    placement : Placement, optional
+    placement : Placement, "cache" or "paper", optional
         Decode-faithful by default; for the curve that of the preset, if it is one.
     geometry : bool
         Whether to measure the noise-sensitivity ratio as well; it is reported as evidence and decides nothing.
@@ -274,6 +274,7 @@ def diagnose(
         If an option is unknown, or the model, the prompts, the bits or the journal cannot be used.
     """
     tensor = per_tensor(Scheme(scan_bits, symmetric=True))
+    placement = None if placement is None else Placement.parse(placement)
     series = at_widths(scheme, bits, placement)  # errors in these are reported before any work
     chosen = calibration() if prompts is None else as_prompt_set(prompts)
     loaded, run = open_run(model, options)

@@ -51,7 +51,7 @@ class Verification(Result):
       NaN for controls and without harmless prompts. ``spoils``: see :class:`~kvgeom.mitigation.harmless.Harmless`.
 
     ``meta`` holds ``prompts`` (harmful), ``refused``, ``harmless``, ``harmless_refused`` (unquantized) and what made it.
-    ``examples`` are some responses: ``request``, ``exact``, ``unmitigated``, ``chosen``, each with its label.
+    ``examples`` are some responses: ``request``, ``unquantized``, ``unmitigated``, ``chosen``, each with its label.
     """
 
     kind: ClassVar[str] = "verification"

@@ -168,7 +168,7 @@ def fix(
     memory: float = 0.02,
     prompts: Any = None,
     verify_prompts: Any = None,
-    placement: Placement | None = None,
+    placement: Placement | str | None = None,
     geometry: bool = False,
     controls: int = 3,
     **options: Any,

@@ -180,13 +180,16 @@ def test_text_from_outside_is_escaped(out: Path, audit: Audit) -> None:
 
 
 def test_nothing_refused_is_undetermined(tmp_path: Path) -> None:
-    found = kvgeom.audit(TINY, tmp_path, prompts=PROMPTS.take(4), bits=(2,), max_new_tokens=4, progress=False)
+    found = kvgeom.audit(
+        TINY, tmp_path, prompts=PROMPTS.take(4), bits=(2,), placement="paper", max_new_tokens=4, progress=False
+    )
     numbers = json.loads((tmp_path / "audit.json").read_text())
     jsonschema.validate(numbers, SCHEMA)
     assert found.verdict.status == numbers["mode"]["name"] == numbers["pcr"]["status"] == "undetermined"
     assert "refuses none" in found.verdict.headline
     assert "refuses none" in numbers["mode"]["evidence"][0]
     assert numbers["critical_layer"] is None
+    assert numbers["settings"]["placement"].startswith("projection")
     assert "undetermined" in (tmp_path / "report.html").read_text()
 
 
