@@ -554,6 +554,26 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             Plan.load(path)
 
 
+@pytest.mark.parametrize("name", ["4 sink tokens", "residual window of 32"])
+def test_a_plan_runs_under_the_placement_of_its_candidate(name: str, tmp_path: Path) -> None:
+    found = plan().candidate(name)
+    made = Plan.load(replace(plan(), chosen=found).save(tmp_path))
+    assert made.chosen.placement == found.placement != made.unmitigated.placement
+    assert made.placement == made.unmitigated.placement
+    (prompt,) = TINY.encode([" ".join(REQUESTS[:4])])
+    logits = []
+    for cache in (made.cache(TINY), TINY.new_cache(Quantizer(found.recipe, found.placement))):
+        logits.append(TINY.forward(prompt.ids, cache))
+        logits.append(TINY.forward([40], cache))
+    for packed, simulated in zip(logits[:2], logits[2:], strict=True):
+        torch.testing.assert_close(packed, simulated, atol=1e-4, rtol=1e-4)
+    whole, *nearest = made.exports("plan.json")
+    assert whole.engine == "transformers"
+    assert whole.placement == found.placement
+    for export in nearest:
+        assert export.placement == found.placement or export.cannot
+
+
 # --- the model of a plan ---
 
 
