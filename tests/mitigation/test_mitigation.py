@@ -562,9 +562,9 @@ def test_a_plan_runs_under_the_placement_of_its_candidate(name: str, tmp_path: P
     assert made.placement == made.unmitigated.placement
     (prompt,) = TINY.encode([" ".join(REQUESTS[:4])])
     logits = []
-    for cache in (made.cache(TINY), TINY.new_cache(Quantizer(found.recipe, found.placement))):
-        logits.append(TINY.forward(prompt.ids, cache))
-        logits.append(TINY.forward([40], cache))
+    for one in (made.cache(TINY), TINY.new_cache(Quantizer(found.recipe, found.placement))):
+        logits.append(TINY.forward(prompt.ids, one))
+        logits.append(TINY.forward([40], one))
     for packed, simulated in zip(logits[:2], logits[2:], strict=True):
         torch.testing.assert_close(packed, simulated, atol=1e-4, rtol=1e-4)
     whole, *nearest = made.exports("plan.json")
