@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -220,16 +218,3 @@ def test_placements_by_name() -> None:
     assert Placement.parse(given) is given
     with pytest.raises(InputError, match="choose from cache, paper"):
         Placement.parse("attic")
-
-
-@pytest.mark.parametrize(
-    ("part", "text"), [("class Ternary", "ternary-group64+hadamard"), ("class Reverse", "int4-asym-group48+reverse")]
-)
-def test_the_examples_of_the_documentation(monkeypatch: pytest.MonkeyPatch, part: str, text: str) -> None:
-    formats()
-    monkeypatch.setattr(base, "_FORMATS", dict(base._FORMATS))
-    monkeypatch.setattr(transforms, "_TRANSFORMS", dict(transforms._TRANSFORMS))
-    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
-    exec(next(block for block in re.findall(r"```python\n(.*?)```", page, re.S) if part in block), {})
-    x = keys()
-    assert 0 < (fake_quantize(x, Scheme.parse(text)) - x).norm() < x.norm()
