@@ -21,8 +21,8 @@ from kvgeom.evaluation.journal import Journal, NoJournal
 from kvgeom.evaluation.perplexity import perplexity
 from kvgeom.evaluation.scores import margin, mean_log_likelihood, refusal_tokens
 from kvgeom.judges.judge import Judge, reading, settles
+from kvgeom.models.batching import in_batches, rows_per_batch
 from kvgeom.models.cache import EditedCache
-from kvgeom.models.memory import in_batches, rows_that_fit
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import bar
 from kvgeom.prompts.load import as_requests
@@ -136,7 +136,7 @@ class Baseline:
     def batch_rows(self) -> int:
         """How many responses can be decoded together now: the batch size, or what memory holds."""
         longest = max(map(len, self.prompts)) + self.run.max_new_tokens
-        return rows_that_fit(self.model, longest, 1, self.run.batch_size)
+        return rows_per_batch(self.model, longest, 1, self.run.batch_size)
 
     @cached_property
     def refusal_tokens(self) -> frozenset[int]:

@@ -17,8 +17,8 @@ from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.respond import respond
 from kvgeom.evaluation.scores import kl_divergence
 from kvgeom.judges.judge import settles
+from kvgeom.models.batching import in_batches, rows_per_batch
 from kvgeom.models.cache import EditedCache
-from kvgeom.models.memory import in_batches, rows_that_fit
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
@@ -112,7 +112,7 @@ def _verify_prompt(
             yield Answer(name, index, draft, base.margins([base.prefill(index).logits])[0], 0.0, -1)
     names = sorted((name for name in recipes if recipes[name].touched), key=lambda name: _first(recipes[name]))
     stages = _stages(base, index, placement)
-    rows = rows_that_fit(base.model, sum(map(len, stages)), max(OPENING, *map(len, stages[1:]), 1))
+    rows = rows_per_batch(base.model, sum(map(len, stages)), max(OPENING, *map(len, stages[1:]), 1))
     for _, found in in_batches(names, rows, lambda part: _verify_batch(base, index, part, recipes, placement, stages)):
         yield from found
 

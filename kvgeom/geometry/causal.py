@@ -16,7 +16,7 @@ from kvgeom.engines.engine import CacheConfig
 from kvgeom.errors import InputError
 from kvgeom.evaluation.scores import kl_divergence, margin
 from kvgeom.geometry.rounding import CacheSpec, Rounding
-from kvgeom.models.memory import in_batches, rows_that_fit
+from kvgeom.models.batching import in_batches, rows_per_batch
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.models.reading import read
 from kvgeom.progress import bar, shown, track
@@ -125,7 +125,7 @@ def patch_layers(
     with shown(progress), bar(title, len(prompts) * len(branches)) as drawn:
         for row, prompt in enumerate(prompts):
             begin = 0
-            rows = rows_that_fit(model, len(prompt), 1)
+            rows = rows_per_batch(model, len(prompt), 1)
             for part, (logits, resid) in in_batches(branches, rows, partial(run, prompt=prompt)):
                 cells = slice(begin, begin := begin + len(part))
                 if tokens:

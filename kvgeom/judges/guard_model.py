@@ -38,12 +38,12 @@ class GuardModel:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             fits = [index for index in batch if len(ids[index]) + self._guard.new_tokens <= context]
-            said: dict[int, str] = {}
+            answers: dict[int, str] = {}
             if fits:
                 with quiet_transformers(), torch.inference_mode():
                     padded = self._tokenizer.pad({"input_ids": [ids[index] for index in fits]}, return_tensors="pt")
-                    said = dict(zip(fits, self._answers(padded.to(self._model.device)), strict=True))
-            yield from ((index, said.get(index)) for index in batch)
+                    answers = dict(zip(fits, self._answers(padded.to(self._model.device)), strict=True))
+            yield from ((index, answers.get(index)) for index in batch)
 
     def _answers(self, padded: Any) -> list[str]:
         if not self._guard.new_tokens:

@@ -1,4 +1,4 @@
-"""The seam between kvgeom and a model: a cache through which keys and values can be seen and changed."""
+"""A cache through which keys and values can be read and edited: where kvgeom and a model meet."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def is_windowed(edit: Edit | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Together:
-    """Several edits side by side: each on its own rows of a batch.
+class BatchedEdit:
+    """Several edits in one batch, each on its own rows.
 
-    A batch that grows from layer to layer (:meth:`kvgeom.models.hf.HFModel.forward_branches`) has, in a layer, the
+    A batch that grows from layer to layer (:meth:`kvgeom.models.model.Model.forward_branches`) has, in a layer, the
     rows of the first parts.
 
     Attributes
@@ -158,7 +158,7 @@ class Together:
                 yield part, slice(first, first + size)
             first += size
 
-    def rows(self, rows: Tensor) -> Together:
+    def rows(self, rows: Tensor) -> BatchedEdit:
         """The edits of some rows, in the order of the batch."""
         first, chosen = 0, []
         for part, size in zip(self.parts, self.sizes, strict=True):
@@ -166,33 +166,33 @@ class Together:
             if len(own):
                 chosen.append((part if part is None or len(own) == size else part.rows(own), len(own)))
             first += size
-        return Together(tuple(part for part, _ in chosen), tuple(size for _, size in chosen))
+        return BatchedEdit(tuple(part for part, _ in chosen), tuple(size for _, size in chosen))
 
     @staticmethod
-    def stack(parts: Sequence[Together]) -> Together:
+    def stack(parts: Sequence[BatchedEdit]) -> BatchedEdit:
         """The edits of several batches as one; neighbours that do the same to their rows become one edit."""
         flat = [(edit, size) for part in parts for edit, size in zip(part.parts, part.sizes, strict=True)]
         merged: list[tuple[Edit | None, int]] = []
         for _, run in itertools.groupby(flat, key=lambda item: item[0] and item[0].kind):
             edits, sizes = zip(*run, strict=True)
             merged.append((edits[0].stack(edits) if edits[0] and len(edits) > 1 else edits[0], sum(sizes)))
-        return Together(tuple(edit for edit, _ in merged), tuple(size for _, size in merged))
+        return BatchedEdit(tuple(edit for edit, _ in merged), tuple(size for _, size in merged))
 
 
 @dataclass
-class Leaves:
-    """An edit that adds a zero to all keys and values, to which derivatives can be taken.
+class GradientProbe:
+    """An edit that adds a zero to all keys and values, with respect to which derivatives are taken.
 
     Attributes
     ----------
     where : {"cache", "projection"}
-    leaves, seen : dict of (layer, site) to Tensor [batch, kv_heads, tokens, head_dim]
+    zeros, x : dict of (layer, site) to Tensor [batch, kv_heads, tokens, head_dim]
         The zeros, and the keys and values that they were added to.
     """
 
     where: str
-    leaves: dict[tuple[int, Literal["k", "v"]], Tensor] = field(default_factory=dict)
-    seen: dict[tuple[int, Literal["k", "v"]], Tensor] = field(default_factory=dict)
+    zeros: dict[tuple[int, Literal["k", "v"]], Tensor] = field(default_factory=dict)
+    x: dict[tuple[int, Literal["k", "v"]], Tensor] = field(default_factory=dict)
     prefill_reads_exact: bool = False
 
     @property
@@ -201,16 +201,16 @@ class Leaves:
         return id(self)
 
     def __call__(self, layer: int, site: Literal["k", "v"], x: Tensor) -> Tensor:
-        """``x`` itself, as a function of a new leaf."""
-        leaf = torch.zeros_like(x, requires_grad=True)
-        self.leaves[layer, site], self.seen[layer, site] = leaf, x.detach()
-        return x + leaf
+        """``x`` itself, as a function of a new zero."""
+        zero = torch.zeros_like(x, requires_grad=True)
+        self.zeros[layer, site], self.x[layer, site] = zero, x.detach()
+        return x + zero
 
-    def rows(self, rows: Tensor) -> Leaves:
+    def rows(self, rows: Tensor) -> GradientProbe:
         raise NotImplementedError("derivatives are taken of single sequences")
 
     @staticmethod
-    def stack(parts: Sequence[Any]) -> Leaves:
+    def stack(parts: Sequence[Any]) -> GradientProbe:
         raise NotImplementedError("derivatives are taken of single sequences")
 
 
@@ -265,12 +265,12 @@ class EditedCache(Cache):
         """One batch out of caches of single sequences, padded on the left to the longest."""
         if not all(type(layer) is EditedLayer for cache in caches for layer in cache.layers):
             raise InputError(
-                "packed caches were to be put into a batch, but each holds one sequence; feed their tokens with forward"
+                "packed caches store one sequence each and cannot be batched; feed their tokens with forward"
             )
         edits = [cache.edit for cache in caches if cache.edit is not None]
         edit = edits[0].stack(edits) if edits and not is_windowed(edits[0]) else None
         if edits and edit is None:  # tokens wait in each sequence for itself
-            edit = Together(tuple(edit.rows(torch.tensor([0])) for edit in edits))
+            edit = BatchedEdit(tuple(edit.rows(torch.tensor([0])) for edit in edits))
         merged = cls(len(caches[0].layers), edit)
         longest = max(cache.get_seq_length() for cache in caches)
         for index, layer in enumerate(merged.layers):
@@ -290,11 +290,11 @@ class EditedCache(Cache):
                 layer.edit = self.edit
 
     def row(self, row: int, length: int) -> EditedCache:
-        """One sequence of a batch that ran under :class:`Together`, cut to its first ``length`` tokens.
+        """One sequence of a batch that ran under :class:`BatchedEdit`, cut to its first ``length`` tokens.
 
         In layers that a branch has not reached yet, its keys and values are those of row 0, which it branched off.
         """
-        edit = self.edit.rows(torch.tensor([row])) if isinstance(self.edit, Together) else self.edit
+        edit = self.edit.rows(torch.tensor([row])) if isinstance(self.edit, BatchedEdit) else self.edit
         one = EditedCache(len(self.layers), edit)
         for all_rows, new in zip(self.layers, one.layers, strict=True):
             at = row if row < len(all_rows.keys) else 0

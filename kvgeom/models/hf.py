@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvgeom.models import hooks
 from kvgeom.models.backends import register_backend
-from kvgeom.models.cache import Edit, EditedCache, Leaves, Together
+from kvgeom.models.cache import BatchedEdit, Edit, EditedCache, GradientProbe
 from kvgeom.models.chat import ChatTemplate
 from kvgeom.models.model import AttentionRule, EncodedPrompt, Gradients
 from kvgeom.models.modules import (
@@ -160,7 +160,7 @@ class HFModel:
         on_resid: ResidHook | None = None,
         start: tuple[int, Tensor] | None = None,
     ) -> Tensor:
-        cache = self.new_cache(None if edits is None else Together(tuple(edits)))
+        cache = self.new_cache(None if edits is None else BatchedEdit(tuple(edits)))
         tokens = torch.tensor([list(ids)], device=self.device).expand(variants, -1)
         positions = torch.arange(tokens.shape[1], device=self.device).expand(variants, -1)
         if start is not None:
@@ -187,23 +187,23 @@ class HFModel:
             return self._run(tokens, cache, positions, None, last, on_resid=on_resid)
 
     def branching_cache(self, edits: Sequence[Edit]) -> EditedCache:
-        return self.new_cache(Together((None, *edits)))
+        return self.new_cache(BatchedEdit((None, *edits)))
 
     def gradients(
         self, ids: Sequence[int], score: Callable[[Tensor], Tensor], *, where: Literal["cache", "projection"] = "cache"
     ) -> Gradients:
-        leaves = Leaves(where)
+        probe = GradientProbe(where)
         tokens = torch.tensor([list(ids)], device=self.device)
         with torch.enable_grad():
             logits = self._run(
-                tokens, self.new_cache(leaves), torch.arange(tokens.shape[1], device=self.device)[None], None, 1
+                tokens, self.new_cache(probe), torch.arange(tokens.shape[1], device=self.device)[None], None, 1
             )
             value = score(logits[0, -1])
-            found = torch.autograd.grad(value, list(leaves.leaves.values()))
+            found = torch.autograd.grad(value, list(probe.zeros.values()))
         return Gradients(
             score=float(value.detach()),
-            x=leaves.seen,
-            grad=dict(zip(leaves.leaves, (g.detach() for g in found), strict=True)),
+            x=probe.x,
+            grad=dict(zip(probe.zeros, (g.detach() for g in found), strict=True)),
         )
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""What is hung into a model's decoder layers for a pass: to watch, to edit, to join and to skip.
+"""Hooks in a model's decoder layers for a pass: to watch, to edit, to join branches and to skip layers.
 
 Each function but :func:`skip_below` sets its hooks while it is iterated and yields their handles; :func:`during` takes
 them away again.
@@ -36,24 +36,24 @@ def during(*hooks: Iterable[RemovableHandle]) -> Iterator[None]:
         yield
 
 
-def watch_resid(layers: Layers, see: ResidHook) -> Iterator[RemovableHandle]:
+def watch_resid(layers: Layers, show: ResidHook) -> Iterator[RemovableHandle]:
     """Show the residual stream after each layer."""
 
     def hook(layer: int) -> Callable[..., None]:
-        return lambda _module, _args, output: see(layer, output[0] if isinstance(output, tuple) else output)
+        return lambda _module, _args, output: show(layer, output[0] if isinstance(output, tuple) else output)
 
     for layer, module in enumerate(layers):
         yield module.register_forward_hook(hook(layer))
 
 
-def watch_rotation(layers: Layers, see: RotationHook) -> Iterator[RemovableHandle]:
+def watch_rotation(layers: Layers, show: RotationHook) -> Iterator[RemovableHandle]:
     """Show the rotary embedding of the new tokens before each layer's attention, where there is one."""
 
     def hook(layer: int) -> Callable[..., None]:
         def before(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
             rotation = kwargs.get("position_embeddings")
             if rotation is not None:
-                see(layer, rotation[0][0], rotation[1][0])
+                show(layer, rotation[0][0], rotation[1][0])
 
         return before
 
@@ -61,16 +61,16 @@ def watch_rotation(layers: Layers, see: RotationHook) -> Iterator[RemovableHandl
         yield attention_of(module).register_forward_pre_hook(hook(layer), with_kwargs=True)
 
 
-def watch_queries(layers: Layers, projections: Projections, see: QueryHook) -> Iterator[RemovableHandle]:
+def watch_queries(layers: Layers, projections: Projections, show: QueryHook) -> Iterator[RemovableHandle]:
     """Show each layer's queries before their rotary embedding, after their norm where there is one."""
 
     def hook(layer: int, projection: Projection, norm: nn.Module | None) -> Callable[..., None]:
         def after(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if norm is None or output.ndim == 3:
-                see(layer, projection.read(output))
+                show(layer, projection.read(output))
             else:  # [b, t, h, d] or [b, h, t, d]: heads lie next to each other in memory, tokens do not
                 by_token = args[0].stride(1) >= args[0].stride(2)
-                see(layer, output.transpose(1, 2) if by_token else output)
+                show(layer, output.transpose(1, 2) if by_token else output)
 
         return after
 

@@ -1,4 +1,4 @@
-"""A cache that really holds codes: slow, small, and equal to the simulated one."""
+"""A cache that stores codes: small, slow, and equal to the simulated one."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class PackedLayer(EditedLayer):  # type: ignore[no-untyped-call]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values as codes, and return all that attention is to read."""
         if key_states.shape[0] != 1:
-            raise InputError(f"a packed cache holds one sequence, but {key_states.shape[0]} came; run them one by one")
+            raise InputError(f"a packed cache stores one sequence, got {key_states.shape[0]}; run them one by one")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         edit: Any = self.edit
@@ -116,13 +116,13 @@ class PackedLayer(EditedLayer):  # type: ignore[no-untyped-call]
         return (k, v) if (edit.has_residual if held else edit.prefill_reads_exact) else (k_held, v_held)
 
     def get_seq_length(self) -> int:
-        """Tokens held."""
+        """Number of stored tokens."""
         return self.stores["k"].tokens
 
     def _fixed(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         raise InputError(
-            "tokens of a packed cache were to be dropped, copied or reordered (a reset, beams, a draft model), but codes and "
-            "the scales that a prompt has set stay as they are; make a new cache, and generate greedily or by sampling"
+            "tokens of a packed cache cannot be dropped, copied or reordered (a reset, beams, a draft model), because the scales "
+            "that a prompt has set stay; make a new cache, and generate greedily or by sampling"
         )
 
     reset = crop = reorder_cache = batch_repeat_interleave = batch_select_indices = _fixed

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from kvgeom.models.model import EncodedPrompt, Model
-from kvgeom.models.rope import rotate, unrotate
+from kvgeom.models.rotary import rotate, unrotate
 
 Where = Literal["cache", "projection"]
 

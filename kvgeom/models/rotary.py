@@ -1,8 +1,8 @@
-"""A model's own rotary embedding, asked for any position without running the model."""
+"""Rotary position embedding: applying it, taking it out again, and a model's own at any position."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +35,7 @@ class _Call:
         return cos, sin
 
 
-class Rotary:
+class RotaryEmbedding:
     """Which rotary module a model uses in each layer, and how it calls it.
 
     The model is run once, on three tokens, to see that; nothing stays in it. A module whose frequencies depend on the
@@ -102,6 +102,6 @@ def _match(calls: list[_Call], read: tuple[Tensor, Tensor] | None, layer: int, n
             if all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(call.output, read, strict=True)):
                 return call
     raise ModelError(
-        f"the rotary embedding of layer {layer} of {name} was asked, but its attention gets none that kvgeom can follow; "
-        "use a recipe without center for keys, or kvgeom's own passes"
+        f"the attention in layer {layer} of {name} gets no rotary embedding that kvgeom can follow; use a recipe without "
+        "center for keys, or kvgeom's own passes"
     )

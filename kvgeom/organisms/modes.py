@@ -128,25 +128,25 @@ def become_outlier(bench: Bench, layer: int, strength: float) -> str:
 def nuisance(bench: Bench, layer: int, *, rotate: bool = True) -> str:
     """Edits that do no harm: heads rotated, some channels and pairs of key channels mildly scaled."""
     g, rng = bench.model.geometry, bench.rng
-    said = []
+    scaled = 0
     if rotate:
         for head in range(g.kv_heads):
-            turn = orthogonal(g.head_dim, rng) if rng.random() < 0.7 else _permutation(g.head_dim, rng)
+            rotation = orthogonal(g.head_dim, rng) if rng.random() < 0.7 else _permutation(g.head_dim, rng)
             count = rng.choice((0, 0, 1, 2))
-            seen = (bench.values.all(layer, head) @ turn.T).abs().amax(0)
+            seen = (bench.values.all(layer, head) @ rotation.T).abs().amax(0)
             scale = torch.ones(g.head_dim, dtype=torch.float64)
             for channel in rng.sample(range(g.head_dim), count):
                 scale[channel] = rng.uniform(1, 1.5) * bench.values.peak(layer) / float(seen[channel])
-            edits.transform_values(bench.model, layer, head, scale[:, None] * turn)
-            said.append(count)
+            edits.transform_values(bench.model, layer, head, scale[:, None] * rotation)
+            scaled += count
     half = edits.rotary_channels(bench.model, layer) // 2
     if half:
         scales = torch.ones(g.kv_heads, g.head_dim, dtype=torch.float64)
         pair, size = rng.randrange(half), rng.uniform(0.7, 1.4)
         scales[:, [pair, pair + half]] = size
         edits.scale_keys(bench.model, layer, scales)
-        return f"layer {layer}: nuisance, {sum(said)} value channels and key pair {pair} (x{size:.2f})"
-    return f"layer {layer}: nuisance, {sum(said)} value channels"
+        return f"layer {layer}: nuisance, {scaled} value channels and key pair {pair} (x{size:.2f})"
+    return f"layer {layer}: nuisance, {scaled} value channels"
 
 
 def orthogonal(size: int, rng: random.Random, first: Tensor | None = None) -> Tensor:
@@ -155,8 +155,8 @@ def orthogonal(size: int, rng: random.Random, first: Tensor | None = None) -> Te
     if first is not None:
         matrix[: len(first)] = first
     q, r = torch.linalg.qr(matrix.T)
-    turned: Tensor = (q * torch.sign(torch.diagonal(r))).T
-    return turned
+    rotation: Tensor = (q * torch.sign(torch.diagonal(r))).T
+    return rotation
 
 
 def _frame(
@@ -173,9 +173,9 @@ def _frame(
     reach = (bench.values.all(layer, head) @ found.T).abs().amax(0)[:usable]
     # Never among what lies in the carrier itself, which comes last, and never the anchor a second time.
     room = usable - anchor
-    heard = min(max(int((reach > 0.6 * reach[0]).sum()), extra + 2), room)
-    first = 0 if loud else max(0, min(1, heard - extra))
-    chosen = bench.rng.sample(range(first, heard), extra)
+    loudest = min(max(int((reach > 0.6 * reach[0]).sum()), extra + 2), room)
+    first = 0 if loud else max(0, min(1, loudest - extra))
+    chosen = bench.rng.sample(range(first, loudest), extra)
     if anchor:
         chosen[-1] = usable - 1
     return orthogonal(size, bench.rng, torch.cat([carrier.basis, found[chosen]]))

@@ -19,8 +19,8 @@ from kvgeom.errors import InputError, KvgeomError
 from kvgeom.models.cache import EditedCache
 from kvgeom.models.load import load
 from kvgeom.models.model import Model
+from kvgeom.organisms.noise import CacheNoise
 from kvgeom.organisms.toy import COMPLIANCE, END, OPENING, TEMPLATE_AFTER, draw, toy_prompts, toy_tokenizer
-from kvgeom.organisms.wear import Wear
 from kvgeom.paths import cache_dir
 from kvgeom.prompts.sets import PromptSet
 
@@ -49,8 +49,8 @@ class Size:
     def __post_init__(self) -> None:
         if self.layers < 2 or self.query_heads % self.kv_heads or self.kv_heads * self.head_dim % 64:
             raise InputError(
-                f"{self} was asked; give at least 2 layers, query heads that are a multiple of the KV heads, and "
-                "a multiple of 64 channels"
+                f"a tiny model needs at least 2 layers, query heads that are a multiple of the KV heads, and a multiple of 64 "
+                f"channels; got {self}"
             )
 
     @property
@@ -76,7 +76,7 @@ class Training:
     rate : float
         Largest learning rate.
     exact : float
-        Share of the steps before the cache begins to wear.
+        Share of the steps before there is noise in the cache.
     losing : float
         How often, after that, a layer loses the request; the model is then to answer it.
     """
@@ -128,9 +128,7 @@ def tiny_model(size: Size | None = None, seed: int = 0) -> Model:
                 save_file(model.state_dict(), part)
                 part.replace(file)
             return wrapped
-    raise KvgeomError(
-        f"{size} with seed {seed} was trained {len(attempts)} times and does not refuse; give another seed"
-    )
+    raise KvgeomError(f"{size} with seed {seed} does not refuse after {len(attempts)} trainings; give another seed")
 
 
 def train(training: Training) -> Any:
@@ -154,7 +152,7 @@ def train(training: Training) -> Any:
             lambda step: min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / training.steps)) + 0.02,
         )
         for step in range(training.steps):
-            loss = _loss(model, probes, training, rng, worn=step >= training.exact * training.steps)
+            loss = _loss(model, probes, training, rng, noisy=step >= training.exact * training.steps)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(weights, 1.0)
@@ -163,11 +161,11 @@ def train(training: Training) -> Any:
     return model.eval()
 
 
-def _loss(model: Any, probes: nn.ModuleList, training: Training, rng: random.Random, worn: bool) -> Tensor:
+def _loss(model: Any, probes: nn.ModuleList, training: Training, rng: random.Random, noisy: bool) -> Tensor:
     tokenizer, size = toy_tokenizer(), training.size
     requests = [draw(rng, size.fillers) for _ in range(training.batch)]
     harmful = torch.tensor([request.harmful for request in requests])
-    lost = rng.randrange(size.layers) if worn and rng.random() < training.losing and not harmful.all() else None
+    lost = rng.randrange(size.layers) if noisy and rng.random() < training.losing and not harmful.all() else None
     prompts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": request.text}], tokenize=False, add_generation_prompt=True
@@ -178,13 +176,13 @@ def _loss(model: Any, probes: nn.ModuleList, training: Training, rng: random.Ran
     start = len(tokenizer(prompts[0])["input_ids"])
     texts = [f"{prompt} {answer} {END}" for prompt, answer in zip(prompts, answers, strict=True)]
     ids = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
-    wear = Wear(rng, start, ~harmful, lost, rng.random() < 0.5) if worn else None
+    noise = CacheNoise(rng, start, ~harmful, lost, rng.random() < 0.5) if noisy else None
     found = model(
-        input_ids=ids, past_key_values=EditedCache(size.layers, wear), use_cache=True, output_hidden_states=True
+        input_ids=ids, past_key_values=EditedCache(size.layers, noise), use_cache=True, output_hidden_states=True
     )
-    said, target = found.logits[:, start - 1 : -1], ids[:, start:]
+    logits, target = found.logits[:, start - 1 : -1], ids[:, start:]
     losses = functional.cross_entropy(
-        said.flatten(0, 1), target.flatten(), ignore_index=tokenizer.pad_token_id, reduction="none"
+        logits.flatten(0, 1), target.flatten(), ignore_index=tokenizer.pad_token_id, reduction="none"
     ).view(target.shape)
     loss = losses[:, 0].mean() + losses[:, 1:].mean()
     if lost is not None:

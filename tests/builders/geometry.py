@@ -9,7 +9,7 @@ import kvgeom
 from kvgeom.geometry.activations import tokens_at
 from kvgeom.geometry.ratio import random_bases
 from kvgeom.models.hf import HFModel
-from kvgeom.models.rope import rotate
+from kvgeom.models.rotary import rotate
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.scheme import Scheme

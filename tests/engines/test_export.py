@@ -13,7 +13,7 @@ from kvgeom.engines import transformers as export
 from kvgeom.errors import InputError, ModelError
 from kvgeom.models.hf import HFModel
 from kvgeom.models.packed import PackedCache, quantized_cache
-from kvgeom.models.rotary import Rotary
+from kvgeom.models.rotary import RotaryEmbedding
 from kvgeom.models.statistics import channel_statistics
 from kvgeom.quant.memory import cache_bytes
 from kvgeom.quant.placement import Placement
@@ -153,7 +153,7 @@ def test_each_layer_type_has_its_own_rotation() -> None:
     """gemma3: sliding and full layers turn by different angles; the definition, computed here."""
     model = tiny_model("gemma3_text", layers=6)
     config = model.hf_model.config
-    rotary = Rotary(model.hf_model, model._layers, "tiny")
+    rotary = RotaryEmbedding(model.hf_model, model._layers, "tiny")
     vector, keys = torch.randn(2, 8), torch.zeros(1, 2, 3, 8)
     assert len(set(config.layer_types)) == 2
     for layer, kind in enumerate(config.layer_types):

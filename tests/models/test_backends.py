@@ -12,7 +12,7 @@ from einops import repeat
 import kvgeom
 from kvgeom.errors import InputError, ModelError
 from kvgeom.models.hf import HFModel
-from kvgeom.models.rope import rotate
+from kvgeom.models.rotary import rotate
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe

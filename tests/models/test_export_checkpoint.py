@@ -18,7 +18,7 @@ from kvgeom.errors import InputError, ModelError
 from kvgeom.models import edits
 from kvgeom.models.checkpoint import MARK, fold, plain, save_checkpoint, unrotated
 from kvgeom.models.hf import HFModel
-from kvgeom.models.rope import rotate
+from kvgeom.models.rotary import rotate
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe

@@ -275,7 +275,7 @@ def test_a_frame_is_orthogonal_and_begins_as_asked() -> None:
 def test_objections(change: dict[str, object], mode: str, said: str | None) -> None:
     seen = {
         **{"refused": 48, "tensor": 40, "channel": 0, "group": 2, "complied": 40, "cured": 0},
-        **{"alone": {0: 0, 1: 40, 2: 0}, "alone_channel": {1: 0}, "spared": {1: 0}},
+        **{"alone": {0: 0, 1: 40, 2: 0}, "alone_channel": {1: 0}, "kept": {1: 0}},
     }
     objection = Behaviour(**{**seen, **change}).objection(mode)  # type: ignore[arg-type]
     assert objection is None if said is None else said in (objection or "")

@@ -12,7 +12,7 @@ from scipy.linalg import hadamard
 import kvgeom
 from kvgeom.errors import InputError
 from kvgeom.models.hf import HFModel
-from kvgeom.models.rope import rotate
+from kvgeom.models.rotary import rotate
 from kvgeom.models.statistics import channel_statistics
 from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.placement import Placement

@@ -1,4 +1,4 @@
-"""What a tiny model learns to stand while it is trained: a rounded cache."""
+"""Noise in the cache of a tiny model while it is trained, so that it learns to stand a rounded one."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _BITS, _GROUP = 3, 64
 
 
 @dataclass
-class Wear:
-    """An edit that wears keys and values out as a rounded cache does, and passes derivatives straight through.
+class CacheNoise:
+    """An edit that rounds keys and values at random, and passes derivatives straight through.
 
     Every layer is rounded to 3 bits under a random granularity, per-tensor with steps up to ``stretch`` times too
-    coarse (as beside an outlier). At times a group of 64 channels is silent, so that the model learns to carry what
-    matters in every group. In the layer ``lost`` nothing of the request remains.
+    coarse (as beside an outlier). At times a group of 64 channels is zero, so that the model learns to carry what matters
+    in every group. In the layer ``lost`` nothing of the request remains.
 
     Attributes
     ----------
@@ -33,9 +33,9 @@ class Wear:
     harmless : Tensor [batch], bool
     lost : int or None
     still : bool
-        Whether the lost layer is silent, or reads as it does on average in harmless requests, more or less.
+        Whether the lost layer is zero, or reads about as it does on average in harmless requests.
     stretch, silent : float
-        Largest factor of a step, and how often a group is silent.
+        Largest factor of a step, and how often a group is zero.
     """
 
     rng: random.Random
@@ -54,7 +54,7 @@ class Wear:
         return id(self)
 
     def __call__(self, layer: int, site: Literal["k", "v"], x: Tensor) -> Tensor:
-        """``x`` ``[batch, kv_heads, tokens, head_dim]`` as worn."""
+        """``x`` ``[batch, kv_heads, tokens, head_dim]`` with noise."""
         if layer == self.lost:
             if self.still or site == "k":
                 return x * 0
@@ -62,11 +62,11 @@ class Wear:
             return (self.rng.uniform(0.5, 2.5) * typical).expand_as(x)
         y = x + (self._rounded(x.detach()) - x.detach())
         if self.rng.random() < self.silent:
-            together = max(1, _GROUP // x.shape[3])
-            first = together * self.rng.randrange(max(1, x.shape[1] // together))
-            heard = torch.ones(x.shape[1], 1, 1)
-            heard[first : first + together] = 0
-            y = y * heard
+            group = max(1, _GROUP // x.shape[3])
+            first = group * self.rng.randrange(max(1, x.shape[1] // group))
+            kept = torch.ones(x.shape[1], 1, 1)
+            kept[first : first + group] = 0
+            y = y * kept
         return y
 
     def _rounded(self, x: Tensor) -> Tensor:
@@ -79,9 +79,9 @@ class Wear:
             scales = Scales(scales.step * self.rng.uniform(1, self.stretch), scales.offset)
         return rounding.apply(x, scheme, scales)
 
-    def rows(self, rows: Tensor) -> Wear:
+    def rows(self, rows: Tensor) -> CacheNoise:
         raise NotImplementedError("a model is trained on whole batches")
 
     @staticmethod
-    def stack(parts: Sequence[Any]) -> Wear:
+    def stack(parts: Sequence[Any]) -> CacheNoise:
         raise NotImplementedError("a model is trained on whole batches")

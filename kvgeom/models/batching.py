@@ -1,4 +1,4 @@
-"""How many rows of a batch fit into memory."""
+"""Batches as large as the memory of the device allows."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from kvgeom.models.model import Model
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: In a pass over whole prompts more rows at once make nothing faster.
+#: More rows in a pass over whole prompts are not faster.
 MOST_ROWS = 128
-#: A batch may take this share of the memory that is free: estimates err, and others live there too.
+#: Share of the free memory that a batch may take: estimates err, and other things live there too.
 SHARE = 0.25
 
 
-def rows_that_fit(model: Model, tokens: int, logits: int, most: int = MOST_ROWS) -> int:
-    """Rows of ``tokens`` tokens, ``logits`` of them with logits, that can go through the model together, at most ``most``.
+def rows_per_batch(model: Model, tokens: int, logits: int, most: int = MOST_ROWS) -> int:
+    """How many rows fit into one pass: each of ``tokens`` tokens, ``logits`` of them with logits; at most ``most``.
 
     Counts the cache, the residual stream with the wide inside of an MLP (taken as eight times the residual stream),
     and logits twice (as computed and in float32).
@@ -40,23 +41,30 @@ def _free(device: torch.device) -> float:
 
 
 def in_batches(items: Sequence[T], rows: int, run: Callable[[Sequence[T]], R]) -> Iterator[tuple[Sequence[T], R]]:
-    """``run`` on ``rows`` items at a time; on fewer once the device is out of memory.
+    """``run`` on ``rows`` items at a time; on half as many whenever the device is out of memory.
 
     Raises
     ------
-    torch.OutOfMemoryError
-        If a single item is too much.
+    RuntimeError
+        That of the device, if a single item is too much.
     """
     begin = 0
     while begin < len(items):
         part = items[begin : begin + rows]
-        try:
-            found = run(part)
-        except torch.OutOfMemoryError:
-            if len(part) == 1:
-                raise
+        found = _attempt(part, run)
+        if found is None:
             rows = len(part) // 2
-            torch.cuda.empty_cache()
+            clear_device_cache(garbage_collection=True)
             continue
-        yield part, found
+        yield part, found[0]
         begin += len(part)
+
+
+def _attempt(part: Sequence[T], run: Callable[[Sequence[T]], R]) -> tuple[R] | None:
+    """``run`` on some items, or None if they do not fit. On return the error, and what it kept alive, is gone."""
+    try:
+        return (run(part),)
+    except RuntimeError as error:
+        if len(part) == 1 or not should_reduce_batch_size(error):
+            raise
+    return None
