@@ -13,7 +13,7 @@ from kvgeom.engines.registry import resolve
 from kvgeom.errors import InputError
 from kvgeom.geometry.activations import Site
 from kvgeom.models.model import Model
-from kvgeom.models.rope import rotation_at
+from kvgeom.models.rotary import rotation_at
 from kvgeom.models.statistics import with_constants
 from kvgeom.prompts.sets import calibration
 from kvgeom.quant.placement import Placement

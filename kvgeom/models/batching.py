@@ -65,6 +65,6 @@ def _attempt(part: Sequence[T], run: Callable[[Sequence[T]], R]) -> tuple[R] | N
     try:
         return (run(part),)
     except RuntimeError as error:
-        if len(part) == 1 or not should_reduce_batch_size(error):
+        if len(part) == 1 or not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
             raise
     return None

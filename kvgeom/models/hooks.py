@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kvgeom.models.cache import Edit, RotaryEdit
 from kvgeom.models.modules import Projection, attention_of, attention_write
-from kvgeom.models.rope import rotation_at
+from kvgeom.models.rotary import rotation_at
 
 if TYPE_CHECKING:
     from kvgeom.models.model import QueryHook, ResidEdit, ResidHook, RotationHook

@@ -11,8 +11,7 @@ from torch import Tensor
 from kvgeom.errors import InputError
 from kvgeom.models.cache import Edit, EditedCache, EditedLayer
 from kvgeom.models.modules import decoder_layers
-from kvgeom.models.rope import Rotation
-from kvgeom.models.rotary import Rotary
+from kvgeom.models.rotary import RotaryEmbedding, Rotation
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
@@ -140,7 +139,7 @@ class PackedCache(EditedCache):
         A :class:`~kvgeom.quant.quantizer.Quantizer` that rounds in the cache.
     rotations : callable (layer, position of the first new token, new keys) -> Rotation, optional
         Tells the edit how positions rotate vectors, for an edit with ``needs_rotation`` in a model that nobody watches;
-        :meth:`kvgeom.models.rotary.Rotary.rotation` is one. The passes of kvgeom's own models need none.
+        :meth:`kvgeom.models.rotary.RotaryEmbedding.rotation` is one. The passes of kvgeom's own models need none.
 
     Raises
     ------
@@ -204,7 +203,9 @@ def quantized_cache(model: PreTrainedModel | Model, recipe: Recipe, placement: P
     centered = any(keys is not None and keys.constants == "offsets" for keys, _ in recipe)
     if not (quantizer.needs_rotation and centered):
         return PackedCache(count, quantizer)
-    return PackedCache(count, quantizer, Rotary(hf_model, decoder_layers(hf_model, count, name), name).rotation)
+    return PackedCache(
+        count, quantizer, RotaryEmbedding(hf_model, decoder_layers(hf_model, count, name), name).rotation
+    )
 
 
 def check_packable(recipe: Recipe, placement: Placement) -> None:

@@ -19,7 +19,7 @@ from kvgeom.evaluation.evaluate import evaluate
 from kvgeom.evaluation.speculative import OPENING
 from kvgeom.judges.judge import Judgement, reading
 from kvgeom.judges.keyword import KeywordJudge
-from kvgeom.models.cache import EditedCache, Together
+from kvgeom.models.cache import BatchedEdit, EditedCache
 from kvgeom.models.hf import HFModel
 from kvgeom.prompts.sets import calibration
 from kvgeom.quant.placement import Placement
@@ -268,7 +268,7 @@ def test_together_keeps_rows_apart() -> None:
     alone = [Quantizer(Recipe.uniform(1, scheme)) for scheme in schemes]
     for quantizer, row in zip(alone, x, strict=True):
         quantizer(0, "k", row[None])
-    merged = Together.stack([Together((quantizer,)) for quantizer in alone])
+    merged = BatchedEdit.stack([BatchedEdit((quantizer,)) for quantizer in alone])
     assert merged.sizes == (2, 1, 1)
     new = torch.randn(4, 2, 1, 8, generator=torch.manual_seed(1))
     expected = torch.cat([quantizer(0, "k", row[None]) for quantizer, row in zip(alone, new, strict=True)])

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from kvgeom.models.cache import EditedCache
 from kvgeom.models.hf import HFModel
-from kvgeom.models.rope import rotate, unrotate
+from kvgeom.models.rotary import rotate, unrotate
 from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Quantizer
