@@ -107,7 +107,7 @@ def diagnosed(
     began = time.monotonic()
     organism = plant(model, mode, seed=seed, prompts=planting, bits=bits, verify=verify, progress=progress)
     found = kvgeom.diagnose(
-        organism.model, asked, bits=organism.bits, curve_bits=(), geometry=False, progress=progress, seed=seed
+        organism.model, asked, bits=(), scan_bits=organism.bits, geometry=False, progress=progress, seed=seed
     )
     return {
         "planted": mode,
