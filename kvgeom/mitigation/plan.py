@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,7 +225,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Content of ``plan.json``; docs/mitigation.md describes it."""
-        return written(self)
+        return written({each.name: getattr(self, each.name) for each in fields(self)}, self.overhead)
 
     def save(self, path: str | Path) -> Path:
         """Write ``plan.json`` (into a folder, or to a path that ends in .json), whole or not at all."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvgeom.errors import InputError
 from kvgeom.mitigation.candidates import Candidate
@@ -14,9 +15,6 @@ from kvgeom.mitigation.search import Search
 from kvgeom.models.model import KVGeometry
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.serialization import recipe_from_json, recipe_to_json, statics_from_json
-
-if TYPE_CHECKING:
-    from kvgeom.mitigation.plan import Plan
 
 #: Version of the layout of plan.json; docs/mitigation.md describes it.
 PLAN_VERSION = 2
@@ -28,8 +26,16 @@ def json_path(path: str | Path) -> Path:
     return path if path.suffix == ".json" else path / "plan.json"
 
 
-def written(plan: Plan) -> dict[str, Any]:
-    """Content of ``plan.json``."""
+def written(plan: Mapping[str, Any], overhead: Callable[[Candidate], float]) -> dict[str, Any]:
+    """Content of ``plan.json``.
+
+    Parameters
+    ----------
+    plan : mapping
+        The attributes of a :class:`~kvgeom.mitigation.plan.Plan`, by name; the inverse of :func:`read`.
+    overhead : callable (candidate) -> float
+        Share by which it exceeds the unmitigated cache.
+    """
     statics: dict[str, Any] = {}
 
     def as_json(candidate: Candidate) -> dict[str, Any]:
@@ -39,25 +45,25 @@ def written(plan: Plan) -> dict[str, Any]:
             "description": candidate.description,
             "placement": dataclasses.asdict(candidate.placement),
             "recipe": recipe_to_json(candidate.recipe, statics),
-            "memory_overhead": plan.overhead(candidate),
-            "bytes_per_token": candidate.bytes_per_token(plan.geometry),
+            "memory_overhead": overhead(candidate),
+            "bytes_per_token": candidate.bytes_per_token(plan["geometry"]),
         }
 
     return {
         "plan_version": PLAN_VERSION,
-        "model": {"name": plan.model, "identity": plan.identity, **dataclasses.asdict(plan.geometry)},
-        "scheme": plan.scheme,
-        "mode": plan.mode,
-        "chosen": as_json(plan.chosen),
-        "paper": as_json(plan.paper),
-        "reasons": list(plan.reasons),
-        "verified": plan.verified,
-        "judge": plan.judge,
-        "max_new_tokens": plan.max_new_tokens,
-        "candidates": [as_json(candidate) for candidate in plan.candidates],
-        "search": {"meta": plan.search.meta, "records": plan.search.records()},
-        "selection": plan.selection and {"meta": plan.selection.meta, "records": plan.selection.records()},
-        "calibration": list(plan.calibration),
+        "model": {"name": plan["model"], "identity": plan["identity"], **dataclasses.asdict(plan["geometry"])},
+        "scheme": plan["scheme"],
+        "mode": plan["mode"],
+        "chosen": as_json(plan["chosen"]),
+        "paper": as_json(plan["paper"]),
+        "reasons": list(plan["reasons"]),
+        "verified": plan["verified"],
+        "judge": plan["judge"],
+        "max_new_tokens": plan["max_new_tokens"],
+        "candidates": [as_json(candidate) for candidate in plan["candidates"]],
+        "search": {"meta": plan["search"].meta, "records": plan["search"].records()},
+        "selection": plan["selection"] and {"meta": plan["selection"].meta, "records": plan["selection"].records()},
+        "calibration": list(plan["calibration"]),
         "statics": statics,
     }
 

@@ -25,6 +25,7 @@ from kvgeom.prompts.load import as_prompt_set
 from kvgeom.prompts.sets import PromptSet, calibration
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.scheme import Scheme, check_bits
+from kvgeom.report.page import AuditPage, render
 from kvgeom.report.verdict import Verdict, conclude
 from kvgeom.results import Result, plain
 
@@ -138,17 +139,19 @@ class Audit(Diagnosis):
             responses=tuple(record["responses"]),
         )
 
+    def page(self) -> str:
+        """The report as one HTML page."""
+        return render(AuditPage(self, self.verdict, self.about, self.responses, self.shown_layer))
+
     def save(self, path: str | Path) -> Path:
         """Write ``audit.json``, ``report.html`` and ``audit.nc`` into a folder; return the report's path.
 
         The first two are for people and other programs, the last is what :meth:`load` reads.
         """
-        from kvgeom.report.page import render
-
         folder = writable_folder(path)
         write_whole(folder / JSON, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
         super().save(folder / DATA)
-        return write_whole(folder / PAGE, render(self))
+        return write_whole(folder / PAGE, self.page())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

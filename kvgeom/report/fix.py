@@ -26,6 +26,7 @@ from kvgeom.prompts.load import as_prompt_set
 from kvgeom.prompts.sets import PromptSet, calibration, held_out
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.scheme import Scheme, check_bits
+from kvgeom.report.fix_page import render
 from kvgeom.report.fix_text import COLUMNS, before_and_after, sentences
 from kvgeom.results import plain, text_table
 
@@ -108,11 +109,16 @@ class Fix:
             return f"Next: prove it on more prompts (--verify-prompts). To try it, in Python:\n\n{lines}"
         return f"Next, in Python (other engines: see the report):\n\n{lines}"
 
+    def page(self) -> str:
+        """The report as one HTML page."""
+        return render(self.plan, self.verification, self.diagnosis.mode, self.sentences, self.settings)
+
     def save(self, path: str | Path) -> Path:
         """Write ``plan.json``, ``report.html`` and what :meth:`load` reads into a folder; return the report's path."""
-        from kvgeom.report.fix_page import render
-
-        folder, page = writable_folder(path), render(self)
+        folder, page = (
+            writable_folder(path),
+            self.page(),
+        )
         self.plan.save(folder)
         self.diagnosis.save(folder / DIAGNOSIS)
         self.verification.save(folder / VERIFICATION)

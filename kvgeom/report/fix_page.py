@@ -2,50 +2,54 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from kvgeom.diagnosis.mode import Mode
 from kvgeom.mitigation.candidates import UNMITIGATED
-from kvgeom.mitigation.verify import CHOSEN
+from kvgeom.mitigation.plan import Plan
+from kvgeom.mitigation.verify import CHOSEN, Verification
 from kvgeom.plots.mitigation import layer_selection, pareto_front
 from kvgeom.plots.mode import mode_card
 from kvgeom.plots.recovery import memory_bars, recovery_bars
 from kvgeom.report.fix_text import COLUMNS, before_and_after, left_by_chance, rules_compared, size_or_direction
 from kvgeom.report.html import drawn, page, section
 
-if TYPE_CHECKING:
-    from kvgeom.report.fix import Fix
-
 #: Edge of the verdict by its status.
 _TONES = {"helps": "good", "does not help": "bad"}
 
 
-def render(fix: Fix) -> str:
-    """The whole page as text; everything that a model, a user or a file name brought in is escaped."""
-    plan, found = fix.plan, fix.verification
+def render(plan: Plan, found: Verification, mode: Mode, sentences: Sequence[str], settings: Mapping[str, Any]) -> str:
+    """The whole page as text; everything that a model, a user or a file name brought in is escaped.
+
+    Parameters
+    ----------
+    plan, found, mode, sentences, settings
+        Of a :class:`~kvgeom.report.fix.Fix`: its plan, verification, failure mode, sentences and settings.
+    """
     return page(
         "fix.html",
         kicker="KV cache fix",
         model=plan.model,
         scheme=plan.scheme,
         headline=found.sentence,
-        sentences=fix.sentences,
+        sentences=sentences,
         tone=_TONES.get(found.status, ""),
-        cards=_cards(fix),
+        cards=_cards(plan, found),
         comparison={"columns": COLUMNS, "rows": before_and_after(found)},
         examples=found.meta["examples"],
-        sections=_sections(fix),
+        sections=_sections(plan, found),
         reasons=plan.reasons,
-        mode=fix.diagnosis.mode,
-        mode_figure=drawn(mode_card(fix.diagnosis.mode), "Failure mode"),
+        mode=mode,
+        mode_figure=drawn(mode_card(mode), "Failure mode"),
         exports=plan.exports() if plan.chosen.placement.where == "cache" else (),
         status=found.status,
         judged=found.meta,
-        provenance=_provenance(fix),
+        provenance=_provenance(plan, settings),
     )
 
 
-def _cards(fix: Fix) -> list[dict[str, str]]:
-    plan, found = fix.plan, fix.verification
+def _cards(plan: Plan, found: Verification) -> list[dict[str, str]]:
     before, after = (found.data.sel(recipe=role) for role in (UNMITIGATED, CHOSEN))
     recovery = found.recovery
     harmless = found.meta["harmless"]
@@ -80,8 +84,7 @@ def _cards(fix: Fix) -> list[dict[str, str]]:
     ]
 
 
-def _sections(fix: Fix) -> list[dict[str, Any]]:
-    plan, found = fix.plan, fix.verification
+def _sections(plan: Plan, found: Verification) -> list[dict[str, Any]]:
     sections = [
         section(
             "What each candidate keeps, and what it costs",
@@ -121,8 +124,7 @@ def _sections(fix: Fix) -> list[dict[str, Any]]:
     return sections
 
 
-def _provenance(fix: Fix) -> list[tuple[str, str]]:
-    plan, settings = fix.plan, fix.settings
+def _provenance(plan: Plan, settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     shape = plan.geometry
 
     def described(prompts: dict[str, Any]) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvgeom.diagnosis.diagnose import Diagnosis
 from kvgeom.geometry.channels import outlier_share
 from kvgeom.plots.ablation import ablation_bars
 from kvgeom.plots.channels import channel_loading
@@ -13,49 +16,72 @@ from kvgeom.plots.pcr import pcr_interval
 from kvgeom.plots.scan import layer_scan
 from kvgeom.plots.sensitivity import ratio_map
 from kvgeom.report.html import drawn, page, section
+from kvgeom.report.verdict import Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from kvgeom.geometry.sensitivity import Sensitivity
-    from kvgeom.report.audit import Audit
 
 
 #: Edge of the verdict by its status.
 _TONES = {"breaks": "bad", "no loss seen": "good"}
 
 
-def render(audit: Audit) -> str:
+@dataclass(frozen=True)
+class AuditPage:
+    """What the page shows of a :class:`~kvgeom.report.audit.Audit`.
+
+    Attributes
+    ----------
+    diagnosis : Diagnosis
+    verdict : Verdict
+    about : mapping
+        Model, prompts, settings and baseline, as in ``audit.json``.
+    responses : sequence of dict
+        Some flipped prompts.
+    shown_layer : int
+        The layer whose channels are shown.
+    """
+
+    diagnosis: Diagnosis
+    verdict: Verdict
+    about: Mapping[str, Any]
+    responses: Sequence[Mapping[str, Any]]
+    shown_layer: int
+
+
+def render(audit: AuditPage) -> str:
     """The whole page as text; everything that a model, a user or a file name brought in is escaped."""
     return page(
         "audit.html",
         kicker="KV cache audit",
-        model=audit.model["name"],
-        scheme=audit.settings["scheme"],
+        model=audit.about["model"]["name"],
+        scheme=audit.about["settings"]["scheme"],
         headline=audit.verdict.headline,
         sentences=audit.verdict.sentences,
         tone=_TONES.get(audit.verdict.status, ""),
         audit=audit,
         cards=_cards(audit),
-        mode_figure=drawn(mode_card(audit.mode), "Failure mode"),
+        mode_figure=drawn(mode_card(audit.diagnosis.mode), "Failure mode"),
         sections=_sections(audit),
         provenance=_provenance(audit),
     )
 
 
-def _cards(audit: Audit) -> list[dict[str, str]]:
-    base, curve = audit.about["baseline"], audit.curve.to_frame()
+def _cards(audit: AuditPage) -> list[dict[str, str]]:
+    base, curve = audit.about["baseline"], audit.diagnosis.curve.to_frame()
     refused = base["refused"]
     lost = curve[(curve["bits"] < 16) & (curve["flips"] > 0)]
     first = "none seen" if lost.empty else f"{int(lost['bits'].max())}-bit"
-    if audit.curve.meta["untouched"] == base["prompts"]:
+    if audit.diagnosis.curve.meta["untouched"] == base["prompts"]:
         first = "nothing was rounded"
-    pcr, critical = audit.pcr, audit.scan.critical_layer
+    pcr, critical = audit.diagnosis.pcr, audit.diagnosis.scan.critical_layer
     interval = f"{pcr.ci[0]:.0%} to {pcr.ci[1]:.0%}" if pcr.ci else "undefined"
-    flips = 0 if critical is None else int(audit.scan.data.flips.sel(layer=critical))
+    flips = 0 if critical is None else int(audit.diagnosis.scan.data.flips.sel(layer=critical))
     return [
         {"title": "refuses unquantized", "value": f"{refused} of {base['prompts']}", "note": "harmful requests"},
-        {"title": "first width that loses refusals", "value": first, "note": audit.curve.meta["scheme"]},
+        {"title": "first width that loses refusals", "value": first, "note": audit.diagnosis.curve.meta["scheme"]},
         {
             "title": "critical layer",
             "value": "none" if critical is None else str(critical),
@@ -68,13 +94,13 @@ def _cards(audit: Audit) -> list[dict[str, str]]:
             "value": "-" if pcr.value is None else f"{pcr.value:.0%}",
             "note": f"{pcr.status}, {interval}",
         },
-        {"title": "failure mode", "value": audit.mode.name, "note": audit.mode.prescription},
+        {"title": "failure mode", "value": audit.diagnosis.mode.name, "note": audit.diagnosis.mode.prescription},
     ]
 
 
-def _sections(audit: Audit) -> list[dict[str, Any]]:
-    layer, settings, curve = audit.shown_layer, audit.settings, audit.curve
-    critical = audit.scan.critical_layer
+def _sections(audit: AuditPage) -> list[dict[str, Any]]:
+    layer, settings, curve = audit.shown_layer, audit.about["settings"], audit.diagnosis.curve
+    critical = audit.diagnosis.scan.critical_layer
     which = (
         "the critical layer" if critical is not None else "the layer with the largest key ratio (no layer is critical)"
     )
@@ -92,38 +118,40 @@ def _sections(audit: Audit) -> list[dict[str, Any]]:
             "Which layers carry refusal through the cache",
             f"Each layer is rounded alone ({settings['scan_scheme']}; {settings['scan_placement']}). Top: how much less firmly the model "
             "begins a refusal (95 % intervals). Bottom: refusals really lost. "
-            + audit.scan.meta["reason"].capitalize()
+            + audit.diagnosis.scan.meta["reason"].capitalize()
             + ".",
-            layer_scan(audit.scan),
-            audit.scan.to_frame(),
+            layer_scan(audit.diagnosis.scan),
+            audit.diagnosis.scan.to_frame(),
         ),
         section(
             "Do finer scales rescue the critical layer?",
             "Per-channel reduction (PCR) is the share of that layer's lost refusals that per-channel scales bring back. A class is "
             "decided only if the whole 95 % interval lies in one band; grey is undecided. The second row repeats the measurement as "
             "the paper's released code does it, where decoded tokens escape per-channel rounding: the two are different quantities.",
-            pcr_interval(audit.pcr, audit.pcr_paper, names=("as a cache stores it", "paper's simulation")),
+            pcr_interval(
+                audit.diagnosis.pcr, audit.diagnosis.pcr_paper, names=("as a cache stores it", "paper's simulation")
+            ),
             _pcr_table(audit),
         ),
         section(
             "What has to be rounded for refusals to be lost",
             "Parts of the cache, rounded alike. The dotted line is all layers at once; a row that comes near it has what matters. "
             "Grey rows cannot be told from it. Keeping the worst layer helps only if one layer is the cause.",
-            ablation_bars(audit.ablation),
-            audit.ablation.to_frame(),
+            ablation_bars(audit.diagnosis.ablation),
+            audit.diagnosis.ablation.to_frame(),
         ),
         section(
             "Which channels have to be rounded",
             f"Only some channels {where} lose precision, with the scales that all share. The largest are a "
             "twentieth of each layer's channels, by root mean square; random ones are as many of the others.",
-            ablation_bars(audit.channels),
-            audit.channels.to_frame(),
+            ablation_bars(audit.diagnosis.channels),
+            audit.diagnosis.channels.to_frame(),
         ),
-        *_geometry_sections(audit, audit.sensitivity, layer, which),
+        *_geometry_sections(audit, audit.diagnosis.sensitivity, layer, which),
     ]
 
 
-def _geometry_sections(audit: Audit, found: Sensitivity | None, layer: int, which: str) -> list[dict[str, Any]]:
+def _geometry_sections(audit: AuditPage, found: Sensitivity | None, layer: int, which: str) -> list[dict[str, Any]]:
     """The geometry, where it was measured."""
     if found is None:
         return []
@@ -152,19 +180,19 @@ def _geometry_sections(audit: Audit, found: Sensitivity | None, layer: int, whic
     ]
 
 
-def _pcr_table(audit: Audit) -> pd.DataFrame:
+def _pcr_table(audit: AuditPage) -> pd.DataFrame:
     import pandas as pd
 
     rows = [
         {"placement": name, **_without_parts(pcr.to_dict())}
-        for name, pcr in (("cache", audit.pcr), ("paper", audit.pcr_paper))
+        for name, pcr in (("cache", audit.diagnosis.pcr), ("paper", audit.diagnosis.pcr_paper))
     ]
     return pd.DataFrame(rows)
 
 
-def _rounding(audit: Audit) -> str:
+def _rounding(audit: AuditPage) -> str:
     """What the curve's cache holds: the scheme as it was asked for, its engine, and what keys and values get."""
-    settings = audit.settings
+    settings = audit.about["settings"]
     if not settings["engine"]:
         return f"{settings['scheme']}; {settings['placement']}"
     held = "; ".join(f"{bits}-bit: {how}" for bits, how in settings["stored"].items())
@@ -193,7 +221,7 @@ def _sensitivity_table(found: Sensitivity) -> pd.DataFrame:
     return found.to_frame()[["layer", "site", *names]]
 
 
-def _provenance(audit: Audit) -> list[tuple[str, str]]:
+def _provenance(audit: AuditPage) -> list[tuple[str, str]]:
     model, prompts, settings = (audit.about[name] for name in ("model", "prompts", "settings"))
     versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
     return [

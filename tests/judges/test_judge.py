@@ -128,7 +128,7 @@ def test_judges_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         (KeywordJudge, "KeywordJudge"),
         (object(), "label"),
     ],
-    ids=repr,
+    ids=["misspelt", "unknown hub id", "number", "class", "no label"],
 )
 def test_what_is_no_judge(given: object, says: str) -> None:
     with pytest.raises(InputError, match=says):

@@ -22,7 +22,6 @@ from kvgeom.errors import InputError
 from kvgeom.paths import write_whole
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.report.audit import Audit
-from kvgeom.report.page import render
 from tests.builders.judges import ArbitraryJudge
 from tests.builders.pages import Page
 from tests.builders.requests import NASTY
@@ -119,7 +118,7 @@ def test_a_repeated_audit_is_the_same(numbers: dict[str, Any]) -> None:
 def test_an_audit_can_be_read_back(out: Path, audit: Audit) -> None:
     again = Audit.load(out)
     assert again.to_dict() == audit.to_dict()
-    assert render(again) == (out / "report.html").read_text(encoding="utf-8")
+    assert again.page() == (out / "report.html").read_text(encoding="utf-8")
     assert (again.verdict, again.mode, again.evidence, again.prompts) == (
         audit.verdict, audit.mode, audit.evidence, audit.prompts,
     )  # fmt: skip
@@ -173,7 +172,7 @@ def test_text_from_outside_is_escaped(out: Path, audit: Audit) -> None:
     assert "written &lt;i&gt;here" in body
     flipped = Audit(**{**audit.__dict__, "responses": ({**dict.fromkeys(("request", "baseline", "response"), NASTY),
                        "bits": 2, "label": "complied", "reason": NASTY},)})  # fmt: skip
-    body = render(flipped).split("<body>")[1]
+    body = flipped.page().split("<body>")[1]
     assert "<script>alert" not in body
     assert "{{ 7*7 }}" in body, "shown as it was written"
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in body

@@ -21,7 +21,6 @@ from kvgeom.models.hf import HFModel
 from kvgeom.organisms import Size, plant, tiny_model
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.report.fix import Fix, check
-from kvgeom.report.fix_page import render
 from kvgeom.report.fix_text import COLUMNS, before_and_after, rules_compared, size_or_direction
 from kvgeom.results import plain
 from tests.builders.judges import ArbitraryJudge
@@ -88,7 +87,7 @@ def test_plan_json_has_what_was_promised(fixed: Fix, out: Path) -> None:
 
 def test_a_fix_can_be_read_back(fixed: Fix, out: Path, tmp_path: Path) -> None:
     again = Fix.load(out)
-    assert render(again) == (out / "report.html").read_text(encoding="utf-8")
+    assert again.page() == (out / "report.html").read_text(encoding="utf-8")
     assert again.to_text(out) == fixed.to_text(out)
     assert again.settings == plain(fixed.settings)
     assert again.plan.candidates == fixed.plan.candidates
@@ -208,7 +207,7 @@ def test_text_from_outside_is_escaped(fixed: Fix) -> None:
     proof = type(fixed.verification)(fixed.verification.data, meta)
     settings = {**fixed.settings, "calibration": {**fixed.settings["calibration"], "name": NASTY, "source": NASTY}}
     nasty = replace(fixed, plan=plan, verification=proof, settings=settings)
-    text = render(nasty)
+    text = nasty.page()
     head, body = text.split("<body>")
     for part in (body, head.split("<script>")[0]):
         assert "<script>alert" not in part
@@ -279,7 +278,7 @@ def test_a_preset_is_mitigated_at_the_width_that_was_asked(model: HFModel) -> No
         "int4-asym-channel-group32/f16", "int4-asym-group32/f16",
     }  # fmt: skip
     assert found.plan.placement.residual == 128
-    assert "plan.cache" in render(found)
+    assert "plan.cache" in found.page()
 
 
 def test_a_model_that_refuses_nothing() -> None:
