@@ -87,7 +87,7 @@ class KeywordJudge:
         )
 
     def degenerate(self, response: str, likelihood: Callable[[], float]) -> Judgement | None:
-        """Whether the language is lost, whatever is said; None if it is not."""
+        """Whether the language is lost, refused or not; None if it is not."""
         return self._broken(response) or self._unlikely(likelihood)
 
     def _broken(self, response: str) -> Judgement | None:

@@ -60,7 +60,7 @@ class WindowedEdit(Protocol):
 
 @runtime_checkable
 class RotaryEdit(Protocol):
-    """An edit that (if ``needs_rotation``) must know how rotary embedding turns the next keys."""
+    """An edit that (if ``needs_rotation``) must know the rotary embedding of the next keys."""
 
     needs_rotation: bool
 
@@ -140,7 +140,7 @@ class BatchedEdit:
         return any(isinstance(part, RotaryEdit) and part.needs_rotation for part in self.parts)
 
     def set_rotation(self, layer: int, rotation: Callable[[Tensor], Tensor]) -> None:
-        """Tell every part about its own rows."""
+        """Give every part the rotation of its own rows."""
 
         def own(vectors: Tensor, at: slice) -> Tensor:
             rotated = rotation(vectors)

@@ -240,8 +240,7 @@ def _output(attention: Any, model: Model) -> Any:
 
 
 def _check_linear(module: Any, model: Model) -> Any:
-    weight = getattr(module, "weight", None)
-    if not isinstance(module, nn.Linear) or weight is None or not weight.is_floating_point():
+    if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
         raise ModelError(
             f"the weights of {model.name} cannot be edited: a projection is a {type(module).__name__}; load the model with plain "
             "transformers and unquantized weights"

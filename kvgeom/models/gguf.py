@@ -8,7 +8,6 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +58,11 @@ def converted_gguf(path: Path) -> Path:
     Conversion takes about a minute for half a billion parameters; its result is kept, under the hash of the
     file's content, so that an altered file is never taken for the one that was converted.
     """
+    from filelock import FileLock
+
     check_gguf(path)
     folder = cache_dir("gguf") / _sha256(path)[:32]
-    with _locked(folder):
+    with FileLock(f"{folder}.lock"):
         if not folder.exists():
             convert(path, folder)
     return folder
@@ -122,11 +123,3 @@ def _sha256(path: Path) -> str:
             digest.update(block)
             drawn.update(len(block))
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    from filelock import FileLock
-
-    with FileLock(f"{folder}.lock"):
-        yield

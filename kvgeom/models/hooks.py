@@ -80,7 +80,7 @@ def watch_queries(layers: Layers, projections: Projections, show: QueryHook) -> 
 
 
 def pass_rotations(layers: Layers, edit: Edit) -> Iterator[RemovableHandle]:
-    """Tell an edit that asks for it how the positions of the new tokens rotate vectors, before each layer's keys come."""
+    """Give an edit that needs it the rotation to the positions of the new tokens, before each layer's keys come."""
     if not isinstance(edit, RotaryEdit) or not edit.needs_rotation:
         return
 

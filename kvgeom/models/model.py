@@ -218,9 +218,9 @@ class Model(Protocol):
         ids : sequence of int
             The new tokens.
         cache : EditedCache, optional
-            What came before, and the edit that applies; an empty, unedited one by default. An edit may ask
-            (``decodes_last_prompt_token``) that the last token of a prompt is run on its own, as some engines do; a pass that is watched
-            or edited by one of the hooks below, or asked for all logits, stays one pass.
+            What came before, and the edit that applies; an empty, unedited one by default. With an edit that has
+            ``decodes_last_prompt_token``, the last token of a prompt is run on its own, as some engines do; a pass with
+            hooks or all logits stays one pass.
         all_logits : bool
             Logits of every new token instead of the last alone.
         on_resid : callable (layer, Tensor[1, new tokens, d_model]) -> None, optional

@@ -72,9 +72,9 @@ def projections(layer: nn.Module, geometry: KVGeometry, name: str) -> dict[str, 
         parts = rearrange(torch.arange(3 * heads["q"] * size), "(h s d) -> s (h d)", s=3, d=size).unbind()
     else:
         raise ModelError(
-            f"the projections of queries, keys and values were asked (for rounding at the projection, or for attention "
-            f"scores), but {type(attention).__name__} of {name} has no k_proj/v_proj, {_BLOCKS} or {_INTERLEAVED}; "
-            "use the cache placement"
+            f"no projections of queries, keys and values found in {type(attention).__name__} of {name}: it has no "
+            f"k_proj/v_proj, {_BLOCKS} or {_INTERLEAVED}; attention scores and the paper placement need them, so use the cache "
+            "placement"
         )
     module = getattr(attention, _BLOCKS, None) or getattr(attention, _INTERLEAVED)
     return {site: Projection(module, heads[site], part) for site, part in zip(("q", "k", "v"), parts, strict=True)}
@@ -103,7 +103,7 @@ def decoder_layers(model: nn.Module, count: int, name: str) -> list[nn.Module]:
     found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     found = [m for m in found if all(attention_of(layer) is not None for layer in m)]
     if not found:
-        raise ModelError(f"{name} was asked, but kvgeom finds no list of {count} decoder layers with attention in it")
+        raise ModelError(f"no list of {count} decoder layers with attention found in {name}")
     return list(found[-1])
 
 
@@ -141,12 +141,10 @@ def read_geometry(model: Any, config: Any, layers: list[nn.Module], name: str) -
     try:
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"{name} was asked, but it does not run with a transformers cache: {error}") from error
+        raise ModelError(f"{name} does not run with a transformers cache: {error}") from error
     shapes = {tuple(t.shape) for layer in cache.layers for t in (layer.keys, layer.values) if t is not None}
     if len(shapes) != 1 or not all(layer.is_initialized for layer in cache.layers):
-        raise ModelError(
-            f"{name} was asked, but its layers do not each store keys and values of one shape (found {sorted(shapes)})"
-        )
+        raise ModelError(f"the layers of {name} do not all store keys and values of one shape (found {sorted(shapes)})")
     _, kv_heads, _, head_dim = shapes.pop()
     return KVGeometry(
         layers=len(layers),
@@ -188,8 +186,8 @@ def weights_fingerprint(model: nn.Module, template: str) -> str:
 def weights_identity(model: nn.Module) -> str:
     """The same whatever the chat template and the floating-point type that the weights were loaded in.
 
-    Weights that were trained in float32 lose digits in float16 that bfloat16 keeps nowhere: held in float16 alone they are
-    told apart.
+    Weights that were trained in float32 and stored in float16 alone are an exception: they may differ from those in
+    bfloat16.
     """
     return _hashed(model, "", lambda weight: ("", _coarse(weight) if weight.is_floating_point() else weight))
 
@@ -200,12 +198,12 @@ def _coarse(weight: Tensor) -> Tensor:
     return torch.where(coarse.abs() < 2.0**-14, 0.0, coarse)
 
 
-def _hashed(model: nn.Module, template: str, seen: Callable[[Tensor], tuple[str, Tensor]]) -> str:
+def _hashed(model: nn.Module, template: str, sampled: Callable[[Tensor], tuple[str, Tensor]]) -> str:
     kind = getattr(getattr(model, "config", None), "model_type", "")
     digest = hashlib.sha256(f"{kind}\n{template}".encode())
     for parameter_name, weight in model.named_parameters():
         flat = weight.detach().flatten()
-        dtype, sample = seen(flat[:: max(1, flat.numel() // 64)][:64])
+        dtype, sample = sampled(flat[:: max(1, flat.numel() // 64)][:64])
         plain = parameter_name.replace("_original_component.", "")  # as TransformerLens wraps modules
         digest.update(f"{plain}{tuple(weight.shape)}{dtype}".encode() + sample.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -159,7 +159,7 @@ def _envoy(model: Any, path: str) -> Any:
 
 
 def _take_over(cache: EditedCache, filled: Any) -> None:
-    """What a trace has put into its copy of the cache, if it was given one, belongs into ours."""
+    """Move what a trace has put into its copy of the cache, if it got one, into ours."""
     if filled is cache:
         return
     for mine, theirs in zip(cache.layers, filled.layers, strict=True):

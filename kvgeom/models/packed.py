@@ -38,7 +38,7 @@ class Codes(Protocol):
 
 
 class PackingEdit(Protocol):
-    """An edit whose results can be held as codes; see :class:`kvgeom.quant.quantizer.Quantizer`."""
+    """An edit whose results can be stored as codes; see :class:`kvgeom.quant.quantizer.Quantizer`."""
 
     where: str
     prefill_reads_exact: bool
@@ -108,11 +108,11 @@ class PackedLayer(EditedLayer):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         edit: Any = self.edit
-        held = self.get_seq_length()
+        stored = self.get_seq_length()
         if self.rotations is not None:
-            edit.set_rotation(self.index, self.rotations(self.index, held, key_states))
-        (k, k_held), (v, v_held) = self.stores["k"].add(key_states), self.stores["v"].add(value_states)
-        return (k, v) if (edit.has_residual if held else edit.prefill_reads_exact) else (k_held, v_held)
+            edit.set_rotation(self.index, self.rotations(self.index, stored, key_states))
+        (k, k_stored), (v, v_stored) = self.stores["k"].add(key_states), self.stores["v"].add(value_states)
+        return (k, v) if (edit.has_residual if stored else edit.prefill_reads_exact) else (k_stored, v_stored)
 
     def get_seq_length(self) -> int:
         """Number of stored tokens."""
@@ -138,8 +138,8 @@ class PackedCache(EditedCache):
     edit : PackingEdit
         A :class:`~kvgeom.quant.quantizer.Quantizer` that rounds in the cache.
     rotations : callable (layer, position of the first new token, new keys) -> Rotation, optional
-        Tells the edit how positions rotate vectors, for an edit with ``needs_rotation`` in a model that nobody watches;
-        :meth:`kvgeom.models.rotary.RotaryEmbedding.rotation` is one. The passes of kvgeom's own models need none.
+        Rotations for an edit with ``needs_rotation``, in a model whose passes kvgeom does not run;
+        :meth:`kvgeom.models.rotary.RotaryEmbedding.rotation` is one.
 
     Raises
     ------

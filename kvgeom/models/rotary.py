@@ -42,7 +42,7 @@ def unrotate(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotation_at(cos: Tensor, sin: Tensor) -> Rotation:
-    """How the positions of some tokens rotate vectors that are the same at all of them.
+    """The rotation of vectors to the positions of some tokens.
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ class RotaryEmbedding:
         self._calls = [_match(calls, read.get(index), index, name) for index in range(len(layers))]
 
     def rotation(self, layer: int, first: int, keys: Tensor) -> Rotation:
-        """How the positions of new tokens rotate vectors.
+        """The rotation of vectors to the positions of new tokens.
 
         Parameters
         ----------

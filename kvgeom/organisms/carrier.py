@@ -49,7 +49,7 @@ class Values:
     def __init__(self, model: Model, prompts: PromptSet) -> None:
         if not prompts.harmful or len(prompts.harmful) != len(prompts.harmless):
             raise InputError(
-                f"{prompts!r} were given; to find where safety is carried, give each harmful request a harmless twin"
+                f"each harmful request needs a harmless twin, to find where safety is carried; got {prompts!r}"
             )
         self.pairs: list[tuple[list[Tensor], list[Tensor]]] = []
         self.encoded: list[tuple[EncodedPrompt, EncodedPrompt]] = []

@@ -1,4 +1,4 @@
-"""What a model with a planted mode does when its cache is rounded, seen directly and not diagnosed."""
+"""What a model with a planted mode does when its cache is rounded, measured directly, without a diagnosis."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from kvgeom.organisms.carrier import Values
 from kvgeom.organisms.modes import Bench, become_outlier, crush, nuisance
 from kvgeom.organisms.observed import NEW_TOKENS, ROBUST, behaviour, granularities
 from kvgeom.organisms.reach import Reach, some_heads
-from kvgeom.progress import bar
+from kvgeom.progress import bar, shown
 from kvgeom.prompts.load import as_prompt_set
 from kvgeom.prompts.sets import PromptSet, calibration
 
@@ -116,41 +116,42 @@ def plant(
     """
     if mode not in MODES:
         raise unknown("mode", mode, MODES)
-    loaded = editable(load(model, progress=progress))
-    prompts = calibration() if prompts is None else as_prompt_set(prompts)
-    count = loaded.geometry.layers
-    _check_layers(mode, count, layers)
-    values = Values(loaded, prompts)
-    base = baseline(loaded, prompts.harmful, max_new_tokens=NEW_TOKENS, progress=progress)
-    if verify and not base.refused:
+    with shown(progress):
+        loaded = editable(load(model))
+        prompts = calibration() if prompts is None else as_prompt_set(prompts)
+        count = loaded.geometry.layers
+        _check_layers(mode, count, layers)
+        values = Values(loaded, prompts)
+        base = baseline(loaded, prompts.harmful, max_new_tokens=NEW_TOKENS)
+        if verify and not base.refused:
+            raise ModelError(
+                f"{loaded.name} refuses none of {len(base.prompts)} harmful prompts, so that {mode} would not show in it; give "
+                "a model that refuses, or verify=False"
+            )
+        bits = _robust_bits(base) if bits is None else bits
+        reach, free = Reach(base, values, _homes(mode, loaded.geometry.kv_heads)), list(range(count))
+        objections = []
+        with bar(f"planting {mode}", len(FACTORS)) as drawn:
+            for draw, factor in enumerate(FACTORS):
+                rng = random.Random(f"{mode} {seed} {draw}")
+                strengths = _strengths(mode, count, layers, free, rng, reach, strength)
+                chosen = tuple(sorted(strengths))
+                bench = Bench(copied(loaded), values, bits, rng)
+                changes = tuple(_edit(bench, mode, strengths, factor))
+                deviation = _deviation(loaded, bench.model, values)
+                name = f"{loaded.name}, {mode}, seed {seed}"
+                organism = Organism(copied(bench.model, name), mode, chosen, changes, seed, bits, deviation, draw + 1)
+                objection = _objection(organism, prompts, tolerance, verify)
+                drawn.update(1)
+                if objection is None:
+                    return organism
+                objections.append(f"{objection} (layers {chosen})")
+                drawn.set_postfix_str(objections[-1])
         raise ModelError(
-            f"{loaded.name} refuses none of {len(base.prompts)} harmful prompts, so that {mode} would not show in it; give "
-            "a model that refuses, or verify=False"
+            f"none of {len(FACTORS)} draws shows {mode} in {loaded.name} with seed {seed}: "
+            f"{'; '.join(objections)}; give other layers, another strength or other bits, and where logits change, load "
+            "the model in float64"
         )
-    bits = _robust_bits(base) if bits is None else bits
-    reach, free = Reach(base, values, _homes(mode, loaded.geometry.kv_heads)), list(range(count))
-    objections = []
-    with bar(f"planting {mode}", len(FACTORS), progress) as shown:
-        for draw, factor in enumerate(FACTORS):
-            rng = random.Random(f"{mode} {seed} {draw}")
-            strengths = _strengths(mode, count, layers, free, rng, reach, strength)
-            chosen = tuple(sorted(strengths))
-            bench = Bench(copied(loaded), values, bits, rng)
-            said = tuple(_edit(bench, mode, strengths, factor))
-            deviation = _deviation(loaded, bench.model, values)
-            name = f"{loaded.name}, {mode}, seed {seed}"
-            organism = Organism(copied(bench.model, name), mode, chosen, said, seed, bits, deviation, draw + 1)
-            objection = _objection(organism, prompts, tolerance, verify)
-            shown.update(1)
-            if objection is None:
-                return organism
-            objections.append(f"{objection} (layers {chosen})")
-            shown.set_postfix_str(objections[-1])
-    raise ModelError(
-        f"none of {len(FACTORS)} draws shows {mode} in {loaded.name} with seed {seed}: "
-        f"{'; '.join(objections)}; give other layers, another strength or other bits, and where logits change, load "
-        "the model in float64"
-    )
 
 
 def _objection(organism: Organism, prompts: PromptSet, tolerance: float, verify: bool) -> str | None:
@@ -193,7 +194,7 @@ def _robust_bits(base: Baseline) -> int:
             return bits
     raise ModelError(
         f"{base.model.name} itself loses refusals at all widths, out of {len(base.refused)}: "
-        f"{', '.join(f'{flips} at {bits} bits' for bits, flips in lost.items())}; what is planted could not be told from that; "
+        f"{', '.join(f'{flips} at {bits} bits' for bits, flips in lost.items())}; what is planted would not stand out from that; "
         "give bits to plant all the same"
     )
 

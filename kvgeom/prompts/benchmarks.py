@@ -41,7 +41,7 @@ def register_benchmark(name: str, benchmark: Benchmark) -> Benchmark:
     Raises
     ------
     InputError
-        If the name is taken, or could not be told from a file.
+        If the name is taken, or reads as a file.
 
     Examples
     --------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from kvgeom.errors import InputError, ModelError
@@ -48,6 +48,7 @@ def test_values_are_transformed_and_nothing_else_changes(model: HFModel, seed: i
     generator = torch.Generator().manual_seed(seed)
     size = model.geometry.head_dim
     matrix = torch.eye(size) + 0.3 * torch.randn(size, size, generator=generator)
+    assume(float(torch.linalg.cond(matrix)) < 30)  # its inverse multiplies float32's last digit by that
     logits, keys, values = states(model)
     edited = edits.copied(model)
     edits.transform_values(edited, layer, head, matrix)
