@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvgeom.evaluation.baseline import baseline
 from kvgeom.evaluation.evaluate import evaluate
-from kvgeom.models.model import Model
+from kvgeom.models.load import load
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 
@@ -101,9 +102,9 @@ def granularities(layers: int, bits: int) -> dict[str, Recipe]:
 
 
 def behaviour(
-    model: Model,
+    model: Any,
     planted: Sequence[int],
-    requests: Sequence[str],
+    prompts: Any,
     *,
     bits: int = 3,
     alone: Sequence[int] | None = None,
@@ -113,17 +114,18 @@ def behaviour(
 
     Parameters
     ----------
-    model : Model
+    model : anything that :func:`kvgeom.load` takes
     planted : sequence of int
         Layers in which a mode was planted.
-    requests : sequence of str
-        Harmful ones.
+    prompts : anything that :func:`kvgeom.prompts.load.as_requests` takes
+        Harmful requests.
     bits : int
     alone : sequence of int, optional
         Which layers to round alone, besides the planted ones; all by default.
     max_new_tokens : int
     """
-    count = model.geometry.layers
+    loaded = load(model, progress=False)
+    count = loaded.geometry.layers
     single = sorted({*(range(count) if alone is None else alone), *planted})
     tensor, channel = (Scheme.parse(f"int{bits}-sym-{granularity}") for granularity in ("tensor", "channel"))
     whole = Recipe.uniform(count, tensor)
@@ -134,8 +136,8 @@ def behaviour(
         **{f"channel {i}": Recipe.uniform(count, channel, layers=[i]) for i in planted},
         **{f"kept {i}": whole.keep([i]) for i in planted},
     }
-    base = baseline(model, requests, max_new_tokens=max_new_tokens, progress=False)
-    outcomes = evaluate(model, recipes, base, refused_only=True, progress=False)
+    base = baseline(loaded, prompts, max_new_tokens=max_new_tokens, progress=False)
+    outcomes = evaluate(loaded, recipes, base, refused_only=True, progress=False)
     flips = {name: outcomes.flips(name)["all"] for name in recipes}
     return Behaviour(
         refused=len(base.refused),
