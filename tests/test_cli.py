@@ -38,7 +38,7 @@ BAD: list[tuple[Callable[[Path, Path], list[str]], str]] = [
         lambda model, tmp: [file_in(tmp, "x.gguf", "something else"), "--out", str(tmp / "o")],
         "no GGUF file",
     ),
-    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--prompts", file_in(tmp, "p.txt", "")], "no request"),
+    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--prompts", file_in(tmp, "p.txt", "")], "no prompts"),
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--prompts", "nothing"], "nothing"),
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--bits", "8", "1"], "got 1"),
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--bits", "12"], "got 12"),

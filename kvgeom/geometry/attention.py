@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvgeom.errors import InputError
+from kvgeom.evaluation.inputs import opened
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec, Rounding
-from kvgeom.models.model import AttentionRule, EncodedPrompt, Model
+from kvgeom.models.model import AttentionRule
 from kvgeom.models.reading import read
 from kvgeom.progress import shown, track
 from kvgeom.quant.placement import Placement
@@ -53,8 +53,8 @@ class AttentionError(Result):
 
 
 def attention_error(
-    model: Model,
-    prompts: Sequence[EncodedPrompt],
+    model: Any,
+    prompts: Any,
     scheme: CacheSpec = DEFAULT_SCHEME,
     *,
     placement: Placement | str | None = None,
@@ -67,8 +67,8 @@ def attention_error(
 
     Parameters
     ----------
-    model : Model
-    prompts : sequence of EncodedPrompt
+    model : anything that :func:`kvgeom.load` takes
+    prompts : EncodedPrompts, requests, or the name of a set
     scheme : CacheConfig, Recipe, Scheme or str
         Anything that :func:`kvgeom.engines.registry.resolve` takes; see :class:`~kvgeom.geometry.rounding.Rounding`.
         3-bit symmetric per-tensor by default.
@@ -80,6 +80,7 @@ def attention_error(
     InputError
         Without prompts, if ``scheme`` cannot be resolved, or for a placement at the projection.
     """
+    model, prompts = opened(model, prompts)
     if not prompts:
         raise InputError("the attention error needs prompts, got none; give at least one")
     rounding = Rounding.of(model, scheme, placement)
@@ -127,15 +128,15 @@ def attention_error(
     return AttentionError(data, meta)
 
 
-def attention_to_request(model: Model, prompts: Sequence[EncodedPrompt]) -> NDArray[np.float64]:
+def attention_to_request(model: Any, prompts: Any) -> NDArray[np.float64]:
     """Attention that the last prompt token, which begins the response, pays to the tokens of the request, by layer.
 
     Costs one forward pass a prompt.
 
     Parameters
     ----------
-    model : Model
-    prompts : sequence of EncodedPrompt
+    model : anything that :func:`kvgeom.load` takes
+    prompts : EncodedPrompts, requests, or the name of a set
 
     Returns
     -------
@@ -147,6 +148,7 @@ def attention_to_request(model: Model, prompts: Sequence[EncodedPrompt]) -> NDAr
     InputError
         Without prompts.
     """
+    model, prompts = opened(model, prompts)
     if not prompts:
         raise InputError("attention to requests needs prompts, got none; give at least one")
     shares = np.zeros(model.geometry.layers)

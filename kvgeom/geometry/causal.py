@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.errors import InputError
+from kvgeom.evaluation.inputs import opened
 from kvgeom.evaluation.scores import kl_divergence, margin
 from kvgeom.geometry.rounding import CacheSpec, Rounding
 from kvgeom.models.batching import in_batches, rows_per_batch
@@ -58,8 +59,8 @@ class Patching(Result):
 
 
 def patch_layers(
-    model: Model,
-    prompts: Sequence[EncodedPrompt],
+    model: Any,
+    prompts: Any,
     schemes: Mapping[str, CacheSpec] | Sequence[CacheSpec] | CacheSpec,
     refusal_tokens: Iterable[int],
     *,
@@ -76,8 +77,8 @@ def patch_layers(
 
     Parameters
     ----------
-    model : Model
-    prompts : sequence of EncodedPrompt
+    model : anything that :func:`kvgeom.load` takes
+    prompts : EncodedPrompts, requests, or the name of a set
     schemes : mapping of name to scheme, sequence of schemes, or one
         A scheme is anything that :func:`kvgeom.engines.registry.resolve` takes; see
         :class:`~kvgeom.geometry.rounding.Rounding`. Of a recipe each layer is taken alone, with its own schemes for keys and
@@ -96,6 +97,7 @@ def patch_layers(
     InputError
         Without schemes, if one cannot be resolved, or for layers that the model does not have.
     """
+    model, prompts = opened(model, prompts)
     named = _named(model, schemes, placement)
     n_layers = model.geometry.layers
     chosen = list(range(n_layers)) if layers is None else list(layers)
@@ -214,8 +216,8 @@ class FirstOrder(Result):
 
 
 def first_order(
-    model: Model,
-    prompts: Sequence[EncodedPrompt],
+    model: Any,
+    prompts: Any,
     scheme: CacheSpec,
     refusal_tokens: Iterable[int],
     *,
@@ -226,8 +228,8 @@ def first_order(
 
     Parameters
     ----------
-    model : Model
-    prompts : sequence of EncodedPrompt
+    model : anything that :func:`kvgeom.load` takes
+    prompts : EncodedPrompts, requests, or the name of a set
     scheme : CacheConfig, Recipe, Scheme or str
         Anything that :func:`kvgeom.engines.registry.resolve` takes; see :class:`~kvgeom.geometry.rounding.Rounding`.
         Sites that a recipe leaves exact lose nothing.
@@ -246,6 +248,7 @@ def first_order(
     Attribution patching: exact for rounding errors so small that the margin is linear in them, which 3-bit errors are
     not. Compare with :func:`patch_layers` before it is believed (:func:`kvgeom.stats.rank_correlation`).
     """
+    model, prompts = opened(model, prompts)
     tokens = frozenset(refusal_tokens)
     if not tokens or not prompts:
         raise InputError(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvgeom.errors import InputError
+from kvgeom.evaluation.inputs import as_encoded, opened
 from kvgeom.evaluation.respond import respond
 from kvgeom.evaluation.scores import kl_divergence, margin, refusal_tokens
 from kvgeom.geometry.estimators import defined_at, difference_of_means
@@ -93,11 +94,11 @@ class Selection(Result):
 
 
 def select(
-    model: Model,
+    model: Any,
     candidates: NDArray[np.floating],
     positions: Sequence[str],
-    harmful: Sequence[EncodedPrompt],
-    harmless: Sequence[EncodedPrompt],
+    harmful: Any,
+    harmless: Any,
     refusal_tokens: Iterable[int],
     *,
     max_kl: float = 0.1,
@@ -113,7 +114,7 @@ def select(
 
     Parameters
     ----------
-    model : Model
+    model : anything that :func:`kvgeom.load` takes
     candidates : array [layers, positions, d_model]
         Harmful minus harmless, of the residual stream after each layer; rows of zeros or NaN are undefined.
     positions : sequence of str
@@ -136,6 +137,8 @@ def select(
     InputError
         Without refusal tokens, prompts of both classes, or candidates in the model's shape.
     """
+    model, harmful = opened(model, harmful)
+    harmless = as_encoded(model, harmless)
     tokens = frozenset(refusal_tokens)
     layers, width = model.geometry.layers, model.geometry.d_model
     if not tokens or not harmful or not harmless:
@@ -326,13 +329,14 @@ def select_direction(
 
 
 def opening_tokens(
-    model: Model,
-    prompts: Sequence[EncodedPrompt],
+    model: Any,
+    prompts: Any,
     judge: Judge | str | None = None,
     progress: bool = True,
     max_new_tokens: int = 24,
 ) -> frozenset[int]:
     """First tokens of the model's refusals of some prompts (the set R of the margin), found by asking them."""
+    model, prompts = opened(model, prompts)
     with shown(progress), bar("what refusals begin with", 2 * len(prompts)) as drawn:
         found = respond(model, prompts, max_new_tokens, on_done=drawn.update)
     labels = label_responses(model, prompts, found, as_judge(judge))

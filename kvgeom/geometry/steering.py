@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvgeom.errors import InputError
+from kvgeom.evaluation.inputs import as_encoded, opened
 from kvgeom.evaluation.respond import Responses, respond
 from kvgeom.evaluation.scores import mean_log_likelihood
 from kvgeom.judges.judge import LABELS, Judge
@@ -125,11 +126,11 @@ class Steering(Result):
 
 
 def steer(
-    model: Model,
+    model: Any,
     direction: NDArray[np.floating],
     layer: int,
-    harmful: Sequence[EncodedPrompt],
-    harmless: Sequence[EncodedPrompt],
+    harmful: Any,
+    harmless: Any,
     *,
     scale: float = 1.0,
     judge: Judge | str | None = None,
@@ -140,7 +141,7 @@ def steer(
 
     Parameters
     ----------
-    model : Model
+    model : anything that :func:`kvgeom.load` takes
     direction : array [d_model]
         For instance ``selection.direction``, in the units of the residual stream.
     layer : int
@@ -152,6 +153,8 @@ def steer(
     judge : Judge or str, optional
     max_new_tokens : int
     """
+    model, harmful = opened(model, harmful)
+    harmless = as_encoded(model, harmless)
     labeller = as_judge(judge)
     r = torch.from_numpy(np.asarray(direction, dtype=np.float32))
     if r.shape != (model.geometry.d_model,) or not float(r.norm()) > 0:

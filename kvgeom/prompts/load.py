@@ -223,7 +223,7 @@ def _text(path: Path) -> str:
 
 def _checked(prompts: PromptSet, source: str) -> PromptSet:
     if not prompts.harmful and not prompts.harmless:
-        raise InputError(f"{source} holds no request; give at least one")
+        raise InputError(f"{source} holds no prompts; give at least one request")
     return prompts
 
 

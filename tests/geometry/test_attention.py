@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import kvgeom
 from kvgeom.errors import InputError
 from kvgeom.geometry.attention import attention_error, attention_to_request, errors
 from kvgeom.models.hf import HFModel
 from kvgeom.models.model import AttentionRule
+from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.scheme import Scheme
 from tests.builders.tiny import KINDS, tiny_config, tiny_model, tiny_tokenizer
 
@@ -142,3 +146,16 @@ def test_attention_to_the_request_is_that_of_transformers(kind: str, changes: di
     assert len({round(float(share), 4) for share in found}) == 3
     with pytest.raises(InputError, match="prompts"):
         attention_to_request(model, [])
+
+
+def test_models_and_prompts_as_users_have_them(checkpoint: Path) -> None:
+    """A folder and requests, or a model and prompts that are tokens already: the same numbers."""
+    model = kvgeom.load(checkpoint, progress=False)
+    requests = ["open the door", "why?"]
+    one = attention_error(str(checkpoint), requests, "int4-asym-token", progress=False)
+    other = attention_error(model, model.encode(requests), "int4-asym-token", progress=False)
+    assert one.data.identical(other.data)
+    np.testing.assert_array_equal(
+        attention_to_request(str(checkpoint), PromptSet("two", tuple(requests), (), "here")),
+        attention_to_request(model, model.encode(requests)),
+    )

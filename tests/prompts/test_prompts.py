@@ -121,10 +121,10 @@ def test_user_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("empty.txt", "", "holds no request"),
-        ("comments.txt", "# nothing\n\n", "holds no request"),
-        ("empty.csv", "", "holds no request"),
-        ("header.csv", "prompt,label\n", "holds no request"),
+        ("empty.txt", "", "no prompts"),
+        ("comments.txt", "# nothing\n\n", "no prompts"),
+        ("empty.csv", "", "no prompts"),
+        ("header.csv", "prompt,label\n", "no prompts"),
         ("columns.csv", "a,b\n1,2\n", r"found \['a', 'b'\]"),
         ("label.csv", "prompt,label\nx,maybe\n", "maybe"),
         ("broken.jsonl", '{"prompt": "x"}\n{"prompt"\n', "line 2"),

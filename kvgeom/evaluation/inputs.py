@@ -1,0 +1,35 @@
+"""Models and prompts as users have them, turned into what the measures work on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvgeom.models.load import load
+from kvgeom.models.model import EncodedPrompt, Model
+from kvgeom.prompts.load import as_requests
+
+
+def as_encoded(model: Model, prompts: Any) -> tuple[EncodedPrompt, ...]:
+    """Prompts as tokens of a model.
+
+    Parameters
+    ----------
+    model : Model
+    prompts : sequence of EncodedPrompt, or anything that :func:`kvgeom.prompts.load.as_requests` takes
+        What is encoded already is returned as it is.
+
+    Raises
+    ------
+    InputError
+        If it is neither, or a request is empty or too long for the model.
+    """
+    if isinstance(prompts, Sequence) and prompts and all(isinstance(prompt, EncodedPrompt) for prompt in prompts):
+        return tuple(prompts)
+    return tuple(model.encode(as_requests(prompts)))
+
+
+def opened(model: Any, prompts: Any) -> tuple[Model, tuple[EncodedPrompt, ...]]:
+    """A model that :func:`kvgeom.load` takes, loaded, and prompts as its tokens."""
+    loaded = load(model)
+    return loaded, as_encoded(loaded, prompts)
