@@ -44,9 +44,7 @@ def writable_folder(out: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(
-            f"output folder {out} was asked, but it cannot be written: {error.strerror}; choose another"
-        ) from error
+        raise InputError(f"output folder {out} cannot be written: {error.strerror}; choose another") from error
     return folder
 
 
