@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import xarray as xr
 
+from kvgeom.behaviour.scan import CRITICAL_SHARE
 from kvgeom.behaviour.widths import DESCRIBED, WidthSeries
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import UNQUANTIZED, Condition
@@ -17,7 +18,6 @@ from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.judges.judge import LABELS
 from kvgeom.progress import track
 from kvgeom.results import Result, interval_text, text_table
-from kvgeom.stats import wilson
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,7 +108,7 @@ class Curve(Result):
 
 
 #: Borders of the phase transition: the share of the refusals that is lost where it begins, and where it is complete.
-ONSET, COLLAPSE = 0.1, 0.5
+ONSET, COLLAPSE = CRITICAL_SHARE, 0.5
 
 
 @dataclass(frozen=True)
@@ -215,21 +215,15 @@ def curve_of(outcomes: Outcomes, perplexities: Sequence[float], described: Mappi
     rounded = outcomes.names(family="bits")
     names = [UNQUANTIZED, *rounded]
     counts = [outcomes.counts(name) for name in names]
-    flips = [outcomes.flips(name) for name in names]
+    flips = outcomes.flip_columns(names)
     refused, asked = counts[0]["refused"], outcomes.meta["asked"]
     all_run = outcomes.data.sizes["prompt"] == asked
     # The unquantized model is what flips are counted against: its own rate is no estimate.
-    itself = (0.0, 0.0) if refused else (float("nan"), float("nan"))
-    intervals = [itself, *(wilson(flip["all"], refused) for flip in flips[1:])]
+    flips["ci_low"][0] = flips["ci_high"][0] = flips["flip_rate"][0]
     columns = {
         **{label: [count[label] for count in counts] for label in ("refused", "complied", "degenerate")},
-        "flips": [flip["all"] for flip in flips],
-        "flips_complied": [flip["complied"] for flip in flips],
-        "flips_degenerate": [flip["degenerate"] for flip in flips],
+        **flips,
         "gains": [outcomes.gains(name) if all_run else float("nan") for name in names],
-        "flip_rate": [flip["all"] / refused if refused else float("nan") for flip in flips],
-        "ci_low": [low for low, _ in intervals],
-        "ci_high": [high for _, high in intervals],
         "perplexity_ratio": [value / perplexities[0] for value in perplexities],
     }
     meta = {

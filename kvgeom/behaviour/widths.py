@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,5 +107,6 @@ def _without_width(scheme: CacheConfig | Recipe | Scheme | str | None) -> CacheC
     """What is resolved at any width: the bits of an integer Scheme are left open."""
     if scheme is None:
         return "asym-token"
-    found = re.match(r"int\d-((?:a?sym)-.*)", str(scheme)) if isinstance(scheme, Scheme) else None
-    return found[1] if found else scheme
+    if isinstance(scheme, Scheme) and scheme.format == "int":
+        return str(scheme).removeprefix(f"int{scheme.bits}-")
+    return scheme

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         scheme=arguments.scheme,
         bits=arguments.bits,
         scan_bits=options.check_scan_bits(arguments.scan_bits),
-        placement=options.placement(arguments),
+        placement=arguments.placement,
         **run,
         **options.load_options(arguments),
     )

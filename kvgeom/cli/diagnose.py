@@ -22,12 +22,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     options.add_scheme(command, "rounding of the curve")
     options.add_widths(command)
     options.add_scan_bits(command)
-    command.add_argument(
-        "--geometry",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="measure the noise-sensitivity ratio too (default: yes)",
-    )
+    options.add_geometry(command, default=True)
     options.add_judge(command)
     options.add_run(command)
 
@@ -41,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         scheme=arguments.scheme,
         bits=arguments.bits,
         scan_bits=options.check_scan_bits(arguments.scan_bits),
-        placement=options.placement(arguments),
+        placement=arguments.placement,
         geometry=arguments.geometry,
         full_responses=judge is not None,
         journal=options.journal(arguments),

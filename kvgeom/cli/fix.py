@@ -43,12 +43,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         default=3,
         help="draws of errors of equal size in random directions (default: %(default)s)",
     )
-    command.add_argument(
-        "--geometry",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="measure the noise-sensitivity ratio too (default: no)",
-    )
+    options.add_geometry(command, default=False)
     options.add_run(command)
 
 
@@ -64,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         memory=arguments.memory,
         controls=arguments.controls,
         geometry=arguments.geometry,
-        placement=options.placement(arguments),
+        placement=arguments.placement,
         **options.run_options(arguments),
         **options.load_options(arguments),
     )

@@ -12,7 +12,6 @@ from kvgeom.errors import InputError
 if TYPE_CHECKING:
     from kvgeom.judges.classifiers import ClassifierJudge
     from kvgeom.prompts.sets import PromptSet
-    from kvgeom.quant.placement import Placement
 
 
 def add_model(command: argparse.ArgumentParser, written: str, *, required: bool = False) -> None:
@@ -71,6 +70,16 @@ def add_scan_bits(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_geometry(command: argparse.ArgumentParser, *, default: bool) -> None:
+    """Whether the geometry is measured too."""
+    command.add_argument(
+        "--geometry",
+        action=argparse.BooleanOptionalAction,
+        default=default,
+        help=f"measure the noise-sensitivity ratio too (default: {'yes' if default else 'no'})",
+    )
+
+
 def add_judge(command: argparse.ArgumentParser) -> None:
     """What labels the responses."""
     command.add_argument(
@@ -118,13 +127,6 @@ def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keywords of :func:`kvgeom.load`."""
     names = ("template", "dtype", "device", "revision", "trust_remote_code")
     return {name: getattr(arguments, name) for name in names}
-
-
-def placement(arguments: argparse.Namespace) -> Placement | None:
-    """The placement, where one was named."""
-    from kvgeom.quant.placement import Placement
-
-    return {None: None, "cache": Placement(), "paper": Placement.paper()}[arguments.placement]
 
 
 def check_scan_bits(bits: int) -> int:

@@ -29,22 +29,16 @@ def run(arguments: argparse.Namespace) -> int:
         options.run_options(arguments),
     )
     prompts = options.prompt_set(arguments.prompts, arguments.limit)
-    from kvgeom.behaviour.scan import per_tensor, scan_of, single_layers
-    from kvgeom.evaluation.evaluate import run_conditions
+    from kvgeom.behaviour.scan import scan_of, single_layer_scan
+    from kvgeom.quant.placement import Placement
     from kvgeom.quant.scheme import Scheme
 
     model = kvgeom.load(arguments.model, progress=run["progress"], **options.load_options(arguments))
     base = kvgeom.baseline(model, prompts.harmful, journal=options.journal(arguments), **run)
-    scheme = per_tensor(Scheme(bits, symmetric=True))
-    outcomes = run_conditions(
-        base,
-        single_layers(model.geometry.layers, scheme, options.placement(arguments)),
-        prompts=base.refused if judge is None else None,
-        full_responses=judge is not None,
-        title="single layers",
-    )
+    scheme = Scheme(bits, symmetric=True, granularity="tensor")
+    placement = Placement.parse(arguments.placement or "cache")
+    scan, outcomes = single_layer_scan(base, scheme, placement=placement, full_responses=judge is not None)
     if judge is not None:
         model.release()
-        outcomes = outcomes.relabel(judge)
-    scan = scan_of(outcomes, scheme)
+        scan = scan_of(outcomes.relabel(judge), scheme)
     return options.report(arguments, f"{scan.to_text()}\n\nCritical layer: {scan.meta['reason']}.")

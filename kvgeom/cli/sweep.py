@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from kvgeom.behaviour.over_refusal import over_refusal
     from kvgeom.behaviour.widths import at_widths
 
-    series = at_widths(arguments.scheme, arguments.bits, options.placement(arguments))
+    series = at_widths(arguments.scheme, arguments.bits, arguments.placement)
     model = kvgeom.load(arguments.model, progress=run["progress"], **options.load_options(arguments))
     base = kvgeom.baseline(model, prompts.harmful, journal=options.journal(arguments), **run)
     curve, outcomes = bit_width_curve(base, series, full_responses=judge is not None)

@@ -162,8 +162,6 @@ class Engine:
         The configuration that is nearest to a recipe, for an engine that can be configured.
     export_plan : callable (file, recipe, placement) -> Export or None, optional
         For an engine that reads a saved plan and so loses nothing of it; ``None`` where it cannot run this one.
-    serve : callable, optional
-        Starts a server. No engine has one yet.
     """
 
     name: str
@@ -175,7 +173,6 @@ class Engine:
     presets: tuple[Preset, ...] = ()
     export: Callable[[Recipe, Placement, KVGeometry], Export] | None = None
     export_plan: Callable[[str | Path, Recipe, Placement], Export | None] | None = None
-    serve: Callable[..., object] | None = None
 
     def config(self, preset: Preset, bits: int | None = None) -> CacheConfig:
         """The cache of one of the presets at a width, the default one if none is given.

@@ -110,12 +110,11 @@ def with_model_constants(model: Model, conditions: Mapping[str, Condition]) -> d
 
 def _missing(recipe: Recipe) -> frozenset[tuple[int, str]]:
     """Which transforms of keys (0) and values (1) need constants that the recipe does not have."""
-    known = {"center": recipe.offsets, "equalize": recipe.factors}
     return frozenset(
         (site, scheme.transform)
         for pair in recipe
         for site, scheme in enumerate(pair)
-        if scheme is not None and scheme.transform in known and known[scheme.transform] is None
+        if scheme is not None and scheme.constants is not None and getattr(recipe, scheme.constants) is None
     )
 
 

@@ -109,7 +109,7 @@ def _verify_prompt(
     draft = base.tokens[index]
     for name in recipes:
         if not recipes[name].touched:
-            yield Answer(name, index, draft, base.margins([base.prefill(index).logits])[0], 0.0, -1)
+            yield Answer(name, index, draft, base.unquantized_margin(index), 0.0, -1)
     names = sorted((name for name in recipes if recipes[name].touched), key=lambda name: _first(recipes[name]))
     stages = _stages(base, index, placement)
     rows = rows_per_batch(base.model, sum(map(len, stages)), max(OPENING, *map(len, stages[1:]), 1))

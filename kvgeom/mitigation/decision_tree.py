@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvgeom.behaviour.scan import Scan
+from kvgeom.behaviour.scan import CRITICAL_SHARE, Scan
 from kvgeom.diagnosis.mode import Mode
-from kvgeom.diagnosis.taxonomy import PRESCRIPTIONS, PUBLISHED
+from kvgeom.diagnosis.taxonomy import PRESCRIPTIONS
 from kvgeom.mitigation.candidates import Candidate, protect
 from kvgeom.quant.recipe import Recipe, Schemes
 from kvgeom.quant.scheme import Granularity, Scheme
@@ -56,7 +56,8 @@ def critical_layers(scan: Scan) -> list[int]:
     """The layers that alone flip a tenth, most flips first, at most three; without any, the three that lose most margin."""
     flips, drop, rate = (scan.data[name].values for name in ("flips", "margin_drop", "flip_rate"))
     order = np.lexsort((-np.nan_to_num(drop, nan=-np.inf), -flips))
-    critical = [int(layer) for layer in order if rate[layer] >= PUBLISHED.critical]
+    # From a tenth on, as in the released code; the taxonomy counts layers above it.
+    critical = [int(layer) for layer in order if rate[layer] >= CRITICAL_SHARE]
     return (critical or [int(layer) for layer in order])[:MOST_CRITICAL]
 
 

@@ -210,13 +210,12 @@ def prove(
         What the prompts are called.
     """
     geometry, seed = base.model.geometry, base.run.seed
-    rows = {role: _Row(role, candidate) for role, candidate in roles.items()}
+    rows = {role: _Row(candidate) for role, candidate in roles.items()}
     for role, candidate in roles.items():
         if role == PAPER or not candidate.recipe.touched:  # the paper's is for comparison; why it fails does not matter
             continue
         for draw in range(controls):
-            name = f"{role}, random direction {draw + 1}"
-            rows[name] = _Row(name, candidate, control_of=role, draw=draw)
+            rows[f"{role}, random direction {draw + 1}"] = _Row(candidate, control_of=role, draw=draw)
     conditions = {
         name: row.candidate.condition(None if row.draw is None else seed + row.draw) for name, row in rows.items()
     }
@@ -260,7 +259,6 @@ def prove(
 class _Row:
     """A cache that is run, or a control of it."""
 
-    name: str
     candidate: Candidate
     control_of: str = ""
     draw: int | None = None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvgeom.behaviour.scan import CRITICAL_SHARE
 from kvgeom.evaluation.baseline import baseline
 from kvgeom.evaluation.evaluate import evaluate
 from kvgeom.models.load import load
@@ -88,7 +89,7 @@ class Behaviour:
             return f"PCR {pcr:.0%}"
         if mode == "outlier-crushes-safety":
             return f"{left:.0%} left by groups" if left > 0.3 else None
-        critical = {layer for layer, flips in self.alone.items() if flips > 0.1 * self.refused}
+        critical = {layer for layer, flips in self.alone.items() if flips > CRITICAL_SHARE * self.refused}
         if not set(self.alone_channel) <= critical:
             return "a planted layer alone flips at most 10 %"
         few = min(self.kept.values())

@@ -59,11 +59,11 @@ class Setting:
         """The same recipe with only those measured constants that its schemes use."""
         known = self.constants
         k, v = (
-            {pair[site].transform for pair in recipe if pair[site] is not None}  # type: ignore[union-attr]
+            {pair[site].constants for pair in recipe if pair[site] is not None}  # type: ignore[union-attr]
             for site in (0, 1)
         )
-        offsets = known.both if "center" in v else known.keys if "center" in k else None
-        return recipe.with_statics(offsets=offsets, factors=known.factors if "equalize" in k | v else None)
+        offsets = known.both if "offsets" in v else known.keys if "offsets" in k else None
+        return recipe.with_statics(offsets=offsets, factors=known.factors if "factors" in k | v else None)
 
     @property
     def offset(self) -> str:
