@@ -11,7 +11,7 @@ import xarray as xr
 from einops import reduce
 from numpy.typing import NDArray
 
-from kvgeom.errors import InputError
+from kvgeom.errors import unknown
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import Condition
 from kvgeom.evaluation.evaluate import run_conditions
@@ -90,7 +90,7 @@ def ablate(
         If the reference is none of the conditions.
     """
     if reference not in conditions:
-        raise InputError(f"unknown reference {reference!r}; choose from {', '.join(conditions)}")
+        raise unknown("reference", reference, conditions)
     outcomes = run_conditions(base, conditions, prompts=base.refused, title=title)
     families = list(dict.fromkeys(each.family for each in conditions.values()))
     return ablation_of(outcomes, families, reference=reference)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import pkgutil
 from dataclasses import replace
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
 from kvgeom import engines as package
 from kvgeom.engines.engine import CacheConfig, Engine, Preset
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, unknown
 from kvgeom.quant.formats.base import formats, is_scheme
 from kvgeom.quant.memory import bits_per_element
 from kvgeom.quant.placement import Placement
@@ -151,10 +150,7 @@ def _parse(spec: str, bits: int | None) -> Scheme:
         return Scheme.parse(f"int{bits}-{spec}")
     if is_scheme(spec):
         return Scheme.parse(spec)
-    known = _presets()
-    close = get_close_matches(spec.lower(), known, 1)
-    choose = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known)};"
-    raise InputError(f"unknown preset {spec!r}; {choose} `kvgeom schemes` lists presets and formats")
+    raise InputError(f"{unknown('preset', spec, _presets())} (`kvgeom schemes` lists presets and formats)")
 
 
 def scheme_rows(kv_heads: int = 8, head_dim: int = 128, tokens: int = 4096) -> list[dict[str, Any]]:

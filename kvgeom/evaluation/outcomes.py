@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, unknown
 from kvgeom.evaluation.condition import COORDINATES, UNQUANTIZED
 from kvgeom.judges.judge import LABELS, Label
 from kvgeom.results import Result
@@ -67,7 +67,7 @@ class Outcomes(Result):
         chosen = self.data.recipe.values != UNQUANTIZED
         for name, value in coordinates.items():
             if name not in COORDINATES:
-                raise InputError(f"unknown coordinate {name!r}; choose from {', '.join(COORDINATES)}")
+                raise unknown("coordinate", name, COORDINATES)
             wanted = -1 if value is None else value
             chosen = chosen & (self.data[name].values == wanted)
         return [str(name) for name in self.data.recipe.values[chosen]]

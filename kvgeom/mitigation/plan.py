@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, unknown
 from kvgeom.evaluation.baseline import opened
 from kvgeom.evaluation.config import split_options
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
@@ -131,8 +131,7 @@ class Plan:
         for found in (*self.candidates, self.paper):
             if found.name == name:
                 return found
-        known = ", ".join(repr(found.name) for found in self.candidates)
-        raise InputError(f"unknown candidate {name!r}; choose from {known}")
+        raise unknown("candidate", name, [found.name for found in self.candidates])
 
     def verify(
         self,

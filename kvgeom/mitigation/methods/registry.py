@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Literal, get_args
 
 from kvgeom.engines.engine import CacheConfig
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, unknown
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.models.model import KVGeometry
 from kvgeom.models.statistics import Constants
@@ -133,7 +133,7 @@ def register_method(new: Method) -> Method:
     if new.name in _METHODS:
         raise InputError(f"a mitigation named {new.name!r} is registered already; choose another name")
     if new.stage not in get_args(Stage):
-        raise InputError(f"unknown stage {new.stage!r}; choose from {', '.join(get_args(Stage))}")
+        raise unknown("stage", new.stage, get_args(Stage))
     _METHODS[new.name] = new
     return new
 
