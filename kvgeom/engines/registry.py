@@ -6,12 +6,9 @@ with :func:`register_engine`. The page of each in the documentation says what it
 
 from __future__ import annotations
 
-import pkgutil
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
-from kvgeom import engines as package
 from kvgeom.engines.engine import CacheConfig, Engine, Preset
 from kvgeom.errors import InputError, unknown
 from kvgeom.quant.formats.base import formats, is_scheme
@@ -19,17 +16,10 @@ from kvgeom.quant.memory import bits_per_element
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import BITS, Scheme
+from kvgeom.registry import check_free, import_modules
 
 _ENGINES: dict[str, Engine] = {}
-_imported: list[str] = []
-
-
-def _import_built_in() -> None:
-    """Import the modules of this package once; each registers its engine."""
-    if not _imported:
-        _imported.extend(module.name for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."))
-        for name in _imported:
-            import_module(name)
+_PACKAGE = __name__.rpartition(".")[0]
 
 
 def register_engine(engine: Engine) -> Engine:
@@ -40,9 +30,8 @@ def register_engine(engine: Engine) -> Engine:
     InputError
         If a name is taken or reads as a scheme, or a preset has no width or one that cannot be made.
     """
-    _import_built_in()
-    if engine.name in _ENGINES:
-        raise InputError(f"an engine named {engine.name!r} is registered already; choose another name")
+    import_modules(_PACKAGE)
+    check_free("an engine named", engine.name, _ENGINES)
     taken = _presets()
     for preset in engine.presets:
         if preset.name in taken:
@@ -60,7 +49,7 @@ def register_engine(engine: Engine) -> Engine:
 
 def engines() -> tuple[Engine, ...]:
     """All registered engines, by name."""
-    _import_built_in()
+    import_modules(_PACKAGE)
     return tuple(_ENGINES[name] for name in sorted(_ENGINES))
 
 

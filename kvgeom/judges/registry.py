@@ -13,6 +13,7 @@ from typing import Any
 
 from kvgeom.errors import InputError, unknown
 from kvgeom.judges.judge import Judge
+from kvgeom.registry import check_free
 
 _BUILT_IN = ("kvgeom.judges.keyword", "kvgeom.judges.classifiers")
 _JUDGES: dict[str, Callable[[], Judge]] = {}
@@ -47,8 +48,7 @@ def register_judge(name: str, make: Callable[[], Judge]) -> None:
         register_judge("apologies", Apologies)
         kvgeom.audit("demo", "out", judge="apologies")
     """
-    if name in _JUDGES:
-        raise InputError(f"a judge named {name!r} is registered already; choose another name")
+    check_free("a judge named", name, _JUDGES)
     if not name or set(name) & set("=/"):
         raise InputError(f"the name of a judge must be without '=' and '/', got {name!r}")
     _JUDGES[name] = make

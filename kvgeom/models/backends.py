@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from kvgeom.errors import InputError
+from kvgeom.registry import check_free
 
 if TYPE_CHECKING:
     from kvgeom.models.model import Model
@@ -61,8 +61,7 @@ def register_backend(
             "fastlm", wraps=lambda model: type(model).__module__.startswith("fastlm."), make=FastModel.around
         )
     """
-    if name in _BACKENDS:
-        raise InputError(f"a backend named {name!r} is registered already; choose another name")
+    check_free("a backend named", name, _BACKENDS)
     backend = _BACKENDS[name] = Backend(name, wraps, make, remote)
     return backend
 

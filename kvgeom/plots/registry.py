@@ -7,12 +7,11 @@ drawn with ``result.plot("its name")``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from inspect import Parameter, signature
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from kvgeom.errors import InputError, unknown, unknown_option
+from kvgeom.registry import import_modules
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -36,7 +35,6 @@ F = TypeVar("F", bound=Figure)
 
 _PACKAGE = __name__.rpartition(".")[0]
 _FIGURES: dict[str, dict[str, Figure]] = {}
-_loaded = False
 
 
 def figure(kind: str, name: str) -> Callable[[F], F]:
@@ -71,7 +69,7 @@ def figure(kind: str, name: str) -> Callable[[F], F]:
 
     def register(function: F) -> F:
         if not str(function.__module__).startswith(f"{_PACKAGE}."):
-            _load()
+            import_modules(_PACKAGE)
         known = _FIGURES.setdefault(kind, {})
         other = known.get(name)
         # A module that is reloaded, or a notebook cell that is run again, replaces its own figure.
@@ -85,7 +83,7 @@ def figure(kind: str, name: str) -> Callable[[F], F]:
 
 def figures(kind: str) -> list[str]:
     """Names of the figures of a kind of result, the default first."""
-    _load()
+    import_modules(_PACKAGE)
     return list(_FIGURES.get(kind, {}))
 
 
@@ -129,13 +127,3 @@ def _check_options(function: Figure, name: str, options: Mapping[str, Any]) -> N
     missing = [p.name for p in named.values() if p.default is Parameter.empty and p.name not in options]
     if missing:
         raise InputError(f"figure {name!r} needs {', '.join(missing)}; give it as plot({name!r}, {missing[0]}=...)")
-
-
-def _load() -> None:
-    """Import the modules of this package, in which the built-in figures register themselves."""
-    global _loaded
-    if _loaded:
-        return
-    for module in iter_modules(import_module(_PACKAGE).__path__):
-        import_module(f"{_PACKAGE}.{module.name}")
-    _loaded = True

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvgeom.errors import InputError
 from kvgeom.prompts.sets import SHIPPED
+from kvgeom.registry import check_free
 
 _BENCHMARKS: dict[str, Benchmark] = {}
 
@@ -49,8 +50,7 @@ def register_benchmark(name: str, benchmark: Benchmark) -> Benchmark:
     >>> kept.harmful({"request": "Do harm"})
     True
     """
-    if name in _BENCHMARKS or name in SHIPPED:
-        raise InputError(f"a benchmark or prompt set named {name!r} is registered already; choose another name")
+    check_free("a benchmark or prompt set named", name, {*_BENCHMARKS, *SHIPPED})
     if not name or set(name) & set("=/."):
         raise InputError(f"the name of a benchmark must be without '=', '/' and '.', got {name!r}")
     _BENCHMARKS[name] = benchmark

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from kvgeom.errors import InputError
+from kvgeom.registry import check_free
 
 if TYPE_CHECKING:
     import torch
@@ -119,8 +120,7 @@ def register_transform(new: Transform) -> Transform:
     InputError
         If its name is taken or cannot be spelled.
     """
-    if new.name in _TRANSFORMS or new.name == "none":
-        raise InputError(f"a transform named {new.name!r} is registered already; choose another name")
+    check_free("a transform named", new.name, {"none", *_TRANSFORMS})
     if not re.fullmatch(r"[a-z]+\d*", new.name):
         raise InputError(f"transform name {new.name!r} cannot be spelled; use lower-case letters, then digits")
     _TRANSFORMS[new.name] = new

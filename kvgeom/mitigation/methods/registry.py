@@ -6,10 +6,8 @@ of this package register themselves; yours does the same, from wherever it is.
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Literal, get_args
 
 from kvgeom.engines.engine import CacheConfig
@@ -18,12 +16,13 @@ from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.models.model import KVGeometry
 from kvgeom.models.statistics import Constants
 from kvgeom.quant.recipe import Recipe
+from kvgeom.registry import check_free, import_modules
 
 #: What a method changes, in the order in which candidates are tried; see :class:`Method`.
 Stage = Literal["cache", "layers", "placement"]
 
 _METHODS: dict[str, Method] = {}
-_imported: list[str] = []
+_PACKAGE = __name__.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -129,9 +128,8 @@ def register_method(new: Method) -> Method:
     InputError
         If the name is taken, or the stage is unknown.
     """
-    _import_built_in()
-    if new.name in _METHODS:
-        raise InputError(f"a mitigation named {new.name!r} is registered already; choose another name")
+    import_modules(_PACKAGE)
+    check_free("a mitigation named", new.name, _METHODS)
     if new.stage not in get_args(Stage):
         raise unknown("stage", new.stage, get_args(Stage))
     _METHODS[new.name] = new
@@ -140,7 +138,7 @@ def register_method(new: Method) -> Method:
 
 def methods(stage: Stage | None = None) -> tuple[Method, ...]:
     """All registered mitigations, or those of one stage, in the order in which they are tried."""
-    _import_built_in()
+    import_modules(_PACKAGE)
     stages = get_args(Stage)
     found = sorted(_METHODS.values(), key=lambda each: stages.index(each.stage))  # of equals in order of registration
     return tuple(each for each in found if stage in (None, each.stage))
@@ -170,12 +168,3 @@ def candidates_of(setting: Setting, stage: Stage, known: Sequence[Candidate] = (
             names.add(candidate.name)
             found.append(candidate)
     return found
-
-
-def _import_built_in() -> None:
-    """Import the modules of this package once; each registers its method."""
-    if not _imported:
-        package = import_module(__name__.rpartition(".")[0])
-        _imported.extend(module.name for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."))
-        for name in _imported:
-            import_module(name)

@@ -6,14 +6,13 @@ format must not import torch, which takes seconds: its methods import what they 
 
 from __future__ import annotations
 
-import pkgutil
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvgeom.errors import InputError
+from kvgeom.registry import check_free, import_modules
 
 if TYPE_CHECKING:
     import torch
@@ -228,16 +227,7 @@ class Format:
 #: The format of a scheme that names none.
 DEFAULT = "int"
 _FORMATS: dict[str, Format] = {}
-_imported: list[str] = []
-
-
-def _import_built_in() -> None:
-    """Import the modules of this package once; each registers its formats."""
-    if not _imported:
-        package = import_module(__name__.rpartition(".")[0])
-        _imported.extend(module.name for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."))
-        for name in _imported:
-            import_module(name)
+_PACKAGE = __name__.rpartition(".")[0]
 
 
 def register_format(new: Format) -> Format:
@@ -248,9 +238,8 @@ def register_format(new: Format) -> Format:
     InputError
         If its name is taken or cannot be spelled, or one of its examples is not read by this format alone.
     """
-    _import_built_in()
-    if new.name in _FORMATS:
-        raise InputError(f"a format named {new.name!r} is registered already; choose another name")
+    import_modules(_PACKAGE)
+    check_free("a format named", new.name, _FORMATS)
     if not re.fullmatch(r"[a-z]\w*", new.name) or new.name in ("sym", "asym"):
         raise InputError(f"format name {new.name!r} cannot be spelled; use lower-case letters, digits and underscores")
     if not new.widths or not new.granularities or not new.examples:
@@ -268,7 +257,7 @@ def register_format(new: Format) -> Format:
 
 def formats() -> tuple[Format, ...]:
     """All registered formats: the default one first, the others by name."""
-    _import_built_in()
+    import_modules(_PACKAGE)
     return tuple(_FORMATS[name] for name in sorted(_FORMATS, key=lambda name: (name != DEFAULT, name)))
 
 
@@ -280,7 +269,7 @@ def get_format(name: str) -> Format:
     InputError
         If there is none.
     """
-    _import_built_in()
+    import_modules(_PACKAGE)
     if name not in _FORMATS:
         raise InputError(f"unknown format {name!r}; choose from {', '.join(known.name for known in formats())}")
     return _FORMATS[name]
