@@ -66,7 +66,7 @@ def _scheme_differences(scheme: Scheme, actual: Scheme) -> list[str]:
         rotates = actual.transform != "none"  # no engine has another transform
         if rotates:
             parts.append(f"the engine rotates heads first ({actual.transform})")
-        if scheme.transform in ("center", "equalize") or (scheme.transform != "none" and not rotates):
+        if scheme.constants is not None or (scheme.transform != "none" and not rotates):
             parts.append(_MISSING.get(scheme.transform, f"{scheme.transform} is not applied"))
     same_grid = (scheme.format, scheme.symmetric, scheme.scales) == (actual.format, actual.symmetric, actual.scales)
     return parts if same_grid and parts else [*parts, "the engine's own grid"]

@@ -10,10 +10,10 @@ from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import resolve
 from kvgeom.errors import InputError
 from kvgeom.models.model import Model
-from kvgeom.models.statistics import with_constants
+from kvgeom.models.statistics import missing_constants, with_constants
 from kvgeom.prompts.sets import calibration
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.recipe import Recipe, Site
 
 #: What an outcome's recipe is known by, apart from its name.
 COORDINATES = ("family", "layer", "granularity", "bits", "draw")
@@ -90,12 +90,12 @@ def with_model_constants(model: Model, conditions: Mapping[str, Condition]) -> d
     conditions that need the same.
     """
     prompts = calibration()
-    measured: dict[frozenset[tuple[int, str]], Recipe] = {}
+    measured: dict[tuple[frozenset[Site], frozenset[Site]], Recipe] = {}
     complete = dict(conditions)
     for name, each in conditions.items():
         recipe = each.recipe
-        missing = _missing(recipe)
-        if not missing:
+        missing = missing_constants(recipe)
+        if not any(missing):
             continue
         if missing not in measured:
             measured[missing] = with_constants(model, recipe, (*prompts.harmful, *prompts.harmless))
@@ -106,16 +106,6 @@ def with_model_constants(model: Model, conditions: Mapping[str, Condition]) -> d
         )
         complete[name] = replace(each, recipe=recipe)
     return complete
-
-
-def _missing(recipe: Recipe) -> frozenset[tuple[int, str]]:
-    """Which transforms of keys (0) and values (1) need constants that the recipe does not have."""
-    return frozenset(
-        (site, scheme.transform)
-        for pair in recipe
-        for site, scheme in enumerate(pair)
-        if scheme is not None and scheme.constants is not None and getattr(recipe, scheme.constants) is None
-    )
 
 
 def _name(given: Any) -> str:

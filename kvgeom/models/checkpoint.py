@@ -96,12 +96,10 @@ def plain(recipe: Recipe, sites: Collection[Site] = ("k", "v")) -> Recipe:
     def bare(scheme: Scheme | None, site: Site) -> Scheme | None:
         return replace(scheme, transform="none") if scheme is not None and site in sites else scheme
 
-    layers = tuple((bare(k, "k"), bare(v, "v")) for k, v in recipe)
-    used = {scheme.transform for pair in layers for scheme in pair if scheme is not None}
-    return Recipe(
-        layers,
-        offsets=recipe.offsets if "center" in used else None,
-        factors=recipe.factors if "equalize" in used else None,
+    left = Recipe(tuple((bare(k, "k"), bare(v, "v")) for k, v in recipe))
+    return left.with_statics(
+        offsets=recipe.offsets if left.sites_with("offsets") else None,
+        factors=recipe.factors if left.sites_with("factors") else None,
     )
 
 
@@ -181,8 +179,8 @@ def _fold_site(model: Model, recipe: Recipe, layer: int, site: Site, scheme: Sch
             f"scheme {scheme} of layer {layer} rounds some channels only, but weights change all; give schemes without channels"
         )
     where = f"{scheme.transform} of {'keys' if site == 'k' else 'values'} in layer {layer} cannot be folded"
-    statics = {"center": recipe.offsets, "equalize": recipe.factors}.get(scheme.transform)
-    if scheme.transform in ("center", "equalize") and statics is None:
+    statics = {None: None, "offsets": recipe.offsets, "factors": recipe.factors}[scheme.constants]
+    if scheme.constants is not None and statics is None:
         raise InputError(f"{where}: the recipe has no vectors for it; give recipe.with_statics(...)")
     vector = None if statics is None else statics.vectors.get((layer, site))
     if statics is not None and vector is None:

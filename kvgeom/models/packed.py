@@ -200,8 +200,7 @@ def quantized_cache(model: PreTrainedModel | Model, recipe: Recipe, placement: P
     placement = placement or Placement()
     check_packable(recipe, placement)
     quantizer = Quantizer(recipe, placement)
-    centered = any(keys is not None and keys.constants == "offsets" for keys, _ in recipe)
-    if not (quantizer.needs_rotation and centered):
+    if not (quantizer.needs_rotation and "k" in recipe.sites_with("offsets")):
         return PackedCache(count, quantizer)
     return PackedCache(
         count, quantizer, RotaryEmbedding(hf_model, decoder_layers(hf_model, count, name), name).rotation

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -125,8 +124,7 @@ def with_constants(model: Model, recipe: Recipe, prompts: Sequence[str]) -> Reci
         ``recipe`` itself if it needs nothing, or has all that it needs. Offsets are those of :class:`Constants`: of keys
         alone where no values are centred.
     """
-    offsets = _transformed(recipe, "center") if recipe.offsets is None else frozenset()
-    factors = _transformed(recipe, "equalize") if recipe.factors is None else frozenset()
+    offsets, factors = missing_constants(recipe)
     if not offsets and not factors:
         return recipe
     if not factors and offsets == {"k"} and (biases := model.key_biases()):
@@ -137,11 +135,9 @@ def with_constants(model: Model, recipe: Recipe, prompts: Sequence[str]) -> Reci
     return recipe.with_statics(offsets=centred, factors=known.factors if factors else None)
 
 
-def _transformed(recipe: Recipe, transform: str) -> frozenset[Site]:
-    """Sites at which some layer is rounded after a transform."""
-    return frozenset(
-        site
-        for pair in recipe
-        for site, scheme in zip(get_args(Site), pair, strict=True)
-        if scheme is not None and scheme.transform == transform
+def missing_constants(recipe: Recipe) -> tuple[frozenset[Site], frozenset[Site]]:
+    """Sites whose schemes need offsets, and sites whose schemes need factors, that the recipe does not have."""
+    return (
+        recipe.sites_with("offsets") if recipe.offsets is None else frozenset(),
+        recipe.sites_with("factors") if recipe.factors is None else frozenset(),
     )

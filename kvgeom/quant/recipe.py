@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from kvgeom.errors import InputError
 from kvgeom.quant.scheme import Scheme
@@ -96,6 +96,15 @@ class Recipe:
     def scheme(self, layer: int, site: Site) -> Scheme | None:
         """The scheme of one site of one layer."""
         return self.layers[layer][0 if site == "k" else 1]
+
+    def sites_with(self, constants: Literal["offsets", "factors"]) -> frozenset[Site]:
+        """Sites at which some layer is rounded after a transform that needs such constants of the model."""
+        return frozenset(
+            site
+            for pair in self
+            for site, scheme in zip(get_args(Site), pair, strict=True)
+            if scheme is not None and scheme.constants == constants
+        )
 
     def record(self) -> dict[str, Any]:
         """All that the recipe is, as JSON: schemes layer by layer, constants by their fingerprint, the control's seed."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvgeom.engines.registry import resolve, scheme_rows
 from kvgeom.errors import InputError
 from kvgeom.models.packed import PackedCache
+from kvgeom.models.statistics import missing_constants
 from kvgeom.quant import transforms
 from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.formats import base
@@ -218,3 +219,10 @@ def test_placements_by_name() -> None:
     assert Placement.parse(given) is given
     with pytest.raises(InputError, match="choose from cache, paper"):
         Placement.parse("attic")
+
+
+def test_a_transform_from_outside_gets_what_it_needs(extra: None) -> None:
+    recipe = Recipe.uniform(2, Scheme.parse("int3-sym-tensor+shift2"), sites="k")
+    assert recipe.sites_with("offsets") == {"k"}
+    assert recipe.sites_with("factors") == set()
+    assert missing_constants(recipe) == ({"k"}, set())

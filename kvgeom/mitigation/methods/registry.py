@@ -56,13 +56,9 @@ class Setting:
 
     def constants_for(self, recipe: Recipe) -> Recipe:
         """The same recipe with only those measured constants that its schemes use."""
-        known = self.constants
-        k, v = (
-            {pair[site].constants for pair in recipe if pair[site] is not None}  # type: ignore[union-attr]
-            for site in (0, 1)
-        )
-        offsets = known.both if "offsets" in v else known.keys if "offsets" in k else None
-        return recipe.with_statics(offsets=offsets, factors=known.factors if "factors" in k | v else None)
+        known, centred = self.constants, recipe.sites_with("offsets")
+        offsets = known.both if "v" in centred else known.keys if centred else None
+        return recipe.with_statics(offsets=offsets, factors=known.factors if recipe.sites_with("factors") else None)
 
     @property
     def offset(self) -> str:
