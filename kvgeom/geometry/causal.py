@@ -156,11 +156,10 @@ def _named(
 ) -> dict[str, Rounding]:
     """What is rounded in each branch, by name."""
     if isinstance(schemes, Mapping):
-        named = {str(name): Rounding.of(model, spec, placement) for name, spec in schemes.items()}
+        named = dict(zip(map(str, schemes), Rounding.each(model, schemes.values(), placement), strict=True))
     else:
         specs = (schemes,) if isinstance(schemes, CacheConfig | Recipe | Scheme | str) else schemes
-        found = (Rounding.of(model, spec, placement) for spec in specs)
-        named = {rounding.name: rounding for rounding in found}
+        named = {rounding.name: rounding for rounding in Rounding.each(model, specs, placement)}
     if not named:
         raise InputError("no scheme was given; name at least one to round the layers with")
     if len({(r.placement.where, r.placement.prefill_reads) for r in named.values()}) > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,11 +11,10 @@ from torch import Tensor
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import resolve
 from kvgeom.errors import InputError
+from kvgeom.evaluation.condition import Condition, with_model_constants
 from kvgeom.geometry.activations import Site
 from kvgeom.models.model import Model
 from kvgeom.models.rotary import rotation_at
-from kvgeom.models.statistics import with_constants
-from kvgeom.prompts.sets import calibration
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
@@ -72,10 +71,16 @@ class Rounding:
         InputError
             If the spec cannot be resolved, or is a recipe for another number of layers.
         """
-        config = resolve(spec, placement=placement)
-        prompts = calibration()
-        recipe = with_constants(model, config.recipe(model.geometry.layers), (*prompts.harmful, *prompts.harmless))
-        return cls(config.name, config.stored, recipe, config.placement)
+        return cls.each(model, [spec], placement)[0]
+
+    @classmethod
+    def each(cls, model: Model, specs: Iterable[CacheSpec], placement: Placement | str | None = None) -> list[Rounding]:
+        """The same for several specs; constants that some of them share are measured once."""
+        configs = {str(n): resolve(spec, placement=placement) for n, spec in enumerate(specs)}
+        layers = model.geometry.layers
+        bare = {n: Condition(config.recipe(layers), config.placement) for n, config in configs.items()}
+        whole = with_model_constants(model, bare)
+        return [cls(one.name, one.stored, whole[n].recipe, one.placement) for n, one in configs.items()]
 
     @classmethod
     def at(cls, model: Model, spec: CacheSpec, placement: Placement) -> Rounding:

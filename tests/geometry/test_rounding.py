@@ -14,6 +14,7 @@ from kvgeom.geometry.attention import attention_error
 from kvgeom.geometry.causal import first_order, patch_layers
 from kvgeom.geometry.channels import stored
 from kvgeom.geometry.rounding import Rounding
+from kvgeom.models import statistics
 from kvgeom.models.hf import HFModel
 from kvgeom.models.reading import read
 from kvgeom.models.statistics import constants, with_constants
@@ -185,6 +186,23 @@ def test_rounds_what_the_cache_rounds(biased: HFModel, placement: Placement, spe
         torch.testing.assert_close(ours[:, :, :settled], theirs[:, :, :settled])
         assert torch.equal(ours[:, :, : placement.sinks], x[:, :, : placement.sinks])
         assert not torch.equal(ours, x)
+
+
+def test_constants_that_schemes_share_are_measured_once(biased: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = ["int3-sym-tensor+equalize", "int4-asym-token+equalize", "int4-asym-token"]
+    apart = [Rounding.of(biased, spec) for spec in specs]
+    passes: list[int] = []
+    monkeypatch.setattr(statistics, "channel_statistics", _counted(statistics.channel_statistics, passes))
+    assert Rounding.each(biased, specs) == apart
+    assert len(passes) == 1
+
+
+def _counted(function, calls: list[int]):  # type: ignore[no-untyped-def]
+    def counting(*given):  # type: ignore[no-untyped-def]
+        calls.append(1)
+        return function(*given)
+
+    return counting
 
 
 def test_constants_are_measured_where_they_are_needed(biased: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
