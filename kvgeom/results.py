@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -159,10 +160,8 @@ class Result:
     def save(self, path: str | Path) -> Path:
         """Write the result to one NetCDF file (no pickle); read it back with :meth:`load`."""
         path = Path(path)
-        try:
+        with _written(path):
             _stamped(self).to_netcdf(path, engine="h5netcdf")
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error}; choose a folder that exists and is writable") from error
         return path
 
     @classmethod
@@ -256,12 +255,10 @@ class Composite:
 
         path = Path(path)
         head = {"kvgeom_kind": self.kind, "kvgeom_meta": json.dumps(plain(self.record())), "parts": list(self.parts())}
-        try:
+        with _written(path):
             xr.Dataset(attrs=head).to_netcdf(path, engine="h5netcdf")
             for name, part in self.parts().items():
                 _stamped(part).to_netcdf(path, engine="h5netcdf", group=name, mode="a")
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error}; choose a folder that exists and is writable") from error
         return path
 
     @classmethod
@@ -280,6 +277,14 @@ class Composite:
 
 def _stamped(result: Result) -> xr.Dataset:
     return result.data.assign_attrs(kvgeom_kind=result.kind, kvgeom_meta=json.dumps(result.meta))
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}; choose a folder that exists and is writable") from error
 
 
 def _read(path: Path, group: str | None) -> Result | Composite:
@@ -317,14 +322,15 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Columns set flush: words to the left, numbers to the right; NaN is a dash."""
     from tabulate import tabulate
 
-    cells = [[_cell(value) for value in row] for row in rows]
+    cells = [[cell_text(value) for value in row] for row in rows]
     if not cells:
         return "  ".join(columns)
     right = ["right" if all(_is_number(row[n]) for row in cells) else "left" for n in range(len(columns))]
     return tabulate(cells, headers=list(columns), tablefmt="simple", disable_numparse=True, colalign=right)
 
 
-def _cell(value: Any) -> str:
+def cell_text(value: Any) -> str:
+    """A cell of a table: four digits of a fraction, a dash for NaN."""
     if isinstance(value, float):
         return "-" if value != value else f"{value:.4g}"
     return str(value)

@@ -36,6 +36,16 @@ class PromptSet:
         """Hash of all requests in their order."""
         return hashlib.sha256(json.dumps([self.harmful, self.harmless]).encode()).hexdigest()[:16]
 
+    def described(self) -> dict[str, Any]:
+        """What a report says of it: name, source and fingerprint, and how many requests of each class."""
+        return {
+            "name": self.name,
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "harmful": len(self.harmful),
+            "harmless": len(self.harmless),
+        }
+
     def to_dict(self) -> dict[str, object]:
         """Plain JSON types."""
         return {

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,6 +15,7 @@ from kvgeom.behaviour.widths import DESCRIBED, at_widths
 from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
 from kvgeom.engines.registry import needs_bits
 from kvgeom.errors import InputError
+from kvgeom.evaluation.baseline import versions
 from kvgeom.evaluation.condition import UNQUANTIZED
 from kvgeom.evaluation.config import split_options
 from kvgeom.models.load import load
@@ -233,13 +233,7 @@ def _about(model: Model, prompts: PromptSet, found: Diagnosis, seconds: float) -
             "attention_kernel": model.attention_kernel,
             **model.geometry.__dict__,
         },
-        "prompts": {
-            "name": prompts.name,
-            "source": prompts.source,
-            "fingerprint": prompts.fingerprint,
-            "harmful": len(prompts.harmful),
-            "harmless": len(prompts.harmless),
-        },
+        "prompts": prompts.described(),
         "settings": {
             **{name: meta[name] for name in (*DESCRIBED, "placement")},
             "scan_scheme": found.scan.meta["scheme"],
@@ -249,7 +243,7 @@ def _about(model: Model, prompts: PromptSet, found: Diagnosis, seconds: float) -
             "seed": found.seed,
             "seconds": round(seconds, 1),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "versions": {name: version(name) for name in ("kvgeom", "torch", "transformers")},
+            "versions": versions(),
         },
         "baseline": {
             "prompts": len(found.baseline.prompts),

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from html import escape
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,6 +15,7 @@ from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import resolve, widths
 from kvgeom.errors import InputError
+from kvgeom.evaluation.baseline import versions
 from kvgeom.evaluation.config import split_options
 from kvgeom.mitigation.plan import Plan
 from kvgeom.mitigation.search import check_budget
@@ -115,10 +115,7 @@ class Fix:
 
     def save(self, path: str | Path) -> Path:
         """Write ``plan.json``, ``report.html`` and what :meth:`load` reads into a folder; return the report's path."""
-        folder, page = (
-            writable_folder(path),
-            self.page(),
-        )
+        folder, page = writable_folder(path), self.page()
         self.plan.save(folder)
         self.diagnosis.save(folder / DIAGNOSIS)
         self.verification.save(folder / VERIFICATION)
@@ -233,8 +230,8 @@ def fix(
     del verifying["max_new_tokens"]  # that of the plan
     proof = plan.verify(loaded, proving, also=plan.runners_up, controls=controls, **verifying)
     settings = {
-        "calibration": _described(chosen),
-        "verification": _described(proving),
+        "calibration": chosen.described(),
+        "verification": proving.described(),
         "fingerprint": loaded.fingerprint,
         "runs_on": f"{loaded.backend}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}",
         "bits": config.bits,
@@ -243,7 +240,7 @@ def fix(
         "seed": run.seed,
         "seconds": round(time.monotonic() - started, 1),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {name: version(name) for name in ("kvgeom", "torch", "transformers")},
+        "versions": versions(),
     }
     made = Fix(found, plan.with_verification(proof), proof, settings)
     if folder is not None:
@@ -297,13 +294,3 @@ def check_prompts(prompts: PromptSet, verify_prompts: PromptSet) -> None:
             f"{len(shared)} of the requests of {verify_prompts.name!r} are also in {prompts.name!r} or the harmless requests asked "
             f"with it, such as {shared[0][:60]!r}; prove a plan on requests that did not choose it"
         )
-
-
-def _described(prompts: PromptSet) -> dict[str, Any]:
-    return {
-        "name": prompts.name,
-        "source": prompts.source,
-        "fingerprint": prompts.fingerprint,
-        "harmful": len(prompts.harmful),
-        "harmless": len(prompts.harmless),
-    }

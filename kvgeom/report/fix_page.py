@@ -13,7 +13,7 @@ from kvgeom.plots.mitigation import layer_selection, pareto_front
 from kvgeom.plots.mode import mode_card
 from kvgeom.plots.recovery import memory_bars, recovery_bars
 from kvgeom.report.fix_text import COLUMNS, before_and_after, left_by_chance, rules_compared, size_or_direction
-from kvgeom.report.html import drawn, page, section
+from kvgeom.report.html import drawn, made_text, page, prompts_text, section
 
 #: Edge of the verdict by its status.
 _TONES = {"helps": "good", "does not help": "bad"}
@@ -126,14 +126,6 @@ def _sections(plan: Plan, found: Verification) -> list[dict[str, Any]]:
 
 def _provenance(plan: Plan, settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     shape = plan.geometry
-
-    def described(prompts: dict[str, Any]) -> str:
-        return (
-            f"{prompts['name']}: {prompts['harmful']} harmful, {prompts['harmless']} harmless ({prompts['source']}; "
-            f"{prompts['fingerprint']})"
-        )
-
-    versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
     return [
         ("model", f"{plan.model} (fingerprint {settings['fingerprint']}, weights {plan.identity})"),
         ("runs on", settings["runs_on"]),
@@ -142,8 +134,8 @@ def _provenance(plan: Plan, settings: Mapping[str, Any]) -> list[tuple[str, str]
             f"{shape.layers} layers, {shape.kv_heads} KV heads of {shape.head_dim}; {plan.scheme}, {plan.placement}",
         ),
         ("budget", f"{100 * settings['memory']:.3g} % more memory than unmitigated"),
-        ("chosen on", described(settings["calibration"])),
-        ("proven on", described(settings["verification"])),
+        ("chosen on", prompts_text(settings["calibration"])),
+        ("proven on", prompts_text(settings["verification"])),
         ("responses", f"greedy, at most {plan.max_new_tokens} tokens; judge: {plan.judge}"),
-        ("made", f"{settings['created']}, in {settings['seconds']:.0f} s; seed {settings['seed']}; {versions}"),
+        ("made", made_text(settings)),
     ]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from kvgeom.results import cell_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,15 +57,23 @@ def drawn(figure: go.Figure, title: str) -> Markup:
     return Markup(figure.to_html(full_html=False, include_plotlyjs=False, config=_CONFIG, div_id=name))  # noqa: S704
 
 
+def prompts_text(prompts: Mapping[str, Any]) -> str:
+    """A prompt set, as :meth:`~kvgeom.prompts.sets.PromptSet.described` has it, in a line."""
+    return (
+        f"{prompts['name']}: {prompts['harmful']} harmful, {prompts['harmless']} harmless ({prompts['source']}; "
+        f"{prompts['fingerprint']})"
+    )
+
+
+def made_text(settings: Mapping[str, Any]) -> str:
+    """When something was made, in which time, and with what, in a line."""
+    versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
+    return f"{settings['created']}, in {settings['seconds']:.0f} s; seed {settings['seed']}; {versions}"
+
+
 def cells(table: pd.DataFrame) -> dict[str, Any]:
     """A frame as columns and rows of text."""
     return {
         "columns": list(table.columns),
-        "rows": [[_number(value) for value in row] for row in table.itertuples(index=False)],
+        "rows": [[cell_text(value) for value in row] for row in table.itertuples(index=False)],
     }
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, float):
-        return "-" if value != value else f"{value:.4g}"
-    return str(value)

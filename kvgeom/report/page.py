@@ -15,7 +15,7 @@ from kvgeom.plots.mode import mode_card
 from kvgeom.plots.pcr import pcr_interval
 from kvgeom.plots.scan import layer_scan
 from kvgeom.plots.sensitivity import ratio_map
-from kvgeom.report.html import drawn, page, section
+from kvgeom.report.html import drawn, made_text, page, prompts_text, section
 from kvgeom.report.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -223,7 +223,6 @@ def _sensitivity_table(found: Sensitivity) -> pd.DataFrame:
 
 def _provenance(audit: AuditPage) -> list[tuple[str, str]]:
     model, prompts, settings = (audit.about[name] for name in ("model", "prompts", "settings"))
-    versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
     return [
         ("model", f"{model['name']} (fingerprint {model['fingerprint']})"),
         (
@@ -235,15 +234,12 @@ def _provenance(audit: AuditPage) -> list[tuple[str, str]]:
             f"{model['layers']} layers, {model['kv_heads']} KV heads of {model['head_dim']} ({model['query_heads']} query heads), "
             f"{'key biases' if model['key_bias'] else 'no key biases'}, RoPE {model['rope']}",
         ),
-        (
-            "prompts",
-            f"{prompts['name']}: {prompts['harmful']} harmful, {prompts['harmless']} harmless ({prompts['source']}; {prompts['fingerprint']})",
-        ),
+        ("prompts", prompts_text(prompts)),
         ("rounding of the curve", _rounding(audit)),
         (
             "rounding of layers, parts, PCR and geometry",
             f"{settings['scan_scheme']}; {settings['scan_placement']}",
         ),
         ("responses", f"greedy, at most {settings['max_new_tokens']} tokens; judge: {settings['judge']}"),
-        ("made", f"{settings['created']}, in {settings['seconds']:.0f} s; seed {settings['seed']}; {versions}"),
+        ("made", made_text(settings)),
     ]

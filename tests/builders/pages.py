@@ -15,6 +15,17 @@ class Page(HTMLParser):
         self._in_script = False
         self.feed(text)
 
+    def reaches_out(self, beside: str) -> list[tuple[str, dict[str, str | None]]]:
+        """Tags that need anything but the page itself, and the one file beside it."""
+        return [
+            (tag, attributes)
+            for tag, attributes in self.tags
+            if tag in ("link", "iframe", "object", "base", "embed")
+            or attributes.get("src")
+            or attributes.get("href", beside) != beside
+            or any(name.startswith("on") for name in attributes)
+        ]
+
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
         self._in_script = tag == "script"

@@ -170,11 +170,7 @@ def test_an_interrupted_fix_goes_on(model: HFModel, tmp_path: Path) -> None:
 
 def test_the_page_stands_alone_and_shows_every_part(fixed: Fix, out: Path) -> None:
     page = Page((out / "report.html").read_text(encoding="utf-8"))
-    for tag, attributes in page.tags:
-        assert tag not in ("link", "iframe", "object", "base", "embed")
-        assert not attributes.get("src")
-        assert attributes.get("href", "plan.json") == "plan.json"
-        assert not any(name.startswith("on") for name in attributes)
+    assert not page.reaches_out("plan.json")
     words = " ".join(" ".join(page.text).split())
     assert re.findall("<h2>(.*?)</h2>", (out / "report.html").read_text(encoding="utf-8")) == [
         "Before and after", "What each candidate keeps, and what it costs", "How much is recovered on other prompts",
