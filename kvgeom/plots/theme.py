@@ -97,6 +97,8 @@ def panel_title(figure: go.Figure, text: str, row: int = 1, col: int = 1) -> Non
 
 def say(figure: go.Figure, text: str, row: int = 1, col: int = 1) -> None:
     """Write into the middle of a panel, in grey, why it is empty."""
+    # A panel without a trace is not drawn, and its texts would land in the first one.
+    figure.add_scatter(x=[None], y=[None], mode="markers", showlegend=False, hoverinfo="skip", row=row, col=col)
     figure.add_annotation(
         text=wrapped(text, 90),
         xref="x domain",
