@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from kvgeom.plots.registry import Plottable, figure
-from kvgeom.plots.theme import ACCENT, PLAIN, finish, layer_axis, log_axis, panel_title, plain
+from kvgeom.plots.theme import ACCENT, PLAIN, finish, layer_axis, log_axis, panel_title, plain, positive
 
 
 @figure("attention-error", "errors_by_layer")
@@ -49,7 +49,7 @@ def errors_by_layer(found: Plottable, queries: str = "all") -> go.Figure:
         unit = " nats" if "score" in name else ""
         figure.add_scatter(
             x=layers,
-            y=np.where(data[name].values > 0, data[name].values, np.nan),
+            y=positive(data[name]),
             mode="lines+markers",
             name=legend,
             legendgroup=legend,

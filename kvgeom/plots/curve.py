@@ -9,7 +9,19 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from kvgeom.plots.registry import Plottable, figure
-from kvgeom.plots.theme import INK, LABEL_COLORS, MUTED, finish, interval, log_axis, panel_title, percent, plain, say
+from kvgeom.plots.theme import (
+    INK,
+    LABEL_COLORS,
+    MUTED,
+    finish,
+    interval,
+    log_axis,
+    panel_title,
+    percent,
+    plain,
+    positive,
+    say,
+)
 
 #: A perplexity ratio beyond this is drawn on a logarithmic axis.
 LARGE = 3.0
@@ -130,12 +142,13 @@ def _flips(figure: go.Figure, curve: Plottable, widths: list[int], refused: int)
 
 
 def _perplexity(figure: go.Figure, x: list[str], ratio: np.ndarray) -> None:
-    known = ratio[np.isfinite(ratio) & (ratio > 0)]
+    drawn = positive(ratio)
+    known = drawn[np.isfinite(drawn)]
     top = float(known.max()) if known.size else 1.0
     bottom = min(1.0, float(known.min())) if known.size else 1.0
     figure.add_scatter(
         x=x,
-        y=np.where(np.isfinite(ratio) & (ratio > 0), ratio, np.nan),
+        y=drawn,
         name="perplexity ratio",
         showlegend=False,
         mode="lines+markers+text",

@@ -27,6 +27,7 @@ from kvgeom.plots.theme import (
     log_axis,
     panel_title,
     plain,
+    positive,
     say,
     short,
     symmetric_range,
@@ -62,10 +63,10 @@ def ratio_map(sensitivity: Plottable) -> go.Figure:
     layers = data.layer.values.astype(int)
     ratio = data.ratio.transpose("site", "layer").values.astype(float)
     status = data.status.transpose("site", "layer").values.astype(str)
-    defined = np.isfinite(ratio) & (ratio > 0) & (status != "undefined")
-    log_ratio = np.where(defined, np.log10(np.where(defined, ratio, 1)), np.nan)
+    log_ratio = np.log10(positive(np.where(status == "undefined", np.nan, ratio)))
+    defined = np.isfinite(log_ratio)
     reach = min(symmetric_range(log_ratio)[1], DECADES)
-    rows = np.arange(len(sites))
+    rows, hover = np.arange(len(sites)), _hover(data, sites)
     # Few enough layers, and a cell is wide enough for its number.
     written = [[short(r) if ok and len(layers) <= 36 else "" for r, ok in zip(*row, strict=True)]
                for row in zip(ratio, defined, strict=True)]  # fmt: skip
@@ -83,13 +84,13 @@ def ratio_map(sensitivity: Plottable) -> go.Figure:
             texttemplate="%{text}",
             textfont={"size": 10 if len(layers) <= 28 else 9},
             hoverongaps=False,
-            customdata=_hover(data, sites),
+            customdata=hover,
             hovertemplate="%{customdata}<extra></extra>",
             name="ratio",
             colorbar=colour_bar("ratio", **_decades(log_ratio, reach), len=1.15),
         )
     )
-    _undefined(figure, layers, rows, defined, _hover(data, sites))
+    _undefined(figure, layers, rows, defined, hover)
     at, of = np.nonzero((status == "weak") & defined)
     figure.add_scatter(
         x=layers[of] + 0.34,
@@ -204,7 +205,7 @@ def ratio_against_null(sensitivity: Plottable, site: str = "k") -> go.Figure:
         (2, "noise_alignment", "alignment_null_low", "alignment_null_high", None),
     )
     for row, variable, low, high, median in panels:
-        band_low, band_high = (_positive(data[v].values) for v in (low, high))
+        band_low, band_high = (positive(data[v].values) for v in (low, high))
         # Two lines with the room between them filled; the gaps where there is no null stay open.
         for edge, fill in ((band_low, None), (band_high, "tonexty")):
             figure.add_scatter(
@@ -215,7 +216,7 @@ def ratio_against_null(sensitivity: Plottable, site: str = "k") -> go.Figure:
             _contrasts(figure, data, layers)
         if median is not None:
             figure.add_scatter(
-                x=layers, y=_positive(data[median].values), mode="lines", line={"color": MUTED, "width": 1, "dash": "dot"},
+                x=layers, y=positive(data[median].values), mode="lines", line={"color": MUTED, "width": 1, "dash": "dot"},
                 name="their median", hovertemplate="layer %{x}: median of random subspaces %{y:,.3g}<extra></extra>",
                 row=row, col=1,
             )  # fmt: skip
@@ -223,7 +224,7 @@ def ratio_against_null(sensitivity: Plottable, site: str = "k") -> go.Figure:
             chosen = status == wanted
             figure.add_scatter(
                 x=layers[chosen],
-                y=_positive(data[variable].values)[chosen],
+                y=positive(data[variable].values)[chosen],
                 mode="markers",
                 name=legend,
                 showlegend=row == 1 and bool(chosen.any()),
@@ -235,7 +236,7 @@ def ratio_against_null(sensitivity: Plottable, site: str = "k") -> go.Figure:
                 col=1,
             )
         figure.add_hline(y=1, line={"color": LINE, "width": 1}, row=row, col=1)
-        if not np.isfinite(_positive(data[variable].values)).any():
+        if not np.isfinite(positive(data[variable].values)).any():
             say(figure, "undefined in every layer", row=row)
     figure.update_xaxes(**{**layer_axis(len(layers)), "title": None})
     figure.update_xaxes(title_text="layer", row=2, col=1)
@@ -260,7 +261,7 @@ def _contrasts(figure: go.Figure, data: xr.Dataset, layers: np.ndarray) -> None:
     for number, contrast in enumerate(data.contrast.values):
         figure.add_scatter(
             x=layers,
-            y=_positive(data.contrast_ratio.sel(contrast=contrast).values),
+            y=positive(data.contrast_ratio.sel(contrast=contrast).values),
             mode="markers",
             name="harmless contrasts",
             legendgroup="contrasts",
@@ -293,8 +294,7 @@ def channel_ratio_map(sensitivity: Plottable, site: str = "k") -> go.Figure:
     """
     channels = channels_of(sensitivity.data, site).transpose("layer", "channel")
     ratio = channels.ratio.values.astype(float)
-    defined = np.isfinite(ratio) & (ratio > 0)
-    log_ratio = np.where(defined, np.log10(np.where(defined, ratio, 1)), np.nan)
+    log_ratio = np.log10(positive(ratio))
     reach = min(symmetric_range(log_ratio)[1], 2 * DECADES)
     count = ratio.shape[1]
     head_dim = None if site == "resid" else int(sensitivity.meta["head_dim"])
@@ -328,8 +328,3 @@ def channels_of(data: xr.Dataset, site: str) -> xr.Dataset:
     names = {f"{prefix}{name}": name for name in ("ratio", "magnitude", "noise", "loading")}
     picked = data[list(names)].rename(names)
     return picked.rename(resid_channel="channel") if site == "resid" else picked.sel(kv=site, drop=True)
-
-
-def _positive(values: np.ndarray) -> np.ndarray:
-    found = np.asarray(values, dtype=float)
-    return np.where(np.isfinite(found) & (found > 0), found, np.nan)

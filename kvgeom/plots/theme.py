@@ -121,8 +121,8 @@ def layer_axis(layers: int) -> dict[str, Any]:
 
 def log_axis(*values: ArrayLike, powers: int = 6) -> dict[str, Any]:
     """A logarithmic axis of some values: at most ``powers`` powers of ten, and 2 and 5 between them over few decades."""
-    found = np.concatenate([np.asarray(v, dtype=float).ravel() for v in values])
-    found = found[np.isfinite(found) & (found > 0)]
+    found = positive(np.concatenate([np.ravel(v) for v in values]))
+    found = found[np.isfinite(found)]
     low, high = (float(np.log10(end(found))) if found.size else 0.0 for end in (np.min, np.max))
     axis: dict[str, Any] = {"type": "log", "minor_showgrid": False}
     if high - low >= 2:
@@ -134,6 +134,12 @@ def log_axis(*values: ArrayLike, powers: int = 6) -> dict[str, Any]:
         }
     decades = range(math.floor(low), math.ceil(high) + 1)
     return axis | {"tickvals": [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]}
+
+
+def positive(values: ArrayLike) -> NDArray[np.float64]:
+    """What a logarithmic axis can show of some values, NaN for all else."""
+    found = np.asarray(values, dtype=float)
+    return np.where(np.isfinite(found) & (found > 0), found, np.nan)
 
 
 def symmetric_range(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plotly.subplots import make_subplots
 
-from kvgeom.plots.theme import channel_names, head_borders, interval, log_axis, short, symmetric_range
+from kvgeom.plots.theme import channel_names, head_borders, interval, log_axis, positive, say, short, symmetric_range
 
 
 def test_symmetric_range() -> None:
@@ -62,3 +62,16 @@ def test_heads_are_separated_in_their_own_panel() -> None:
     ]
     head_borders(figure, 12, None)
     assert len(figure.layout.shapes) == 2
+
+
+def test_an_empty_panel_has_a_trace() -> None:
+    """Without one plotly draws no panel there, and writes its texts into another."""
+    figure = make_subplots(rows=2, cols=1)
+    figure.add_scatter(y=[1.0], row=1, col=1)
+    say(figure, "nothing here", row=2)
+    assert [trace.yaxis for trace in figure.data] == ["y", "y2"]
+    assert not figure.data[1].showlegend
+
+
+def test_what_a_logarithmic_axis_can_show() -> None:
+    np.testing.assert_array_equal(positive([2, 0, -1, np.inf, np.nan]), [2, *[np.nan] * 4])
