@@ -282,6 +282,7 @@ def hadamard_matrix(size: int, largest: int | None = None) -> Tensor:
 #: How many matrices, and how many draws, are kept.
 _KEPT = 512
 _MATRICES: dict[tuple[str, int, torch.device, torch.dtype], Tensor] = {}
+_SIGNS: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
 
 def remembered(cache: dict[K, V], key: K, make: Callable[[K], V]) -> V:
@@ -308,8 +309,12 @@ def _made(key: tuple[str, int, torch.device, torch.dtype]) -> Tensor:
 
 
 def _signs(like: Tensor) -> Tensor:
+    return remembered(_SIGNS, (like.shape[-1], like.device, like.dtype), _drawn)
+
+
+def _drawn(key: tuple[int, torch.device, torch.dtype]) -> Tensor:
     import torch
 
-    size = like.shape[-1]
+    size, device, dtype = key
     seeded = torch.Generator().manual_seed(0x9E3779B9)
-    return (2 * torch.bernoulli(torch.full((size,), 0.5), generator=seeded) - 1).to(like)
+    return (2 * torch.bernoulli(torch.full((size,), 0.5), generator=seeded) - 1).to(device, dtype)
