@@ -24,8 +24,11 @@ def scheme_bytes(scheme: Scheme | None, kv_heads: int, head_dim: int, tokens: in
         return kv_heads * head_dim * tokens * exact_bytes
     blocks, row = _blocks(scheme, kv_heads, head_dim, tokens)
     scale = sum(dtype.itemsize for dtype in get_format(scheme.format).scale_dtypes(scheme) if dtype is not None)
-    rows, length = row
-    return rows * (length if scheme.bits == 8 else -(-length // 8) * scheme.bits) + blocks * scale
+    return _code_bytes(scheme, *row) + blocks * scale
+
+
+def _code_bytes(scheme: Scheme, rows: int, length: int) -> int:
+    return rows * (length if scheme.bits == 8 else -(-length // 8) * scheme.bits)
 
 
 def _blocks(scheme: Scheme, heads: int, dim: int, tokens: int) -> tuple[int, tuple[int, int]]:
@@ -105,16 +108,11 @@ def _site_bytes(
     exact = stored - sum(parts)
     total = scheme_bytes(None, *shape, exact, exact_bytes)
     for index, tokens in enumerate(part for part in parts if part):
-        total += scheme_bytes(scheme, *shape, tokens, exact_bytes)
-        if once and index:
-            total -= scheme_bytes(scheme, *shape, tokens) - _codes_alone(scheme, shape, tokens)
+        if once and index:  # later tokens of a group lie as they come
+            total += _code_bytes(scheme, shape[0] * tokens, shape[1])
+        else:
+            total += scheme_bytes(scheme, *shape, tokens)
     return total
-
-
-def _codes_alone(scheme: Scheme, shape: tuple[int, int], tokens: int) -> int:
-    heads, dim = shape
-    rows = heads * tokens  # later tokens of a group lie as they come
-    return rows * (dim if scheme.bits == 8 else -(-dim // 8) * scheme.bits)
 
 
 def bytes_per_token(
