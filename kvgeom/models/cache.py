@@ -225,6 +225,11 @@ class EditedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.index = index
         self.edit = edit
 
+    def fill(self, keys: Tensor, values: Tensor) -> None:
+        """Hold these tokens, as they are, and no others."""
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values as edited, and return all that attention is to read."""
         edit = self.edit
@@ -275,9 +280,10 @@ class EditedCache(Cache):
         longest = max(cache.get_seq_length() for cache in caches)
         for index, layer in enumerate(merged.layers):
             parts = [cache.layers[index] for cache in caches]
-            layer.lazy_initialization(parts[0].keys, parts[0].values)
-            layer.keys = torch.cat([_padded(part.keys, longest) for part in parts])
-            layer.values = torch.cat([_padded(part.values, longest) for part in parts])
+            layer.fill(
+                torch.cat([_padded(part.keys, longest) for part in parts]),
+                torch.cat([_padded(part.values, longest) for part in parts]),
+            )
         return merged
 
     def keep(self, rows: Tensor) -> None:
@@ -299,9 +305,7 @@ class EditedCache(Cache):
         for all_rows, new in zip(self.layers, one.layers, strict=True):
             at = row if row < len(all_rows.keys) else 0
             # Copied, or the one sequence would hold on to the memory of the whole batch.
-            keys, values = (x[at : at + 1, :, :length].clone() for x in (all_rows.keys, all_rows.values))
-            new.lazy_initialization(keys, values)
-            new.keys, new.values = keys, values
+            new.fill(*(x[at : at + 1, :, :length].clone() for x in (all_rows.keys, all_rows.values)))
         return one
 
     def copy(self, edit: Edit | None = None) -> EditedCache:
@@ -309,8 +313,7 @@ class EditedCache(Cache):
         other = EditedCache(len(self.layers), edit)
         for mine, new in zip(self.layers, other.layers, strict=True):
             if mine.is_initialized:
-                new.lazy_initialization(mine.keys, mine.values)
-                new.keys, new.values = mine.keys, mine.values
+                new.fill(mine.keys, mine.values)
         return other
 
 

@@ -315,4 +315,4 @@ def _make(model: Any, tokenizer: Any, *, name: str | None, template: str | None)
     return HFModel(model, tokenizer, name=name or model_name(model), template=template)
 
 
-HF = register_backend("hf", wraps=lambda model: isinstance(model, PreTrainedModel), make=_make)
+register_backend("hf", wraps=lambda model: isinstance(model, PreTrainedModel), make=_make)

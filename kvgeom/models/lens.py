@@ -82,4 +82,4 @@ def _make(model: Any, tokenizer: Any, *, name: str | None, template: str | None)
 
 
 of_transformer_lens = from_package("transformer_lens")
-LENS = register_backend("lens", wraps=of_transformer_lens, make=_make)
+register_backend("lens", wraps=of_transformer_lens, make=_make)

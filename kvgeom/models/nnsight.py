@@ -163,8 +163,8 @@ def _take_over(cache: EditedCache, filled: Any) -> None:
     if filled is cache:
         return
     for mine, theirs in zip(cache.layers, filled.layers, strict=True):
-        mine.lazy_initialization(theirs.keys, theirs.values)
-        mine.keys, mine.values, mine.edit = theirs.keys, theirs.values, theirs.edit
+        mine.fill(theirs.keys, theirs.values)
+        mine.edit = theirs.edit
     cache.edit = filled.edit
 
 
@@ -185,4 +185,4 @@ def _make(
 
 
 of_nnsight = from_package("nnsight")
-NNSIGHT = register_backend("nnsight", wraps=of_nnsight, make=_make, remote=True)
+register_backend("nnsight", wraps=of_nnsight, make=_make, remote=True)
