@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -11,17 +11,17 @@ from torch import Tensor
 from kvgeom.errors import InputError
 from kvgeom.models.cache import Edit, EditedCache, EditedLayer
 from kvgeom.models.modules import decoder_layers
-from kvgeom.models.rotary import RotaryEmbedding, Rotation
+from kvgeom.models.rotary import RotaryEmbedding
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Quantizer
-from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.recipe import Recipe, Site
+from kvgeom.quant.transforms import Rotation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvgeom.models.model import Model
 
-Site = Literal["k", "v"]
 #: Of a layer, the position of the first new token, and new keys as stored: how their positions rotate a vector.
 Rotations = Callable[[int, int, Tensor], Rotation]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from kvgeom.errors import ModelError
 from kvgeom.models.modules import attention_of
+from kvgeom.quant.transforms import Rotation
 
 #: Positions that tell the embeddings of layers apart; at position 0 all are the same.
 _PROBE = 3
-
-#: Rotates vectors ``[kv_heads, head_dim]`` into ``[batch or 1, kv_heads, tokens, head_dim]``, each at its token's position.
-Rotation = Callable[[Tensor], Tensor]
 
 
 def rotate(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

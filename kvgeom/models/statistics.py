@@ -12,9 +12,7 @@ from kvgeom.errors import InputError
 from kvgeom.models.model import Model
 from kvgeom.models.reading import read
 from kvgeom.quant.recipe import Recipe, Site
-from kvgeom.quant.transforms import Statics, pair_factors
-
-Key = tuple[int, Site]
+from kvgeom.quant.transforms import Key, Statics, pair_factors
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ __all__ = [
     "in_random_directions",
     "last_scales",
     "only_channels",
+    "working",
 ]
 
 # The axes of [batch, kv_heads, tokens, head_dim] that share a scale (the two groups have layouts of their own).
@@ -57,7 +58,7 @@ class Encoded:
 
 def fit(x: Tensor, scheme: Scheme) -> Scales:
     """Scales that ``x`` itself sets; for an integer grid the smallest that covers ``x`` without clipping."""
-    blocks, axes = _blocks(_working(x), scheme)
+    blocks, axes = _blocks(working(x), scheme)
     return get_format(scheme.format).fit(scheme, blocks, axes)
 
 
@@ -68,9 +69,9 @@ def encode(x: Tensor, scheme: Scheme, scales: Scales | None = None) -> Encoded:
         # The scales of one group of tokens, which broadcast over later tokens.
         lone = scheme.granularity == "channel-group" and scales.step.ndim == 4
         return Encoded(
-            form.encode(scheme, _working(x) if lone else _blocks(_working(x), scheme)[0], scales), scales, True
+            form.encode(scheme, working(x) if lone else _blocks(working(x), scheme)[0], scales), scales, True
         )
-    return Encoded(*form.quantize(scheme, *_blocks(_working(x), scheme)))
+    return Encoded(*form.quantize(scheme, *_blocks(working(x), scheme)))
 
 
 def decode(encoded: Encoded, scheme: Scheme, like: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ def fake_quantize(x: Tensor, scheme: Scheme) -> Tensor:
             "with them: recipe.with_statics(offsets=...) or (factors=...)"
         )
     frame = transforms.frame(scheme.transform, None, x)
-    y = frame.enter(_working(x))
+    y = frame.enter(working(x))
     return only_channels(x, frame.leave(apply(y, scheme.plain, None)).to(x.dtype), scheme)
 
 
@@ -163,7 +164,8 @@ def _draw(key: tuple[int, int, str, int]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(rng.permutation(channels)), torch.from_numpy(rng.choice([-1.0, 1.0], channels))
 
 
-def _working(x: Tensor) -> Tensor:
+def working(x: Tensor) -> Tensor:
+    """``x`` in the precision in which it is rounded: float64 as it is, all else in float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -16,15 +16,14 @@ from kvgeom.quant.fake_quantize import (
     in_random_directions,
     last_scales,
     only_channels,
+    working,
 )
 from kvgeom.quant.formats.base import get_format
 from kvgeom.quant.packing import Packed
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Site
 from kvgeom.quant.scheme import Scheme
-from kvgeom.quant.transforms import Frame, Rotation, frame
-
-Key = tuple[int, Site]
+from kvgeom.quant.transforms import Frame, Key, Rotation, frame
 
 
 class Quantizer:
@@ -178,7 +177,7 @@ class Quantizer:
         elif needed == "factors":
             constant = self._factors(key)
         found = frame(scheme.transform, constant, x)
-        y = found.enter(x if x.dtype == torch.float64 else x.float())
+        y = found.enter(working(x))
         if self.has_residual or not (
             scheme.spans_tokens or get_format(scheme.format).couples_tokens
         ):  # what is quantized together shares scales
