@@ -55,3 +55,14 @@ def unknown_option(name: str, known: Iterable[str]) -> InputError:
     InputError("unknown option 'dtpye'; did you mean 'dtype'?")
     """
     return unknown("option", name, sorted(known))
+
+
+def reason(error: BaseException) -> str:
+    r"""The first line that an error of another library says, or its kind if it says nothing.
+
+    Examples
+    --------
+    >>> reason(OSError("\n  no such file\n  and more")), reason(KeyError())
+    ('no such file', 'KeyError')
+    """
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

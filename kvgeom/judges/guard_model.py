@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvgeom.errors import InputError, ModelError
+from kvgeom.errors import InputError, ModelError, reason
 from kvgeom.judges.guards import Guard
 from kvgeom.models.hub import best_device, check_hub
 from kvgeom.models.quiet import quiet_transformers
@@ -117,8 +117,7 @@ def load_guard(
             if "device_map" not in options and not getattr(model, "is_quantized", False):
                 model = model.to(device)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"classifier {source} cannot be loaded: {reason.strip()}") from error
+        raise InputError(f"classifier {source} cannot be loaded: {reason(error)}") from error
     if report["missing_keys"]:  # transformers would make them up
         raise InputError(
             f"classifier {source} has no weights for {sorted(report['missing_keys'])[0]}; is it of kind {guard.kind}?"

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, reason
 from kvgeom.models.quiet import quiet_transformers
 from kvgeom.paths import cache_dir
 from kvgeom.progress import bar
@@ -42,8 +42,7 @@ def check_gguf(path: Path) -> None:
         end = max(int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors)
         architecture = reader.get_field("general.architecture")
     except Exception as error:  # the reader indexes blindly into the file: a damaged one can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is a truncated or altered GGUF file ({reason}); fetch it again") from error
+        raise InputError(f"{path} is a truncated or altered GGUF file ({reason(error)}); fetch it again") from error
     if end > size:
         raise InputError(
             f"{path} is truncated: its header describes {end:,} bytes, the file has {size:,}; fetch it again"
@@ -90,8 +89,7 @@ def convert(path: Path, folder: Path) -> None:
                 drawn.update(1)
                 model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             except Exception as error:  # whatever fails inside: this file cannot be used
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise InputError(f"transformers cannot read {path}: {reason}") from error
+                raise InputError(f"transformers cannot read {path}: {reason(error)}") from error
             _check_weights(model, path)
             drawn.update(1)
             # transformers refuses to save what it still takes for a quantized model.

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-from kvgeom.errors import InputError, unknown, unknown_option
+from kvgeom.errors import InputError, reason, unknown, unknown_option
 from kvgeom.models.backends import Backend, backends
 from kvgeom.models.demo import DEMOS, demo_model_dir
 from kvgeom.models.hub import best_device, check_folder, check_hub
@@ -272,7 +272,6 @@ def _from_pretrained(
             quantized = getattr(loaded, "is_quantized", False)  # bitsandbytes: placed while loading, and there to stay
             loaded = loaded if placed or quantized else loaded.to(device)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"{name} cannot be loaded: {reason.strip()}") from error
+        raise InputError(f"{name} cannot be loaded: {reason(error)}") from error
     loaded.requires_grad_(False)
     return loaded, tokenizer
