@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,7 +99,7 @@ class Result:
         if table is None:
             table = next(iter(self.tables))
         if table not in self.tables:
-            raise InputError(f"unknown table {table!r}; choose from {', '.join(self.tables)}")
+            raise unknown("table", table, self.tables)
         dims = self.tables[table]
         others = [{*own} for own in self.tables.values()]
         names = [
@@ -230,7 +230,7 @@ class Composite:
         parts = self.parts()
         name = self.main if name is None else name
         if name not in parts:
-            raise InputError(f"unknown part {name!r} of {type(self).__name__}; choose from {', '.join(parts)}")
+            raise unknown(f"part of {type(self).__name__}", name, parts)
         return parts[name]
 
     def record(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from kvgeom.errors import InputError
+from kvgeom.errors import check_names
 from kvgeom.geometry.activations import SITES, site_width
 from kvgeom.geometry.estimators import METHODS, bootstrap, defined_at
 from kvgeom.geometry.fitted import FittedSpace
@@ -143,10 +143,8 @@ def compare(
     """
     methods = list(METHODS) if methods is None else list(methods)
     chosen = [space.positions[-1], space.positions[0]] if positions is None else list(positions)
-    for asked, known, what in ((methods, list(METHODS), "method"), (chosen, list(space.positions), "position")):
-        unknown = [name for name in asked if name not in known]
-        if unknown or not asked:
-            raise InputError(f"unknown {what} {', '.join(unknown) or '(none)'}; choose from {', '.join(known)}")
+    check_names("method", methods, METHODS)
+    check_names("position", chosen, space.positions)
     geometry, harmful = space.model.geometry, space.is_harmful
     shape = (len(methods), len(chosen), geometry.layers)
     numbers = {

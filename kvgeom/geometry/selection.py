@@ -12,7 +12,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, check_names
 from kvgeom.evaluation.inputs import as_encoded, opened
 from kvgeom.evaluation.respond import respond
 from kvgeom.evaluation.scores import kl_divergence, margin, refusal_tokens
@@ -281,9 +281,7 @@ def select_direction(
     model that refuses at the most likely token with less than even odds would lose nearly all of them.
     """
     names = [name for name in space.positions if name != "instruction"] if positions is None else list(positions)
-    unknown = [name for name in names if name not in space.positions]
-    if unknown or not names:
-        raise InputError(f"unknown position {', '.join(unknown) or '(none)'}; choose from {', '.join(space.positions)}")
+    check_names("position", names, space.positions)
     model, harmful = space.model, space.is_harmful
     encoded = (*space.harmful, *space.harmless)
     tokens = opening_tokens(model, space.harmful, judge, progress) if tokens is None else frozenset(tokens)

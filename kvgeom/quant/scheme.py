@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, unknown
 from kvgeom.quant.formats.base import DEFAULT, formats, get_format
 from kvgeom.quant.transforms import get_transform
 
@@ -97,7 +97,7 @@ class Scheme:
             ("precision of scales", self.scales, get_args(Precision)),
         ):
             if value not in known:
-                raise InputError(f"unknown {name} {value!r}; choose from {', '.join(known)}")
+                raise unknown(name, value, known)
         if (self.granularity in _SIZED) != (self.group_size is not None):
             raise InputError(
                 f"granularity {self.granularity!r} does not go with group_size={self.group_size}; "

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, unknown
 from kvgeom.registry import check_free
 
 if TYPE_CHECKING:
@@ -118,11 +118,11 @@ def register_transform(new: Transform) -> Transform:
     Raises
     ------
     InputError
-        If its name is taken or cannot be spelled.
+        If its name is taken or cannot be part of a scheme's string.
     """
     check_free("a transform named", new.name, {"none", *_TRANSFORMS})
     if not re.fullmatch(r"[a-z]+\d*", new.name):
-        raise InputError(f"transform name {new.name!r} cannot be spelled; use lower-case letters, then digits")
+        raise InputError(f"invalid transform name {new.name!r}; use lower-case letters, then digits")
     _TRANSFORMS[new.name] = new
     return new
 
@@ -136,7 +136,7 @@ def get_transform(name: str) -> Transform | None:
         If there is none.
     """
     if name != "none" and name not in _TRANSFORMS:
-        raise InputError(f"unknown transform {name!r}; choose from {', '.join(['none', *_TRANSFORMS])}")
+        raise unknown("transform", name, ["none", *_TRANSFORMS])
     return _TRANSFORMS.get(name)
 
 

@@ -136,7 +136,7 @@ def _sections(audit: AuditPage) -> list[dict[str, Any]]:
         section(
             "What has to be rounded for refusals to be lost",
             "Parts of the cache, rounded alike. The dotted line is all layers at once; a row that comes near it has what matters. "
-            "Grey rows cannot be told from it. Keeping the worst layer helps only if one layer is the cause.",
+            "Grey rows cannot be distinguished from it. Keeping the worst layer helps only if one layer is the cause.",
             ablation_bars(audit.diagnosis.ablation),
             audit.diagnosis.ablation.to_frame(),
         ),

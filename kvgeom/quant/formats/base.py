@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, unknown
 from kvgeom.registry import check_free, import_modules
 
 if TYPE_CHECKING:
@@ -84,15 +84,15 @@ class Format:
     name : str
         How its schemes begin; lower-case letters, digits and underscores.
     widths : tuple of int
-        Bits of a code. A format of one width does not spell it.
+        Bits of a code. The strings of a format of one width leave it out.
     granularities : tuple of str
         Where its scales may be shared; see :class:`~kvgeom.quant.scheme.Scheme`.
     block_size : int or None
-        The only group size that there is. Such a format spells neither granularity nor size.
+        The only group size that there is. The strings of such a format name neither granularity nor size.
     default_granularity : str or None
-        The granularity that is not spelled.
+        The granularity that a string leaves out.
     symmetric_widths : tuple of int or None
-        Widths at which levels lie symmetric around zero; None lets the scheme choose and spells ``sym`` or ``asym``.
+        Widths at which levels lie symmetric around zero; None lets the scheme choose, and its string says ``sym`` or ``asym``.
     scale_precisions : tuple of str
         Precisions that the scheme may choose for its scales.
     groups_cross_heads : bool
@@ -236,12 +236,12 @@ def register_format(new: Format) -> Format:
     Raises
     ------
     InputError
-        If its name is taken or cannot be spelled, or one of its examples is not read by this format alone.
+        If its name is taken or cannot be part of a scheme's string, or one of its examples is not read by this format alone.
     """
     import_modules(_PACKAGE)
     check_free("a format named", new.name, _FORMATS)
     if not re.fullmatch(r"[a-z]\w*", new.name) or new.name in ("sym", "asym"):
-        raise InputError(f"format name {new.name!r} cannot be spelled; use lower-case letters, digits and underscores")
+        raise InputError(f"invalid format name {new.name!r}; use lower-case letters, digits and underscores")
     if not new.widths or not new.granularities or not new.examples:
         raise InputError(f"format {new.name!r} needs at least one width, one granularity and one example")
     for text in new.examples:
@@ -271,7 +271,7 @@ def get_format(name: str) -> Format:
     """
     import_modules(_PACKAGE)
     if name not in _FORMATS:
-        raise InputError(f"unknown format {name!r}; choose from {', '.join(known.name for known in formats())}")
+        raise unknown("format", name, (known.name for known in formats()))
     return _FORMATS[name]
 
 
