@@ -13,6 +13,7 @@ from kvgeom.judges.guards import Guard, guards, recognise
 from kvgeom.judges.judge import Judgement
 from kvgeom.judges.keyword import KeywordJudge
 from kvgeom.judges.registry import register_family
+from kvgeom.models.device import device_and_dtype
 from kvgeom.models.hub import check_folder
 from kvgeom.models.load import PretrainedOptions
 from kvgeom.progress import bar
@@ -80,6 +81,7 @@ def classifier(
             raise unknown_option(option, {*_OPTIONS, *PretrainedOptions.__annotations__})
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    device, dtype = device_and_dtype(device, dtype)
     path = Path(name).expanduser()
     if path.is_dir():
         check_folder(path)
@@ -118,8 +120,8 @@ class ClassifierJudge:
         source: str,
         guard: Guard,
         keyword: KeywordJudge,
-        device: str | None,
-        dtype: torch.dtype | str | None,
+        device: str,
+        dtype: torch.dtype | str,
         revision: str | None,
         batch_size: int,
         progress: bool,

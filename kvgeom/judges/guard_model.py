@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvgeom.errors import InputError, ModelError, reason
 from kvgeom.judges.guards import Guard
-from kvgeom.models.hub import best_device, check_hub
+from kvgeom.models.hub import check_hub
 from kvgeom.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ def check_access(name: str, revision: str | None) -> None:
 def load_guard(
     source: str,
     guard: Guard,
-    device: str | None,
-    dtype: torch.dtype | str | None,
+    device: str,
+    dtype: torch.dtype | str,
     revision: str | None,
     options: dict[str, Any],
 ) -> GuardModel:
@@ -98,11 +98,8 @@ def load_guard(
     ModelError
         If it lacks what is needed: a chat template, its classes, a token to pad with.
     """
-    import torch
     import transformers
 
-    device = device or best_device()
-    dtype = dtype or (torch.float32 if device == "cpu" else "auto")
     try:
         with quiet_transformers():
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, revision=revision)

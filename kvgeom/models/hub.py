@@ -1,4 +1,4 @@
-"""Where weights come from: whether a folder or the hub has a whole model, and which device to put it on."""
+"""Where weights come from: whether a folder or the hub has a whole model."""
 
 from __future__ import annotations
 
@@ -63,12 +63,3 @@ def check_hub(
             f"{name} is no folder here, and the hub cannot be reached ({error or type(error).__name__}); check the path or "
             "the network"
         ) from error
-
-
-def best_device() -> str:
-    """An accelerator if there is one, else ``"cpu"``."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 from kvgeom.errors import InputError, reason, unknown, unknown_option
 from kvgeom.models.backends import Backend, backends
 from kvgeom.models.demo import DEMOS, demo_model_dir
-from kvgeom.models.hub import best_device, check_folder, check_hub
+from kvgeom.models.device import device_and_dtype
+from kvgeom.models.hub import check_folder, check_hub
 from kvgeom.models.model import missing_members
 from kvgeom.models.quiet import quiet_transformers
 from kvgeom.progress import shown
@@ -144,6 +145,7 @@ def load(
             return _from_object(model, backend, wrapping)
         if tokenizer is not None:
             raise InputError("option 'tokenizer' goes with a loaded transformers model, not with the name of one")
+        device, dtype = device_and_dtype(device, dtype)
         source, own_name = _locate(str(model), revision, options)
         hf_model, own_tokenizer = _from_pretrained(
             source, own_name, device, dtype, {"revision": revision, "trust_remote_code": trust_remote_code}, {**options}
@@ -246,21 +248,14 @@ def _read_template(template: str | Path | None) -> str | None:
 def _from_pretrained(
     source: str,
     name: str,
-    device: str | None,
-    dtype: torch.dtype | str | None,
+    device: str,
+    dtype: torch.dtype | str,
     shared: dict[str, Any],
     options: dict[str, Any],
 ) -> tuple[Any, Any]:
     """A transformers model and its tokenizer; ``shared`` options are for both."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = device or best_device()
-    if dtype is None:
-        dtype = torch.float32 if device == "cpu" else "auto"
-    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
-        raise InputError(f"dtype {dtype} is no floating-point type; give for instance float32 or bfloat16")
     placed = options.keys() & {"device_map", "tp_plan"}
     try:
         with quiet_transformers():

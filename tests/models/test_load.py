@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,25 @@ def test_options_of_from_pretrained_reach_it(checkpoint: Path) -> None:
     for option in ({"template": "{{ messages[0].content }}"}, {"tokenizer": tiny_tokenizer()}, {"name": "other"}):
         with pytest.raises(InputError, match=next(iter(option))):
             load(model, **option)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"device": "meta"}, r"device 'meta' .* cpu"),
+        ({"device": "cuad"}, r"device 'cuad' .* cpu"),
+        ({"device": "cuda:99"}, r"device 'cuda:99' .* cpu"),
+        ({"device": "cppu"}, r"did you mean 'cpu'"),
+        ({"device": ""}, r"device '' .* cpu"),
+        ({"dtype": "float23"}, r"did you mean 'float32'"),
+        ({"dtype": torch.int8}, r"torch.int8"),
+    ],
+    ids=str,
+)
+def test_a_machine_without_the_device(option: dict[str, Any], says: str, checkpoint: Path) -> None:
+    """Known before weights are looked for, let alone read; of a judge as of a model."""
+    for load_it in (load, partial(kvgeom.classifier, kind="minos")):
+        for source in (checkpoint, "no/such-model"):
+            with pytest.raises(InputError, match=says) as caught:
+                load_it(source, **option)
+            assert "\n" not in str(caught.value)
