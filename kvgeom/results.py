@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from kvgeom.errors import InputError, unknown
+from kvgeom.paths import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -159,10 +160,7 @@ class Result:
 
     def save(self, path: str | Path) -> Path:
         """Write the result to one NetCDF file (no pickle); read it back with :meth:`load`."""
-        path = Path(path)
-        with _written(path):
-            _stamped(self).to_netcdf(path, engine="h5netcdf")
-        return path
+        return _written(path, {None: _stamped(self)})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -253,13 +251,9 @@ class Composite:
         """Write all parts to one NetCDF file with a group for each; read it back with :meth:`load`."""
         import xarray as xr
 
-        path = Path(path)
         head = {"kvgeom_kind": self.kind, "kvgeom_meta": json.dumps(plain(self.record())), "parts": list(self.parts())}
-        with _written(path):
-            xr.Dataset(attrs=head).to_netcdf(path, engine="h5netcdf")
-            for name, part in self.parts().items():
-                _stamped(part).to_netcdf(path, engine="h5netcdf", group=name, mode="a")
-        return path
+        parts = {name: _stamped(part) for name, part in self.parts().items()}
+        return _written(path, {None: xr.Dataset(attrs=head), **parts})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -279,12 +273,12 @@ def _stamped(result: Result) -> xr.Dataset:
     return result.data.assign_attrs(kvgeom_kind=result.kind, kvgeom_meta=json.dumps(result.meta))
 
 
-@contextmanager
-def _written(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}; choose a folder that exists and is writable") from error
+def _written(path: str | Path, groups: Mapping[str | None, xr.Dataset]) -> Path:
+    """Write one NetCDF file, whole or not at all; made in memory, because HDF5 crashes where a disk is full."""
+    made = io.BytesIO()
+    for name, data in groups.items():
+        data.to_netcdf(made, engine="h5netcdf", group=name, mode="w" if name is None else "a")
+    return write_whole(Path(path), made.getvalue())
 
 
 def _read(path: Path, group: str | None) -> Result | Composite:

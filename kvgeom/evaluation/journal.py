@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -13,11 +14,17 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from kvgeom.errors import InputError
+from kvgeom.paths import not_written
 
 #: Version of the format: 2 since entries are records with named fields.
 FORMAT = 2
 
 Record = Mapping[str, Any]
+
+#: What to do where a journal cannot be used.
+_OTHER = "give another folder (--out) or file"
+#: What a header holds as a hash.
+_HASHED = ("fingerprint", "prompts")
 
 
 class NoJournal:
@@ -63,7 +70,7 @@ class Journal(NoJournal):
     ------
     InputError
         If the file is no journal, is about something else, was written by another version, is in use, or cannot be
-        written.
+        written. Also later, when the disk is full: what was written until then is kept.
     """
 
     path: Path
@@ -73,6 +80,7 @@ class Journal(NoJournal):
         self._about = {"kvgeom_journal": FORMAT, **json.loads(json.dumps(dict(about)))}
         self._begins: dict[str, int] = {}
         self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        weakref.finalize(self, _unlock, self._lock)  # also at the end of the process
         self._open()
 
     def _open(self) -> None:
@@ -80,21 +88,21 @@ class Journal(NoJournal):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise InputError(f"journal {self.path} is in use by another run; wait for it, or name another") from None
+            raise InputError(f"journal {self.path} is in use by another run; wait for it, or {_OTHER}") from None
         except OSError as error:
-            raise InputError(f"journal {self.path} cannot be used: {error.strerror}; name another file") from error
+            raise not_written(self.path, error, _OTHER) from error
         try:
             kept = self._read() if self.path.exists() else 0
             self._file = open(self.path, "r+b" if self.path.exists() else "w+b")  # noqa: SIM115  # closed by close()
+            self._file.truncate(kept)
+            self._end = kept
+            if kept == 0:
+                self._append(self._about)
         except BaseException as error:
-            self._unlock()
+            _unlock(self._lock)
             if isinstance(error, OSError):
-                raise InputError(f"journal {self.path} cannot be used: {error.strerror}; name another file") from error
+                raise not_written(self.path, error, _OTHER) from error
             raise
-        self._file.truncate(kept)
-        self._end = kept
-        if kept == 0:
-            self._append(self._about)
 
     @property
     def known(self) -> int:
@@ -109,8 +117,9 @@ class Journal(NoJournal):
         return json.loads(self._file.readline())["value"]
 
     def __setitem__(self, key: Record, value: Any) -> None:
-        self._begins[_digest(key)] = self._end
+        begin = self._end
         self._append({"key": key, "value": value})
+        self._begins[_digest(key)] = begin
 
     def remember(self, key: Record, measure: Callable[[], Any]) -> Any:
         """The value of ``key``; measured now unless it is known."""
@@ -129,13 +138,9 @@ class Journal(NoJournal):
 
     def close(self) -> None:
         """Let go of the file."""
-        self._file.close()
-        self._unlock()
-
-    def _unlock(self) -> None:
-        self._lock.release()
-        with contextlib.suppress(OSError):
-            os.unlink(self._lock.lock_file)
+        with contextlib.suppress(OSError):  # of a line that could not be written, which has been reported
+            self._file.close()
+        _unlock(self._lock)
 
     def __enter__(self) -> Self:
         return self
@@ -144,9 +149,12 @@ class Journal(NoJournal):
         self.close()
 
     def _append(self, line: Record) -> None:
-        self._file.seek(self._end)
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        try:
+            self._file.seek(self._end)
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise not_written(self.path, error, _OTHER) from error
         self._end = self._file.tell()
 
     def _read(self) -> int:
@@ -161,7 +169,7 @@ class Journal(NoJournal):
                     whole = False
                 if not whole:
                     if number == 0 and not json.dumps(self._about).encode().startswith(line):
-                        raise InputError(f"{self.path} is not a journal of kvgeom; name another file")
+                        raise InputError(f"{self.path} is not a journal of kvgeom; {_OTHER}")
                     break
                 if number == 0:
                     self._check(found)
@@ -175,14 +183,26 @@ class Journal(NoJournal):
         if version != FORMAT and isinstance(version, int):
             raise InputError(
                 f"journal {self.path} was written by another version of kvgeom (format {version}, this version reads "
-                f"{FORMAT}); name another file, or delete it to start over"
+                f"{FORMAT}); {_OTHER}, or delete it to start over"
             )
         different = [key for key in {**self._about, **found} if found.get(key) != self._about.get(key)]
         if different:
-            what = "; ".join(f"{key}: {found.get(key)!r} there, {self._about.get(key)!r} now" for key in different)
+            what = "; ".join(_difference(key, found.get(key), self._about.get(key)) for key in different)
             raise InputError(
-                f"journal {self.path} is about something else ({what}); name another file, or delete it to start over"
+                f"journal {self.path} is about something else ({what}); {_OTHER}, or delete it to start over"
             )
+
+
+def _difference(what: str, there: object, now: object) -> str:
+    """What differs, with its values unless they are hashes, which say nothing."""
+    return f"other {what}" if what in _HASHED else f"{what}: {there!r} there, {now!r} now"
+
+
+def _unlock(lock: FileLock) -> None:
+    if lock.is_locked:
+        with contextlib.suppress(OSError):  # such as Windows, where an open file stays
+            os.unlink(lock.lock_file)
+        lock.release()
 
 
 def _digest(key: Record) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -117,7 +117,11 @@ class ActivationStore:
             self._room -= size
             # Copies: layers share their rotation, and a file of tensors that share memory is refused.
             copy = torch.contiguous_format
-            save_file({name: x.clone(memory_format=copy) for name, x in tensors.items()}, file)
+            try:
+                save_file({name: x.clone(memory_format=copy) for name, x in tensors.items()}, file)
+            except SafetensorError:  # the disk has less room than it said; what is not kept is computed again
+                file.unlink(missing_ok=True)
+                self._room = 0
         yield from found
 
     def features(self, site: Site) -> NDArray[np.float32]:

@@ -248,5 +248,5 @@ def test_outcomes_are_saved_and_read_again(base: Baseline, tmp_path) -> None:  #
     (tmp_path / "text.nc").write_text("hello")
     with pytest.raises(InputError, match="not a kvgeom result"):
         Outcomes.load(tmp_path / "text.nc")
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match="cannot be written"):
         outcomes.save(tmp_path / "missing" / "outcomes.nc")
