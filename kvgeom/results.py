@@ -160,7 +160,7 @@ class Result:
 
     def save(self, path: str | Path) -> Path:
         """Write the result to one NetCDF file (no pickle); read it back with :meth:`load`."""
-        return _written(path, {None: _stamped(self)})
+        return _written(path, {"/": _stamped(self)})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -253,7 +253,7 @@ class Composite:
 
         head = {"kvgeom_kind": self.kind, "kvgeom_meta": json.dumps(plain(self.record())), "parts": list(self.parts())}
         parts = {name: _stamped(part) for name, part in self.parts().items()}
-        return _written(path, {None: xr.Dataset(attrs=head), **parts})
+        return _written(path, {"/": xr.Dataset(attrs=head), **parts})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -273,11 +273,11 @@ def _stamped(result: Result) -> xr.Dataset:
     return result.data.assign_attrs(kvgeom_kind=result.kind, kvgeom_meta=json.dumps(result.meta))
 
 
-def _written(path: str | Path, groups: Mapping[str | None, xr.Dataset]) -> Path:
+def _written(path: str | Path, groups: Mapping[str, xr.Dataset]) -> Path:
     """Write one NetCDF file, whole or not at all; made in memory, because HDF5 crashes where a disk is full."""
     made = io.BytesIO()
     for name, data in groups.items():
-        data.to_netcdf(made, engine="h5netcdf", group=name, mode="w" if name is None else "a")
+        data.to_netcdf(made, engine="h5netcdf", group=name, mode="w" if name == "/" else "a")
     return write_whole(Path(path), made.getvalue())
 
 
