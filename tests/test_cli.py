@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -180,3 +184,107 @@ def test_help_needs_no_torch(arguments: list[str]) -> None:
 def test_wrong_usage_ends_with_status_2() -> None:
     assert run("-m", "kvgeom", "audit").returncode == 2
     assert run("-m", "kvgeom").returncode == 2
+
+
+def short(command: str, checkpoint: Path, out: Path, *more: str) -> list[str]:
+    """A command that ends within seconds."""
+    asked = ["--out", str(out), "--limit", "2", "--max-new-tokens", "2", "--quiet", *more]
+    return [command, str(checkpoint), *asked]
+
+
+def test_an_audit_and_a_fix_do_not_overwrite_each_other(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before the model is looked for."""
+    for command, mark in (("audit", "audit.json"), ("fix", "fix.json")):
+        (tmp_path / command).mkdir()
+        (tmp_path / command / mark).write_text("{}")
+        (tmp_path / command / "report.html").write_text(command)
+    for command, other in (("audit", "fix"), ("fix", "audit")):
+        assert main(short(command, tmp_path / "missing", tmp_path / other)) == 2
+        assert f"kvgeom {other}" in capsys.readouterr().err
+        assert (tmp_path / other / "report.html").read_text() == other
+
+
+def test_results_of_other_settings_are_replaced_and_said_to_be(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("audit", "sweep"):
+        out = tmp_path / command
+        assert main(short(command, checkpoint, out, "--bits", "8")) == 0
+        assert main(short(command, checkpoint, out, "--bits", "8")) == 0
+        assert capsys.readouterr().err == ""
+        assert main(short(command, checkpoint, out, "--bits", "4")) == 0
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"replaced {out}" in said
+
+
+@pytest.mark.parametrize("command", ["sweep", "scan", "diagnose"])
+def test_no_lock_is_left(command: str, checkpoint: Path, tmp_path: Path) -> None:
+    assert main(short(command, checkpoint, tmp_path)) == 0
+    gc.collect()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"{command}.txt", "journal.jsonl"])
+
+
+def test_an_empty_name_of_a_folder_is_none(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("sweep", "diagnose", "audit", "fix"):
+        assert main([command, str(checkpoint), "--out", "", "--quiet"]) == 2
+        assert "empty" in capsys.readouterr().err
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    ("command", "size", "file"),
+    [("sweep", 2000, "journal.jsonl"), ("audit", 35000, "audit.nc"), ("audit", 300_000, "report.html")],
+)
+def test_a_full_disk_loses_nothing(
+    command: str, size: int, file: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle of the journal, and in what is written at the end."""
+    asked = short(command, checkpoint, tmp_path, "--bits", "3")
+    with room_for(size):
+        assert main(asked) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"kvgeom: {tmp_path / file} ")
+    assert captured.err.count("\n") == 1
+    assert "free some space" in captured.err
+    kept = (tmp_path / "journal.jsonl").read_text().splitlines(keepends=True)
+    whole = [line for line in kept if line.endswith("\n")]
+    assert whole
+    assert main(asked) == 0
+    assert (tmp_path / "journal.jsonl").read_text().splitlines(keepends=True)[: len(whole)] == whole
+
+
+def closed_pipe() -> TextIO:
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w")
+
+
+def test_a_closed_pipe_ends_quietly() -> None:
+    with closed_pipe() as pipe:
+        found = subprocess.run(
+            [sys.executable, "-m", "kvgeom", "schemes"], stdout=pipe, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (found.returncode, found.stderr) == (141, "")
+
+
+def test_what_was_found_is_written_before_it_is_printed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closed_pipe() as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(short("sweep", checkpoint, tmp_path, "--bits", "3")) == 141
+    assert (tmp_path / "sweep.txt").read_text()

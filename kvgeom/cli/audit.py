@@ -24,7 +24,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Audit, and print the verdict and where the report lies."""
-    run = options.run_options(arguments)
+    run, before = options.run_options(arguments), options.earlier(arguments)
     result = kvgeom.audit(
         arguments.model,
         arguments.out,
@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         **run,
         **options.load_options(arguments),
     )
+    options.compare(arguments, before, result.settings)
     print(f"\n{result.verdict.headline}\n")
     for sentence in result.verdict.sentences:
         print(f"  - {sentence}")

@@ -49,6 +49,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Fix, and print verdict, tables and what to do next."""
+    before = options.earlier(arguments)
     found = kvgeom.fix(
         arguments.model,
         arguments.out,
@@ -63,5 +64,6 @@ def run(arguments: argparse.Namespace) -> int:
         **options.run_options(arguments),
         **options.load_options(arguments),
     )
+    options.compare(arguments, before, found.settings)
     print(f"\n{found.to_text(options.out_folder(arguments))}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ def add_model(command: argparse.ArgumentParser, written: str, *, required: bool 
         "--out",
         metavar="DIR",
         required=required,
-        help=f"folder for {written} and journal.jsonl, from which an interrupted run goes on",
+        help=f"folder for {written} and journal.jsonl, from which an interrupted run goes on; results of the same command "
+        "with other settings are replaced, and said to be",
     )
     loading = command.add_argument_group("loading the model")
     loading.add_argument("--template", metavar="FILE", help="Jinja chat template, for a model without one")
@@ -169,14 +171,39 @@ def journal(arguments: argparse.Namespace, name: str = "journal.jsonl") -> Path 
 
 
 def report(arguments: argparse.Namespace, text: str) -> int:
-    """Print what a command has found, and with --out keep it beside the journal."""
-    print(f"\n{text}")
-    if arguments.out is not None:
-        from kvgeom.paths import write_whole
+    """Keep what a command has found beside the journal, with --out, and print it."""
+    if arguments.out is None:
+        print(f"\n{text}")
+        return 0
+    from kvgeom.paths import write_whole
 
-        path = write_whole(out_folder(arguments) / f"{arguments.command}.txt", f"{text}\n")
-        print(f"\ntables: {path}")
+    path = out_folder(arguments) / f"{arguments.command}.txt"
+    replaces = path.is_file() and path.read_text(encoding="utf-8", errors="replace") != f"{text}\n"
+    write_whole(path, f"{text}\n")
+    if replaces:
+        _note_replaced(path)
+    print(f"\n{text}\n\ntables: {path}")
     return 0
+
+
+def earlier(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the report that --out holds before a command runs; empty if there is none."""
+    from kvgeom.report.folder import settings_in
+
+    return settings_in(arguments.out, arguments.command)
+
+
+def compare(arguments: argparse.Namespace, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Say so if a command has replaced a report of other settings."""
+    from kvgeom.report.folder import same_settings
+
+    if before and not same_settings(before, now):
+        _note_replaced(out_folder(arguments) / "report.html")
+
+
+def _note_replaced(path: Path) -> None:
+    """Say that results of other settings are gone."""
+    print(f"kvgeom: replaced {path}, which held results of other settings", file=sys.stderr)
 
 
 def _read(path: str) -> str:

@@ -37,14 +37,15 @@ def run(arguments: argparse.Namespace) -> int:
     from kvgeom.behaviour.widths import at_widths
 
     series = at_widths(arguments.scheme, arguments.bits, arguments.placement)
+    journal, of_harmless = (options.journal(arguments, name) for name in ("journal.jsonl", "over-refusal.jsonl"))
     model = kvgeom.load(arguments.model, progress=run["progress"], **options.load_options(arguments))
-    base = kvgeom.baseline(model, prompts.harmful, journal=options.journal(arguments), **run)
+    base = kvgeom.baseline(model, prompts.harmful, journal=journal, **run)
     curve, outcomes = bit_width_curve(base, series, full_responses=judge is not None)
     parts = []
     if arguments.over_refusal:
         # A journal is about one set of requests.
-        journal = options.journal(arguments, "over-refusal.jsonl")
-        parts.append(over_refusal(kvgeom.baseline(model, prompts.harmless, journal=journal, **run), series).to_text())
+        asked = kvgeom.baseline(model, prompts.harmless, journal=of_harmless, **run)
+        parts.append(over_refusal(asked, series).to_text())
     if judge is not None:
         model.release()
         curve = curve_of(outcomes.relabel(judge), list(curve.data.perplexity_ratio.values), curve.meta)

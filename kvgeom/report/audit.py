@@ -20,11 +20,12 @@ from kvgeom.evaluation.condition import UNQUANTIZED
 from kvgeom.evaluation.config import split_options
 from kvgeom.models.load import load
 from kvgeom.models.model import Model
-from kvgeom.paths import writable_folder, write_whole
+from kvgeom.paths import write_whole
 from kvgeom.prompts.load import as_prompt_set
 from kvgeom.prompts.sets import PromptSet, calibration
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.scheme import Scheme, check_bits
+from kvgeom.report.folder import SETTINGS, report_folder
 from kvgeom.report.page import AuditPage, render
 from kvgeom.report.verdict import Verdict, conclude
 from kvgeom.results import Result, plain
@@ -32,7 +33,7 @@ from kvgeom.results import Result, plain
 #: Version of the layout of audit.json; docs/schema.md describes it.
 SCHEMA_VERSION = 2  # also in audit.schema.json
 #: Files of an audit in its folder.
-JSON, PAGE, DATA = "audit.json", "report.html", "audit.nc"
+JSON, PAGE, DATA = SETTINGS["audit"], "report.html", "audit.nc"
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,7 +149,7 @@ class Audit(Diagnosis):
 
         The first two are for people and other programs, the last is what :meth:`load` reads.
         """
-        folder = writable_folder(path)
+        folder = report_folder(path, "audit")
         write_whole(folder / JSON, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
         super().save(folder / DATA)
         return write_whole(folder / PAGE, self.page())
@@ -181,7 +182,7 @@ def audit(
     model : anything that :func:`kvgeom.load` takes
     out : str or Path, optional
         Folder for ``audit.json``, ``report.html``, ``audit.nc`` and ``journal.jsonl``, from which an interrupted audit goes
-        on; without it nothing is written.
+        on, without a fix in it. An audit with other settings that is there is replaced. By default nothing is written.
     prompts, scheme, bits, scan_bits, placement
         See :func:`kvgeom.diagnose`.
     **options
@@ -198,7 +199,7 @@ def audit(
     at_widths(scheme, bits, placement)  # errors in these are reported before a model is loaded
     if check_bits(scan_bits) == 16:
         raise InputError("scan_bits must be 2 to 8, got 16, which rounds nothing")
-    folder = None if out is None else writable_folder(out)
+    folder = None if out is None else report_folder(out, "audit")
     chosen = calibration() if prompts is None else as_prompt_set(prompts)
     if not chosen.harmful:
         raise InputError(f"prompt set {chosen.name!r} has no harmful requests; an audit needs some")

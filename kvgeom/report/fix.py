@@ -21,13 +21,14 @@ from kvgeom.mitigation.plan import Plan
 from kvgeom.mitigation.search import check_budget
 from kvgeom.mitigation.verify import Verification
 from kvgeom.models.load import load
-from kvgeom.paths import writable_folder, write_whole
+from kvgeom.paths import write_whole
 from kvgeom.prompts.load import as_prompt_set
 from kvgeom.prompts.sets import PromptSet, calibration, held_out
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.scheme import Scheme, check_bits
 from kvgeom.report.fix_page import render
 from kvgeom.report.fix_text import COLUMNS, before_and_after, sentences
+from kvgeom.report.folder import SETTINGS, report_folder
 from kvgeom.results import plain, text_table
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 #: Width where none is given and the scheme offers it.
 USUAL_BITS = 4
 #: Files of a fix in its folder, beside ``plan.json`` and ``report.html``.
-DIAGNOSIS, VERIFICATION, SETTINGS = "diagnosis.nc", "verification.nc", "fix.json"
+DIAGNOSIS, VERIFICATION = "diagnosis.nc", "verification.nc"
 
 
 @dataclass(frozen=True, repr=False)
@@ -114,12 +115,15 @@ class Fix:
         return render(self.plan, self.verification, self.diagnosis.mode, self.sentences, self.settings)
 
     def save(self, path: str | Path) -> Path:
-        """Write ``plan.json``, ``report.html`` and what :meth:`load` reads into a folder; return the report's path."""
-        folder, page = writable_folder(path), self.page()
+        """Write ``plan.json``, ``report.html`` and what :meth:`load` reads into a folder; return the report's path.
+
+        What an earlier fix has left there is replaced. A folder with an audit is refused.
+        """
+        folder, page = report_folder(path, "fix"), self.page()
         self.plan.save(folder)
         self.diagnosis.save(folder / DIAGNOSIS)
         self.verification.save(folder / VERIFICATION)
-        write_whole(folder / SETTINGS, json.dumps(plain(self.settings), indent=1) + "\n")
+        write_whole(folder / SETTINGS["fix"], json.dumps(plain(self.settings), indent=1) + "\n")
         return write_whole(folder / "report.html", page)
 
     @classmethod
@@ -133,7 +137,7 @@ class Fix:
         """
         folder = Path(path).expanduser()
         try:
-            settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+            settings = json.loads((folder / SETTINGS["fix"]).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(
                 f"cannot load a fix from {folder}: {error}; give a folder that kvgeom fix wrote"
@@ -182,8 +186,8 @@ def fix(
     ----------
     model : anything that :func:`kvgeom.load` takes
     out : str or Path, optional
-        Folder for ``plan.json``, ``report.html`` and the journals from which an interrupted fix goes on; without it
-        nothing is written.
+        Folder for ``plan.json``, ``report.html`` and the journals from which an interrupted fix goes on, without an audit
+        in it. A fix with other settings that is there is replaced. By default nothing is written.
     bits : int, optional
         Width of the cache to mitigate: 4 by default, or, where the scheme does not offer that, its narrowest.
     scheme : str
@@ -213,7 +217,7 @@ def fix(
     chosen = calibration() if prompts is None else as_prompt_set(prompts)
     proving = held_out() if verify_prompts is None else as_prompt_set(verify_prompts)
     check_prompts(chosen, proving)
-    folder = None if out is None else writable_folder(out)
+    folder = None if out is None else report_folder(out, "fix")
     loaded = load(model, progress=run.progress, **loading)
     found = diagnose(
         loaded,
@@ -234,7 +238,11 @@ def fix(
         "verification": proving.described(),
         "fingerprint": loaded.fingerprint,
         "runs_on": f"{loaded.backend}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}",
+        "scheme": config.name,
         "bits": config.bits,
+        "placement": str(config.placement),
+        "geometry": geometry,
+        "max_new_tokens": run.max_new_tokens,
         "memory": memory,
         "controls": controls,
         "seed": run.seed,

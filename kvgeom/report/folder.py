@@ -1,0 +1,47 @@
+"""The folder of a report: one command's results, which no other command overwrites."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvgeom.errors import InputError
+from kvgeom.paths import writable_folder
+from kvgeom.results import plain
+
+#: The file with the settings of each command that writes a report.html; no other command writes it.
+SETTINGS = {"audit": "audit.json", "fix": "fix.json"}
+#: Settings that differ from run to run.
+_PASSING = ("seconds", "created", "versions")
+
+
+def report_folder(out: str | Path, command: str) -> Path:
+    """Make or find the folder for a command's report.
+
+    Raises
+    ------
+    InputError
+        If it cannot be written, or holds the report of another command.
+    """
+    for other, file in SETTINGS.items():
+        if other != command and Path(out).expanduser().joinpath(file).exists():
+            raise InputError(f"folder {out} holds the results of kvgeom {other}; give another folder (--out)")
+    return writable_folder(out)
+
+
+def settings_in(out: str | Path, command: str) -> dict[str, Any]:
+    """The settings of the report that a folder holds; empty if there is none that can be read."""
+    try:
+        record = json.loads(Path(out).expanduser().joinpath(SETTINGS[command]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    found: dict[str, Any] = record.get("settings", record)
+    return found
+
+
+def same_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two runs were asked for the same."""
+    mine, theirs = ({key: each[key] for key in each if key not in _PASSING} for each in (plain(one), plain(other)))
+    return bool(mine == theirs)
