@@ -13,3 +13,8 @@ def listed(names: Sequence[str]) -> str:
 def span(counts: Sequence[int]) -> str:
     """From the least to the most: ``"0 to 3"``, or ``"2"`` where all are equal."""
     return str(counts[0]) if len({*counts}) == 1 else f"{min(counts)} to {max(counts)}"
+
+
+def counted(count: int, noun: str) -> str:
+    """``"1 layer"``, ``"2 layers"``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

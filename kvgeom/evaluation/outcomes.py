@@ -15,6 +15,7 @@ from kvgeom.evaluation.condition import COORDINATES, UNQUANTIZED
 from kvgeom.judges.judge import LABELS, Label
 from kvgeom.results import Result
 from kvgeom.stats import wilson
+from kvgeom.words import counted
 
 if TYPE_CHECKING:
     from kvgeom.judges.classifiers import ClassifierJudge
@@ -208,5 +209,8 @@ class Outcomes(Result):
         return Outcomes(data.assign(columns), {**self.meta, "judge": judge.name})
 
     def summary(self) -> str:
-        recipes = self.data.sizes["recipe"] - 1
-        return f"{self.data.sizes['prompt']} prompts under {recipes} recipes, unquantized {self.counts()}"
+        prompts, recipes = (
+            counted(self.data.sizes["prompt"], "prompt"),
+            counted(self.data.sizes["recipe"] - 1, "recipe"),
+        )
+        return f"{prompts} under {recipes}, unquantized {self.counts()}"

@@ -16,6 +16,7 @@ from kvgeom.geometry.fitted import FittedSpace
 from kvgeom.geometry.ratio import OUTLIER_FACTOR
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec, Rounding
 from kvgeom.geometry.sensitivity import Sensitivity
+from kvgeom.words import counted
 
 
 def overlap(
@@ -78,7 +79,7 @@ class OutlierShare:
         if self.outliers == 0:
             return f"No channel is an outlier (root mean square above {OUTLIER_FACTOR:g} × the median channel)"
         loading = "" if not np.isfinite(self.loading) else f" and {100 * self.loading:.0f} % of the safety direction"
-        these = f"{self.outliers} outlier channel{'s' if self.outliers > 1 else ''} of {self.channels}"
+        these = f"{counted(self.outliers, 'outlier channel')} of {self.channels}"
         return f"{these} hold{'s' if self.outliers == 1 else ''} {100 * self.energy:.0f} % of the energy{loading}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import comb
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -21,12 +22,13 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.results import Result
 from kvgeom.stats import mcnemar, wilson
+from kvgeom.words import counted
 
-#: Rules that draw layers at random, to compare with.
+#: Rules that draw layers at random, to compare with; fewer where a model has no three sets of layers that differ.
 RANDOM_RULES = ("random 1", "random 2", "random 3")
 #: What a comparison of rules says of choosing by attention. ``worse than causal``: it loses significantly more.
-#: ``no better than random``: no less than any random draw (both are as the paper claims). ``better than random``: less than
-#: each of them. ``nothing``: the unmitigated cache loses nothing.
+#: ``no better than random``: no less than any random draw, and more than the causal rule (both are as the paper claims).
+#: ``better than random``: less than each of them. ``nothing``: the unmitigated cache loses nothing.
 AttentionClaim = Literal["worse than causal", "no better than random", "better than random", "undetermined", "nothing"]
 
 
@@ -41,7 +43,7 @@ class LayerSelection(Result):
     - ``causal``: the layers that, rounded alone, take most of the refusal margin;
     - ``first``: the first ones;
     - ``attention``: where the last prompt token attends most to the request;
-    - ``random 1``, ...: drawn.
+    - ``random 1``, ...: drawn, each time other ones; up to three times.
 
     ``meta`` holds ``order`` (every layer by every rule, best first), ``prompts`` and ``unmitigated`` (flips without any).
     """
@@ -71,14 +73,16 @@ class LayerSelection(Result):
         p = float(self.data.p.isel(kept=-1).sel(rule="attention"))
         if p < SIGNIFICANT and flips["attention"] > flips["causal"]:
             return "worse than causal"
-        if flips["attention"] >= max(drawn):
-            return "no better than random"
-        return "better than random" if flips["attention"] < min(drawn) else "undetermined"
+        if flips["attention"] < min(drawn):
+            return "better than random"
+        # Where the causal rule loses as many, or nothing is lost, no rule is shown to be better than chance.
+        as_claimed = flips["attention"] >= max(drawn) and flips["attention"] > max(0, flips["causal"])
+        return "no better than random" if as_claimed else "undetermined"
 
     def summary(self) -> str:
         kept = int(self.data.kept[-1])
         flips = ", ".join(f"{rule} {int(self.data.flips.sel(rule=rule, kept=kept))}" for rule in self.data.rule.values)
-        return f"{kept} layers in 16 bits, flips left of {self.meta['unmitigated']}: {flips}"
+        return f"{counted(kept, 'layer')} in 16 bits, flips left of {self.meta['unmitigated']}: {flips}"
 
 
 def is_random(rule: str) -> bool:
@@ -116,8 +120,20 @@ def layer_orders(base: Baseline, recipe: Recipe, placement: Placement) -> dict[s
         "causal": _descending(drop),
         "first": list(range(n_layers)),
         "attention": _descending(attention_to_request(model, prompts)),
-        **{rule: [int(x) for x in rng.permutation(n_layers)] for rule in RANDOM_RULES},
+        **dict(zip(RANDOM_RULES, _drawn(n_layers, rng), strict=False)),
     }
+
+
+def _drawn(n_layers: int, rng: np.random.Generator) -> list[list[int]]:
+    """Random orders whose sets of layers differ at every number that is compared; as many as there are rules and sets."""
+    kept = counts(n_layers)
+    enough = min(len(RANDOM_RULES), *(comb(n_layers, k) for k in kept))
+    orders: list[list[int]] = []
+    while len(orders) < enough:
+        order = [int(layer) for layer in rng.permutation(n_layers)]
+        if all({*order[:k]} != {*other[:k]} for other in orders for k in kept):
+            orders.append(order)
+    return orders
 
 
 def counts(n_layers: int) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from kvgeom.quant.memory import bytes_per_token
 from kvgeom.quant.recipe import Recipe
 from kvgeom.results import Result
 from kvgeom.stats import mcnemar, reduction_estimate
+from kvgeom.words import counted
 
 #: A cache that rounds less than this share of what the unmitigated one rounds of the prompts is not tested by them.
 LEAST_ROUNDED = 0.5
@@ -46,7 +47,7 @@ class Search(Result):
         flips = self.data.flips
         best = str(self.data.candidate.values[int(flips.argmin())])
         return (
-            f"{self.data.sizes['candidate']} candidates on {self.meta['prompts']} refused prompts, flips from "
+            f"{counted(self.data.sizes['candidate'], 'candidate')} on {counted(self.meta['prompts'], 'refused prompt')}, flips from "
             f"{int(flips[0])} unmitigated to {int(flips.min())} ({best})"
         )
 

@@ -7,7 +7,7 @@ from kvgeom.mitigation.layers import LayerSelection
 from kvgeom.mitigation.plan import Plan
 from kvgeom.mitigation.verify import CHOSEN, PAPER, Verification
 from kvgeom.stats import Estimate
-from kvgeom.words import span
+from kvgeom.words import counted, span
 
 #: Columns of :func:`before_and_after`.
 COLUMNS = (
@@ -133,7 +133,12 @@ def rules_compared(selection: LayerSelection) -> str:
         return f"The cache with no layer kept loses none of {n} refusals, so no rule can be better than another."
     kept, p, flips = int(at.kept), float(at.p.sel(rule="attention")), selection.flips
     return (
-        f"With {kept} layer{'s' if kept > 1 else ''} kept, choosing by attention loses {flips['attention']} of {n}, by causal effect "
-        f"{flips['causal']} (p = {p:.2g}), the first layers {flips['first']}, layers drawn at random "
+        f"With {counted(kept, 'layer')} kept, choosing by attention loses {flips['attention']} of {n}, by causal effect "
+        f"{flips['causal']} (p = {p:.2g}), the first layers {flips['first']}, {_draws(selection)} "
         f"{span(selection.random_flips)}. {_CLAIMS[selection.attention_claim]}"
     )
+
+
+def _draws(selection: LayerSelection) -> str:
+    """How many sets of layers were drawn: a model with few layers has no three that differ."""
+    return f"{counted(len(selection.random_flips), 'set')} of layers drawn at random"

@@ -26,6 +26,7 @@ from kvgeom.evaluation.evaluate import evaluate
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.geometry.attention import attention_to_request
 from kvgeom.judges.judge import LABELS
+from kvgeom.mitigation import layers
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, protect
 from kvgeom.mitigation.harmless import SIGNIFICANT, Harmless, harmless_outcomes, harmless_under
 from kvgeom.mitigation.layers import LayerSelection, counts, layer_orders, protections, selection_of
@@ -314,6 +315,41 @@ def test_size_or_direction(flips: int, drawn: tuple[int, ...], direction: str) -
 )
 def test_what_is_found_of_attention(attention: int, claim: str) -> None:
     assert drawn_selection(attention=attention).attention_claim == claim
+
+
+@pytest.mark.parametrize(
+    ("attention", "causal", "drawn", "claim"),
+    [
+        (0, 0, (0, 0, 0), "undetermined"),
+        (0, 2, (0, 0, 0), "undetermined"),
+        (3, 3, (3, 3, 3), "undetermined"),
+        (3, 3, (1, 2, 3), "undetermined"),
+        (3, 4, (1, 2, 3), "undetermined"),
+        (3, 2, (1, 2, 3), "no better than random"),
+        (0, 0, (1, 2, 3), "better than random"),
+        (3, 2, (3,), "no better than random"),
+    ],
+)
+def test_a_tie_says_nothing_of_attention(attention: int, causal: int, drawn: tuple[int, ...], claim: str) -> None:
+    rules = ["causal", "attention", *layers.RANDOM_RULES[: len(drawn)]]
+    found = drawn_selection(kept=(2,))
+    data = found.data.sel(rule=rules).assign(flips=(("rule", "kept"), [[n] for n in (causal, attention, *drawn)]))
+    assert LayerSelection(data, found.meta).attention_claim == claim
+
+
+@pytest.mark.parametrize(("n_layers", "sets"), [(1, 1), (2, 2), (3, 3), (5, 3), (6, 3), (24, 3)])
+def test_layers_drawn_at_random_differ(n_layers: int, sets: int) -> None:
+    for seed in range(20):
+        drawn = layers._drawn(n_layers, np.random.default_rng(seed))
+        assert len(drawn) == sets
+        assert all(sorted(order) == list(range(n_layers)) for order in drawn)
+        for kept in counts(n_layers):
+            assert len({frozenset(order[:kept]) for order in drawn}) == sets
+
+
+def test_one_layer_is_singular() -> None:
+    assert "1 layer in" in drawn_selection(kept=(1,)).summary()
+    assert "2 layers in" in drawn_selection(kept=(1, 2)).summary()
 
 
 # --- plans, from a random model that an arbitrary judge hears refuse ---
