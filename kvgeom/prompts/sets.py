@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import combinations
 from typing import Any
 
 from kvgeom.errors import InputError
+from kvgeom.words import counted
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,12 +25,15 @@ class PromptSet:
         Either may be empty.
     source : str
         Where they come from, and their licence if it is known.
+    repeated : int
+        How many requests of a file were left out because the same had come before.
     """
 
     name: str
     harmful: tuple[str, ...]
     harmless: tuple[str, ...]
     source: str
+    repeated: int = 0
 
     @property
     def fingerprint(self) -> str:
@@ -53,21 +57,29 @@ class PromptSet:
             "harmful": list(self.harmful),
             "harmless": list(self.harmless),
             "source": self.source,
+            "repeated": self.repeated,
         }
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> PromptSet:
         """The inverse of :meth:`to_dict`."""
-        return cls(record["name"], tuple(record["harmful"]), tuple(record["harmless"]), record["source"])
+        return cls(
+            record["name"],
+            tuple(record["harmful"]),
+            tuple(record["harmless"]),
+            record["source"],
+            record.get("repeated", 0),
+        )
 
     def take(self, n: int) -> PromptSet:
         """The first ``n`` harmful and the first ``n`` harmless requests."""
         if n < 1:
             raise InputError(f"take at least one request, got {n}")
-        return PromptSet(self.name, self.harmful[:n], self.harmless[:n], self.source)
+        return replace(self, harmful=self.harmful[:n], harmless=self.harmless[:n])
 
     def __repr__(self) -> str:
-        return f"<PromptSet {self.name}: {len(self.harmful)} harmful, {len(self.harmless)} harmless>"
+        left_out = f", {counted(self.repeated, 'repeated request')} left out" if self.repeated else ""
+        return f"<PromptSet {self.name}: {len(self.harmful)} harmful, {len(self.harmless)} harmless{left_out}>"
 
 
 def calibration() -> PromptSet:
