@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,16 @@ class RunConfig:
             yield
 
 
-def split_options(options: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
+def split_options(
+    options: Mapping[str, Any], function: Callable[..., Any] | None = None
+) -> tuple[RunConfig, dict[str, Any]]:
     """Public keywords as a :class:`RunConfig` and the options of :func:`kvgeom.load`.
+
+    Parameters
+    ----------
+    options : mapping
+    function : callable, optional
+        Whose options they are; its own keywords are suggested for misspelt ones too.
 
     Raises
     ------
@@ -107,14 +116,18 @@ def split_options(options: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]
     """
     running = {each.name for each in fields(RunConfig)}
     loading = load_option_names()
+    parameters = [] if function is None else signature(function).parameters.values()
+    own = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
     for name in options:
         if name not in running | loading:
-            raise unknown_option(name, running | loading)
+            raise unknown_option(name, running | loading | own)
     run = RunConfig.from_options({name: value for name, value in options.items() if name in running})
     return run, {name: value for name, value in options.items() if name in loading}
 
 
-def open_run(model: Any, options: Mapping[str, Any]) -> tuple[Model, RunConfig]:
+def open_run(
+    model: Any, options: Mapping[str, Any], function: Callable[..., Any] | None = None
+) -> tuple[Model, RunConfig]:
     """Check the options of a public function, then load its model.
 
     Parameters
@@ -122,6 +135,8 @@ def open_run(model: Any, options: Mapping[str, Any]) -> tuple[Model, RunConfig]:
     model : anything that :func:`kvgeom.load` takes
     options : mapping
         Keywords of :class:`RunConfig` and of :func:`kvgeom.load`.
+    function : callable, optional
+        Whose options they are; see :func:`split_options`.
     """
-    run, loading = split_options(options)
+    run, loading = split_options(options, function)
     return load(model, progress=run.progress, **loading), run

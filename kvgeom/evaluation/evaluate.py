@@ -12,7 +12,7 @@ from kvgeom import progress
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline, opened, versions
 from kvgeom.evaluation.condition import COORDINATES, UNQUANTIZED, Condition, as_conditions
-from kvgeom.evaluation.config import open_run
+from kvgeom.evaluation.config import open_run, split_options
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.evaluation.speculative import Answer, generated, verified
 from kvgeom.prompts.load import as_requests
@@ -77,6 +77,7 @@ def evaluate(
     """
     if isinstance(prompts, Baseline):
         shown = bool(options.pop("progress", True))
+        split_options(options, evaluate)  # a misspelt one is none of the baseline's
         if options:
             raise InputError(f"{min(options)} belongs to the baseline that was given; set it in kvgeom.baseline(...)")
         with progress.shown(shown):
@@ -86,7 +87,7 @@ def evaluate(
                 prompts=prompts.refused if refused_only else None,
                 full_responses=full_responses,
             )
-    loaded, run = open_run(model, options)
+    loaded, run = open_run(model, options, evaluate)
     conditions = as_conditions(recipes, loaded, placement)
     with opened(loaded, as_requests(prompts), run) as base:
         return run_conditions(

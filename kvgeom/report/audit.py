@@ -195,7 +195,7 @@ def audit(
         where that can be known.
     """
     started = time.monotonic()
-    run, loading = split_options(options)
+    run, loading = split_options(options, audit)
     at_widths(scheme, bits, placement)  # errors in these are reported before a model is loaded
     if check_bits(scan_bits) == 16:
         raise InputError("scan_bits must be 2 to 8, got 16, which rounds nothing")

@@ -212,7 +212,7 @@ def fix(
         used; before any long work where that can be known.
     """
     started = time.monotonic()
-    run, loading = split_options(options)
+    run, loading = split_options(options, fix)
     config = check(bits, scheme, memory, placement, controls)
     chosen = calibration() if prompts is None else as_prompt_set(prompts)
     proving = held_out() if verify_prompts is None else as_prompt_set(verify_prompts)
