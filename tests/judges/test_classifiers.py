@@ -344,6 +344,8 @@ def test_lengths_differ(guards: dict[str, Path]) -> None:
         ("someone/something", {}, "someone/something"),
         ("./nowhere", {"kind": "minos"}, "no such folder"),
         ("nowhere", {"kind": "minos"}, "no such folder"),
+        ("wildgaurd", {}, "did you mean 'wildguard'"),
+        ("allenai/wildgaurd", {}, "did you mean 'allenai/wildguard'"),
         ("allenai/wildguard", {"trust_remote_code": True}, "trust_remote_code"),
         ("allenai/wildguard", {"batch_size": 0}, "got 0"),
     ],
@@ -388,6 +390,7 @@ def test_classifiers_by_name(guards: dict[str, Path], monkeypatch: pytest.Monkey
             judge = as_judge(spec)
             assert isinstance(judge, ClassifierJudge)
             assert (judge.source, judge.guard) == (guard.home, guard)
+        assert (classifier(kind).source, classifier(kind).guard) == (guard.home, guard)
     own = as_judge(f"harmbench={guards['harmbench']}")
     assert isinstance(own, ClassifierJudge)
     assert own.answers(["q"], ["@"]) == ["yes"]
@@ -404,6 +407,11 @@ def test_a_kind_of_classifier_from_outside_the_package(
     assert recognise("someone/own") is own
     with pytest.raises(InputError, match="own"):
         register_guard(own)
+
+
+def test_a_revision_of_a_folder_is_refused(guards: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="'revision'"):
+        classifier(guards["harmbench"], kind="harmbench", revision="main")
 
 
 def test_misspelt_options_of_a_classifier_are_refused(guards: dict[str, Path]) -> None:
