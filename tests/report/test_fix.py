@@ -359,6 +359,10 @@ def test_the_command(model: HFModel, tmp_path: Path, capsys: pytest.CaptureFixtu
     for part in (str(out / "plan.json"), str(out / "report.html"), f'kvgeom.Plan.load("{out}")', "plan.cache(model)"):
         assert part in captured.out
     assert all(reason in captured.out for reason in numbers["reasons"])
+    assert main(asked) == 0
+    assert capsys.readouterr().err == ""
+    assert main([*asked, "--memory", "0.3"]) == 0
+    assert f"replaced {out}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
