@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from kvgeom.plots.registry import Plottable, figure
-from kvgeom.plots.theme import ACCENT, MUTED, PLAIN, UNDETERMINED, finish, interval, percent, plain
+from kvgeom.plots.theme import ACCENT, MUTED, PLAIN, UNDETERMINED, finish, interval, percent, plain, say
 
 
 @figure("ablation", "ablation_bars")
@@ -34,7 +35,7 @@ def ablation_bars(ablation: Plottable) -> go.Figure:
         ACCENT if name == reference else UNDETERMINED if p > 0.05 else PLAIN
         for name, p in zip(names, data.p.values, strict=True)
     ]
-    figure = go.Figure()
+    figure = make_subplots()
     figure.add_bar(
         y=[[plain(family) for family in data.family.values], [plain(name) for name in names]],
         x=rate,
@@ -57,6 +58,10 @@ def ablation_bars(ablation: Plottable) -> go.Figure:
             x=whole, y=1, yref="paper", xanchor="right" if whole > 0.5 else "left", yanchor="bottom", showarrow=False, font={"size": 11, "color": MUTED},
             text=f"{plain(reference)} {percent(whole)}",
         )  # fmt: skip
-    figure.update_xaxes(title_text=f"share of {n} refusals lost", tickformat=".0%", range=[0, 1.02])
+    if n == 0:
+        say(figure, "the unquantized model refuses none of these prompts: nothing can be lost")
+    figure.update_xaxes(
+        title_text=f"share of {n} refusals lost" if n else "share of refusals lost", tickformat=".0%", range=[0, 1.02]
+    )
     figure.update_yaxes(autorange="reversed")
     return finish(figure, 120 + 22 * len(names))

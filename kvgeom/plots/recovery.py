@@ -160,7 +160,7 @@ def memory_bars(verification: Plottable) -> go.Figure:
         "unmitigated<extra></extra>",
         showlegend=False,
     )
-    figure.update_xaxes(title_text="bytes a token, all layers", range=[0, 1.3 * max(sizes.values())])
+    figure.update_xaxes(title_text="bytes a token, all layers", range=[0, 1.3 * max(sizes.values())], tickformat=",")
     figure.update_yaxes(autorange="reversed", ticks="")
     return finish(figure, 260, margin={"l": 64, "r": 24, "t": 28, "b": 52})
 

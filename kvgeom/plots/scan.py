@@ -49,7 +49,8 @@ def layer_scan(scan: Plottable) -> go.Figure:
     panel_title(figure, "Refusal margin lost by rounding one layer", row=1)
     panel_title(
         figure,
-        f"Refusals that flip, of {refused} (critical above {percent(scan.meta['critical_share'])}, dotted)",
+        f"Refusals that flip, of {refused}"
+        + (f" (critical above {percent(scan.meta['critical_share'])}, dotted)" if refused else ""),
         row=2,
     )
     figure.add_bar(
@@ -82,12 +83,13 @@ def layer_scan(scan: Plottable) -> go.Figure:
 
     ends = np.concatenate([low, high, drop, [0.0]])
     ends = ends[np.isfinite(ends)]
-    span = max(float(ends.max() - ends.min()), 1e-6)
+    span = max(float(ends.max() - ends.min()), 1e-3)
     # Room above the bars for the name of the critical layer.
     figure.update_yaxes(
         title_text="margin lost (nats)", range=[ends.min() - 0.05 * span, ends.max() + 0.2 * span], row=1, col=1
     )
     figure.update_yaxes(title_text="share of refusals", tickformat=".0%", range=[-0.03, 1.03], dtick=0.25, row=2, col=1)
+    figure.update_yaxes(showticklabels=refused > 0)
     axis = layer_axis(len(layers))
     figure.update_xaxes(**{**axis, "title": None})
     figure.update_xaxes(title_text=f"layer rounded alone ({scan.meta['scheme']})", row=2, col=1)

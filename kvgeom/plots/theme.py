@@ -39,6 +39,10 @@ def template() -> go.layout.Template:
     axis = {
         "gridcolor": GRID,
         "linecolor": LINE,
+        # No prefixes of units, as in "200n" nats.
+        "exponentformat": "power",
+        "minexponent": 4,
+        "separatethousands": True,
         "showline": True,
         "zeroline": False,
         "ticks": "outside",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import plotly.graph_objects as go
@@ -55,7 +56,9 @@ def test_layer_scan() -> None:
 
 @pytest.mark.parametrize(("critical", "refused", "says"), [(None, 10, "no critical layer"), (None, 0, "refuses none")])
 def test_layer_scan_without_a_critical_layer(critical: int | None, refused: int, says: str) -> None:
-    assert says in notes(scan(critical=critical, refused=refused).plot())
+    figure = scan(critical=critical, refused=refused).plot()
+    assert says in notes(figure)
+    assert figure.layout.yaxis.showticklabels == (refused > 0)
 
 
 def test_ablation() -> None:
@@ -69,6 +72,14 @@ def test_ablation() -> None:
     assert bars.marker.color[:2] == (ACCENT, UNDETERMINED)
     (reference,) = figure.layout.shapes
     assert reference.x0 == 0.8
+
+
+def test_ablation_without_refusals_says_so() -> None:
+    drawn = ablation()
+    nothing = drawn.data[["flips", "flip_rate", "ci_low", "ci_high", "p"]] * np.nan
+    figure = replace(drawn, data=drawn.data.assign(nothing), meta=drawn.meta | {"prompts": 0}).plot()
+    assert "refuses none" in notes(figure)
+    assert list(figure.data[0].y[1]) == list(ablation().plot().data[0].y[1])  # the rows are still there
 
 
 def test_pcr_interval() -> None:
