@@ -117,14 +117,19 @@ def say(figure: go.Figure, text: str, row: int = 1, col: int = 1) -> None:
     )
 
 
+def layer_ticks(layers: int, most: int = 16) -> dict[str, Any]:
+    """Ticks of an axis of layers: whole numbers, and no more than can be read."""
+    step = next(step for step in (1, 2, 4, 5, 10, 20) if layers / step <= most or step == 20)
+    return {"title": {"text": "layer"}, "tick0": 0, "dtick": step, "showgrid": False}
+
+
 def layer_axis(layers: int) -> dict[str, Any]:
-    """An x axis of layers, with as many ticks as can be read."""
-    step = next(step for step in (1, 2, 4, 5, 10, 20) if layers / step <= 32 or step == 20)
-    return {"title": {"text": "layer"}, "tick0": 0, "dtick": step, "range": [-0.7, layers - 0.3], "showgrid": False}
+    """An x axis of layers."""
+    return layer_ticks(layers, 32) | {"range": [-0.7, layers - 0.3]}
 
 
 def log_axis(*values: ArrayLike, powers: int = 6) -> dict[str, Any]:
-    """A logarithmic axis of some values: at most ``powers`` powers of ten, and 2 and 5 between them over few decades."""
+    """A logarithmic axis of some values: at most ``powers`` powers of ten, and what lies between them over few decades."""
     found = positive(np.concatenate([np.ravel(v) for v in values]))
     found = found[np.isfinite(found)]
     low, high = (float(np.log10(end(found))) if found.size else 0.0 for end in (np.min, np.max))
@@ -137,7 +142,18 @@ def log_axis(*values: ArrayLike, powers: int = 6) -> dict[str, Any]:
             "tickfont_size": SIZE / 1.25,
         }
     decades = range(math.floor(low), math.ceil(high) + 1)
-    return axis | {"tickvals": [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]}
+    ticks = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]
+    if low < high and sum(low <= math.log10(tick) <= high for tick in ticks) < 2:
+        ticks = _even_ticks(10**low, 10**high)
+    return axis | {"tickvals": ticks}
+
+
+def _even_ticks(low: float, high: float) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten, of which at least two lie in the range."""
+    power = math.floor(math.log10((high - low) / 2))
+    step = next(step for step in (5, 2, 1) if step * 10.0**power <= (high - low) / 2)
+    first, last = (int(end / (step * 10.0**power)) for end in (low, high))
+    return [float(f"{step * n}e{power}") for n in range(max(1, first), last + 2)]
 
 
 def positive(values: ArrayLike) -> NDArray[np.float64]:
@@ -174,8 +190,9 @@ def interval(value: ArrayLike, low: ArrayLike, high: ArrayLike, **style: Any) ->
 
 
 def colour_bar(title: str, **options: Any) -> dict[str, Any]:
-    """A thin colour bar with its unit."""
-    return {"title": {"text": title}, "thickness": 12, "outlinewidth": 0, **options}
+    """A thin colour bar with its unit, which is written along it: above, it would meet the highest tick."""
+    named = {"text": title, "side": "right", "font": {"size": SIZE, "color": MUTED}}
+    return {"title": named, "thickness": 12, "outlinewidth": 0, "exponentformat": "power", **options}
 
 
 def channel_names(channels: int, head_dim: int | None) -> list[str]:
@@ -221,13 +238,15 @@ def wrapped(text: object, width: int) -> str:
 
 def percent(share: float) -> str:
     """``0.152`` as ``15 %``."""
-    return f"{100 * share:.0f} %" if math.isfinite(share) else "undetermined"
+    return f"{100 * share:z.0f} %" if math.isfinite(share) else "undetermined"
 
 
 def short(value: float) -> str:
     """A ratio in the few characters that fit a cell: ``12.6k``, ``258``, ``1.9``, ``0.23``."""
     if not math.isfinite(value):
         return ""
+    if value == 0:
+        return "0"
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * unit:
             return f"{value / unit:.3g}{name}"

@@ -7,7 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plotly.subplots import make_subplots
 
-from kvgeom.plots.theme import channel_names, head_borders, interval, log_axis, positive, say, short, symmetric_range
+from kvgeom.plots.theme import (
+    channel_names,
+    head_borders,
+    interval,
+    layer_axis,
+    layer_ticks,
+    log_axis,
+    percent,
+    positive,
+    say,
+    short,
+    symmetric_range,
+)
 
 
 def test_symmetric_range() -> None:
@@ -18,9 +30,10 @@ def test_symmetric_range() -> None:
 
 
 def test_short() -> None:
-    assert [short(v) for v in (0.001, 0.234, 1.94, 25.8, 999.6, 12_600, 2.5e6, np.inf)] == [
-        "1e-03", "0.23", "1.9", "26", "1k", "12.6k", "2.5M", "",
+    assert [short(v) for v in (0.0, 0.001, 0.234, 1.94, 25.8, 999.6, 12_600, 2.5e6, np.inf)] == [
+        "0", "1e-03", "0.23", "1.9", "26", "1k", "12.6k", "2.5M", "",
     ]  # fmt: skip
+    assert percent(-0.001) == "0 %"
 
 
 def test_ticks_of_logarithmic_axes() -> None:
@@ -30,6 +43,18 @@ def test_ticks_of_logarithmic_axes() -> None:
     assert {5.0, 10.0, 20.0, 50.0, 100.0} <= set(log_axis([2, 130])["tickvals"])
     assert log_axis([1e-3, 1e8])["dtick"] == 2
     assert log_axis([])["type"] == "log"
+
+
+@given(st.floats(1e-6, 1e6), st.floats(1.001, 90))
+def test_a_logarithmic_axis_has_two_ticks_at_least(low: float, ratio: float) -> None:
+    ticks = log_axis([low, low * ratio])["tickvals"]
+    assert sum(low * (1 - 1e-9) <= tick <= low * ratio * (1 + 1e-9) for tick in ticks) >= 2
+    assert len(ticks) < 15
+
+
+def test_layers_are_counted_in_whole_numbers() -> None:
+    assert [layer_ticks(layers)["dtick"] for layers in (1, 3, 16, 28, 80)] == [1, 1, 1, 2, 5]
+    assert layer_axis(28)["dtick"] == 1
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(-1e3, 1e3))
