@@ -18,8 +18,10 @@ from kvgeom.plots.theme import (
     head_borders,
     head_numbers,
     layer_axis,
+    layer_ticks,
     panel_title,
     plain,
+    say,
     short,
     symmetric_range,
 )
@@ -47,24 +49,30 @@ def margin_map(patching: Plottable) -> go.Figure:
     drop = (data.clean_margin - data.margin).mean("prompt").transpose("scheme", "layer")
     layers = drop.layer.values.astype(int)
     low, high = symmetric_range(drop.values, least=0.1)
-    wide = len(layers) > 36
-    figure = go.Figure(
-        go.Heatmap(
-            x=layers,
-            y=[plain(name) for name in drop.scheme.values],
-            z=drop.values,
-            zmin=low,
-            zmax=high,
-            colorscale=DIVERGING,
-            xgap=2,
-            ygap=2,
-            text=[["" if wide else f"{value:.1f}" for value in row] for row in drop.values],
-            texttemplate="%{text}",
-            customdata=data.kl.mean("prompt").transpose("scheme", "layer").values,
-            hovertemplate="<b>%{y}, layer %{x}</b><br>margin lost %{z:.2f} nats<br>KL %{customdata:.3g} nats<extra></extra>",
-            colorbar=colour_bar("margin lost<br>(nats)"),
-        )
+    digits = 1 if high >= 1 else 2
+    wide = len(layers) > 28
+    figure = make_subplots()
+    figure.add_heatmap(
+        x=layers,
+        y=[plain(name) for name in drop.scheme.values],
+        z=drop.values,
+        zmin=low,
+        zmax=high,
+        colorscale=DIVERGING,
+        xgap=2,
+        ygap=2,
+        text=[["" if wide else f"{value:z.{digits}f}" for value in row] for row in drop.values],
+        texttemplate="%{text}",
+        textfont={"size": 10},
+        hoverongaps=False,
+        customdata=data.kl.mean("prompt").transpose("scheme", "layer").values,
+        hovertemplate="<b>%{y}, layer %{x}</b><br>margin lost %{z:.2f} nats<br>KL %{customdata:.3g} nats<extra></extra>",
+        colorbar=colour_bar(
+            "margin lost (nats)", tickvals=[low, 0, high], ticktext=[f"{end:z.{digits}f}" for end in (low, 0, high)]
+        ),
     )
+    if not np.isfinite(drop.values).any():
+        say(figure, "no margins: no refusal tokens were given")
     figure.update_xaxes(**layer_axis(len(layers)))
     figure.update_xaxes(range=[layers.min() - 0.5, layers.max() + 0.5], showline=False, ticks="")
     figure.update_yaxes(autorange="reversed", showgrid=False, showline=False, ticks="")
@@ -107,13 +115,13 @@ def first_order_channels(estimate: Plottable) -> go.Figure:
             customdata=heads,
             hovertemplate=f"{title}, layer %{{y}}, {channel_hover(size, 'customdata')}<br>margin lost %{{z:.3g}} nats<extra></extra>",
             colorbar=colour_bar(
-                "margin lost<br>(nats)", tickvals=[low, 0, high], ticktext=[f"≤ {short(low)}", "0", f"≥ {short(high)}"]
+                "margin lost (nats)", tickvals=[low, 0, high], ticktext=[f"≤ {short(low)}", "0", f"≥ {short(high)}"]
             ),
             row=row,
             col=1,
         )
         head_borders(figure, count, size, row=row)
-        figure.update_yaxes(title_text="layer", autorange="reversed", showgrid=False, row=row, col=1)
+        figure.update_yaxes(**layer_ticks(data.sizes["layer"]), autorange="reversed", row=row, col=1)
     figure.update_xaxes(showgrid=False)
     figure.update_xaxes(title_text="channel", row=2, col=1)
     return finish(figure, 620)

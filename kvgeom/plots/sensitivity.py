@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +25,7 @@ from kvgeom.plots.theme import (
     head_borders,
     head_numbers,
     layer_axis,
+    layer_ticks,
     log_axis,
     panel_title,
     plain,
@@ -93,13 +95,13 @@ def ratio_map(sensitivity: Plottable) -> go.Figure:
     _undefined(figure, layers, rows, defined, hover)
     at, of = np.nonzero((status == "weak") & defined)
     figure.add_scatter(
-        x=layers[of] + 0.34,
+        x=layers[of],
         y=rows[at] - 0.34,
         mode="markers",
         name="weak separation",
         marker={
             "symbol": "circle-open",
-            "size": 6,
+            "size": 6 if len(layers) <= 80 else 4,
             # On the darkest cells ink would not be seen.
             "color": np.where(np.abs(log_ratio[at, of]) > 0.7 * reach, "white", INK),
             "line": {"width": 1.2},
@@ -146,9 +148,11 @@ def _legend(figure: go.Figure, name: str, marker: dict[str, object]) -> None:
 
 
 def _decades(log_ratio: np.ndarray, reach: float) -> dict[str, object]:
-    """Ticks of a colour bar at powers of ten; the outermost say whether values lie beyond."""
-    exponents = np.arange(np.ceil(-reach), np.floor(reach) + 1)
-    texts = [f"{10**d:,.4g}" for d in exponents]
+    """Ticks of a colour bar at powers of ten, at most seven; the outermost say whether values lie beyond."""
+    step = max(1, math.ceil(math.floor(reach) / 3))
+    count = int(reach // step)
+    exponents = [step * n for n in range(-count, count + 1)]
+    texts = [f"{10.0**d:,g}" if abs(d) <= DECADES else f"10<sup>{d}</sup>" for d in exponents]
     if np.nanmax(np.abs(log_ratio), initial=0) > reach:
         texts = [f"≤ {texts[0]}", *texts[1:-1], f"≥ {texts[-1]}"]
     return {"tickvals": exponents, "ticktext": texts}
@@ -217,7 +221,7 @@ def ratio_against_null(sensitivity: Plottable, site: str = "k") -> go.Figure:
         if median is not None:
             figure.add_scatter(
                 x=layers, y=positive(data[median].values), mode="lines", line={"color": MUTED, "width": 1, "dash": "dot"},
-                name="their median", hovertemplate="layer %{x}: median of random subspaces %{y:,.3g}<extra></extra>",
+                name="median of random subspaces", hovertemplate="layer %{x}: median of random subspaces %{y:,.3g}<extra></extra>",
                 row=row, col=1,
             )  # fmt: skip
         for wanted, symbol, legend in (("ok", "circle", name), ("weak", "circle-open", f"{name}, weak separation")):
@@ -240,17 +244,9 @@ def ratio_against_null(sensitivity: Plottable, site: str = "k") -> go.Figure:
             say(figure, "undefined in every layer", row=row)
     figure.update_xaxes(**{**layer_axis(len(layers)), "title": None})
     figure.update_xaxes(title_text="layer", row=2, col=1)
-    for row, title in ((1, "ratio (log)"), (2, "alignment (log)")):
-        figure.update_yaxes(type="log", title_text=title, row=row, col=1, minor_showgrid=False)
-    drawn = [
-        y
-        for trace in figure.data
-        if trace.yaxis == "y" and trace.y is not None
-        for y in np.ravel(trace.y)
-        if y and y > 0
-    ]
-    figure.update_yaxes(**log_axis(drawn), row=1, col=1)
-    figure.update_yaxes(tickvals=[0.01, 0.1, 0.25, 0.5, 1, 2, 4, 10, 100], row=2, col=1)
+    for row, axis, title in ((1, "y", "ratio (log)"), (2, "y2", "alignment (log)")):
+        drawn = [np.asarray(trace.y, dtype=float) for trace in figure.data if trace.yaxis == axis]
+        figure.update_yaxes(**log_axis(1.0, *drawn), title_text=title, row=row, col=1)
     return finish(figure, 440)
 
 
@@ -317,9 +313,9 @@ def channel_ratio_map(sensitivity: Plottable, site: str = "k") -> go.Figure:
     )
     head_borders(figure, count, head_dim)
     figure.update_xaxes(title_text="channel", showgrid=False, range=[-0.5, count - 0.5])
-    figure.update_yaxes(title_text="layer", autorange="reversed", showgrid=False)
+    figure.update_yaxes(**layer_ticks(len(ratio)), autorange="reversed")
     figure.update_layout(plot_bgcolor=UNDETERMINED)
-    return finish(figure, 160 + 14 * len(channels.layer))
+    return finish(figure, 160 + 14 * max(8, len(ratio)))
 
 
 def channels_of(data: xr.Dataset, site: str) -> xr.Dataset:

@@ -116,6 +116,20 @@ def sensitivity(layers: int = 4, heads: int = 2, head_dim: int = 8, undefined: b
     return Drawn("sensitivity", xr.Dataset(variables, coords=coords), meta)
 
 
+def patching(drops: list[list[float]]) -> Drawn:
+    """Margins lost, by layer and scheme; one prompt."""
+    drop = np.array(drops)
+    columns = {
+        "margin": (("prompt", "layer", "scheme"), -drop[None]),
+        "kl": (("prompt", "layer", "scheme"), drop[None]),
+    }
+    names = [f"scheme {n}" for n in range(drop.shape[1])]
+    data = xr.Dataset(
+        {"clean_margin": ("prompt", [0.0]), **columns}, coords={"layer": np.arange(len(drop)), "scheme": names}
+    )
+    return Drawn("patching", data, {"schemes": {name: name for name in names}})
+
+
 def pcr(value: float, low: float, high: float, status: str = "determined", reason: str = "r") -> Drawn:
     numbers = {"value": value, "low": low, "high": high}
     meta = {"layer": 2, "bits": 3, "status": status, "reason": reason, "thresholds": [0.3, 0.7]}

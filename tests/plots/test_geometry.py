@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -13,9 +15,9 @@ from kvgeom.plots.channels import channel_loading
 from kvgeom.plots.directions import cosine_map, projections_by_layer, stability_by_layer
 from kvgeom.plots.magnitude import magnitude_surface
 from kvgeom.plots.selection import _hatching
-from kvgeom.plots.sensitivity import channel_ratio_map, channels_of, ratio_against_null
+from kvgeom.plots.sensitivity import _decades, channel_ratio_map, channels_of, ratio_against_null
 from kvgeom.quant.scheme import Scheme
-from tests.builders.figures import notes, of_type, sensitivity, traces
+from tests.builders.figures import notes, of_type, patching, sensitivity, traces
 from tests.builders.geometry import refusing
 from tests.builders.requests import MORE_PAIRS
 from tests.builders.tiny import tiny_model
@@ -37,7 +39,7 @@ def test_ratio_map() -> None:
     assert heat.zmax <= 3
     assert np.isfinite(np.array(traces(figure, "undefined")[0].z, dtype=float)).sum() == 1
     weak = traces(figure, "weak separation")[0]
-    assert (round(weak.x[0]), round(weak.y[0] + 0.34)) == (1, 1)
+    assert (weak.x[0], round(weak.y[0] + 0.34)) == (1, 1)
     assert "means &lt;coincide&gt;" in heat.customdata[0][0]
 
 
@@ -48,6 +50,23 @@ def test_ratio_against_null() -> None:
     shown = traces(figure, "values")[0]
     ok = drawn.data.sel(site="v").status.values == "ok"
     np.testing.assert_allclose(shown.y, drawn.data.ratio.sel(site="v").values[ok])
+
+
+@pytest.mark.parametrize(
+    ("reach", "exponents"), [(1, [-1, 0, 1]), (3, range(-3, 4)), (4.7, [-4, -2, 0, 2, 4]), (6, range(-6, 7, 2))]
+)
+def test_ticks_of_a_bar_of_ratios(reach: float, exponents: Sequence[int]) -> None:
+    ticks = _decades(np.array([-reach, reach + 1e-9]), reach)
+    assert list(ticks["tickvals"]) == list(exponents)
+    assert ticks["ticktext"][-1].startswith("≥")
+
+
+def test_margin_map() -> None:
+    figure = patching([[-0.004, 0.0], [0.25, -0.1]]).plot()
+    (cells,) = of_type(figure, "heatmap")
+    assert [list(row) for row in cells.text] == [["0.00", "0.25"], ["0.00", "-0.10"]]
+    assert [cells.zmin, 0, cells.zmax] == list(cells.colorbar.tickvals)
+    assert "no refusal tokens" in notes(patching([[np.nan]]).plot())
 
 
 @pytest.mark.parametrize("site", ["k", "v", "resid"])
@@ -133,7 +152,7 @@ def test_cosines(space) -> None:  # type: ignore[no-untyped-def]
     (keys,) = of_type(cosine_map(found.agreement_of_layers("k")), "heatmap")
     assert np.isnan(np.array(keys.z, dtype=float)[0]).all()
     (sites,) = of_type(cosine_map(found.agreement_of_sites(1)), "heatmap")
-    assert list(sites.x) == ["k", "v", "resid"]
+    assert list(sites.x) == ["keys", "values", "residual"]
 
 
 def test_channel_ratio_map(space) -> None:  # type: ignore[no-untyped-def]
