@@ -17,10 +17,12 @@ from kvgeom.plots.theme import (
     LINE,
     PLAIN,
     SITE_NAMES,
+    UNDETERMINED,
     colour_bar,
     finish,
     interval,
     layer_axis,
+    layer_ticks,
     panel_title,
 )
 
@@ -121,7 +123,7 @@ def cosine_map(cosines: xr.DataArray) -> go.Figure:
     """Cosine of every pair of directions, for instance layer by layer.
 
     How to read it: red is 1 (the same direction), white 0 (nothing in common), blue -1. A red block along the diagonal is a
-    range of layers that share one direction. Empty rows are layers without a direction. For keys and values, whose channels
+    range of layers that share one direction. Grey rows are layers without a direction. For keys and values, whose channels
     differ from layer to layer, the cosines are those of the prompts' scores without the class means: red layers see the same
     differences between prompts of one class.
 
@@ -138,7 +140,8 @@ def cosine_map(cosines: xr.DataArray) -> go.Figure:
     dim = str(cosines.dims[0])
     labels = cosines[dim].values
     named = labels.dtype.kind not in "iu"
-    names = [str(label) for label in labels] if named else labels.astype(int)
+    names = [SITE_NAMES.get(str(label), str(label)) for label in labels] if named else labels.astype(int)
+    ticks = {"title_text": dim, "showgrid": False} if named else layer_ticks(len(labels))
     figure = go.Figure(
         go.Heatmap(
             x=names,
@@ -150,15 +153,17 @@ def cosine_map(cosines: xr.DataArray) -> go.Figure:
             xgap=1,
             ygap=1,
             hoverongaps=False,
-            text=[[f"{v:.2f}" if len(labels) <= 8 and np.isfinite(v) else "" for v in row] for row in cosines.values],
+            text=[[f"{v:z.2f}" if len(labels) <= 8 and np.isfinite(v) else "" for v in row] for row in cosines.values],
             texttemplate="%{text}",
             hovertemplate=f"{dim} %{{y}} and %{{x}}: %{{z:.2f}}<extra></extra>",
             colorbar=colour_bar("cosine"),
         )
     )
     side = 320 if len(labels) <= 8 else 480
-    figure.update_xaxes(title_text=dim, showgrid=False, constrain="domain")
-    figure.update_yaxes(title_text=dim, showgrid=False, autorange="reversed", scaleanchor="x", constrain="domain")
+    figure.update_xaxes(**ticks, constrain="domain")
+    figure.update_yaxes(**ticks, autorange="reversed", scaleanchor="x", constrain="domain")
+    # White would be a cosine of 0.
+    figure.update_layout(plot_bgcolor=UNDETERMINED)
     return finish(figure, side)
 
 
