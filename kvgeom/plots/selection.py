@@ -8,7 +8,6 @@ from plotly.subplots import make_subplots
 
 from kvgeom.plots.registry import Plottable, figure
 from kvgeom.plots.theme import (
-    ACCENT,
     DIVERGING,
     INK,
     LABEL_COLORS,
@@ -18,10 +17,9 @@ from kvgeom.plots.theme import (
     colour_bar,
     finish,
     interval,
-    layer_axis,
+    layer_ticks,
     panel_title,
     plain,
-    say,
     symmetric_range,
     wrapped,
 )
@@ -35,8 +33,9 @@ def selection_maps(selection: Plottable) -> go.Figure:
     How to read it: each cell is a candidate, the class difference of the residual stream after one layer at one template
     token. Top: the refusal margin of harmful prompts with the candidate ablated; white is the margin without ablation, and
     the bluer, the more refusal is lost. Middle: the margin of harmless prompts with the candidate added; white is even odds
-    of refusal, red is refusal induced. Bottom: how much ablation changes harmless prompts. Hatched cells are filtered out, and
-    their hover text says why. The star is the chosen candidate, the bluest cell of the top map that is not hatched.
+    of refusal, red is refusal induced. Bottom: how much ablation changes harmless prompts. Crossed cells are filtered out, and
+    their hover text says why; grey ones have no direction. The star is the chosen candidate, the bluest cell of the top map
+    that is not crossed. If no candidate is left, no cell is crossed.
 
     Parameters
     ----------
@@ -51,12 +50,14 @@ def selection_maps(selection: Plottable) -> go.Figure:
     data, meta = selection.data, selection.meta
     layers, positions = data.layer.values.astype(int), [str(name) for name in data.position.values]
     base, chosen = float(meta["clean_margin_harmful"]), meta["chosen"]
-    figure = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.1)
+    panel, gap = 26 * max(2, len(positions)), 60
+    plotted = 3 * panel + 2 * gap
+    figure = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=gap / plotted)
     panels = (
-        ("bypass", f"Bypass: margin of harmful prompts, ablated (without: {base:.1f} nats)", base, DIVERGING),
+        ("bypass", f"Bypass: margin of harmful prompts, ablated (without: {base:z.1f} nats)", base, DIVERGING),
         (
             "induce",
-            f"Induce: margin of harmless prompts, added (without: {meta['clean_margin_harmless']:.1f} nats)",
+            f"Induce: margin of harmless prompts, added (without: {meta['clean_margin_harmless']:z.1f} nats)",
             0.0,
             DIVERGING,
         ),
@@ -82,10 +83,14 @@ def selection_maps(selection: Plottable) -> go.Figure:
         panel_title(figure, title, row=row)
         values = data[name].transpose("position", "layer").values.astype(float)
         if centre is None:
-            top = max(3 * float(meta["max_kl"]), 1e-9)
-            scale = {"zmin": 0.0, "zmax": top}
+            limit = float(meta["max_kl"])
+            ends = (0.0, max(3 * limit, 1e-9))
+            ticks = {"tickvals": [0, limit, ends[1]], "ticktext": ["0", f"{limit:g}", f"≥ {ends[1]:g}"]}
         else:
-            scale = dict(zip(("zmin", "zmax"), symmetric_range(values, 1e-9, centre=centre), strict=True))
+            ends = symmetric_range(values, 1e-9, centre=centre)
+            shown = (ends[0], centre, ends[1])
+            ticks = {"tickvals": shown, "ticktext": [f"{value:z.1f}" for value in shown]}
+        middle = (row - 1) * (panel + gap) + panel / 2  # in pixels, from the top
         figure.add_heatmap(
             x=layers,
             y=np.arange(len(positions)),
@@ -96,19 +101,21 @@ def selection_maps(selection: Plottable) -> go.Figure:
             customdata=hover,
             hovertemplate="%{customdata}<extra></extra>",
             hoverongaps=False,
-            colorbar=colour_bar("nats", len=0.28, y=(0.87, 0.5, 0.13)[row - 1], nticks=2 + len(positions)),
-            **scale,
+            colorbar=colour_bar("nats", len=panel / plotted, y=1 - middle / plotted, ypad=0, **ticks),
+            zmin=ends[0],
+            zmax=ends[1],
             row=row,
             col=1,
         )
-        x, y = _hatching(layers, np.arange(len(positions)), reasons != "")
+        out = np.argwhere((reasons != "") & np.isfinite(values)) if chosen is not None else np.empty((0, 2), dtype=int)
         figure.add_scatter(
-            x=x,
-            y=y,
-            mode="lines",
-            line={"color": MUTED, "width": 1},
+            x=layers[out[:, 1]],
+            y=out[:, 0],
+            mode="markers",
+            marker={"symbol": "x", "size": 7, "color": "white", "line": {"color": MUTED, "width": 1}},
             hoverinfo="skip",
-            showlegend=False,
+            name="filtered out",
+            showlegend=row == 1 and len(out) > 0,
             row=row,
             col=1,
         )
@@ -124,29 +131,25 @@ def selection_maps(selection: Plottable) -> go.Figure:
                 row=row,
                 col=1,
             )
-    figure.update_xaxes(**{**layer_axis(len(layers)), "title": None, "showline": False, "ticks": ""})
+    figure.update_xaxes(
+        **layer_ticks(len(layers), 32) | {"title": None}, range=[-0.5, len(layers) - 0.5], showline=False, ticks=""
+    )
     figure.update_xaxes(title_text="after layer", row=3, col=1)
-    # Numbers, not names, so that the hatching can be drawn within the cells; the names are the ticks.
     figure.update_yaxes(
-        tickvals=np.arange(len(positions)), ticktext=positions, showgrid=False, showline=False, ticks=""
+        tickvals=np.arange(len(positions)),
+        ticktext=[plain(name) for name in positions],
+        range=[-0.5, len(positions) - 0.5],
+        showgrid=False,
+        showline=False,
+        ticks="",
     )
     if chosen is None:
-        say(figure, "every candidate is filtered out", row=1)
-    return finish(figure, 3 * (70 + 26 * max(2, len(positions))) + 60)
-
-
-def _hatching(
-    columns: np.ndarray, rows: np.ndarray, cells: np.ndarray
-) -> tuple[list[float | None], list[float | None]]:
-    """Three slanted lines across each marked cell, as one broken line."""
-    x: list[float | None] = []
-    y: list[float | None] = []
-    for row, column in zip(*np.nonzero(cells), strict=True):
-        for shift in (-0.5, 0.0, 0.5):
-            start, stop = max(-0.5, -0.5 + shift), min(0.5, 0.5 + shift)
-            x += [float(columns[column] + start), float(columns[column] + stop), None]
-            y += [float(rows[row] + start - shift), float(rows[row] + stop - shift), None]
-    return x, y
+        # Above the maps, which still show how far the candidates are from passing.
+        figure.add_annotation(
+            text="every candidate is filtered out", xref="paper", yref="paper", x=0, y=1, yshift=28,
+            xanchor="left", yanchor="bottom", showarrow=False, font={"size": 13, "color": MUTED},
+        )  # fmt: skip
+    return finish(figure, plotted + 112, plot_bgcolor=UNDETERMINED)
 
 
 #: Kinds of prompts and interventions, from left to right.
@@ -157,8 +160,8 @@ _RUNS = ((True, "none", "as it is"), (True, "ablate", "ablated"), (False, "none"
 def steering_rates(steering: Plottable) -> go.Figure:
     """Refusal rates with the direction ablated and added.
 
-    How to read it: harmful prompts on the left, harmless prompts on the right, each without and with the intervention, with
-    Wilson 95 % intervals. A refusal direction brings the left pair down to 0 and the right pair up. Degenerate responses
+    How to read it: harmful prompts on the left, harmless prompts on the right, each without (grey) and with the intervention
+    (blue), with Wilson 95 % intervals. A refusal direction brings the left pair down to 0 and the right pair up. Degenerate responses
     count as not refused; the hover text has their number.
 
     Parameters
@@ -186,7 +189,7 @@ def steering_rates(steering: Plottable) -> go.Figure:
         y=rate,
         mode="markers",
         error_y=interval(rate, low, high, thickness=1.5),
-        marker={"size": 11, "color": [PLAIN if name == "none" else ACCENT for _, name, _ in _RUNS]},
+        marker={"size": 11, "color": [MUTED if name == "none" else PLAIN for _, name, _ in _RUNS]},
         customdata=counts,
         hovertemplate="%{y:.0%}<br>"
         + ", ".join(f"{label} %{{customdata[{n}]}}" for n, label in enumerate(LABEL_COLORS))

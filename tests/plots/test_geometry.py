@@ -14,7 +14,6 @@ from kvgeom.geometry.steering import steer
 from kvgeom.plots.channels import channel_loading
 from kvgeom.plots.directions import cosine_map, projections_by_layer, stability_by_layer
 from kvgeom.plots.magnitude import magnitude_surface
-from kvgeom.plots.selection import _hatching
 from kvgeom.plots.sensitivity import _decades, channel_ratio_map, channels_of, ratio_against_null
 from kvgeom.quant.scheme import Scheme
 from tests.builders.figures import notes, of_type, patching, sensitivity, traces
@@ -98,23 +97,25 @@ def test_selection_maps() -> None:
         np.testing.assert_array_equal(trace.z, found.data[name].transpose("position", "layer").values)
     # Bypass is white where ablation changes nothing.
     assert (maps[0].zmin + maps[0].zmax) / 2 == pytest.approx(found.meta["clean_margin_harmful"])
-    lines = [trace for trace in of_type(figure, "scatter") if trace.mode == "lines"]
     filtered = found.data.filtered.transpose("position", "layer").values != ""
-    assert all(len(line.x) == 9 * filtered.sum() for line in lines)
+    for crosses in traces(figure, "filtered out"):
+        assert sorted(zip(crosses.y, crosses.x, strict=True)) == [tuple(cell) for cell in np.argwhere(filtered)]
     star = next(trace for trace in figure.data if trace.name == "chosen")
     positions = list(found.data.position.values)
     assert (star.x[0], positions[star.y[0]]) == found.chosen
     assert not filtered[star.y[0], star.x[0]]
     nothing = space.select(validation=2, tokens=tokens, min_induce=1e9, progress=False).plot()
     assert "every candidate" in notes(nothing)
+    assert all(len(crosses.x) == 0 for crosses in traces(nothing, "filtered out"))
 
 
-def test_hatching_stays_in_its_cell() -> None:
-    x, y = _hatching(np.arange(4), np.arange(3), np.eye(3, 4, dtype=bool))
-    points = [(a, b) for a, b in zip(x, y, strict=True) if a is not None and b is not None]
-    assert len(points) == 3 * 6
-    for cell in range(3):
-        assert all(abs(a - cell) <= 0.5 and abs(b - cell) <= 0.5 for a, b in points[6 * cell : 6 * cell + 6])
+def test_candidates_without_a_direction_are_not_crossed() -> None:
+    space, tokens = refusing()
+    found = space.select(validation=2, tokens=tokens, max_kl=9, min_induce=-99, last_layers=0.4, progress=False)
+    last = found.data.layer == 2
+    found.data["bypass"] = found.data.bypass.where(~last)
+    crosses = traces(found.plot(), "filtered out")
+    assert [2 in trace.x for trace in crosses] == [False, True, True]
 
 
 def test_steering_rates(space) -> None:  # type: ignore[no-untyped-def]
