@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import plotly.graph_objects as go
+from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from kvgeom.errors import InputError
@@ -169,13 +170,13 @@ def first_order_against_exact(estimate: Plottable, exact: Plottable) -> go.Figur
         x=reach, y=reach, mode="lines", line={"color": MUTED, "width": 1, "dash": "dash"}, hoverinfo="skip",
         showlegend=False,
     )  # fmt: skip
-    top = np.argsort(-np.maximum(np.abs(x), np.abs(y)))[:6]
+    places = _label_places(np.stack([x, y], 1) / max(reach[1] - reach[0], 1e-12), most=6)
     figure.add_scatter(
         x=x,
         y=y,
         mode="markers+text",
-        text=[f"L{layer}" if index in top else "" for index, layer in enumerate(layers)],
-        textposition="top center",
+        text=[f"L{layer}" if place else "" for layer, place in zip(layers, places, strict=True)],
+        textposition=[place or "top center" for place in places],
         marker={"color": PLAIN, "size": 8},
         customdata=layers,
         hovertemplate="layer %{customdata}<br>first order %{x:.2f} nats<br>exact %{y:.2f} nats<extra></extra>",
@@ -184,3 +185,26 @@ def first_order_against_exact(estimate: Plottable, exact: Plottable) -> go.Figur
     figure.update_xaxes(title_text="margin lost, first order (nats)")
     figure.update_yaxes(title_text="margin lost, exact (nats)")
     return finish(figure, 420)
+
+
+#: Where a label may be beside its point, and how far away its middle is, as shares of the panel.
+_BESIDE = {
+    "top center": (0.0, 0.06),
+    "middle left": (-0.03, 0.0),
+    "middle right": (0.03, 0.0),
+    "bottom center": (0.0, -0.06),
+}
+
+
+def _label_places(points: NDArray[np.float64], most: int) -> list[str]:
+    """Where to label the points furthest from zero, so that no label lies on another one or on a point; ``""`` for no label."""
+    places = [""] * len(points)
+    taken = [(point, (0.02, 0.03)) for point in points]  # with the half width and height that it keeps free
+    for index in np.argsort(-np.abs(points).max(1))[:most]:
+        for name, offset in _BESIDE.items():
+            middle = points[index] + offset
+            if not any((np.abs(middle - other) < room).all() for other, room in taken):
+                places[index] = name
+                taken.append((middle, (0.045, 0.06)))
+                break
+    return places
