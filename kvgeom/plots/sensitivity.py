@@ -27,6 +27,7 @@ from kvgeom.plots.theme import (
     layer_axis,
     layer_ticks,
     log_axis,
+    mark_undefined,
     panel_title,
     plain,
     positive,
@@ -240,7 +241,10 @@ def ratio_against_null(sensitivity: Plottable, site: str = "k") -> go.Figure:
                 col=1,
             )
         figure.add_hline(y=1, line={"color": LINE, "width": 1}, row=row, col=1)
-        if not np.isfinite(positive(data[variable].values)).any():
+        known = np.isfinite(positive(data[variable].values)) & (status != "undefined")
+        if known.any():
+            mark_undefined(figure, layers, known, row=row)
+        else:
             say(figure, "undefined in every layer", row=row)
     figure.update_xaxes(**{**layer_axis(len(layers)), "title": None})
     figure.update_xaxes(title_text="layer", row=2, col=1)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from kvgeom.plots.registry import Plottable, figure
-from kvgeom.plots.theme import HEAD_COLORS, MUTED, SITE_NAMES, finish, layer_axis, plain
+from kvgeom.plots.theme import HEAD_COLORS, MUTED, SITE_NAMES, finish, layer_axis, mark_undefined, plain
 
 #: Above this a separation is not significant.
 ALPHA = 0.05
@@ -18,7 +19,7 @@ def separation_by_layer(space: Plottable) -> go.Figure:
 
     How to read it: every point is the cross-validated AUROC along the direction of one layer and site; 1 is perfect, the
     dotted line at 0.5 is chance. A filled point is significant (p at most 0.05, corrected for the positions tried), a hollow
-    one is not. There is no point where the classes coincide.
+    one is not. There is no point where the classes coincide, and a grey band where they do at every site.
 
     Parameters
     ----------
@@ -31,7 +32,7 @@ def separation_by_layer(space: Plottable) -> go.Figure:
         One line for each site; x: layer, y: AUROC.
     """
     layers = space.data.layer.values.astype(int)
-    drawn = go.Figure()
+    drawn = make_subplots()
     for site, color in zip(space.data.site.values, HEAD_COLORS, strict=False):
         at = space.data.sel(site=site)
         significant = at.p.values <= ALPHA
@@ -50,6 +51,7 @@ def separation_by_layer(space: Plottable) -> go.Figure:
             hovertemplate="layer %{x}: AUROC %{y:.3f}, p %{customdata[1]}<br>%{customdata[0]}",
         )
     drawn.add_hline(y=0.5, line={"color": MUTED, "width": 1, "dash": "dot"})
+    mark_undefined(drawn, layers, space.data.defined.any("site"))
     drawn.update_xaxes(**layer_axis(len(layers)))
     drawn.update_yaxes(title_text=f"separation (AUROC), {plain(space.meta['method'])}")
     return finish(drawn, 320)

@@ -117,6 +117,20 @@ def say(figure: go.Figure, text: str, row: int = 1, col: int = 1) -> None:
     )
 
 
+def mark_undefined(
+    figure: go.Figure, layers: NDArray[np.integer], defined: ArrayLike, row: int = 1, col: int = 1
+) -> None:
+    """Grey bands at layers where nothing could be determined, each run of neighbours with the word for it."""
+    gaps = np.flatnonzero(~np.asarray(defined, dtype=bool))
+    for run in np.split(gaps, np.flatnonzero(np.diff(gaps) > 1) + 1):
+        if run.size:
+            figure.add_vrect(
+                x0=layers[run[0]] - 0.5, x1=layers[run[-1]] + 0.5, fillcolor=GRID, line_width=0, layer="below",
+                annotation={"text": "undefined", "textangle": -90, "font": {"size": 11, "color": MUTED}},
+                annotation_position="bottom", row=row, col=col,
+            )  # fmt: skip
+
+
 def layer_ticks(layers: int, most: int = 16) -> dict[str, Any]:
     """Ticks of an axis of layers: whole numbers, and no more than can be read."""
     step = next(step for step in (1, 2, 4, 5, 10, 20) if layers / step <= most or step == 20)

@@ -14,6 +14,7 @@ from kvgeom.plots.theme import (
     layer_axis,
     layer_ticks,
     log_axis,
+    mark_undefined,
     percent,
     positive,
     say,
@@ -96,6 +97,16 @@ def test_an_empty_panel_has_a_trace() -> None:
     say(figure, "nothing here", row=2)
     assert [trace.yaxis for trace in figure.data] == ["y", "y2"]
     assert not figure.data[1].showlegend
+
+
+def test_undefined_layers_are_bands() -> None:
+    figure = make_subplots(rows=2, cols=1)
+    figure.add_scatter(y=[1.0], row=2, col=1)
+    mark_undefined(figure, np.arange(6), [False, True, True, False, False, True], row=2)
+    assert [(band.x0, band.x1, band.xref) for band in figure.layout.shapes] == [(-0.5, 0.5, "x2"), (2.5, 4.5, "x2")]
+    assert len(figure.layout.annotations) == 2
+    mark_undefined(figure, np.arange(2), [True, True])
+    assert len(figure.layout.shapes) == 2
 
 
 def test_what_a_logarithmic_axis_can_show() -> None:
