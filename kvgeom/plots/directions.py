@@ -23,7 +23,9 @@ from kvgeom.plots.theme import (
     interval,
     layer_axis,
     layer_ticks,
+    mark_undefined,
     panel_title,
+    plain,
 )
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ def projections_by_layer(
     Returns
     -------
     plotly.graph_objects.Figure
-        A strip plot, with one frame for each layer and a slider.
+        A strip plot, with a slider that has a step for each layer; it starts at the layer with the highest held-out AUROC.
     """
     data = directions.data
     method = str(data.estimator.values[0]) if method is None else method
@@ -65,58 +67,53 @@ def projections_by_layer(
     within = np.sqrt((scores[:, harmful].var(1) + scores[:, ~harmful].var(1)) / 2)
     scaled = (scores - middle[:, None]) / np.where(within > 0, within, 1.0)[:, None]
 
-    def traces(row: int) -> list[go.Scatter]:
-        return [
-            go.Scatter(
-                x=scaled[row, rows],
-                y=height + spread[rows],
-                mode="markers",
-                name=name,
-                marker={"color": color, "size": 8, "opacity": 0.75, "line": {"width": 0.5, "color": "white"}},
-                customdata=scores[row, rows],
-                hovertemplate=f"{SITE_NAMES[site]}, layer {layers[row]}<br>{name} prompt %{{text}}<br>projection %{{customdata:.3g}}<extra></extra>",
-                text=[str(n) for n in np.arange(rows.sum())],
-            )
-            for name, rows, color, height in (("harmful", harmful, ACCENT, 0.5), ("harmless", ~harmful, PLAIN, -0.5))
-        ]
+    classes = (("harmful", harmful, ACCENT, 0.5), ("harmless", ~harmful, PLAIN, -0.5))
 
     def heading(row: int) -> str:
         auroc = float(picked.separation.values[row])
-        held_out = "undefined: the classes coincide" if np.isnan(auroc) else f"held-out AUROC {auroc:.2f}"
-        return f"<b>{SITE_NAMES[site]}, layer {layers[row]}, {position}</b> ({held_out})"
+        held_out = "undefined, the classes coincide" if np.isnan(auroc) else f"held-out AUROC {auroc:.2f}"
+        return f"{SITE_NAMES[site]}, layer {layers[row]}, {plain(position)}: {held_out}"
+
+    def shown(row: int) -> dict[str, list[object]]:
+        """What of the two traces depends on the layer."""
+        return {
+            "x": [scaled[row, rows].tolist() for _, rows, _, _ in classes],
+            "customdata": [scores[row, rows].tolist() for _, rows, _, _ in classes],
+            "hovertemplate": [
+                f"{SITE_NAMES[site]}, layer {layers[row]}<br>{name} prompt %{{text}}<br>projection %{{customdata:.3g}}<extra></extra>"
+                for name, *_ in classes
+            ],
+        }
 
     start = int(np.nanargmax(picked.separation.values)) if np.isfinite(picked.separation.values).any() else 0
-    figure = go.Figure(
-        data=traces(start),
-        frames=[
-            go.Frame(data=traces(row), name=str(layer), layout={"annotations": [_heading(heading(row))]})
-            for row, layer in enumerate(layers)
-        ],
-    )
+    figure = make_subplots()
+    panel_title(figure, heading(start))
+    for number, (name, rows, color, height) in enumerate(classes):
+        figure.add_scatter(
+            y=height + spread[rows],
+            mode="markers",
+            name=name,
+            marker={"color": color, "size": 8, "opacity": 0.75, "line": {"width": 0.5, "color": "white"}},
+            text=[str(n) for n in np.arange(rows.sum())],
+            **{key: values[number] for key, values in shown(start).items()},
+        )
     reach = 1.05 * max(float(np.abs(scaled).max()), 1.0)
     figure.update_xaxes(
         range=[-reach, reach], title_text="projection, from the midpoint (within-class standard deviations)"
     )
     figure.update_yaxes(visible=False, range=[-1.1, 1.1])
     figure.add_vline(x=0, line={"color": LINE, "width": 1})
-    figure.update_layout(annotations=[_heading(heading(start))])
+    # Updates and not frames, which plotly plays by itself when a page is opened.
     steps = [
         {
-            "method": "animate",
+            "method": "update",
             "label": str(layer),
-            "args": [[str(layer)], {"mode": "immediate", "frame": {"duration": 0, "redraw": True}}],
+            "args": [shown(row), {"annotations[0].text": f"<b>{heading(row)}</b>"}],
         }
-        for layer in layers
+        for row, layer in enumerate(layers)
     ]
     slider = {"active": start, "steps": steps, "currentvalue": {"prefix": "layer "}, "pad": {"t": 36}, "ticklen": 3}
     return finish(figure, 400, sliders=[slider])
-
-
-def _heading(text: str) -> dict[str, object]:
-    return {
-        "text": text, "xref": "paper", "yref": "paper", "x": 0, "y": 1, "yshift": 4, "xanchor": "left",
-        "yanchor": "bottom", "showarrow": False, "font": {"size": 13},
-    }  # fmt: skip
 
 
 def cosine_map(cosines: xr.DataArray) -> go.Figure:
@@ -205,6 +202,7 @@ def stability_by_layer(directions: Plottable, site: str = "resid", position: str
             customdata=layers,
             hovertemplate=f"{SITE_NAMES[site]}, {method}, layer %{{customdata}}: %{{y:.2f}}<extra></extra>",
         )
+    mark_undefined(figure, layers, np.isfinite(data.stability.sel(position=position, site=site)).any("estimator"))
     figure.update_xaxes(**layer_axis(len(layers)))
     figure.update_yaxes(
         title_text="cosine", range=[min(0.0, float(np.nanmin(data.stability_low.values, initial=0.0))), 1.03]

@@ -11,6 +11,7 @@ import kvgeom
 from kvgeom.geometry.attention import attention_error
 from kvgeom.geometry.channels import stored
 from kvgeom.geometry.steering import steer
+from kvgeom.plots.causal import _label_places
 from kvgeom.plots.channels import channel_loading
 from kvgeom.plots.directions import cosine_map, projections_by_layer, stability_by_layer
 from kvgeom.plots.magnitude import magnitude_surface
@@ -58,6 +59,14 @@ def test_ticks_of_a_bar_of_ratios(reach: float, exponents: Sequence[int]) -> Non
     ticks = _decades(np.array([-reach, reach + 1e-9]), reach)
     assert list(ticks["tickvals"]) == list(exponents)
     assert ticks["ticktext"][-1].startswith("≥")
+
+
+def test_labels_of_points_have_room() -> None:
+    points = np.array([[1.0, 1.0], [0.99, 1.0], [-0.5, -0.5], [0.1, 0.1]])
+    assert _label_places(points, most=3) == ["top center", "middle left", "top center", ""]
+    crowd = _label_places(np.array([[1 + 0.01 * n, 1.0] for n in range(12)]), most=12)
+    assert 2 <= sum(map(bool, crowd)) < 12
+    assert _label_places(np.zeros((2, 2)), most=6).count("") <= 1
 
 
 def test_margin_map() -> None:
@@ -130,19 +139,31 @@ def test_steering_rates(space) -> None:  # type: ignore[no-untyped-def]
 def test_projections(space) -> None:  # type: ignore[no-untyped-def]
     found = space.compare(["mean", "pca"], samples=5, progress=False)
     figure = projections_by_layer(found, "resid")
-    assert len(figure.frames) == len(figure.layout.sliders[0].steps) == 3
     scores = found.data.score.sel(estimator="mean", position="template-1", site="resid")
-    for frame, layer in zip(figure.frames, range(3), strict=True):
-        harmful, harmless = frame.data
-        np.testing.assert_allclose(harmful.customdata, scores.sel(layer=layer)[:6], rtol=1e-6)
+    best = int(found.data.separation.sel(estimator="mean", position="template-1", site="resid").argmax("layer"))
+    (slider,) = figure.layout.sliders
+    assert [step.label for step in slider.steps] == ["0", "1", "2"]
+    for layer, step in enumerate(slider.steps):
+        traces_of, layout = step.args
+        harmful, harmless = traces_of["x"]
+        np.testing.assert_allclose(traces_of["customdata"][0], scores.sel(layer=layer)[:6], rtol=1e-6)
         # The midpoint of the classes is 0, and harmful is on the right.
-        assert np.mean(harmful.x) == pytest.approx(-np.mean(harmless.x), abs=1e-4)
-        assert np.mean(harmful.x) > 0
+        assert np.mean(harmful) == pytest.approx(-np.mean(harmless), abs=1e-4)
+        assert np.mean(harmful) > 0
+        assert f"layer {layer}," in layout["annotations[0].text"]
+    # What is drawn at first is a step of the slider, and nothing moves by itself.
+    assert slider.active == best
+    np.testing.assert_array_equal(figure.data[0].x, slider.steps[best].args[0]["x"][0])
+    assert figure.layout.annotations[0].text == slider.steps[best].args[1]["annotations[0].text"]
+    assert not figure.frames
     keys = projections_by_layer(found, "k")
-    assert "undefined" in keys.frames[0].layout.annotations[0].text
+    assert "undefined" in keys.layout.sliders[0].steps[0].args[1]["annotations[0].text"]
     stability = stability_by_layer(found)
     assert [trace.name for trace in stability.data] == ["mean", "pca"]
     assert np.isfinite(stability.data[0].y).all()
+    assert not stability.layout.shapes
+    (band,) = stability_by_layer(found, "k").layout.shapes
+    assert (band.x0, band.x1) == (-0.5, 0.5)
 
 
 def test_cosines(space) -> None:  # type: ignore[no-untyped-def]
