@@ -45,7 +45,8 @@ class LayerSelection(Result):
     - ``attention``: where the last prompt token attends most to the request;
     - ``random 1``, ...: drawn, each time other ones; up to three times.
 
-    ``meta`` holds ``order`` (every layer by every rule, best first), ``prompts`` and ``unmitigated`` (flips without any).
+    ``meta`` holds ``order`` (every layer by every rule, best first), ``drawn`` (which rules draw at random), ``prompts`` and
+    ``unmitigated`` (flips without any).
     """
 
     kind: ClassVar[str] = "layer-selection"
@@ -188,6 +189,7 @@ def selection_of(
     meta = {
         **outcomes.made_by(),
         "order": {rule: list(order) for rule, order in orders.items()},
+        "drawn": [rule for rule in orders if is_random(rule)],
         "prompts": n,
         "unmitigated": int(outcomes.flipped(UNMITIGATED).sum()),
     }

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from kvgeom.plots.registry import Plottable, figure
 from kvgeom.plots.theme import (
-    ACCENT,
+    CHOSEN,
     HEAD_COLORS,
     INK,
     MUTED,
     PLAIN,
+    ROLE_COLORS,
     UNDETERMINED,
     finish,
     interval,
@@ -27,7 +28,7 @@ FAMILY_COLORS = dict(
     zip(("unmitigated", "center", "equalize", "hadamard", "refine", "protect", "combined", "window"),
         (INK, *HEAD_COLORS[:4], HEAD_COLORS[5], HEAD_COLORS[6], HEAD_COLORS[4]), strict=True)
 )  # fmt: skip
-RULE_COLORS = {"causal": ACCENT, "first": PLAIN, "attention": HEAD_COLORS[1]}
+RULE_COLORS = {"causal": CHOSEN, "first": PLAIN, "attention": HEAD_COLORS[1]}
 
 
 @figure("mitigation-search", "pareto_front")
@@ -87,14 +88,14 @@ def pareto_front(search: Plottable, paper: str | None = None) -> go.Figure:
             cliponaxis=False,
         )
     named = {str(row["candidate"]): row for row in rows}
-    for role, name, symbol, size, colour in (
-        ("unmitigated", str(rows[0]["candidate"]), "diamond-open", 17, INK),
-        ("chosen", search.meta["chosen"], "circle-open", 20, ACCENT),
-        ("paper", paper, "square-open", 23, PLAIN),
+    for role, name, symbol, size in (
+        ("unmitigated", str(rows[0]["candidate"]), "diamond-open", 17),
+        ("chosen", search.meta["chosen"], "circle-open", 20),
+        ("paper", paper, "square-open", 23),
     ):
         if name not in named:
             continue
-        row = named[name]
+        row, colour = named[name], ROLE_COLORS[role]
         figure.add_scatter(
             x=[float(row["bytes_per_token"]) / exact],
             y=[int(row["flips"])],
@@ -132,7 +133,7 @@ def layer_selection(selection: Plottable) -> go.Figure:
     Parameters
     ----------
     selection : LayerSelection
-        Over (rule, kept); in ``meta`` also ``prompts`` and ``unmitigated``.
+        Over (rule, kept); in ``meta`` also ``drawn`` (the rules that draw layers at random), ``prompts`` and ``unmitigated``.
 
     Returns
     -------
@@ -142,8 +143,8 @@ def layer_selection(selection: Plottable) -> go.Figure:
     data, n = selection.data, int(selection.meta["prompts"])
     kept = [int(count) for count in data.kept.values]
     at = np.arange(len(kept), dtype=float)
-    drawn = [str(rule) for rule in data.rule.values if str(rule).startswith("random")]
-    rules = [str(rule) for rule in data.rule.values if str(rule) not in drawn]
+    drawn = [str(rule) for rule in data.rule.values if rule in selection.meta["drawn"]]
+    rules = [str(rule) for rule in data.rule.values if rule not in drawn]
     figure = go.Figure()
     if drawn:
         flips = data.flips.sel(rule=drawn).values.astype(float)
@@ -186,7 +187,7 @@ def layer_selection(selection: Plottable) -> go.Figure:
 
 def _rule(figure: go.Figure, selection: Plottable, rule: str, x: NDArray[np.float64], colour: str, n: int) -> None:
     """One rule: a line with whiskers, or small points for a random draw."""
-    own, drawn = selection.data.sel(rule=rule), rule.startswith("random")
+    own, drawn = selection.data.sel(rule=rule), rule in selection.meta["drawn"]
     rows = [
         {name: own[name].values[i] for name in ("ci_low", "ci_high", "flips", "p", "layers")} for i in range(len(x))
     ]

@@ -9,12 +9,10 @@ from plotly.subplots import make_subplots
 
 from kvgeom.plots.registry import Plottable, figure
 from kvgeom.plots.theme import (
-    ACCENT,
     GRID,
     INK,
     MUTED,
-    PLAIN,
-    UNDETERMINED,
+    ROLE_COLORS,
     finish,
     interval,
     percent,
@@ -61,7 +59,6 @@ def recovery_bars(verification: Plottable) -> go.Figure:
     value, low, high = (
         data[name].sel(recipe=roles).values.astype(float) for name in ("recovery", "recovery_low", "recovery_high")
     )
-    colours = {"unmitigated": UNDETERMINED, "chosen": ACCENT, "paper": PLAIN}
     for row, role in enumerate(roles):
         own = data.sel(recipe=role)
         certain = role == "unmitigated"  # the reference has no interval
@@ -72,7 +69,7 @@ def recovery_bars(verification: Plottable) -> go.Figure:
             width=0.5,
             name=role,
             showlegend=False,
-            marker_color=colours.get(role, MUTED),
+            marker_color=ROLE_COLORS.get(role, MUTED),
             error_x=None if certain else interval(
                 [max(value[row], CUT)], [max(low[row], CUT)], [high[row]], color=INK, thickness=1.5, width=6
             ),
@@ -148,9 +145,9 @@ def memory_bars(verification: Plottable) -> go.Figure:
         x=list(sizes.values()),
         y=[wrapped(name, 40) for name in sizes],
         orientation="h",
-        marker_color=[MUTED, UNDETERMINED, ACCENT, PLAIN],
+        marker_color=[MUTED, *ROLE_COLORS.values()],
         text=[
-            f"{size:,.0f} B, {size / exact:.1%}" + (f" ({size / unmitigated - 1:+.1%})" if row > 1 else "")
+            f"{size:,.0f} B, {size / exact:.1%}" + (f" ({size / unmitigated - 1:+z.1%})" if row > 1 else "")
             for row, size in enumerate(sizes.values())
         ],
         textposition="outside",

@@ -84,7 +84,7 @@ def selection(n: int = 16, kept: tuple[int, ...] = (2, 4, 8), attention: int = 2
         coords={"rule": rules, "kept": list(kept)},
     )
     order = {rule: list(range(24)) for rule in rules}
-    return LayerSelection(data, {"order": order, "prompts": n, "unmitigated": 13})
+    return LayerSelection(data, {"order": order, "drawn": rules[3:], "prompts": n, "unmitigated": 13})
 
 
 def verification(

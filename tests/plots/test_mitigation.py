@@ -8,8 +8,10 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
+from kvgeom.mitigation.layers import LayerSelection
 from kvgeom.plots.mitigation import pareto_front
 from kvgeom.plots.recovery import CUT, memory_bars
+from kvgeom.plots.theme import ACCENT, CHOSEN, LABEL_COLORS
 from kvgeom.stats import wilson
 from tests.builders.mitigation import EXACT_BYTES, search, selection, verification
 
@@ -79,6 +81,21 @@ def test_layer_selection(kept: tuple[int, ...]) -> None:
     assert unmitigated.y0 == unmitigated.y1 == 13
     assert unmitigated.line.dash == "dot"
     assert list(figure.layout.xaxis.ticktext) == [f"{k} ({3456 + 368 * k:,})" for k in kept]
+
+
+def test_which_rules_draw_is_not_read_from_their_names() -> None:
+    drawn = selection()
+    renamed = drawn.data.assign_coords(rule=["causal", "random order", "attention", "a", "b", "c"])
+    figure = LayerSelection(renamed, drawn.meta | {"drawn": ["a", "b", "c"]}).plot()
+    lines = [trace.name for trace in figure.data if trace.mode == "lines+markers"]
+    assert lines == ["causal", "random order", "attention"]
+
+
+def test_what_was_chosen_is_not_red() -> None:
+    (ring,) = (trace for trace in search().plot().data if trace.legend == "legend2" and trace.name.startswith("chosen"))
+    (bar,) = (trace for trace in verification().plot().data if trace.name == "chosen")
+    assert ring.marker.color == bar.marker.color == memory_bars(verification()).data[0].marker.color[2] == CHOSEN
+    assert CHOSEN not in (ACCENT, *LABEL_COLORS.values())
 
 
 def test_recovery_bars() -> None:
