@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ from kvgeom.plots.theme import (
     head_borders,
     head_numbers,
     panel_title,
+    percent,
     plain,
 )
 
@@ -53,7 +55,7 @@ def magnitude_surface(stored: xr.Dataset, *, heatmap: bool = True) -> go.Figure:
     top = max(float(heights[0].max()), float(heights[1].max()), 1e-9)
     tokens = [f"{n} {plain(repr(str(text)))}" for n, text in enumerate(stored.text.values)]
     zero = float((after == 0).mean())
-    titles = ("before rounding", f"after {plain(stored.attrs['scheme'])}: {zero:.0%} of the entries are 0")
+    titles = ("before rounding", f"after {plain(stored.attrs['scheme'])}: {percent(zero)} are 0")
     columns = 2 if heatmap else 1
     figure = make_subplots(
         rows=2,
@@ -64,8 +66,9 @@ def magnitude_surface(stored: xr.Dataset, *, heatmap: bool = True) -> go.Figure:
         vertical_spacing=0.1,
         subplot_titles=[title for title in titles for _ in range(columns)] if not heatmap else None,
     )
-    ticks = [v for v in (0, 1, 10, 100, 1000) if np.log10(1 + v) <= top]
-    bar = colour_bar("magnitude", tickvals=[np.log10(1 + v) for v in ticks], ticktext=[str(v) for v in ticks])
+    figure.update_annotations(font_size=13)
+    ticks = _ticks(10**top - 1)
+    bar = colour_bar("magnitude", tickvals=[np.log10(1 + v) for v in ticks], ticktext=[f"{v:,g}" for v in ticks])
     count = before.shape[1]
     head_dim = None if stored.attrs["site"] == "resid" else count // int(stored.attrs["kv_heads"])
     text = np.array([[token] * count for token in tokens], dtype=object)
@@ -106,14 +109,22 @@ def magnitude_surface(stored: xr.Dataset, *, heatmap: bool = True) -> go.Figure:
         "xaxis": {"title": {"text": "channel"}},
         "yaxis": {"title": {"text": "token"}},
         "zaxis": {
-            "title": {"text": "magnitude"},
+            "title": {"text": ""},  # that of the colour bar
             "range": [0, top],
-            "tickvals": bar["tickvals"],
-            "ticktext": bar["ticktext"],
+            # Without 0, which would lie on that of the channels.
+            "tickvals": bar["tickvals"][1:],
+            "ticktext": bar["ticktext"][1:],
         },
-        "camera": {"eye": {"x": 1.5, "y": -1.5, "z": 0.9}},
+        "camera": {"eye": {"x": 1.9, "y": -2.25, "z": 1.25}, "center": {"x": 0, "y": 0, "z": -0.1}},
         "aspectratio": {"x": 1.4, "y": 1, "z": 0.6},
     }
     figure.update_layout(scene=scene, scene2=scene)
     heading = f"{SITE_NAMES[stored.attrs['site']]}, layer {stored.attrs['layer']}"
-    return finish(figure, 720, title={"text": heading, "x": 0, "font": {"size": 13}}, margin={"t": 60})
+    return finish(figure, 720, title={"text": heading, "x": 0, "xref": "paper", "font": {"size": 13}}, margin={"t": 60})
+
+
+def _ticks(top: float) -> list[float]:
+    """Magnitudes that lie apart under ``log10(1 + magnitude)``: powers of ten, and what lies between if there are few."""
+    powers = [10.0**power for power in range(math.floor(math.log10(top)) + 1)]
+    between = [v for v in (0.5, 1, 2, 5, 10, 20, 50) if v <= top]
+    return [0.0, *(powers if len(powers) > 2 else between or [float(f"{top / 2:.1g}")])]

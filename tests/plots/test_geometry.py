@@ -14,7 +14,7 @@ from kvgeom.geometry.steering import steer
 from kvgeom.plots.causal import _label_places
 from kvgeom.plots.channels import channel_loading
 from kvgeom.plots.directions import cosine_map, projections_by_layer, stability_by_layer
-from kvgeom.plots.magnitude import magnitude_surface
+from kvgeom.plots.magnitude import _ticks, magnitude_surface
 from kvgeom.plots.sensitivity import _decades, channel_ratio_map, channels_of, ratio_against_null
 from kvgeom.quant.scheme import Scheme
 from tests.builders.figures import notes, of_type, patching, sensitivity, traces
@@ -214,6 +214,13 @@ def test_magnitudes(space) -> None:  # type: ignore[no-untyped-def]
         np.testing.assert_array_equal(surface.z, cells.z)
         assert (surface.cmin, surface.cmax) == (cells.zmin, cells.zmax)
     assert len(of_type(magnitude_surface(one, heatmap=False), "heatmap")) == 0
+
+
+@pytest.mark.parametrize(
+    ("top", "ticks"), [(0.04, [0, 0.02]), (0.9, [0, 0.5]), (7, [0, 0.5, 1, 2, 5]), (300, [0, 1, 10, 100])]
+)
+def test_ticks_of_magnitudes(top: float, ticks: list[float]) -> None:
+    assert _ticks(top) == ticks
 
 
 def test_attention_errors(space) -> None:  # type: ignore[no-untyped-def]
