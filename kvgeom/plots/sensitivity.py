@@ -251,7 +251,7 @@ def ratio_against_null(sensitivity: Plottable, site: str = "k") -> go.Figure:
     for row, axis, title in ((1, "y", "ratio (log)"), (2, "y2", "alignment (log)")):
         drawn = [np.asarray(trace.y, dtype=float) for trace in figure.data if trace.yaxis == axis]
         figure.update_yaxes(**log_axis(1.0, *drawn), title_text=title, row=row, col=1)
-    return finish(figure, 440)
+    return finish(figure, 460, margin_t=84)  # the legend may take two rows
 
 
 def _contrasts(figure: go.Figure, data: xr.Dataset, layers: np.ndarray) -> None:
