@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvgeom import progress
+from kvgeom.checks import as_path, as_seed, whole
 from kvgeom.errors import InputError, unknown_option
 from kvgeom.judges.judge import Judge
 from kvgeom.judges.registry import as_judge
@@ -51,10 +52,11 @@ class RunConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be a positive integer, got {value!r}")
+        numbers = {name: whole(name, getattr(self, name), 1) for name in ("max_new_tokens", "batch_size")}
+        for name, value in {**numbers, "seed": as_seed(self.seed)}.items():
+            object.__setattr__(self, name, value)  # an int, where a number of numpy was given
+        if not isinstance(self.text, str):
+            raise InputError(f"text must be plain text, got {self.text!r}")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> RunConfig:
@@ -73,7 +75,7 @@ class RunConfig:
         if "judge" in given:
             given["judge"] = as_judge(given["judge"])
         if "journal" in given:
-            given["journal"] = Path(given["journal"]).expanduser()
+            given["journal"] = as_path("journal", given["journal"])
         return cls(**given)
 
     def options(self) -> dict[str, Any]:
@@ -95,6 +97,12 @@ class RunConfig:
         """Draw progress bars, or none, within a ``with`` block."""
         with progress.shown(self.progress):
             yield
+
+
+#: Keywords of :func:`kvgeom.load`, and of all functions that take a model and options of it.
+LOAD_OPTIONS = tuple(sorted(load_option_names()))
+#: Keywords that functions take that run a model on prompts, beside their own.
+RUN_OPTIONS = (*(each.name for each in fields(RunConfig)), *LOAD_OPTIONS)
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:

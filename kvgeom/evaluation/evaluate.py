@@ -9,10 +9,11 @@ import numpy as np
 import xarray as xr
 
 from kvgeom import progress
+from kvgeom.checks import suggests
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline, opened, versions
 from kvgeom.evaluation.condition import COORDINATES, UNQUANTIZED, Condition, as_conditions
-from kvgeom.evaluation.config import open_run
+from kvgeom.evaluation.config import RUN_OPTIONS, open_run
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.evaluation.speculative import Answer, generated, verified
 from kvgeom.prompts.load import as_requests
@@ -32,6 +33,7 @@ RESPONSE: dict[str, type] = {
 }
 
 
+@suggests(RUN_OPTIONS)
 def evaluate(
     model: Any,
     recipes: Any,

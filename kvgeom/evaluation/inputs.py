@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvgeom.checks import whole_numbers
 from kvgeom.models.load import load
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.prompts.load import as_requests
@@ -29,7 +30,20 @@ def as_encoded(model: Model, prompts: Any) -> tuple[EncodedPrompt, ...]:
     return tuple(model.encode(as_requests(prompts)))
 
 
-def opened(model: Any, prompts: Any) -> tuple[Model, tuple[EncodedPrompt, ...]]:
-    """A model that :func:`kvgeom.load` takes, loaded, and prompts as its tokens."""
-    loaded = load(model)
+def as_tokens(model: Model, tokens: Any) -> frozenset[int]:
+    """Tokens of a model by number, or one.
+
+    Raises
+    ------
+    InputError
+        If one is no whole number, or not in the model's vocabulary.
+    """
+    return frozenset(whole_numbers("a refusal token", tokens, 0, model.vocabulary - 1))
+
+
+def opened(
+    model: Any, prompts: Any, options: Mapping[str, Any], progress: bool = True
+) -> tuple[Model, tuple[EncodedPrompt, ...]]:
+    """A model that :func:`kvgeom.load` takes, loaded with its options, and prompts as its tokens."""
+    loaded = load(model, progress=progress, **options)
     return loaded, as_encoded(loaded, prompts)

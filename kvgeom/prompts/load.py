@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvgeom.checks import suggests
 from kvgeom.errors import InputError, unknown
 from kvgeom.prompts.benchmarks import Benchmark, benchmarks
 from kvgeom.prompts.sets import SHIPPED, PromptSet
@@ -21,6 +22,7 @@ _HARMLESS = frozenset({"harmless", "safe", "benign", "0", "false"})
 _OWN = "own prompts"
 
 
+@suggests()
 def load_prompts(spec: str | Path) -> PromptSet:
     """Read a prompt set by name, or from a file.
 

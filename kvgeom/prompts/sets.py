@@ -10,9 +10,10 @@ from importlib.resources import files
 from itertools import combinations
 from typing import Any
 
-from kvgeom.errors import InputError
+from kvgeom.checks import suggests, whole
 
 
+@suggests()
 @dataclass(frozen=True, repr=False)
 class PromptSet:
     """Requests to ask a model.
@@ -62,8 +63,7 @@ class PromptSet:
 
     def take(self, n: int) -> PromptSet:
         """The first ``n`` harmful and the first ``n`` harmless requests."""
-        if n < 1:
-            raise InputError(f"take at least one request, got {n}")
+        n = whole("the number of requests", n, 1)
         return PromptSet(self.name, self.harmful[:n], self.harmless[:n], self.source)
 
     def __repr__(self) -> str:
