@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from kvgeom.checks import one_of, suggests
 from kvgeom.errors import InputError, unknown
 from kvgeom.paths import write_whole
 
@@ -71,6 +72,7 @@ class Result:
         super().__init_subclass__(**kwargs)
         _register(cls)
 
+    @suggests()
     def to_frame(self, table: str | None = None) -> pd.DataFrame:
         """The numbers as a tidy pandas frame.
 
@@ -99,8 +101,7 @@ class Result:
             return self.data
         if table is None:
             table = next(iter(self.tables))
-        if table not in self.tables:
-            raise unknown("table", table, self.tables)
+        one_of("table", table, self.tables)
         dims = self.tables[table]
         others = [{*own} for own in self.tables.values()]
         names = [
@@ -214,21 +215,47 @@ class Composite:
         held = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
         return {name: value for name, value in held.items() if isinstance(value, Result)}
 
+    @suggests()
     def to_frame(self, part: str | None = None, table: str | None = None) -> pd.DataFrame:
         """A table of one part; the main one by default."""
         return self._part(part).to_frame(table)
 
     def plot(self, kind: str | None = None, **options: Any) -> go.Figure:
-        """A figure: the main one, one of the main part by its name, or that of the part of that name."""
-        if kind is not None and kind in self.parts():
-            return self.parts()[kind].plot(**options)
-        return self._part(None).plot(kind, **options)
+        """Draw the main part, another part, or one figure.
+
+        Parameters
+        ----------
+        kind : str, optional
+            A part by its name, or one of :meth:`figures`. Where several parts have the figure, the first of them draws it;
+            the others draw theirs with ``result.part.plot(kind)``.
+        **options
+            Of the figure; see its function in :mod:`kvgeom.plots`.
+
+        Raises
+        ------
+        InputError
+            If no part and no figure has that name, or an option is unknown or missing.
+        """
+        parts = self.parts()
+        if kind is None or kind in parts:
+            return self._part(kind).plot(**options)
+        drawn = next((part for part in self._main_first() if kind in part.figures()), None)
+        if drawn is None:
+            raise unknown(f"part or figure of {type(self).__name__}", kind, [*parts, *self.figures()])
+        return drawn.plot(kind, **options)
+
+    def figures(self) -> list[str]:
+        """Names of the figures of all parts, those of the main part first."""
+        return list(dict.fromkeys(name for part in self._main_first() for name in part.figures()))
+
+    def _main_first(self) -> list[Result]:
+        parts = self.parts()
+        return [parts.pop(self.main), *parts.values()]
 
     def _part(self, name: str | None) -> Result:
         parts = self.parts()
         name = self.main if name is None else name
-        if name not in parts:
-            raise unknown(f"part of {type(self).__name__}", name, parts)
+        one_of(f"part of {type(self).__name__}", name, parts)
         return parts[name]
 
     def record(self) -> dict[str, Any]:
