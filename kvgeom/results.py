@@ -22,19 +22,18 @@ if TYPE_CHECKING:
 
 #: Rows of a frame that a notebook shows of a result.
 SHOWN_ROWS = 12
-#: What ``meta`` says of where a result comes from, as far as it applies.
-PROVENANCE = (
-    "model",
-    "fingerprint",
-    "prompts",
-    "recipe",
-    "scheme",
-    "placement",
-    "judge",
-    "max_new_tokens",
-    "seed",
-    "versions",
-)
+#: What :meth:`Result.provenance` says, each with its name in ``meta``.
+PROVENANCE = {
+    "model": "model",
+    "fingerprint": "fingerprint",
+    "prompts": "prompt_set",  # ``meta["prompts"]`` is how many of them a table is about
+    "scheme": "scheme",
+    "placement": "placement",
+    "judge": "judge",
+    "max_new_tokens": "max_new_tokens",
+    "seed": "seed",
+    "versions": "versions",
+}
 #: Classes of results by kind.
 _KINDS: dict[str, type[Result | Composite]] = {}
 
@@ -156,8 +155,23 @@ class Result:
         return figures(self.kind)
 
     def provenance(self) -> dict[str, Any]:
-        """Where the result comes from: model, prompts, recipe, judge, seed and versions, as far as they apply."""
-        return {name: self.meta[name] for name in PROVENANCE if name in self.meta}
+        """Where the result comes from.
+
+        Returns
+        -------
+        dict
+            The same keys for every result, with JSON types; None for what does not apply.
+
+            - ``model`` and ``fingerprint``: name of the model, and hash of its weights and chat template;
+            - ``prompts``: hash of all requests that were asked, as :attr:`kvgeom.PromptSet.fingerprint` has it;
+            - ``scheme``: what the cache is rounded to, as text: a scheme, a preset or a recipe; by name where there are several.
+              None also for a choice among caches, whose rows name them;
+            - ``placement``: where and when it is rounded, as text;
+            - ``judge`` and ``max_new_tokens``: what labelled the responses, and the longest that there could be;
+            - ``seed``: of random draws;
+            - ``versions``: of the packages that decide what a model answers, by name.
+        """
+        return {name: self.meta.get(key) for name, key in PROVENANCE.items()}
 
     def save(self, path: str | Path) -> Path:
         """Write the result to one NetCDF file (no pickle); read it back with :meth:`load`."""
@@ -268,10 +282,16 @@ class Composite:
         raise NotImplementedError
 
     def provenance(self) -> dict[str, Any]:
-        """Where it comes from; see :meth:`Result.provenance`."""
+        """Where it comes from: what the parts agree in; where they differ, what each of them says, by its name.
+
+        See :meth:`Result.provenance`. Parts to which something does not apply have no say in it.
+        """
         found: dict[str, Any] = {}
-        for part in self.parts().values():
-            found = {**part.provenance(), **found}
+        parts = {name: part.provenance() for name, part in self.parts().items()}
+        for key in PROVENANCE:
+            said = {name: own[key] for name, own in parts.items() if own[key] is not None}
+            first = next(iter(said.values()), None)
+            found[key] = first if all(value == first for value in said.values()) else said
         return found
 
     def save(self, path: str | Path) -> Path:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kvgeom.checks import whole_numbers
+from kvgeom.evaluation.baseline import versions
 from kvgeom.models.load import load
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.prompts.load import as_requests
+from kvgeom.prompts.sets import fingerprint
 
 
 def as_encoded(model: Model, prompts: Any) -> tuple[EncodedPrompt, ...]:
@@ -39,6 +41,19 @@ def as_tokens(model: Model, tokens: Any) -> frozenset[int]:
         If one is no whole number, or not in the model's vocabulary.
     """
     return frozenset(whole_numbers("a refusal token", tokens, 0, model.vocabulary - 1))
+
+
+def made_with(model: Model, harmful: Iterable[str], harmless: Iterable[str] = ()) -> dict[str, Any]:
+    """What ``meta`` of a result says of its model and of the requests that were asked.
+
+    See :meth:`kvgeom.results.Result.provenance`.
+    """
+    return {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "prompt_set": fingerprint(harmful, harmless),
+        "versions": versions(),
+    }
 
 
 def opened(

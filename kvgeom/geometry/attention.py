@@ -14,7 +14,7 @@ from torch import Tensor
 from kvgeom.checks import at_coordinates, suggests
 from kvgeom.errors import InputError
 from kvgeom.evaluation.config import LOAD_OPTIONS
-from kvgeom.evaluation.inputs import opened
+from kvgeom.evaluation.inputs import made_with, opened
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec, Rounding
 from kvgeom.models.model import AttentionRule
 from kvgeom.models.reading import read
@@ -124,8 +124,7 @@ def attention_error(
         },
     )
     meta = {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
+        **made_with(model, [prompt.text for prompt in prompts]),
         "scheme": rounding.stored,
         "recipe": str(rounding.recipe),
         "placement": str(rounding.placement),

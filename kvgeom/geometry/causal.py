@@ -16,7 +16,7 @@ from kvgeom.checks import suggests, whole_numbers
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.errors import InputError
 from kvgeom.evaluation.config import LOAD_OPTIONS
-from kvgeom.evaluation.inputs import as_tokens, opened
+from kvgeom.evaluation.inputs import as_tokens, made_with, opened
 from kvgeom.evaluation.scores import kl_divergence, margin
 from kvgeom.geometry.rounding import CacheSpec, Rounding
 from kvgeom.models.batching import in_batches, rows_per_batch
@@ -54,6 +54,9 @@ class Patching(Result):
         """Margin lost (nats), by prompt, layer and scheme."""
         drop: xr.DataArray = self.data.clean_margin - self.data.margin
         return drop
+
+    def provenance(self) -> dict[str, Any]:
+        return {**super().provenance(), "scheme": self.meta["schemes"]}
 
     def summary(self) -> str:
         sizes = self.data.sizes
@@ -155,8 +158,12 @@ def patch_layers(
         },
         coords={"prompt": np.arange(len(prompts)), "layer": sorted(chosen), "scheme": list(named)},
     )
-    provenance = _provenance(model, *named.values())
-    return Patching(data, {**provenance, "schemes": {name: rounding.stored for name, rounding in named.items()}})
+    meta = {
+        **made_with(model, [prompt.text for prompt in prompts]),
+        "placement": " / ".join(sorted({str(rounding.placement) for rounding in named.values()})),
+        "schemes": {name: rounding.stored for name, rounding in named.items()},
+    }
+    return Patching(data, meta)
 
 
 def _named(
@@ -297,14 +304,10 @@ def first_order(
         },
     )
     meta = {
-        **_provenance(model, rounding),
+        **made_with(model, [prompt.text for prompt in prompts]),
+        "placement": str(rounding.placement),
         "scheme": rounding.stored,
         "recipe": str(rounding.recipe),
         "head_dim": geometry.head_dim,
     }
     return FirstOrder(data, meta)
-
-
-def _provenance(model: Model, *roundings: Rounding) -> dict[str, Any]:
-    placements = dict.fromkeys(str(rounding.placement) for rounding in roundings)
-    return {"model": model.name, "fingerprint": model.fingerprint, "placement": "; ".join(placements)}

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kvgeom.checks import one_of, suggests, whole
 from kvgeom.errors import InputError
+from kvgeom.evaluation.inputs import made_with
 from kvgeom.geometry.activations import SITES, ActivationStore, Site
 from kvgeom.geometry.estimators import METHODS, Direction, as_dataset, direction_of, fit_direction
 from kvgeom.models.model import EncodedPrompt, Model
@@ -102,10 +103,8 @@ class FittedSpace(Result):
             for site in SITES
         }
         meta = {
-            "model": store.model.name,
-            "fingerprint": store.model.fingerprint,
+            **made_with(store.model, prompts.harmful, prompts.harmless),
             "placement": str(store.placement),
-            "prompts": prompts.fingerprint,
             "k": k,
             "method": method,
             "tried": list(tried),

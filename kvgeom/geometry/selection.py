@@ -15,7 +15,7 @@ from torch import Tensor
 from kvgeom.checks import as_names, suggests, whole
 from kvgeom.errors import InputError
 from kvgeom.evaluation.config import LOAD_OPTIONS
-from kvgeom.evaluation.inputs import as_encoded, as_tokens, opened
+from kvgeom.evaluation.inputs import as_encoded, as_tokens, made_with, opened
 from kvgeom.evaluation.respond import respond
 from kvgeom.evaluation.scores import kl_divergence, margin, refusal_tokens
 from kvgeom.geometry.estimators import defined_at, difference_of_means
@@ -26,6 +26,9 @@ from kvgeom.judges.registry import as_judge
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import bar, shown, track
 from kvgeom.results import Result
+
+#: Longest response that is read to find out what refusals begin with.
+OPENING = 24
 
 
 @dataclass(frozen=True, repr=False)
@@ -146,7 +149,7 @@ def select(
     model, harmful = opened(model, harmful, load_options, progress)
     harmless = as_encoded(model, harmless)
     tokens = as_tokens(model, refusal_tokens)
-    layers, width = model.geometry.layers, model.geometry.d_model
+    batch_size, layers, width = whole("batch_size", batch_size, 1), model.geometry.layers, model.geometry.d_model
     if not tokens or not harmful or not harmless:
         raise InputError(
             "a selection needs refusal tokens, harmful and harmless prompts, got "
@@ -206,8 +209,7 @@ def select(
         coords={"layer": np.arange(layers), "position": list(positions)},
     )
     meta = {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
+        **made_with(model, [prompt.text for prompt in harmful], [prompt.text for prompt in harmless]),
         "chosen": None if best is None else [best // len(positions), positions[best % len(positions)]],
         "clean_margin_harmful": float(np.mean(clean["harmful"])),
         "clean_margin_harmless": float(np.mean(clean["harmless"])),
@@ -294,7 +296,13 @@ def select_direction(
     )
     model, harmful = space.model, space.is_harmful
     encoded = (*space.harmful, *space.harmless)
-    tokens = opening_tokens(model, space.harmful, judge, progress) if tokens is None else as_tokens(model, tokens)
+    asked_by: dict[str, Any] = {}
+    if tokens is None:
+        labeller = as_judge(judge)
+        asked_by = {"judge": labeller.name, "max_new_tokens": OPENING}
+        tokens = opening_tokens(model, space.harmful, labeller, progress)
+    else:
+        tokens = as_tokens(model, tokens)
     if not tokens:
         raise InputError(
             f"{model.name} refuses none of the {len(space.harmful)} harmful prompts, so it has no refusal direction; give "
@@ -332,7 +340,11 @@ def select_direction(
         batch_size=batch_size,
         progress=progress,
     )
-    meta = {"prompts": space.prompts.fingerprint, "train_harmful": len(usable[0]) - validation}
+    meta = {
+        **asked_by,
+        "prompt_set": space.prompts.fingerprint,
+        "train_harmful": len(usable[0]) - validation,
+    }
     return Selection(found.data, {**found.meta, **meta, "train_harmless": len(usable[1]) - validation})
 
 
@@ -342,7 +354,7 @@ def opening_tokens(
     prompts: Any,
     judge: Judge | str | None = None,
     progress: bool = True,
-    max_new_tokens: int = 24,
+    max_new_tokens: int = OPENING,
     **load_options: Any,
 ) -> frozenset[int]:
     """First tokens of the model's refusals of some prompts (the set R of the margin), found by asking them.

@@ -62,7 +62,7 @@ class Sensitivity(Result):
     ``to_frame()`` has a row for each layer and site; ``to_frame("heads")``, ``to_frame("channels")``,
     ``to_frame("resid_channels")`` and ``to_frame("contrasts")`` have the others.
 
-    ``meta`` holds ``scheme``, ``placement``, ``kv_heads``, ``head_dim``, ``prompts``, ``k`` and
+    ``meta`` holds ``scheme``, ``placement``, ``kv_heads``, ``head_dim``, ``k`` and
     ``outlier_factor`` (see :data:`kvgeom.geometry.ratio.OUTLIER_FACTOR`).
     """
 

@@ -12,10 +12,10 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvgeom.checks import suggests
+from kvgeom.checks import suggests, whole
 from kvgeom.errors import InputError
 from kvgeom.evaluation.config import LOAD_OPTIONS
-from kvgeom.evaluation.inputs import as_encoded, opened
+from kvgeom.evaluation.inputs import as_encoded, made_with, opened
 from kvgeom.evaluation.respond import Responses, respond
 from kvgeom.evaluation.scores import mean_log_likelihood
 from kvgeom.judges.judge import LABELS, Judge
@@ -161,7 +161,7 @@ def steer(
     """
     model, harmful = opened(model, harmful, load_options, progress)
     harmless = as_encoded(model, harmless)
-    labeller = as_judge(judge)
+    labeller, layer = as_judge(judge), whole("layer", layer, 0, model.geometry.layers - 1)
     r = torch.from_numpy(np.asarray(direction, dtype=np.float32))
     if r.shape != (model.geometry.d_model,) or not float(r.norm()) > 0:
         raise InputError(
@@ -194,11 +194,11 @@ def steer(
         coords={"intervention": names, "prompt": np.arange(len(prompts))},
     )
     meta = {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
+        **made_with(model, [prompt.text for prompt in harmful], [prompt.text for prompt in harmless]),
         "layer": layer,
         "scale": scale,
         "judge": labeller.name,
+        "max_new_tokens": max_new_tokens,
     }
     return Steering(data, meta)
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import combinations
 from typing import Any
 
 from kvgeom.checks import suggests, whole
+
+
+def fingerprint(harmful: Iterable[str], harmless: Iterable[str] = ()) -> str:
+    """Hash of requests in their order; that of a :class:`PromptSet` that holds them."""
+    return hashlib.sha256(json.dumps([[*harmful], [*harmless]]).encode()).hexdigest()[:16]
 
 
 @suggests()
@@ -35,7 +40,7 @@ class PromptSet:
     @property
     def fingerprint(self) -> str:
         """Hash of all requests in their order."""
-        return hashlib.sha256(json.dumps([self.harmful, self.harmless]).encode()).hexdigest()[:16]
+        return fingerprint(self.harmful, self.harmless)
 
     def described(self) -> dict[str, Any]:
         """What a report says of it: name, source and fingerprint, and how many requests of each class."""
