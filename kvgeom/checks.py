@@ -91,7 +91,7 @@ def whole(name: str, value: object, low: int = 0, high: int | None = None) -> in
     return number
 
 
-def whole_numbers(name: str, values: object, low: int = 0, high: int | None = None) -> list[int]:
+def whole_numbers(name: str, values: Any, low: int = 0, high: int | None = None) -> list[int]:
     """Whole numbers, or one, as a list; raises as :func:`whole`.
 
     Examples
@@ -99,9 +99,7 @@ def whole_numbers(name: str, values: object, low: int = 0, high: int | None = No
     >>> whole_numbers("layers", range(2)), whole_numbers("layers", 3)
     ([0, 1], [3])
     """
-    if isinstance(values, Iterable) and not isinstance(values, str):
-        return [whole(name, value, low, high) for value in values]
-    return [whole(name, values, low, high)]
+    return [whole(name, value, low, high) for value in _each(values)]
 
 
 def as_seed(value: object) -> int:
@@ -148,12 +146,22 @@ def as_names(kind: str, given: Any, known: Collection[str]) -> list[str]:
     >>> as_names("method", "mean", ["mean", "pca"])
     ['mean']
     """
-    found = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    found = _each(given)
     if not found:
         raise InputError(f"no {kind} was given; choose from {', '.join(known)}")
     for name in found:
         one_of(kind, name, known)
     return found
+
+
+def _each(given: Any) -> list[Any]:
+    """The items of what is given, or itself if it is one."""
+    if isinstance(given, str):
+        return [given]
+    try:
+        return list(given)
+    except TypeError:  # an array without dimensions is iterable by its type
+        return [given]
 
 
 def at_coordinates(data: Any, **coordinates: Any) -> None:

@@ -18,6 +18,7 @@ from kvgeom.behaviour.over_refusal import over_refusal
 from kvgeom.behaviour.widths import at_widths
 from kvgeom.checks import as_names, as_path, as_seed, at_coordinates, one_of, suggests, whole, whole_numbers
 from kvgeom.diagnosis.diagnose import Diagnosis
+from kvgeom.engines.registry import resolve
 from kvgeom.errors import InputError
 from kvgeom.geometry.attention import attention_error, attention_to_request
 from kvgeom.geometry.causal import first_order, patch_layers
@@ -68,6 +69,7 @@ MISSPELT: list[tuple[Callable[..., object], str, str]] = [
     (stored, "layr", "layer"),
     (outlier_share, "sit", "site"),
     (at_widths, "bit", "bits"),
+    (resolve, "placment", "placement"),
     (ablate, "refrence", "reference"),
     (whole_cache, "placment", "placement"),
     (channel_magnitudes, "placment", "placement"),

@@ -98,7 +98,7 @@ def at_widths(
     if bits is None:
         offered = widths(spec)
         bits = [b for b in WIDTHS if b in offered] or list(offered)
-    chosen = sorted({check_bits(b) for b in whole_numbers("bits", bits)} - {16}, reverse=True)
+    chosen = sorted({check_bits(b) for b in whole_numbers("bits", bits, 2, 16)} - {16}, reverse=True)
     configs = {b: resolve(spec, bits=b, placement=placement) for b in chosen}
     first = next(iter(configs.values()), None) or resolve(spec, bits=widths(spec)[0], placement=placement)
     name = spec.name if isinstance(spec, CacheConfig) else str(spec)

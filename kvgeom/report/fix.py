@@ -274,7 +274,7 @@ def check(
     """
     check_budget(memory)
     whole("controls", controls)
-    if bits is not None and check_bits(whole("bits", bits)) == 16:
+    if bits is not None and check_bits(whole("bits", bits, 2, 16)) == 16:
         raise InputError("bits must be 2 to 8, got 16, which rounds nothing")
     if bits is None:
         offered = widths(scheme)

@@ -137,6 +137,12 @@ REFUSED: dict[str, Callable[..., object]] = {
     "refusal token": lambda value, space: patch_layers(TINY, PAIRS, "int4-asym-token", value, **QUIET),
     "refusal token of first_order": lambda value, space: first_order(TINY, PAIRS, "kivi", value, **QUIET),
     "layer": lambda value, space: stored(space, value),
+    "layer of steer": lambda value, space: steer(TINY, np.ones(32), value, PAIRS, PAIRS, **QUIET),
+    "max_new_tokens": lambda value, space: steer(TINY, np.ones(32), 0, PAIRS, PAIRS, max_new_tokens=value, **QUIET),
+    "max_new_tokens of opening_tokens": lambda value, space: opening_tokens(TINY, PAIRS, max_new_tokens=value, **QUIET),
+    "batch_size": lambda value, space: select(
+        TINY, np.ones((3, 1, 32)), ["x"], PAIRS, PAIRS, {5}, batch_size=value, **QUIET
+    ),
     "site": lambda value, space: stored(space, 0, value),
     "prompt": lambda value, space: stored(space, 0, row=value),
 }
@@ -158,7 +164,12 @@ REFUSED: dict[str, Callable[..., object]] = {
             for name in ("refusal token", "refusal token of first_order")
             for value in ([10**6], ["2"], "2")
         ),
-        *(("layer", value) for value in (-1, 3, None, "0")),
+        *((name, value) for name in ("layer", "layer of steer") for value in (-1, 3, None, "0")),
+        *(
+            (name, value)
+            for name in ("max_new_tokens", "max_new_tokens of opening_tokens", "batch_size")
+            for value in (None, 0, 1.5, "2")
+        ),
         ("tokens", ["2"]),
         ("site", "kk"),
         ("prompt", -1),
