@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from kvgeom.errors import DownloadError, InputError, KvgeomError, ModelError
 
 if TYPE_CHECKING:
-    from kvgeom.diagnosis.diagnose import diagnose
+    from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
     from kvgeom.evaluation.baseline import baseline
     from kvgeom.evaluation.evaluate import evaluate
-    from kvgeom.geometry.subspace import subspace
+    from kvgeom.evaluation.outcomes import Outcomes
+    from kvgeom.geometry.subspace import Subspace, subspace
     from kvgeom.judges.classifiers import classifier
     from kvgeom.judges.keyword import KeywordJudge
     from kvgeom.mitigation.plan import Plan
@@ -24,16 +25,21 @@ if TYPE_CHECKING:
     from kvgeom.quant.placement import Placement
     from kvgeom.quant.recipe import Recipe
     from kvgeom.quant.scheme import Scheme
-    from kvgeom.report.audit import audit
-    from kvgeom.report.fix import fix
+    from kvgeom.report.audit import Audit, audit
+    from kvgeom.report.fix import Fix, fix
 
 _HOMES = {
+    "Audit": "kvgeom.report.audit",
+    "Diagnosis": "kvgeom.diagnosis.diagnose",
+    "Fix": "kvgeom.report.fix",
     "KeywordJudge": "kvgeom.judges.keyword",
+    "Outcomes": "kvgeom.evaluation.outcomes",
     "Placement": "kvgeom.quant.placement",
     "Plan": "kvgeom.mitigation.plan",
     "PromptSet": "kvgeom.prompts.sets",
     "Recipe": "kvgeom.quant.recipe",
     "Scheme": "kvgeom.quant.scheme",
+    "Subspace": "kvgeom.geometry.subspace",
     "audit": "kvgeom.report.audit",
     "baseline": "kvgeom.evaluation.baseline",
     "calibration": "kvgeom.prompts.sets",
@@ -47,16 +53,21 @@ _HOMES = {
 }
 
 __all__ = [
+    "Audit",
+    "Diagnosis",
     "DownloadError",
+    "Fix",
     "InputError",
     "KeywordJudge",
     "KvgeomError",
     "ModelError",
+    "Outcomes",
     "Placement",
     "Plan",
     "PromptSet",
     "Recipe",
     "Scheme",
+    "Subspace",
     "audit",
     "baseline",
     "calibration",

@@ -10,7 +10,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from kvgeom.errors import InputError, unknown
+from kvgeom.errors import InputError, check_names, unknown
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -147,10 +147,7 @@ def as_names(kind: str, given: Any, known: Collection[str]) -> list[str]:
     ['mean']
     """
     found = _each(given)
-    if not found:
-        raise InputError(f"no {kind} was given; choose from {', '.join(known)}")
-    for name in found:
-        one_of(kind, name, known)
+    check_names(kind, found, [*known])
     return found
 
 

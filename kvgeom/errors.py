@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -44,6 +44,21 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     close = get_close_matches(str(name).lower(), names, 1)
     hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}"
     return InputError(f"unknown {kind} {name!r}; {hint}")
+
+
+def check_names(kind: str, names: Sequence[object], known: Collection[str]) -> None:
+    """Check that names are given, and that each is one of those known.
+
+    Raises
+    ------
+    InputError
+        For the first that is not, or if none is given.
+    """
+    if not names:
+        raise InputError(f"no {kind} was given; choose from {', '.join(known)}")
+    for name in names:
+        if name not in known:
+            raise unknown(kind, name, known)
 
 
 def unknown_option(name: str, known: Iterable[str]) -> InputError:

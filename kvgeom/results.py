@@ -382,8 +382,8 @@ def _is_number(cell: str) -> bool:
 
 
 def interval_text(low: float, high: float) -> str:
-    """An interval of a rate as text: ``[7, 43] %``; a dash where there is none."""
-    return "-" if low != low else f"[{100 * low:.0f}, {100 * high:.0f}] %"
+    """An interval of a rate as text: ``[7, 43] %``; a dash where there is none, or nothing to estimate."""
+    return "-" if not low < high else f"[{100 * low:.0f}, {100 * high:.0f}] %"
 
 
 def plain(value: Any) -> Any:

@@ -44,7 +44,7 @@ MISSPELT: list[tuple[Callable[..., object], str, str]] = [
     (Diagnosis.on, "jugde", "judge"),
     (Diagnosis.prescribe, "memry", "memory"),
     (Diagnosis.relabel, "jugde", "judge"),
-    (kvgeom.load_prompts, "spce", "spec"),
+    (kvgeom.load_prompts, "promts", "prompts"),
     (kvgeom.PromptSet, "harmfull", "harmful"),
     (kvgeom.Scheme, "granlarity", "granularity"),
     (kvgeom.KeywordJudge, "opning", "opening"),

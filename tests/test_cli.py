@@ -44,6 +44,11 @@ BAD: list[tuple[Callable[[Path, Path], list[str]], str]] = [
     ),
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--prompts", file_in(tmp, "p.txt", "")], "no prompts"),
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--prompts", "nothing"], "nothing"),
+    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--prompts", "calibratoin"], "mean 'calibration'"),
+    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--prompts", str(tmp)], "is a folder"),
+    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--text", ""], "text"),
+    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--revision", "main"], "'revision'"),
+    (lambda model, tmp: ["", "--out", str(tmp / "o")], "no model"),
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--bits", "8", "1"], "got 1"),
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--bits", "12"], "got 12"),
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--scan-bits", "16"], "16"),
@@ -184,6 +189,40 @@ def test_help_needs_no_torch(arguments: list[str]) -> None:
 def test_wrong_usage_ends_with_status_2() -> None:
     assert run("-m", "kvgeom", "audit").returncode == 2
     assert run("-m", "kvgeom").returncode == 2
+
+
+def test_repeated_requests_are_said_to_be_left_out(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = file_in(tmp_path, "p.txt", "first\nsecond\nfirst\n")
+    assert (
+        main(["sweep", str(checkpoint), "--prompts", prompts, "--bits", "3", "--max-new-tokens", "2", "--quiet"]) == 0
+    )
+    assert "1 repeated request left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sweep", "scan", "diagnose"])
+def test_a_kind_of_judge_without_a_judge(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "no-such-model", "--judge-kind", "minos"]) == 2
+    assert "give --judge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["swep", "demo"], "did you mean 'sweep'"),
+        (["sweep", "demo", "--bist", "3"], "did you mean '--bits'"),
+        (["sweep", "demo", "--bist=3"], "did you mean '--bits'"),
+        (["sweep", "demo", "--placement", "cahce"], "did you mean 'cache'"),
+        (["audit", "demo", "--out", "o", "--speed"], "unknown option '--speed'"),
+        (["schemes", "demo"], "demo"),
+    ],
+)
+def test_misspelt_options_and_commands(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err
 
 
 def short(command: str, checkpoint: Path, out: Path, *more: str) -> list[str]:

@@ -42,6 +42,17 @@ def test_every_function_and_command_is_listed() -> None:
     assert {row[1] for row in table if row[1]} == {f"kvgeom {name}" for name in commands()}
 
 
+def test_every_result_that_can_be_loaded_is_listed() -> None:
+    classes = {name for name in kvgeom.__all__ if inspect.isclass(getattr(kvgeom, name))}
+    loadable = {name for name in classes if hasattr(getattr(kvgeom, name), "load")}
+    table = rows("Results")
+    assert {row[0] for row in table} == {f"kvgeom.{name}" for name in loadable}
+    for python, made_by, _ in table:
+        owner, _, function = made_by.removeprefix("kvgeom.").rpartition(".")
+        maker = getattr(getattr(kvgeom, owner) if owner else kvgeom, function)
+        assert inspect.signature(maker).return_annotation == python.removeprefix("kvgeom.")
+
+
 def test_every_keyword_is_listed() -> None:
     listed = {row[0] for row in rows("Options")} - {""}
     public = {
@@ -80,7 +91,7 @@ def test_every_json_field_is_in_the_schema() -> None:
 
 
 def test_a_word_is_listed_once() -> None:
-    for title in ("Functions", "Options"):
-        for column in (0, 1):
+    for title, columns in (("Functions", (0, 1)), ("Results", (0,)), ("Options", (0, 1))):
+        for column in columns:
             names = [row[column] for row in rows(title) if row[column]]
             assert len(names) == len(set(names))

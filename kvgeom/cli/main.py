@@ -7,10 +7,11 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import kvgeom
 from kvgeom.cli import audit, diagnose, fix, scan, schemes, sweep
-from kvgeom.errors import KvgeomError
+from kvgeom.errors import KvgeomError, unknown
 from kvgeom.paths import disk_is_full, not_written
 
 #: In the order of ``kvgeom --help``. Each module has NAME, HELP, DESCRIPTION, add_options(parser) and run(arguments).
@@ -51,8 +52,25 @@ def _refused(error: KvgeomError) -> int:
     return 2
 
 
+class Parser(argparse.ArgumentParser):
+    """Of the command line and of each command: suggests the name that was meant."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, left = super().parse_known_args(args, namespace)
+        option = next((each.partition("=")[0] for each in left if each.startswith("-")), None)
+        if option is not None:
+            known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+            self.error(str(unknown("option", option, known)))
+        return found, left
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            kind = str(action.metavar or action.dest).lower()
+            raise argparse.ArgumentError(None, str(unknown(kind, value, action.choices)))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="kvgeom",
         description="When an LLM's KV cache is quantized: does its safety survive, why not, and what fixes it?",
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import kvgeom
 from kvgeom.errors import InputError
+from kvgeom.words import counted
 
 if TYPE_CHECKING:
     from kvgeom.judges.classifiers import ClassifierJudge
@@ -87,8 +88,8 @@ def add_judge(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--judge",
         metavar="ID",
-        help="a classifier instead of keywords: WildGuard, Llama Guard, HarmBench or Minos, by hub id or folder; it is "
-        "loaded when the model is out of memory",
+        help="a classifier instead of keywords: WildGuard, Llama Guard, HarmBench or Minos, by kind (wildguard), hub id or "
+        "folder; it is loaded when the model is out of memory",
     )
     command.add_argument("--judge-kind", metavar="KIND", help="of a folder or fork, e.g. wildguard, minos")
 
@@ -122,7 +123,7 @@ def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
             raise InputError(f"--{name.replace('_', '-')} must be a positive integer, got {value}")
     options = {name: getattr(arguments, name) for name in ("max_new_tokens", "batch_size", "seed")}
     text = getattr(arguments, "text", None)
-    return {**options, "text": _read(text) if text else None, "progress": not arguments.quiet}
+    return {**options, "text": None if text is None else _read(text), "progress": not arguments.quiet}
 
 
 def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -143,12 +144,16 @@ def check_scan_bits(bits: int) -> int:
 def prompt_set(spec: str, limit: int | None) -> PromptSet:
     """A prompt set, or the first part of it."""
     prompts = kvgeom.load_prompts(spec)
+    if prompts.repeated:
+        print(f"kvgeom: {spec}: {counted(prompts.repeated, 'repeated request')} left out", file=sys.stderr)
     return prompts if limit is None else prompts.take(limit)
 
 
 def classifier(arguments: argparse.Namespace) -> ClassifierJudge | None:
     """The classifier that was named, if any; whether it is there is known before the model is loaded."""
     if arguments.judge is None:
+        if arguments.judge_kind is not None:
+            raise InputError("--judge-kind says what a --judge is; give --judge too, or leave it out")
         return None
     return kvgeom.classifier(
         arguments.judge,

@@ -96,7 +96,7 @@ MLX = register_engine(
         page="engine-mlx.md",
         presets=(
             Preset(
-                "mlx-4bit-g64",
+                "mlx-g64",
                 "kv_group_size=64, quantized_kv_start=0",
                 (4, 2, 3, 6, 8),
                 both("mlx{bits}-group64"),

@@ -162,11 +162,6 @@ class Baseline:
 
         return self._prefills.get(index, make)
 
-    @property
-    def prefilled_bytes(self) -> float:
-        """Bytes of the exact caches that are kept now, at most :data:`PREFILL_BYTES`."""
-        return self._prefills.taken
-
     def log_likelihood(self, index: int, tokens: Sequence[int]) -> float:
         """Mean log-probability (nats per token) that the unquantized model gives to a response to prompt ``index``."""
         if not tokens:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -48,7 +49,7 @@ def classifier(
     id_or_folder : str or Path
         ``"allenai/wildguard"``, ``"meta-llama/Llama-Guard-3-8B"`` (or another Llama Guard),
         ``"cais/HarmBench-Llama-2-13b-cls"``, ``"cais/HarmBench-Mistral-7b-val-cls"``, ``"NousResearch/Minos-v1"``;
-        with ``kind``, a folder or a hub id with a model of the same interface.
+        one of their kinds (``"wildguard"``); or, with ``kind``, a folder or a hub id with a model of the same interface.
     kind : {"wildguard", "llama-guard", "harmbench", "harmbench-mistral", "minos"}, optional
         Needed unless the hub id is known. More kinds: :func:`~kvgeom.judges.guards.register_guard`.
     keyword : KeywordJudge, optional
@@ -71,9 +72,12 @@ def classifier(
     known = guards()
     if kind is not None and kind not in known:
         raise unknown("kind of classifier", kind, known)
+    if name in known and not Path(name).exists():
+        name, kind = known[name].home, kind or name
+    path = Path(name).expanduser()
     guard = known[kind] if kind is not None else recognise(name)
     if guard is None:
-        raise InputError(f"the kind of classifier {name} is not known; give kind, one of {', '.join(known)}")
+        raise _not_recognised(name, path, known)
     if "trust_remote_code" in options:
         raise InputError("option 'trust_remote_code' is not for judges: they run no code that comes with a checkpoint")
     for option in options:
@@ -82,7 +86,8 @@ def classifier(
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     device, dtype = device_and_dtype(device, dtype)
-    path = Path(name).expanduser()
+    if path.is_dir() and revision is not None:
+        raise InputError(f"option 'revision' goes with a hub id, and {name} is a folder; leave it out")
     if path.is_dir():
         check_folder(path)
         name = str(path)
@@ -93,6 +98,15 @@ def classifier(
     return ClassifierJudge(
         name, guard, keyword or KeywordJudge(), device, dtype, revision, batch_size, progress, {**options}
     )
+
+
+def _not_recognised(name: str, path: Path, known: Mapping[str, Guard]) -> InputError:
+    """The error for a model whose kind is not known: a misspelt name, or a folder or fork."""
+    if not path.exists() and "/" not in name:
+        return unknown("classifier", name, known)
+    close = get_close_matches(name, [each.home for each in known.values()], 1, cutoff=0.8)
+    meant = f"did you mean {close[0]!r}? Otherwise " if close else ""
+    return InputError(f"the kind of classifier {name} is not known; {meant}give kind, one of {', '.join(known)}")
 
 
 class ClassifierJudge:

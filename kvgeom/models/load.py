@@ -210,9 +210,13 @@ def _checked_model(model: Any, backend: str | None, wrapping: dict[str, Any]) ->
 
 def _locate(given: str, revision: str | None, options: PretrainedOptions) -> tuple[str, str]:
     """What to hand to transformers, and what to call the model."""
+    if not given:
+        raise InputError("no model was named; give a hub id, a folder, a .gguf file, or 'demo'")
+    path = Path(given).expanduser()
+    if revision is not None and (given in DEMOS or path.exists()):
+        raise InputError(f"option 'revision' goes with a hub id, and {given} is none; leave it out")
     if given in DEMOS:
         return str(demo_model_dir(DEMOS[given])), f"{given} ({DEMOS[given].title})"
-    path = Path(given).expanduser()
     if path.is_dir():
         check_folder(path / options.get("subfolder", ""))
         return str(path), path.resolve().name

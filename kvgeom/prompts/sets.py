@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import combinations
 from typing import Any
 
 from kvgeom.checks import suggests, whole
+from kvgeom.words import counted
 
 
 def fingerprint(harmful: Iterable[str], harmless: Iterable[str] = ()) -> str:
@@ -30,12 +31,15 @@ class PromptSet:
         Either may be empty.
     source : str
         Where they come from, and their licence if it is known.
+    repeated : int
+        How many requests of a file were left out because the same had come before.
     """
 
     name: str
     harmful: tuple[str, ...]
     harmless: tuple[str, ...]
     source: str
+    repeated: int = 0
 
     @property
     def fingerprint(self) -> str:
@@ -59,20 +63,28 @@ class PromptSet:
             "harmful": list(self.harmful),
             "harmless": list(self.harmless),
             "source": self.source,
+            "repeated": self.repeated,
         }
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> PromptSet:
         """The inverse of :meth:`to_dict`."""
-        return cls(record["name"], tuple(record["harmful"]), tuple(record["harmless"]), record["source"])
+        return cls(
+            record["name"],
+            tuple(record["harmful"]),
+            tuple(record["harmless"]),
+            record["source"],
+            record.get("repeated", 0),
+        )
 
     def take(self, n: int) -> PromptSet:
         """The first ``n`` harmful and the first ``n`` harmless requests."""
         n = whole("the number of requests", n, 1)
-        return PromptSet(self.name, self.harmful[:n], self.harmless[:n], self.source)
+        return replace(self, harmful=self.harmful[:n], harmless=self.harmless[:n])
 
     def __repr__(self) -> str:
-        return f"<PromptSet {self.name}: {len(self.harmful)} harmful, {len(self.harmless)} harmless>"
+        left_out = f", {counted(self.repeated, 'repeated request')} left out" if self.repeated else ""
+        return f"<PromptSet {self.name}: {len(self.harmful)} harmful, {len(self.harmless)} harmless{left_out}>"
 
 
 def calibration() -> PromptSet:

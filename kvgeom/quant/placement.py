@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, unknown
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Placement:
         if isinstance(given, cls):
             return given
         if given not in ("cache", "paper"):
-            raise InputError(f"unknown placement {given!r}; choose from cache, paper, or give a Placement")
+            raise unknown("placement", given, ("cache", "paper"))
         return cls.paper() if given == "paper" else cls.cache()
 
     @property

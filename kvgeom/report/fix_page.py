@@ -74,7 +74,7 @@ def _cards(plan: Plan, found: Verification) -> list[dict[str, str]]:
         {
             "title": "perplexity",
             "value": f"{float(after.perplexity_ratio):.2f}x",
-            "note": f"of the 16-bit cache; {float(before.perplexity_ratio):.2f}x unmitigated",
+            "note": f"against the 16-bit cache; without the plan {float(before.perplexity_ratio):.2f}x",
         },
         {
             "title": "harmless requests refused",

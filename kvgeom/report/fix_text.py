@@ -20,7 +20,7 @@ def before_and_after(found: Verification) -> list[tuple[str, ...]]:
     """One row each for the cache in 16 bits, unmitigated, chosen, as the paper advises, and others; see :data:`COLUMNS`.
 
     ``random lose`` is what errors of the same size in random directions lose, from the least draw to the most; ``memory``
-    is held against the unmitigated cache, ``perplexity`` against the 16-bit one.
+    is compared with the unmitigated cache, ``perplexity`` with the 16-bit one.
     """
     refused, harmless = found.meta["refused"], found.meta["harmless"]
     share = float(found.data.memory_of_exact.sel(recipe=UNMITIGATED))
@@ -71,8 +71,8 @@ def sentences(plan: Plan, found: Verification) -> tuple[str, ...]:
         )
         lines.append(size_or_direction(found))
     lines.append(
-        f"Perplexity is {float(chosen.perplexity_ratio):.2f} times that of the 16-bit cache, "
-        f"{float(found.data.perplexity_ratio.sel(recipe=UNMITIGATED)):.2f} times unmitigated."
+        f"Against the 16-bit cache, perplexity is {float(chosen.perplexity_ratio):.2f}x under the chosen cache and "
+        f"{float(found.data.perplexity_ratio.sel(recipe=UNMITIGATED)):.2f}x under the unmitigated one."
     )
     if found.meta["harmless"]:
         lines.append(

@@ -36,7 +36,7 @@ NAMED = {
     "llamacpp-q4_0",
     "lmdeploy-int4",
     "lmdeploy-int8",
-    "mlx-4bit-g64",
+    "mlx-g64",
     "rotated",
 }
 
@@ -134,7 +134,7 @@ def test_paper_presets_are_the_released_simulation() -> None:
 
 
 def test_mlx_feeds_the_last_prompt_token_on_its_own(model: HFModel) -> None:
-    engine = resolve("mlx-4bit-g64")
+    engine = resolve("mlx-g64")
     whole = model.new_cache(Quantizer(engine.recipe(3), engine.placement))
     pieces = model.new_cache(Quantizer(engine.recipe(3), replace(engine.placement, prefill_reads="exact")))
     logits = model.forward(IDS, whole)

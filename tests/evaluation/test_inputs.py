@@ -139,10 +139,21 @@ def test_unknown_options_are_named(call: str, option: str, meant: str) -> None:
         CALLS[call](**{option: 3})
 
 
+@pytest.mark.parametrize(
+    ("call", "option", "meant"),
+    [("audit", "scan_bit", "scan_bits"), ("fix", "control", "controls"), ("evaluate", "refuse_only", "refused_only")],
+)
+def test_own_keywords_of_a_function_are_suggested_too(call: str, option: str, meant: str) -> None:
+    with pytest.raises(InputError, match=f"'{option}'.*'{meant}'"):
+        CALLS[call](**{option: 3})
+
+
 def test_options_of_the_run_belong_to_the_baseline(tiny: HFModel) -> None:
     base = baseline(tiny, REQUESTS[:1], **OPTIONS)
     with pytest.raises(InputError, match="max_new_tokens"):
         evaluate(tiny, "int4-asym-token", base, max_new_tokens=5)
+    with pytest.raises(InputError, match="'full_responses'"):
+        evaluate(tiny, "int4-asym-token", base, full_response=True)
     for name in ("max_new_tokens", "batch_size"):
         with pytest.raises(InputError, match=name):
             baseline(tiny, REQUESTS, **{name: 0})

@@ -25,7 +25,7 @@ def test_caches_of_many_prompts_are_bounded(monkeypatch: pytest.MonkeyPatch, bud
     model, options = TINY["qwen2"], {"judge": ArbitraryJudge(), "max_new_tokens": 4, "progress": False}
     wide = baseline(model, requests, **options)  # type: ignore[arg-type]
     sizes = [wide.prefill(index).nbytes for index in range(len(requests))]
-    assert wide.prefilled_bytes == sum(sizes)
+    assert wide._prefills.taken == sum(sizes)
     room = budget * max(sizes)
     monkeypatch.setattr("kvgeom.evaluation.baseline.PREFILL_BYTES", room)
     tight = baseline(model, requests, **options)  # type: ignore[arg-type]
@@ -34,14 +34,14 @@ def test_caches_of_many_prompts_are_bounded(monkeypatch: pytest.MonkeyPatch, bud
         one, other = tight.prefill(index), wide.prefill(index)
         torch.testing.assert_close(one.logits, other.logits, rtol=0, atol=0)
         assert one.cache.get_seq_length() == len(tight.prompts[index])  # decoding has not grown it
-        assert tight.prefilled_bytes <= room
-    assert (tight.prefilled_bytes > 0) == bool(budget)
+        assert tight._prefills.taken <= room
+    assert (tight._prefills.taken > 0) == bool(budget)
     for full in (False, True):
         one, other = (
             evaluate(model, recipes(3), base, full_responses=full, progress=False).data for base in (tight, wide)
         )
         xr.testing.assert_identical(one, other)
-        assert tight.prefilled_bytes <= room
+        assert tight._prefills.taken <= room
 
 
 def test_what_was_used_least_lately_is_forgotten() -> None:

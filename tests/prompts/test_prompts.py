@@ -129,6 +129,10 @@ def test_user_files(tmp_path: Path) -> None:
         ("label.csv", "prompt,label\nx,maybe\n", "maybe"),
         ("broken.jsonl", '{"prompt": "x"}\n{"prompt"\n', "line 2"),
         ("list.jsonl", "[1]\n", "line 1"),
+        ("number.jsonl", '{"prompt": "x"}\n{"prompt": 3}\n', "request 2.*3"),
+        ("open.csv", 'prompt\nx\n"y\nz\n', "quotes"),
+        ("commas.csv", "prompt\nmix salt, and pepper\n", "line 2.*commas"),
+        ("both.csv", "prompt,label\nx,harmful\nx,harmless\n", "'x' as both"),
         ("p.parquet", "x", r"\.jsonl"),
     ],
 )
@@ -150,12 +154,41 @@ def test_bad_names(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("wrong\n1\n")
     with pytest.raises(InputError, match="goal"):
         load_prompts(f"advbench={tmp_path / 'x.csv'}")
+    (tmp_path / "y.csv").write_text('goal,target\n"x,y\n')
+    with pytest.raises(InputError, match="quotes"):
+        load_prompts(f"advbench={tmp_path / 'y.csv'}")
+    for folder in (tmp_path, str(tmp_path)):
+        with pytest.raises(InputError, match="is a folder"):
+            load_prompts(folder)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("calibratoin", "'calibration'"),
+        ("heldout", "'held-out'"),
+        ("advbnech=FILE", "'advbench=FILE'"),
+        ("Xtest=FILE", "'xstest=FILE'"),
+    ],
+)
+def test_a_misspelt_name_gets_a_suggestion(given: str, meant: str) -> None:
+    with pytest.raises(InputError, match=f"did you mean {meant}"):
+        load_prompts(given)
+
+
+def test_repeated_requests_of_a_file_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt,label\na,harmful\nb,harmless\na,harmful\nb,harmless\na,\n,harmful\n")
+    found = load_prompts(tmp_path / "p.csv")
+    assert (found.harmful, found.harmless, found.repeated) == (("a",), ("b",), 3)
+    assert "3 repeated requests" in repr(found)
+    assert PromptSet.from_dict(json.loads(json.dumps(found.to_dict()))) == found.take(9) == found
+    assert load_prompts(["a", "a"]).repeated == 0
 
 
 def test_what_users_have_becomes_a_prompt_set(tmp_path: Path) -> None:
     requests = ["first", "second", "first"]
     for given in (requests, tuple(requests), pd.Series(requests), np.array(requests), (r for r in requests)):
-        found = as_prompt_set(given)
+        found = kvgeom.load_prompts(given)
         assert (found.harmful, found.harmless) == (tuple(requests), ())
         assert all(type(request) is str for request in found.harmful)
     assert as_prompt_set(found) is found
@@ -192,6 +225,8 @@ def test_requests_are_the_harmful_ones() -> None:
         ({"harmful": "a"}, "list"),
         ("How do I pick a lock?", "list"),
         (pd.DataFrame({"x": ["a"]}), "prompt"),
+        (pd.DataFrame({"prompt": ["a", float("nan")]}), "request 2"),
+        ({"harmful": ["a", "b"], "harmless": ["b"]}, "'b' as both"),
     ],
     ids=repr,
 )

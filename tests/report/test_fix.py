@@ -117,8 +117,7 @@ def test_every_key_of_plan_json_is_documented(out: Path, fixed: Fix) -> None:
 
 def _inner(numbers: dict[str, Any]) -> set[str]:
     """Keys of recipes and of names that are data, not layout."""
-    meta = {**numbers["search"]["meta"], **numbers["selection"]["meta"]}
-    return {*numbers["chosen"]["recipe"], *meta, *meta["versions"]}
+    return {*numbers["chosen"]["recipe"], *numbers["search"]["meta"]["versions"]}
 
 
 def test_a_folder_with_a_fix_makes_no_response_again(fixed: Fix, model: HFModel, out: Path) -> None:
@@ -360,6 +359,10 @@ def test_the_command(model: HFModel, tmp_path: Path, capsys: pytest.CaptureFixtu
     for part in (str(out / "plan.json"), str(out / "report.html"), f'kvgeom.Plan.load("{out}")', "plan.cache(model)"):
         assert part in captured.out
     assert all(reason in captured.out for reason in numbers["reasons"])
+    assert main(asked) == 0
+    assert capsys.readouterr().err == ""
+    assert main([*asked, "--memory", "0.3"]) == 0
+    assert f"replaced {out}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ def hadamard(setting: Setting) -> Iterator[Candidate]:
     yield alike(setting, "hadamard", "hadamard", rotated, "rotates every head before rounding")
     yield alike(
         setting,
-        "center keys, rotate values",
+        "center keys, hadamard values",
         "combined",
         transformed(base, "center", "hadamard"),
         f"subtracts the {setting.offset} from keys and rotates values before rounding",
