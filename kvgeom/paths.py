@@ -7,6 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from kvgeom.checks import as_path
 from kvgeom.errors import InputError
 
 
@@ -64,11 +65,11 @@ def writable_folder(out: str | Path) -> Path:
     Raises
     ------
     InputError
-        If it cannot, or its name is empty.
+        If it cannot, its name is empty, or it is no path.
     """
+    folder = as_path("the output folder", out)
     if str(out) == "":
         raise InputError("the name of the output folder is empty; give a folder, or . for the current one")
-    folder = Path(out).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

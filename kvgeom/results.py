@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from kvgeom.checks import one_of, suggests
 from kvgeom.errors import InputError, unknown
 from kvgeom.paths import write_whole
 
@@ -21,19 +22,18 @@ if TYPE_CHECKING:
 
 #: Rows of a frame that a notebook shows of a result.
 SHOWN_ROWS = 12
-#: What ``meta`` says of where a result comes from, as far as it applies.
-PROVENANCE = (
-    "model",
-    "fingerprint",
-    "prompts",
-    "recipe",
-    "scheme",
-    "placement",
-    "judge",
-    "max_new_tokens",
-    "seed",
-    "versions",
-)
+#: What :meth:`Result.provenance` says, each with its name in ``meta``.
+PROVENANCE = {
+    "model": "model",
+    "fingerprint": "fingerprint",
+    "prompts": "prompt_set",  # ``meta["prompts"]`` is how many of them a table is about
+    "scheme": "scheme",
+    "placement": "placement",
+    "judge": "judge",
+    "max_new_tokens": "max_new_tokens",
+    "seed": "seed",
+    "versions": "versions",
+}
 #: Classes of results by kind.
 _KINDS: dict[str, type[Result | Composite]] = {}
 
@@ -71,6 +71,7 @@ class Result:
         super().__init_subclass__(**kwargs)
         _register(cls)
 
+    @suggests()
     def to_frame(self, table: str | None = None) -> pd.DataFrame:
         """The numbers as a tidy pandas frame.
 
@@ -99,8 +100,7 @@ class Result:
             return self.data
         if table is None:
             table = next(iter(self.tables))
-        if table not in self.tables:
-            raise unknown("table", table, self.tables)
+        one_of("table", table, self.tables)
         dims = self.tables[table]
         others = [{*own} for own in self.tables.values()]
         names = [
@@ -155,8 +155,23 @@ class Result:
         return figures(self.kind)
 
     def provenance(self) -> dict[str, Any]:
-        """Where the result comes from: model, prompts, recipe, judge, seed and versions, as far as they apply."""
-        return {name: self.meta[name] for name in PROVENANCE if name in self.meta}
+        """Where the result comes from.
+
+        Returns
+        -------
+        dict
+            The same keys for every result, with JSON types; None for what does not apply.
+
+            - ``model`` and ``fingerprint``: name of the model, and hash of its weights and chat template;
+            - ``prompts``: hash of all requests that were asked, as :attr:`kvgeom.PromptSet.fingerprint` has it;
+            - ``scheme``: what the cache is rounded to, as text: a scheme, a preset or a recipe; by name where there are several.
+              None also for a choice among caches, whose rows name them;
+            - ``placement``: where and when it is rounded, as text;
+            - ``judge`` and ``max_new_tokens``: what labelled the responses, and the longest that there could be;
+            - ``seed``: of random draws;
+            - ``versions``: of the packages that decide what a model answers, by name.
+        """
+        return {name: self.meta.get(key) for name, key in PROVENANCE.items()}
 
     def save(self, path: str | Path) -> Path:
         """Write the result to one NetCDF file (no pickle); read it back with :meth:`load`."""
@@ -214,21 +229,47 @@ class Composite:
         held = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
         return {name: value for name, value in held.items() if isinstance(value, Result)}
 
+    @suggests()
     def to_frame(self, part: str | None = None, table: str | None = None) -> pd.DataFrame:
         """A table of one part; the main one by default."""
         return self._part(part).to_frame(table)
 
     def plot(self, kind: str | None = None, **options: Any) -> go.Figure:
-        """A figure: the main one, one of the main part by its name, or that of the part of that name."""
-        if kind is not None and kind in self.parts():
-            return self.parts()[kind].plot(**options)
-        return self._part(None).plot(kind, **options)
+        """Draw the main part, another part, or one figure.
+
+        Parameters
+        ----------
+        kind : str, optional
+            A part by its name, or one of :meth:`figures`. Where several parts have the figure, the first of them draws it;
+            the others draw theirs with ``result.part.plot(kind)``.
+        **options
+            Of the figure; see its function in :mod:`kvgeom.plots`.
+
+        Raises
+        ------
+        InputError
+            If no part and no figure has that name, or an option is unknown or missing.
+        """
+        parts = self.parts()
+        if kind is None or kind in parts:
+            return self._part(kind).plot(**options)
+        drawn = next((part for part in self._main_first() if kind in part.figures()), None)
+        if drawn is None:
+            raise unknown(f"part or figure of {type(self).__name__}", kind, [*parts, *self.figures()])
+        return drawn.plot(kind, **options)
+
+    def figures(self) -> list[str]:
+        """Names of the figures of all parts, those of the main part first."""
+        return list(dict.fromkeys(name for part in self._main_first() for name in part.figures()))
+
+    def _main_first(self) -> list[Result]:
+        parts = self.parts()
+        return [parts.pop(self.main), *parts.values()]
 
     def _part(self, name: str | None) -> Result:
         parts = self.parts()
         name = self.main if name is None else name
-        if name not in parts:
-            raise unknown(f"part of {type(self).__name__}", name, parts)
+        one_of(f"part of {type(self).__name__}", name, parts)
         return parts[name]
 
     def record(self) -> dict[str, Any]:
@@ -241,10 +282,16 @@ class Composite:
         raise NotImplementedError
 
     def provenance(self) -> dict[str, Any]:
-        """Where it comes from; see :meth:`Result.provenance`."""
+        """Where it comes from: what the parts agree in; where they differ, what each of them says, by its name.
+
+        See :meth:`Result.provenance`. Parts to which something does not apply have no say in it.
+        """
         found: dict[str, Any] = {}
-        for part in self.parts().values():
-            found = {**part.provenance(), **found}
+        parts = {name: part.provenance() for name, part in self.parts().items()}
+        for key in PROVENANCE:
+            said = {name: own[key] for name, own in parts.items() if own[key] is not None}
+            first = next(iter(said.values()), None)
+            found[key] = first if all(value == first for value in said.values()) else said
         return found
 
     def save(self, path: str | Path) -> Path:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
+import re
 import resource
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import numpy as np
@@ -17,9 +20,18 @@ import pytest
 from nbclient import NotebookClient
 
 import kvgeom
+from kvgeom.behaviour.over_refusal import over_refusal
+from kvgeom.behaviour.widths import at_widths
 from kvgeom.errors import InputError
+from kvgeom.geometry.attention import attention_error
+from kvgeom.geometry.causal import first_order, patch_layers
+from kvgeom.geometry.selection import select
+from kvgeom.geometry.steering import steer
 from kvgeom.models.hf import HFModel
-from kvgeom.results import SHOWN_ROWS, Result
+from kvgeom.prompts.sets import fingerprint
+from kvgeom.results import PROVENANCE, SHOWN_ROWS, Result
+from tests.builders.judges import ArbitraryJudge
+from tests.builders.requests import REQUESTS
 from tests.builders.tiny import tiny_model
 
 #: Builds results with the dimensions of an 8B model, and shows them as a notebook does.
@@ -189,3 +201,89 @@ def test_every_result_shows_itself_in_a_notebook(trained: HFModel, tmp_path: Pat
     assert any("application/vnd.plotly.v1+json" in output.get("data", {}) for output in drawn)
     assert any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in bars)
     assert not any("TqdmWarning" in str(output) for cell in notebook.cells for output in cell.outputs)
+
+
+@pytest.fixture(scope="module")
+def made(tiny: HFModel) -> dict[str, Result]:
+    """One result of every kind, of one model."""
+    how: dict[str, Any] = {"judge": ArbitraryJudge(), "max_new_tokens": 4, "seed": 3, "progress": False}
+    quiet: dict[str, Any] = {"progress": False}
+    prompts = kvgeom.PromptSet("tiny", tuple(REQUESTS), tuple(f"{text} too" for text in REQUESTS), "written here")
+    others = kvgeom.PromptSet("more", *(tuple(f"{t} again" for t in x) for x in (REQUESTS, prompts.harmless)), "here")
+    found = kvgeom.diagnose(tiny, prompts, bits=4, **how)
+    plan = found.prescribe(memory=1.0)
+    settings = {name: value for name, value in how.items() if name != "max_new_tokens"}
+    proof = plan.verify(tiny, others, controls=0, **settings)
+    assert plan.selection is not None
+    space = kvgeom.subspace(tiny, prompts, **quiet)
+    candidates = np.random.default_rng(0).standard_normal((3, 1, 32))
+    asked = (prompts.harmful, prompts.harmless)
+    results: list[Result] = [
+        *found.parts().values(),
+        plan.search,
+        plan.selection,
+        proof,
+        over_refusal(found.baseline, at_widths(bits=4)),
+        space,
+        space.compare("mean", samples=0, **quiet),
+        select(tiny, candidates, ["x"], *asked, {5}, **quiet),
+        steer(tiny, candidates[0, 0], 1, *asked, judge=how["judge"], max_new_tokens=4, **quiet),
+        patch_layers(tiny, prompts, {"a": "int4-asym-token"}, {5}, **quiet),
+        first_order(tiny, prompts, "int4-asym-token", {5}, **quiet),
+        attention_error(tiny, prompts, "int4-asym-token", **quiet),
+    ]
+    return {"Diagnosis": found, **{type(result).__name__: result for result in results}}  # type: ignore[dict-item]
+
+
+def test_every_result_says_alike_where_it_comes_from(made: dict[str, Result], tiny: HFModel) -> None:
+    """The same keys, each with one meaning; None where it does not apply."""
+    assert {*SHOWN} <= {*made}
+    said = {name: result.provenance() for name, result in made.items()}
+    harmful = fingerprint(REQUESTS)
+    both = fingerprint(REQUESTS, [f"{text} too" for text in REQUESTS])
+    again = fingerprint([f"{text} again" for text in REQUESTS])
+    prompts = {
+        **dict.fromkeys(("Patching", "FirstOrder", "AttentionError"), harmful),
+        **dict.fromkeys(("Subspace", "Directions", "Sensitivity", "Selection", "Steering"), both),
+        "Verification": again,
+    }
+    for name, found in said.items():
+        assert list(found) == list(PROVENANCE)
+        assert json.loads(json.dumps(found)) == found
+        if name in ("Mode", "Diagnosis"):
+            continue
+        assert (found["model"], found["fingerprint"]) == (tiny.name, tiny.fingerprint)
+        assert {"kvgeom", "torch", "transformers"} <= {*found["versions"]}
+        assert found["prompts"] == prompts.get(name, harmful)
+        judged = name not in ("Patching", "FirstOrder", "AttentionError", "Subspace", "Directions", "Sensitivity", "Selection")  # fmt: skip
+        assert (found["judge"], found["max_new_tokens"]) == (("arbitrary", 4) if judged else (None, None))
+    assert {*said["Mode"].values()} == {None}  # it follows from numbers alone
+    assert said["FirstOrder"]["scheme"] == said["AttentionError"]["scheme"] == "int4-asym-token"
+    assert said["Patching"]["scheme"] == {"a": "int4-asym-token"}
+    assert said["Scan"]["scheme"] == "int3-sym-tensor"
+    assert said["Curve"]["scheme"] == said["OverRefusal"]["scheme"] == "asym-token"
+    assert said["Ablation"]["scheme"]["every channel"].startswith("int3-sym-tensor")
+    assert said["Outcomes"]["scheme"] == made["Outcomes"].meta["recipes"]
+    assert said["Steering"]["scheme"] is said["Steering"]["placement"] is said["Subspace"]["scheme"] is None
+    for name in ("Outcomes", "Scan", "Curve", "Patching", "FirstOrder", "AttentionError", "Subspace", "Sensitivity"):
+        assert {"cache", "projection"} & {*said[name]["placement"].replace(",", "").split()}
+    assert (said["Outcomes"]["seed"], said["Directions"]["seed"], said["Patching"]["seed"]) == (3, 0, None)
+
+
+def test_a_whole_says_what_its_parts_agree_in(made: dict[str, Result]) -> None:
+    found = made["Diagnosis"].provenance()
+    for key in ("model", "fingerprint", "judge", "max_new_tokens", "seed", "versions"):
+        assert found[key] == made["Curve"].provenance()[key]
+    assert found["prompts"]["curve"] == made["Curve"].provenance()["prompts"]
+    assert found["prompts"]["sensitivity"] == made["Sensitivity"].provenance()["prompts"]
+    assert found["scheme"]["curve"] == "asym-token"
+    assert "mode" not in found["scheme"]
+
+
+def test_tables_that_do_not_exist(made: dict[str, Result]) -> None:
+    for name, wrong in (("Sensitivity", []), ("Sensitivity", 3), ("Diagnosis", [])):
+        with pytest.raises(InputError, match=re.escape(f"{wrong!r}; choose from")):
+            made[name].to_frame(wrong)  # type: ignore[arg-type]
+    for name in ("Sensitivity", "Diagnosis"):
+        with pytest.raises(InputError, match="did you mean 'table'"):
+            made[name].to_frame(tabel="heads")  # type: ignore[call-arg]

@@ -11,6 +11,7 @@ import xarray as xr
 from einops import reduce
 from numpy.typing import NDArray
 
+from kvgeom.checks import as_seed, suggests, whole
 from kvgeom.errors import unknown
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import Condition
@@ -71,6 +72,7 @@ def ablation_text(*ablations: Ablation) -> str:
     return text_table(("rounded", "what", "lost", "95 %", "comply", "break down", "p"), rows)
 
 
+@suggests()
 def ablate(
     base: Baseline, conditions: Mapping[str, Condition], *, reference: str, title: str = "ablations"
 ) -> Ablation:
@@ -112,7 +114,8 @@ def ablation_of(outcomes: Outcomes, families: Sequence[str], *, reference: str) 
     return Ablation(data, {**outcomes.made_by(names), "reference": reference, "prompts": n})
 
 
-def whole_cache(n_layers: int, scheme: Scheme, placement: Placement | None = None) -> dict[str, Condition]:
+@suggests()
+def whole_cache(n_layers: int, scheme: Scheme, placement: Placement | str | None = None) -> dict[str, Condition]:
     """Conditions that ask what of the whole cache matters: granularity, keys or values, first and last layers.
 
     Parameters
@@ -120,9 +123,9 @@ def whole_cache(n_layers: int, scheme: Scheme, placement: Placement | None = Non
     n_layers : int
     scheme : Scheme
         Per-tensor; the reference is called :data:`ALL_LAYERS`.
-    placement : Placement, optional
+    placement : Placement, "cache" or "paper", optional
     """
-    placement = placement or Placement()
+    placement = Placement.parse(placement or "cache")
     more, less = replace(scheme, bits=min(8, scheme.bits + 1)), replace(scheme, bits=max(2, scheme.bits - 1))
     some = sorted({1, 2, 4, 8, 16, 32, 64} & set(range(1, n_layers)))
 
@@ -151,12 +154,13 @@ def whole_cache(n_layers: int, scheme: Scheme, placement: Placement | None = Non
     }
 
 
-def channel_magnitudes(base: Baseline, placement: Placement | None = None) -> dict[Site, NDArray[np.float64]]:
+@suggests()
+def channel_magnitudes(base: Baseline, placement: Placement | str | None = None) -> dict[Site, NDArray[np.float64]]:
     """Root mean square of every channel as it is rounded, ``[layers, channels]``, over the refused prompts.
 
     Costs one pass per prompt.
     """
-    model, placement = base.model, placement or Placement()
+    model, placement = base.model, Placement.parse(placement or "cache")
     shape = (model.geometry.layers, model.geometry.channels)
     sums: dict[Site, NDArray[np.float64]] = {site: np.zeros(shape) for site in get_args(Site)}
     tokens = 0
@@ -169,11 +173,12 @@ def channel_magnitudes(base: Baseline, placement: Placement | None = None) -> di
     return {site: np.sqrt(total / max(tokens, 1)) for site, total in sums.items()}
 
 
+@suggests()
 def channel_subsets(
     magnitudes: Mapping[Site, NDArray[np.float64]],
     scheme: Scheme,
     layers: Sequence[int],
-    placement: Placement | None = None,
+    placement: Placement | str | None = None,
     *,
     share: float = LARGEST_SHARE,
     repeats: int = 3,
@@ -190,13 +195,14 @@ def channel_subsets(
         From :func:`channel_magnitudes`.
     scheme : Scheme
     layers : sequence of int
-    placement : Placement, optional
+    placement : Placement, "cache" or "paper", optional
     share : float
         Share of the channels that count as the largest; at least one channel does.
     repeats, seed : int
         Of the random subsets.
     """
-    rng = np.random.default_rng(seed)
+    repeats = whole("repeats", repeats)
+    rng = np.random.default_rng(as_seed(seed))
     n_layers, channels = magnitudes["k"].shape
     count = max(1, round(share * channels))
     order = {site: np.argsort(-m, axis=1, kind="stable") for site, m in magnitudes.items()}
@@ -217,7 +223,7 @@ def channel_subsets(
     return {
         name: Condition(
             Recipe(tuple(rounded(sets, layer) if layer in layers else (None, None) for layer in range(n_layers))),
-            placement or Placement(),
+            Placement.parse(placement or "cache"),
             family="channels",
             layer=layers[0] if len(layers) == 1 else None,
             granularity=scheme.granularity,

@@ -8,6 +8,7 @@ from typing import ClassVar
 import xarray as xr
 
 from kvgeom.behaviour.widths import WidthSeries
+from kvgeom.checks import suggests
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.evaluate import run_conditions
 from kvgeom.results import Result, interval_text, text_table
@@ -45,6 +46,7 @@ class OverRefusal(Result):
         return text_table(("bits", "harmless refused", "95 %", "degenerate", "p"), rows)
 
 
+@suggests()
 def over_refusal(base: Baseline, series: WidthSeries) -> OverRefusal:
     """Round all layers at each bit-width and count which harmless requests are refused.
 

@@ -142,7 +142,7 @@ def per_channel_reduction(
     layer: int | None,
     scheme: Scheme | str | None = None,
     *,
-    placement: Placement | None = None,
+    placement: Placement | str | None = None,
 ) -> PCR:
     """Measure PCR at one layer by generation, on the prompts refused unquantized.
 
@@ -153,7 +153,7 @@ def per_channel_reduction(
         The critical layer; None (there is none) gives an undetermined PCR.
     scheme : Scheme or str, optional
         The per-tensor scheme; 3-bit symmetric by default. Per-channel is the same with another granularity.
-    placement : Placement, optional
+    placement : Placement, "cache" or "paper", optional
         Decode-faithful by default. With :meth:`Placement.paper` every decoded token escapes per-channel
         rounding altogether, which raises PCR.
     """
@@ -163,7 +163,7 @@ def per_channel_reduction(
         base,
         single_layers(base.model.geometry.layers, tensor, placement, where),
         prompts=base.refused,
-        title=f"PCR at layer {layer}, {(placement or Placement()).where}",
+        title=f"PCR at layer {layer}, {Placement.parse(placement or 'cache').where}",
     )
     return pcr_of(outcomes, layer, tensor.bits)
 

@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import Condition
 from kvgeom.evaluation.evaluate import run_conditions
@@ -77,7 +78,7 @@ class Scan(Result):
 
 
 def single_layers(
-    n_layers: int, scheme: Scheme, placement: Placement | None = None, layers: Iterable[int] | None = None
+    n_layers: int, scheme: Scheme, placement: Placement | str | None = None, layers: Iterable[int] | None = None
 ) -> dict[str, Condition]:
     """The conditions of a scan: each layer alone, per-tensor and per-channel.
 
@@ -86,7 +87,7 @@ def single_layers(
     return {
         f"layer {layer} {granularity}": Condition(
             Recipe.uniform(n_layers, replace(scheme, granularity=granularity, group_size=None), layers=[layer]),
-            placement or Placement(),
+            Placement.parse(placement or "cache"),
             family="layer",
             layer=layer,
             granularity=granularity,
@@ -101,7 +102,7 @@ def single_layer_scan(
     base: Baseline,
     scheme: Scheme | str | None = None,
     *,
-    placement: Placement | None = None,
+    placement: Placement | str | None = None,
     full_responses: bool = False,
 ) -> tuple[Scan, Outcomes]:
     """Round each layer alone, per-tensor and per-channel, and see which refusals are lost.
@@ -114,7 +115,7 @@ def single_layer_scan(
         The unquantized model; only the prompts that it refuses are used, unless responses are to be full.
     scheme : Scheme or str, optional
         3-bit symmetric by default, as in the paper's released code; its granularity is ignored.
-    placement : Placement, optional
+    placement : Placement, "cache" or "paper", optional
     full_responses : bool
         Generate every response to every prompt in full, as a classifier needs them.
 
@@ -136,6 +137,10 @@ def single_layer_scan(
 
 def per_tensor(scheme: Scheme | str | None) -> Scheme:
     """The scheme of a scan: as given, with one scale for a tensor."""
+    if not isinstance(scheme, Scheme | str | None):
+        raise InputError(
+            f"single layers are rounded by one scheme, got a {type(scheme).__name__}; give a Scheme or its name"
+        )
     given = Scheme.parse(scheme) if isinstance(scheme, str) else scheme or SCAN_SCHEME
     return replace(given, granularity="tensor", group_size=None)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvgeom.checks import suggests, whole_numbers
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import resolve, widths
 from kvgeom.evaluation.baseline import Baseline
@@ -70,6 +71,7 @@ class WidthSeries:
         }
 
 
+@suggests()
 def at_widths(
     scheme: CacheConfig | Recipe | Scheme | str | None = None,
     bits: Sequence[int] | int | None = None,
@@ -96,7 +98,7 @@ def at_widths(
     if bits is None:
         offered = widths(spec)
         bits = [b for b in WIDTHS if b in offered] or list(offered)
-    chosen = sorted({check_bits(b) for b in ([bits] if isinstance(bits, int) else bits)} - {16}, reverse=True)
+    chosen = sorted({check_bits(b) for b in whole_numbers("bits", bits, 2, 16)} - {16}, reverse=True)
     configs = {b: resolve(spec, bits=b, placement=placement) for b in chosen}
     first = next(iter(configs.values()), None) or resolve(spec, bits=widths(spec)[0], placement=placement)
     name = spec.name if isinstance(spec, CacheConfig) else str(spec)

@@ -19,6 +19,7 @@ from kvgeom.behaviour.curve import Curve, curve_of, perplexities
 from kvgeom.behaviour.pcr import PCR, pcr_of
 from kvgeom.behaviour.scan import Scan, per_tensor, scan_of
 from kvgeom.behaviour.widths import at_widths
+from kvgeom.checks import suggests
 from kvgeom.diagnosis.evidence import evidence_from, shares
 from kvgeom.diagnosis.measure import WORST_LAYER, Measured, flip_table, measure, sensitivity_of, with_geometry
 from kvgeom.diagnosis.mode import Mode
@@ -26,7 +27,7 @@ from kvgeom.diagnosis.taxonomy import Evidence, classify
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline, opened, run_baseline
-from kvgeom.evaluation.config import open_run
+from kvgeom.evaluation.config import RUN_OPTIONS, open_run
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.geometry.sensitivity import Sensitivity
 from kvgeom.prompts.load import as_prompt_set
@@ -102,6 +103,7 @@ class Diagnosis(Composite):
             raise InputError("this diagnosis was read from a file and has no model; give it one: diagnosis.on(model)")
         return self.base
 
+    @suggests(RUN_OPTIONS)
     def on(self, model: Any, **options: Any) -> Diagnosis:
         """A diagnosis that was read from a file, with its model, so that it can prescribe again.
 
@@ -125,6 +127,7 @@ class Diagnosis(Composite):
         run = replace(run, max_new_tokens=self.curve.meta["max_new_tokens"])
         return replace(self, base=run_baseline(loaded, self.prompts.harmful, run))
 
+    @suggests()
     def relabel(self, judge: ClassifierJudge) -> Diagnosis:
         """The diagnosis that follows from the same responses as a classifier labels them.
 
@@ -149,6 +152,7 @@ class Diagnosis(Composite):
         measured = Measured(outcomes, parts, paper, scheme, self.measured)
         return _conclude(measured, self.prompts, curve, self.sensitivity, self.seed, self.base)
 
+    @suggests()
     def prescribe(
         self,
         *,
@@ -227,6 +231,7 @@ class Diagnosis(Composite):
         return f"<p><b>{escape(self.mode.name)}</b></p><ul>{rows}</ul>"
 
 
+@suggests(RUN_OPTIONS)
 def diagnose(
     model: Any,
     prompts: Any = None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from kvgeom.checks import suggests
 from kvgeom.engines.engine import CacheConfig, Engine, Preset
 from kvgeom.errors import InputError, unknown
 from kvgeom.quant.formats.base import formats, is_scheme
@@ -62,6 +63,7 @@ def _presets() -> dict[str, tuple[Engine, Preset]]:
     return {preset.name: (engine, preset) for engine in engines() for preset in engine.presets}
 
 
+@suggests()
 def resolve(
     spec: CacheConfig | Recipe | Scheme | str, *, bits: int | None = None, placement: Placement | str | None = None
 ) -> CacheConfig:

@@ -15,8 +15,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from kvgeom.checks import suggests
 from kvgeom.errors import InputError
-from kvgeom.evaluation.config import RunConfig, open_run
+from kvgeom.evaluation.config import RUN_OPTIONS, RunConfig, open_run
 from kvgeom.evaluation.journal import Journal, NoJournal
 from kvgeom.evaluation.perplexity import perplexity
 from kvgeom.evaluation.scores import margin, mean_log_likelihood, refusal_tokens
@@ -208,6 +209,7 @@ class Baseline:
         return self._labelled.get((index, tuple(tokens)), make)
 
 
+@suggests(RUN_OPTIONS)
 def baseline(model: Any, prompts: Any, **options: Any) -> Baseline:
     """Run the unquantized model on some requests and label what it answers.
 

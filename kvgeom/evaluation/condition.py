@@ -30,7 +30,7 @@ class Condition:
     Attributes
     ----------
     recipe : Recipe
-    placement : Placement
+    placement : Placement, "cache" or "paper"
     family : str
         What is varied: ``"bits"``, ``"layer"``, ``"granularity"``, ``"channels"``, ``"mitigation"``, ...
     layer : int or None
@@ -49,6 +49,9 @@ class Condition:
     granularity: str = ""
     bits: int | None = None
     draw: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "placement", Placement.parse(self.placement))
 
     @property
     def key(self) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from kvgeom import progress
+from kvgeom.checks import as_path, as_seed, whole
 from kvgeom.errors import InputError, unknown_option
 from kvgeom.judges.judge import Judge
 from kvgeom.judges.registry import as_judge
@@ -52,10 +52,11 @@ class RunConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be a positive integer, got {value!r}")
+        numbers = {name: whole(name, getattr(self, name), 1) for name in ("max_new_tokens", "batch_size")}
+        for name, value in {**numbers, "seed": as_seed(self.seed)}.items():
+            object.__setattr__(self, name, value)  # an int, where a number of numpy was given
+        if not isinstance(self.text, str):
+            raise InputError(f"text must be plain text, got {self.text!r}")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> RunConfig:
@@ -74,7 +75,7 @@ class RunConfig:
         if "judge" in given:
             given["judge"] = as_judge(given["judge"])
         if "journal" in given:
-            given["journal"] = Path(given["journal"]).expanduser()
+            given["journal"] = as_path("journal", given["journal"])
         return cls(**given)
 
     def options(self) -> dict[str, Any]:
@@ -98,16 +99,14 @@ class RunConfig:
             yield
 
 
-def split_options(
-    options: Mapping[str, Any], function: Callable[..., Any] | None = None
-) -> tuple[RunConfig, dict[str, Any]]:
-    """Public keywords as a :class:`RunConfig` and the options of :func:`kvgeom.load`.
+#: Keywords of :func:`kvgeom.load`, and of all functions that take a model and options of it.
+LOAD_OPTIONS = tuple(sorted(load_option_names()))
+#: Keywords that functions take that run a model on prompts, beside their own.
+RUN_OPTIONS = (*(each.name for each in fields(RunConfig)), *LOAD_OPTIONS)
 
-    Parameters
-    ----------
-    options : mapping
-    function : callable, optional
-        Whose options they are; its own keywords are suggested for misspelt ones too.
+
+def split_options(options: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
+    """Public keywords as a :class:`RunConfig` and the options of :func:`kvgeom.load`.
 
     Raises
     ------
@@ -116,18 +115,14 @@ def split_options(
     """
     running = {each.name for each in fields(RunConfig)}
     loading = load_option_names()
-    parameters = [] if function is None else signature(function).parameters.values()
-    own = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
     for name in options:
         if name not in running | loading:
-            raise unknown_option(name, running | loading | own)
+            raise unknown_option(name, running | loading)
     run = RunConfig.from_options({name: value for name, value in options.items() if name in running})
     return run, {name: value for name, value in options.items() if name in loading}
 
 
-def open_run(
-    model: Any, options: Mapping[str, Any], function: Callable[..., Any] | None = None
-) -> tuple[Model, RunConfig]:
+def open_run(model: Any, options: Mapping[str, Any]) -> tuple[Model, RunConfig]:
     """Check the options of a public function, then load its model.
 
     Parameters
@@ -135,8 +130,6 @@ def open_run(
     model : anything that :func:`kvgeom.load` takes
     options : mapping
         Keywords of :class:`RunConfig` and of :func:`kvgeom.load`.
-    function : callable, optional
-        Whose options they are; see :func:`split_options`.
     """
-    run, loading = split_options(options, function)
+    run, loading = split_options(options)
     return load(model, progress=run.progress, **loading), run

@@ -9,10 +9,12 @@ import numpy as np
 import xarray as xr
 
 from kvgeom import progress
+from kvgeom.checks import suggests
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline, opened, versions
 from kvgeom.evaluation.condition import COORDINATES, UNQUANTIZED, Condition, as_conditions
-from kvgeom.evaluation.config import open_run, split_options
+from kvgeom.evaluation.config import RUN_OPTIONS, open_run
+from kvgeom.evaluation.inputs import made_with
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.evaluation.speculative import Answer, generated, verified
 from kvgeom.prompts.load import as_requests
@@ -32,6 +34,7 @@ RESPONSE: dict[str, type] = {
 }
 
 
+@suggests(RUN_OPTIONS)
 def evaluate(
     model: Any,
     recipes: Any,
@@ -77,7 +80,6 @@ def evaluate(
     """
     if isinstance(prompts, Baseline):
         shown = bool(options.pop("progress", True))
-        split_options(options, evaluate)  # a misspelt one is none of the baseline's
         if options:
             raise InputError(f"{min(options)} belongs to the baseline that was given; set it in kvgeom.baseline(...)")
         with progress.shown(shown):
@@ -87,7 +89,7 @@ def evaluate(
                 prompts=prompts.refused if refused_only else None,
                 full_responses=full_responses,
             )
-    loaded, run = open_run(model, options, evaluate)
+    loaded, run = open_run(model, options)
     conditions = as_conditions(recipes, loaded, placement)
     with opened(loaded, as_requests(prompts), run) as base:
         return run_conditions(
@@ -189,6 +191,16 @@ def _unquantized(base: Baseline, index: int) -> dict[str, Any]:
     }
 
 
+def _coordinates(condition: Condition) -> dict[str, Any]:
+    """Where it stands; where it does not say, with width and granularity of the only scheme of its recipe."""
+    found = {name: getattr(condition, name) for name in COORDINATES}
+    scheme, *others = {scheme for pair in condition.recipe for scheme in pair}
+    if scheme is not None and not others:
+        found["bits"] = scheme.bits if condition.bits is None else condition.bits
+        found["granularity"] = condition.granularity or scheme.granularity
+    return found
+
+
 def _outcomes(
     base: Baseline,
     conditions: Mapping[str, Condition],
@@ -212,15 +224,15 @@ def _outcomes(
         "request": ("prompt", np.array([base.prompts[index].text for index in chosen], dtype=object)),
         "placement": ("recipe", np.array([str(each.placement) for each in conditions.values()], dtype=object)),
     }
+    stand = [_coordinates(each) for each in conditions.values()]
     for name in COORDINATES:
-        values = [getattr(each, name) for each in conditions.values()]
+        values = [each[name] for each in stand]
         if name in ("family", "granularity"):
             coords[name] = ("recipe", np.array(values, dtype=object))
         else:
             coords[name] = ("recipe", np.array([-1 if value is None else value for value in values], dtype=int))
     meta = {
-        "model": base.model.name,
-        "fingerprint": base.model.fingerprint,
+        **made_with(base.model, [prompt.text for prompt in base.prompts]),
         "recipes": {name: str(each.recipe) for name, each in conditions.items() if name != UNQUANTIZED},
         "judge": base.judge.name,
         "max_new_tokens": base.max_new_tokens,

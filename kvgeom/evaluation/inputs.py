@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from kvgeom.checks import whole_numbers
+from kvgeom.evaluation.baseline import versions
 from kvgeom.models.load import load
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.prompts.load import as_requests
+from kvgeom.prompts.sets import fingerprint
 
 
 def as_encoded(model: Model, prompts: Any) -> tuple[EncodedPrompt, ...]:
@@ -29,7 +32,33 @@ def as_encoded(model: Model, prompts: Any) -> tuple[EncodedPrompt, ...]:
     return tuple(model.encode(as_requests(prompts)))
 
 
-def opened(model: Any, prompts: Any) -> tuple[Model, tuple[EncodedPrompt, ...]]:
-    """A model that :func:`kvgeom.load` takes, loaded, and prompts as its tokens."""
-    loaded = load(model)
+def as_tokens(model: Model, tokens: Any) -> frozenset[int]:
+    """Tokens of a model by number, or one.
+
+    Raises
+    ------
+    InputError
+        If one is no whole number, or not in the model's vocabulary.
+    """
+    return frozenset(whole_numbers("a refusal token", tokens, 0, model.vocabulary - 1))
+
+
+def made_with(model: Model, harmful: Iterable[str], harmless: Iterable[str] = ()) -> dict[str, Any]:
+    """What ``meta`` of a result says of its model and of the requests that were asked.
+
+    See :meth:`kvgeom.results.Result.provenance`.
+    """
+    return {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "prompt_set": fingerprint(harmful, harmless),
+        "versions": versions(),
+    }
+
+
+def opened(
+    model: Any, prompts: Any, options: Mapping[str, Any], progress: bool = True
+) -> tuple[Model, tuple[EncodedPrompt, ...]]:
+    """A model that :func:`kvgeom.load` takes, loaded with its options, and prompts as its tokens."""
+    loaded = load(model, progress=progress, **options)
     return loaded, as_encoded(loaded, prompts)

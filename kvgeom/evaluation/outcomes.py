@@ -20,7 +20,7 @@ from kvgeom.words import counted
 if TYPE_CHECKING:
     from kvgeom.judges.classifiers import ClassifierJudge
 #: What ``meta`` of a result has from the outcomes that it is drawn from.
-SHARED = ("model", "fingerprint", "judge", "max_new_tokens", "seed", "versions")
+SHARED = ("model", "fingerprint", "prompt_set", "judge", "max_new_tokens", "seed", "versions")
 #: Both parts have all variables and agree on what they share.
 CONCAT: dict[str, Any] = {"data_vars": "minimal", "coords": "minimal", "compat": "equals", "join": "exact"}
 
@@ -48,10 +48,21 @@ class Outcomes(Result):
     kind: ClassVar[str] = "outcomes"
 
     def made_by(self, recipes: Sequence[str] = ()) -> dict[str, Any]:
-        """The part of ``meta`` that results drawn from some of these recipes share; all of them by default."""
+        """The part of ``meta`` that results drawn from some of these recipes share; all of them by default.
+
+        Where some are named it says also what they round to.
+        """
         names = list(recipes) or [str(name) for name in self.data.recipe.values if name != UNQUANTIZED]
         placements = sorted({str(value) for value in self.data.placement.sel(recipe=names).values})
-        return {**{name: self.meta[name] for name in SHARED}, "placement": " / ".join(placements)}
+        return {
+            **{name: self.meta[name] for name in SHARED},
+            **({"scheme": {name: self.meta["recipes"][name] for name in recipes}} if recipes else {}),
+            "placement": " / ".join(placements),
+        }
+
+    def provenance(self) -> dict[str, Any]:
+        own = {"scheme": self.meta["recipes"], "placement": self.made_by()["placement"]}
+        return {**super().provenance(), **own}
 
     def names(self, **coordinates: Any) -> list[str]:
         """Recipes with these coordinates, in order.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvgeom.checks import whole
 from kvgeom.models.cache import EditedCache
 from kvgeom.models.model import EncodedPrompt, Model
 
@@ -52,6 +53,7 @@ def respond(
     on_done : callable (number of prompts), optional
         Called once for every prompt prefilled and once for every prompt answered.
     """
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     done = on_done or (lambda count: None)
     caches = [model.new_cache() for _ in prompts] if caches is None else caches
     logits = []

@@ -11,8 +11,10 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvgeom.checks import at_coordinates, suggests
 from kvgeom.errors import InputError
-from kvgeom.evaluation.inputs import opened
+from kvgeom.evaluation.config import LOAD_OPTIONS
+from kvgeom.evaluation.inputs import made_with, opened
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec, Rounding
 from kvgeom.models.model import AttentionRule
 from kvgeom.models.reading import read
@@ -43,6 +45,7 @@ class AttentionError(Result):
 
     def by_layer(self, queries: str = "all") -> xr.Dataset:
         """Every variable by layer: root mean square of score errors, mean of relative errors, over heads."""
+        at_coordinates(self.data, queries=queries)
         data = self.data.sel(queries=queries)
         squares = {name: np.sqrt((data[name] ** 2).mean("head")) for name in VARIABLES if "score" in name}
         means = {name: data[name].mean("head") for name in VARIABLES if "score" not in name}
@@ -52,6 +55,7 @@ class AttentionError(Result):
         return f"{self.data.sizes['layer']} layers x {self.data.sizes['head']} query heads under {self.meta['scheme']}"
 
 
+@suggests(LOAD_OPTIONS)
 def attention_error(
     model: Any,
     prompts: Any,
@@ -59,6 +63,7 @@ def attention_error(
     *,
     placement: Placement | str | None = None,
     progress: bool = True,
+    **load_options: Any,
 ) -> AttentionError:
     """Measure the error of attention scores and outputs under rounding. Costs one forward pass a prompt.
 
@@ -74,13 +79,15 @@ def attention_error(
         3-bit symmetric per-tensor by default.
     placement : Placement or {"cache"}, optional
         Instead of the preset's, or of the decode-faithful default.
+    **load_options
+        Of :func:`kvgeom.load`.
 
     Raises
     ------
     InputError
         Without prompts, if ``scheme`` cannot be resolved, or for a placement at the projection.
     """
-    model, prompts = opened(model, prompts)
+    model, prompts = opened(model, prompts, load_options, progress)
     if not prompts:
         raise InputError("the attention error needs prompts, got none; give at least one")
     rounding = Rounding.of(model, scheme, placement)
@@ -117,8 +124,7 @@ def attention_error(
         },
     )
     meta = {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
+        **made_with(model, [prompt.text for prompt in prompts]),
         "scheme": rounding.stored,
         "recipe": str(rounding.recipe),
         "placement": str(rounding.placement),
@@ -128,7 +134,8 @@ def attention_error(
     return AttentionError(data, meta)
 
 
-def attention_to_request(model: Any, prompts: Any) -> NDArray[np.float64]:
+@suggests(LOAD_OPTIONS)
+def attention_to_request(model: Any, prompts: Any, **load_options: Any) -> NDArray[np.float64]:
     """Attention that the last prompt token, which begins the response, pays to the tokens of the request, by layer.
 
     Costs one forward pass a prompt.
@@ -137,6 +144,8 @@ def attention_to_request(model: Any, prompts: Any) -> NDArray[np.float64]:
     ----------
     model : anything that :func:`kvgeom.load` takes
     prompts : EncodedPrompts, requests, or the name of a set
+    **load_options
+        Of :func:`kvgeom.load`.
 
     Returns
     -------
@@ -148,7 +157,7 @@ def attention_to_request(model: Any, prompts: Any) -> NDArray[np.float64]:
     InputError
         Without prompts.
     """
-    model, prompts = opened(model, prompts)
+    model, prompts = opened(model, prompts, load_options)
     if not prompts:
         raise InputError("attention to requests needs prompts, got none; give at least one")
     shares = np.zeros(model.geometry.layers)

@@ -12,9 +12,11 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 
+from kvgeom.checks import suggests, whole_numbers
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.errors import InputError
-from kvgeom.evaluation.inputs import opened
+from kvgeom.evaluation.config import LOAD_OPTIONS
+from kvgeom.evaluation.inputs import as_tokens, made_with, opened
 from kvgeom.evaluation.scores import kl_divergence, margin
 from kvgeom.geometry.rounding import CacheSpec, Rounding
 from kvgeom.models.batching import in_batches, rows_per_batch
@@ -53,11 +55,15 @@ class Patching(Result):
         drop: xr.DataArray = self.data.clean_margin - self.data.margin
         return drop
 
+    def provenance(self) -> dict[str, Any]:
+        return {**super().provenance(), "scheme": self.meta["schemes"]}
+
     def summary(self) -> str:
         sizes = self.data.sizes
         return f"{sizes['layer']} layers x {list(self.data.scheme.values)}, {sizes['prompt']} prompts"
 
 
+@suggests(LOAD_OPTIONS)
 def patch_layers(
     model: Any,
     prompts: Any,
@@ -66,9 +72,10 @@ def patch_layers(
     *,
     placement: Placement | str | None = None,
     direction: NDArray[np.floating] | None = None,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | int | None = None,
     progress: bool = True,
     title: str = "rounding single layers",
+    **load_options: Any,
 ) -> Patching:
     """Round each layer alone and look at the next token.
 
@@ -89,24 +96,28 @@ def patch_layers(
         Instead of the presets', or of the decode-faithful default.
     direction : array [d_model], optional
         Refusal direction in the residual stream after the last layer, for ``resid_alignment``.
-    layers : sequence of int, optional
+    layers : int or sequence of int, optional
         All by default.
+    **load_options
+        Of :func:`kvgeom.load`.
 
     Raises
     ------
     InputError
-        Without schemes, if one cannot be resolved, or for layers that the model does not have.
+        Without schemes, if one cannot be resolved, or for layers or tokens that the model does not have.
     """
-    model, prompts = opened(model, prompts)
+    model, prompts = opened(model, prompts, load_options, progress)
     named = _named(model, schemes, placement)
     n_layers = model.geometry.layers
-    chosen = list(range(n_layers)) if layers is None else list(layers)
+    chosen = list(range(n_layers)) if layers is None else whole_numbers("layers", layers, 0, n_layers - 1)
+    if not chosen:
+        raise InputError(f"no layer was given; choose from 0 to {n_layers - 1}")
     branches = [
         (layer, rounding.recipe.only([layer]), rounding.placement)
         for layer in sorted(chosen)
         for rounding in named.values()
     ]
-    tokens = frozenset(refusal_tokens)
+    tokens = as_tokens(model, refusal_tokens)
     unit = None if direction is None else _unit(direction, model)
     dims = ("prompt", "layer", "scheme")
     shape = (len(prompts), len(branches))
@@ -147,8 +158,12 @@ def patch_layers(
         },
         coords={"prompt": np.arange(len(prompts)), "layer": sorted(chosen), "scheme": list(named)},
     )
-    provenance = _provenance(model, *named.values())
-    return Patching(data, {**provenance, "schemes": {name: rounding.stored for name, rounding in named.items()}})
+    meta = {
+        **made_with(model, [prompt.text for prompt in prompts]),
+        "placement": " / ".join(sorted({str(rounding.placement) for rounding in named.values()})),
+        "schemes": {name: rounding.stored for name, rounding in named.items()},
+    }
+    return Patching(data, meta)
 
 
 def _named(
@@ -214,6 +229,7 @@ class FirstOrder(Result):
         return f"{self.data.sizes['layer']} layers under {self.meta['scheme']}, {self.data.sizes['prompt']} prompts"
 
 
+@suggests(LOAD_OPTIONS)
 def first_order(
     model: Any,
     prompts: Any,
@@ -222,6 +238,7 @@ def first_order(
     *,
     placement: Placement | str | None = None,
     progress: bool = True,
+    **load_options: Any,
 ) -> FirstOrder:
     """Estimate what rounding costs in every layer, site and channel from one forward and one backward pass a prompt.
 
@@ -236,6 +253,8 @@ def first_order(
         Must not be empty: the margin is what is differentiated.
     placement : Placement or {"cache", "paper"}, optional
         Instead of the preset's, or of the decode-faithful default.
+    **load_options
+        Of :func:`kvgeom.load`.
 
     Raises
     ------
@@ -247,8 +266,8 @@ def first_order(
     Attribution patching: exact for rounding errors so small that the margin is linear in them, which 3-bit errors are
     not. Compare with :func:`patch_layers` before it is believed (:func:`kvgeom.stats.rank_correlation`).
     """
-    model, prompts = opened(model, prompts)
-    tokens = frozenset(refusal_tokens)
+    model, prompts = opened(model, prompts, load_options, progress)
+    tokens = as_tokens(model, refusal_tokens)
     if not tokens or not prompts:
         raise InputError(
             f"a first-order estimate needs prompts that the model refuses and the tokens that refusals begin with, got "
@@ -285,14 +304,10 @@ def first_order(
         },
     )
     meta = {
-        **_provenance(model, rounding),
+        **made_with(model, [prompt.text for prompt in prompts]),
+        "placement": str(rounding.placement),
         "scheme": rounding.stored,
         "recipe": str(rounding.recipe),
         "head_dim": geometry.head_dim,
     }
     return FirstOrder(data, meta)
-
-
-def _provenance(model: Model, *roundings: Rounding) -> dict[str, Any]:
-    placements = dict.fromkeys(str(rounding.placement) for rounding in roundings)
-    return {"model": model.name, "fingerprint": model.fingerprint, "placement": "; ".join(placements)}

@@ -10,7 +10,7 @@ import xarray as xr
 from einops import rearrange
 from numpy.typing import NDArray
 
-from kvgeom.errors import InputError
+from kvgeom.checks import as_seed, at_coordinates, one_of, suggests, whole
 from kvgeom.geometry.activations import SITES, Site, at_site
 from kvgeom.geometry.fitted import FittedSpace
 from kvgeom.geometry.ratio import OUTLIER_FACTOR
@@ -19,6 +19,7 @@ from kvgeom.geometry.sensitivity import Sensitivity
 from kvgeom.words import counted
 
 
+@suggests()
 def overlap(
     energy: NDArray[np.floating], loading: NDArray[np.floating], *, permutations: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
@@ -40,6 +41,7 @@ def overlap(
     p : float
         Two-sided permutation p-value of that.
     """
+    permutations, seed = whole("permutations", permutations, 1), as_seed(seed)
     p, q = (np.asarray(x, dtype=float) / np.sum(x) for x in (energy, loading))
     rng = np.random.default_rng(seed)
     found = len(p) * float(p @ q)
@@ -83,8 +85,10 @@ class OutlierShare:
         return f"{these} hold{'s' if self.outliers == 1 else ''} {100 * self.energy:.0f} % of the energy{loading}"
 
 
+@suggests()
 def outlier_share(sensitivity: Sensitivity, layer: int, site: str = "k") -> OutlierShare:
     """Count the outlier channels of one layer, with their share of the energy and of the safety direction."""
+    at_coordinates(sensitivity.data, layer=layer)
     channels = sensitivity.channels(site).sel(layer=layer)
     magnitude, loading = (channels[name].values.astype(float) for name in ("magnitude", "loading"))
     above = outliers(magnitude)
@@ -94,6 +98,7 @@ def outlier_share(sensitivity: Sensitivity, layer: int, site: str = "k") -> Outl
     return OutlierShare(int(above.sum()), len(above), energy, float(loading[above].sum()) if known else float("nan"))
 
 
+@suggests()
 def channel_view(sensitivity: Sensitivity, site: str = "k", *, permutations: int = 2000, seed: int = 0) -> xr.Dataset:
     """Outliers, safety and noise by channel, and by layer whether outliers carry safety.
 
@@ -136,6 +141,7 @@ def channel_view(sensitivity: Sensitivity, site: str = "k", *, permutations: int
     )
 
 
+@suggests()
 def stored(
     space: FittedSpace, layer: int, site: Site = "k", scheme: CacheSpec = DEFAULT_SCHEME, *, row: int = 0
 ) -> xr.Dataset:
@@ -163,11 +169,9 @@ def stored(
         For a layer, site or prompt that does not exist, or if ``scheme`` cannot be resolved.
     """
     store, geometry = space.activations, space.model.geometry
-    if not 0 <= layer < geometry.layers or site not in SITES or not 0 <= row < len(store.prompts):
-        raise InputError(
-            f"unknown layer {layer}, site {site!r} or prompt {row}; choose from layers 0 to {geometry.layers - 1}, sites "
-            f"{', '.join(SITES)} and prompts 0 to {len(store.prompts) - 1}"
-        )
+    one_of("layer", layer, range(geometry.layers))
+    one_of("site", site, SITES)
+    one_of("prompt", row, range(len(store.prompts)))
     rounding = Rounding.at(space.model, scheme, space.placement)
     activations = next(islice(store.layers(row), layer, None))
     x = at_site(activations, site)

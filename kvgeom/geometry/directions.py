@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from kvgeom.errors import check_names
+from kvgeom.checks import as_names, as_seed, at_coordinates, suggests, whole
 from kvgeom.geometry.activations import SITES, site_width
 from kvgeom.geometry.estimators import METHODS, bootstrap, defined_at
 from kvgeom.geometry.fitted import FittedSpace
@@ -47,13 +47,15 @@ class Directions(Result):
 
     def vectors(self, site: str, method: str = "mean", position: str | None = None) -> NDArray[np.float64]:
         """Unit directions of all layers, ``[layers, channels]``; the first position by default."""
-        at = {"estimator": method, "position": self._position(position)}
+        at = self._at(site=site, estimator=method, position=position)
+        del at["site"]
         picked = self.data.direction_resid if site == "resid" else self.data.direction_kv.sel(kv=site)
         found: NDArray[np.float64] = picked.sel(at).values.astype(np.float64)
         return found
 
     def cosines_of_methods(self, site: str, layer: int, position: str | None = None) -> xr.DataArray:
         """Cosine between methods at one layer and site."""
+        at_coordinates(self.data, layer=layer)
         names = list(self.data.estimator.values)
         rows = np.stack([self.vectors(site, name, position)[layer] for name in names])
         return _square(rows @ rows.T, "estimator", names)
@@ -73,18 +75,21 @@ class Directions(Result):
         Scores can be compared where vectors cannot, in other channels. With the class means in, all good directions
         would agree merely because they all separate the classes.
         """
-        at = {"estimator": method, "position": self._position(position), "site": site}
+        at = self._at(estimator=method, position=position, site=site)
         rows = self._within(self.data.score.sel(at).values.astype(np.float64))
         return _square(_nan_rows(rows @ rows.T, rows), "layer", self.data.layer.values)
 
     def agreement_of_sites(self, layer: int, method: str = "mean", position: str | None = None) -> xr.DataArray:
         """The same between keys, values and residual stream of one layer."""
-        at = {"estimator": method, "position": self._position(position), "layer": layer}
+        at = self._at(estimator=method, position=position, layer=layer)
         rows = self._within(self.data.score.sel(at).transpose("site", "prompt").values.astype(np.float64))
         return _square(_nan_rows(rows @ rows.T, rows), "site", self.data.site.values)
 
-    def _position(self, position: str | None) -> str:
-        return str(self.data.position.values[0]) if position is None else position
+    def _at(self, position: str | None, **coordinates: Any) -> dict[str, Any]:
+        """Coordinates that there are; the first position where none is given."""
+        at = {**coordinates, "position": str(self.data.position.values[0]) if position is None else position}
+        at_coordinates(self.data, **at)
+        return at
 
     def _within(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
         harmful = self.data.harmful.values
@@ -112,10 +117,11 @@ def _nan_rows(values: NDArray[np.float64], rows: NDArray[np.float64]) -> NDArray
     return values
 
 
+@suggests()
 def compare(
     space: FittedSpace,
-    methods: Sequence[str] | None = None,
-    positions: Sequence[str] | None = None,
+    methods: Sequence[str] | str | None = None,
+    positions: Sequence[str] | str | None = None,
     *,
     samples: int = 50,
     progress: bool = True,
@@ -128,9 +134,9 @@ def compare(
     Parameters
     ----------
     space : Subspace
-    methods : sequence of str, optional
+    methods : str or sequence of str, optional
         All of :data:`kvgeom.geometry.estimators.METHODS` by default.
-    positions : sequence of str, optional
+    positions : str or sequence of str, optional
         The last template token and the instruction by default: one of each position class.
     samples : int
         Bootstrap samples; 0 for none.
@@ -139,12 +145,15 @@ def compare(
     Raises
     ------
     InputError
-        For methods or positions that do not exist.
+        For methods or positions that do not exist, or numbers that are no whole ones.
     """
-    methods = list(METHODS) if methods is None else list(methods)
-    chosen = [space.positions[-1], space.positions[0]] if positions is None else list(positions)
-    check_names("method", methods, METHODS)
-    check_names("position", chosen, space.positions)
+    methods = list(METHODS) if methods is None else as_names("method", methods, METHODS)
+    chosen = (
+        [space.positions[-1], space.positions[0]]
+        if positions is None
+        else as_names("position", positions, space.positions)
+    )
+    samples, seed = whole("samples", samples), as_seed(seed)
     geometry, harmful = space.model.geometry, space.is_harmful
     shape = (len(methods), len(chosen), geometry.layers)
     numbers = {

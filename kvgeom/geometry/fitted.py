@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvgeom.errors import InputError, unknown
+from kvgeom.checks import one_of, suggests, whole
+from kvgeom.errors import InputError
+from kvgeom.evaluation.inputs import made_with
 from kvgeom.geometry.activations import SITES, ActivationStore, Site
 from kvgeom.geometry.estimators import METHODS, Direction, as_dataset, direction_of, fit_direction
 from kvgeom.models.model import EncodedPrompt, Model
+from kvgeom.prompts.load import as_prompt_set
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.placement import Placement
 from kvgeom.results import Result
@@ -82,9 +85,9 @@ class FittedSpace(Result):
     def fit(cls, source: Source, k: int, method: str, position: str | None) -> Self:
         """Fit directions to activations; raises as :func:`kvgeom.geometry.subspace.subspace`."""
         store, prompts, names = source.activations, source.prompts, source.activations.positions
-        check_prompts(prompts, k, method)
-        if position is not None and position not in names:
-            raise unknown("position", position, names)
+        k = check_prompts(prompts, k, method)
+        if position is not None:
+            one_of("position", position, names)
         tried = names if position is None else (position,)
         pairs = min(len(prompts.harmful), len(prompts.harmless))
         most = {"mean": len(tried), "pca": pairs}.get(method, 1)
@@ -100,10 +103,8 @@ class FittedSpace(Result):
             for site in SITES
         }
         meta = {
-            "model": store.model.name,
-            "fingerprint": store.model.fingerprint,
+            **made_with(store.model, prompts.harmful, prompts.harmless),
             "placement": str(store.placement),
-            "prompts": prompts.fingerprint,
             "k": k,
             "method": method,
             "tried": list(tried),
@@ -192,16 +193,15 @@ class FittedSpace(Result):
         """Which rows of :meth:`features` are harmful."""
         return self._found_in().is_harmful
 
-    def refit(
-        self, *, k: int = 1, method: str = "mean", position: str | None = None, prompts: PromptSet | None = None
-    ) -> Self:
+    @suggests()
+    def refit(self, *, k: int = 1, method: str = "mean", position: str | None = None, prompts: Any = None) -> Self:
         """Another subspace of the same activations; the model is not run again.
 
         Parameters
         ----------
         k, method, position
             As in :func:`subspace`.
-        prompts : PromptSet, optional
+        prompts : anything that :func:`kvgeom.prompts.load.as_prompt_set` takes, optional
             Some of the same requests, perhaps with other labels.
 
         Raises
@@ -210,23 +210,28 @@ class FittedSpace(Result):
             As :func:`subspace`, or for requests that were not run.
         """
         found_in = self._found_in()
-        return type(self).fit(
-            Source(found_in.activations, prompts or found_in.prompts, found_in.contrasts), k, method, position
-        )
+        chosen = found_in.prompts if prompts is None else as_prompt_set(prompts)
+        return type(self).fit(Source(found_in.activations, chosen, found_in.contrasts), k, method, position)
 
-    def contrasted(self, contrasts: Sequence[PromptSet]) -> dict[str, Self]:
+    def contrasted(self, contrasts: Any) -> dict[str, Self]:
         """Subspaces of contrasts between harmless requests (null b), found as this one was, by name.
 
         Their prompts are run once, whatever number of contrasts they are part of, and once for all schemes.
 
         Parameters
         ----------
-        contrasts : sequence of PromptSet
-            The two classes stand in the places of harmful and harmless. No more of each are used than this subspace has:
+        contrasts : sequence of prompt sets, or one
+            Each anything that :func:`kvgeom.prompts.load.as_prompt_set` takes. The two classes stand in the places of harmful and harmless. No more of each are used than this subspace has:
             a direction from fewer prompts has more noise in it, and more noise looks like more signal.
         """
         size = min(len(self.prompts.harmful), len(self.prompts.harmless))
-        small = [contrast.take(size) for contrast in contrasts]
+        single = isinstance(contrasts, PromptSet | Mapping | str) or not isinstance(contrasts, Iterable)
+        small = [as_prompt_set(contrast).take(size) for contrast in ([contrasts] if single else contrasts)]
+        names = [contrast.name for contrast in small]
+        if len({*names}) < len(names):
+            raise InputError(
+                f"contrasts must have names of their own, got {', '.join(names)}; give each as a PromptSet"
+            )
         requests = tuple(dict.fromkeys(text for contrast in small for text in (*contrast.harmful, *contrast.harmless)))
         if not requests:
             return {}
@@ -244,14 +249,12 @@ class FittedSpace(Result):
         )
 
 
-def check_prompts(prompts: PromptSet, k: int, method: str) -> None:
-    """Checks that need no model."""
+def check_prompts(prompts: PromptSet, k: int, method: str) -> int:
+    """Checks that need no model; returns ``k``."""
     if min(len(prompts.harmful), len(prompts.harmless)) < 2:
         raise InputError(
             f"prompt set {prompts.name!r} has {len(prompts.harmful)} harmful and {len(prompts.harmless)} harmless requests; "
             "a subspace needs at least two of each"
         )
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
-    if k < 1:
-        raise InputError(f"k must be at least 1, got {k}")
+    one_of("method", method, METHODS)
+    return whole("k", k, 1)

@@ -12,8 +12,10 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvgeom.errors import InputError, check_names
-from kvgeom.evaluation.inputs import as_encoded, opened
+from kvgeom.checks import as_names, suggests, whole
+from kvgeom.errors import InputError
+from kvgeom.evaluation.config import LOAD_OPTIONS
+from kvgeom.evaluation.inputs import as_encoded, as_tokens, made_with, opened
 from kvgeom.evaluation.respond import respond
 from kvgeom.evaluation.scores import kl_divergence, margin, refusal_tokens
 from kvgeom.geometry.estimators import defined_at, difference_of_means
@@ -24,6 +26,9 @@ from kvgeom.judges.registry import as_judge
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import bar, shown, track
 from kvgeom.results import Result
+
+#: Longest response that is read to find out what refusals begin with.
+OPENING = 24
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,6 +98,7 @@ class Selection(Result):
         return f"{self.data.filtered.size} candidates, {kept} pass the filters, {where}"
 
 
+@suggests(LOAD_OPTIONS)
 def select(
     model: Any,
     candidates: NDArray[np.floating],
@@ -106,6 +112,7 @@ def select(
     last_layers: float = 0.2,
     batch_size: int = 24,
     progress: bool = True,
+    **load_options: Any,
 ) -> Selection:
     """Score every candidate direction by intervention, filter, and choose the best bypass.
 
@@ -131,16 +138,18 @@ def select(
         Candidates from this share of the layers, the last ones, are filtered: too near to the output tokens.
     batch_size : int
         Candidates in one batch.
+    **load_options
+        Of :func:`kvgeom.load`.
 
     Raises
     ------
     InputError
         Without refusal tokens, prompts of both classes, or candidates in the model's shape.
     """
-    model, harmful = opened(model, harmful)
+    model, harmful = opened(model, harmful, load_options, progress)
     harmless = as_encoded(model, harmless)
-    tokens = frozenset(refusal_tokens)
-    layers, width = model.geometry.layers, model.geometry.d_model
+    tokens = as_tokens(model, refusal_tokens)
+    batch_size, layers, width = whole("batch_size", batch_size, 1), model.geometry.layers, model.geometry.d_model
     if not tokens or not harmful or not harmless:
         raise InputError(
             "a selection needs refusal tokens, harmful and harmless prompts, got "
@@ -200,8 +209,7 @@ def select(
         coords={"layer": np.arange(layers), "position": list(positions)},
     )
     meta = {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
+        **made_with(model, [prompt.text for prompt in harmful], [prompt.text for prompt in harmless]),
         "chosen": None if best is None else [best // len(positions), positions[best % len(positions)]],
         "clean_margin_harmful": float(np.mean(clean["harmful"])),
         "clean_margin_harmless": float(np.mean(clean["harmless"])),
@@ -237,11 +245,12 @@ def _added(
         yield model.forward_variants(prompt.ids, len(part), edit_resid=edit, start=start), part
 
 
+@suggests()
 def select_direction(
     space: FittedSpace,
     *,
     validation: int = 6,
-    positions: Sequence[str] | None = None,
+    positions: Sequence[str] | str | None = None,
     tokens: Iterable[int] | None = None,
     judge: Judge | str | None = None,
     max_kl: float = 0.1,
@@ -261,7 +270,7 @@ def select_direction(
     validation : int
         Prompts of each class that are kept out of the candidates. The cost grows with it: per prompt a pass for every
         candidate.
-    positions : sequence of str, optional
+    positions : str or sequence of str, optional
         Template tokens to look at; all that the prompts share by default.
     tokens : iterable of int, optional
         First tokens of refusals; found by asking the model the harmful prompts otherwise.
@@ -280,11 +289,20 @@ def select_direction(
     Arditi et al., arXiv:2406.11717, section 2.3 and appendix C. They leave prompts aside by the sign of the margin; a
     model that refuses at the most likely token with less than even odds would lose nearly all of them.
     """
-    names = [name for name in space.positions if name != "instruction"] if positions is None else list(positions)
-    check_names("position", names, space.positions)
+    names = as_names(
+        "position",
+        [name for name in space.positions if name != "instruction"] if positions is None else positions,
+        space.positions,
+    )
     model, harmful = space.model, space.is_harmful
     encoded = (*space.harmful, *space.harmless)
-    tokens = opening_tokens(model, space.harmful, judge, progress) if tokens is None else frozenset(tokens)
+    asked_by: dict[str, Any] = {}
+    if tokens is None:
+        labeller = as_judge(judge)
+        asked_by = {"judge": labeller.name, "max_new_tokens": OPENING}
+        tokens = opening_tokens(model, space.harmful, labeller, progress)
+    else:
+        tokens = as_tokens(model, tokens)
     if not tokens:
         raise InputError(
             f"{model.name} refuses none of the {len(space.harmful)} harmful prompts, so it has no refusal direction; give "
@@ -296,7 +314,7 @@ def select_direction(
     refused = np.isin(openings, list(tokens))
     usable = [np.flatnonzero(rows) for rows in (harmful & refused, ~harmful & ~refused)]
     fewest = min(map(len, usable))
-    if not 1 <= validation <= fewest - 2:
+    if not 1 <= whole("validation", validation, 1) <= fewest - 2:
         raise InputError(
             f"validation must be 1 to {max(fewest - 2, 0)}, got {validation}: {len(usable[0])} harmful prompts are refused and "
             f"{len(usable[1])} harmless ones are not, and the candidates need at least two of each; give more prompts"
@@ -322,19 +340,38 @@ def select_direction(
         batch_size=batch_size,
         progress=progress,
     )
-    meta = {"prompts": space.prompts.fingerprint, "train_harmful": len(usable[0]) - validation}
+    meta = {
+        **asked_by,
+        "prompt_set": space.prompts.fingerprint,
+        "train_harmful": len(usable[0]) - validation,
+    }
     return Selection(found.data, {**found.meta, **meta, "train_harmless": len(usable[1]) - validation})
 
 
+@suggests(LOAD_OPTIONS)
 def opening_tokens(
     model: Any,
     prompts: Any,
     judge: Judge | str | None = None,
     progress: bool = True,
-    max_new_tokens: int = 24,
+    max_new_tokens: int = OPENING,
+    **load_options: Any,
 ) -> frozenset[int]:
-    """First tokens of the model's refusals of some prompts (the set R of the margin), found by asking them."""
-    model, prompts = opened(model, prompts)
+    """First tokens of the model's refusals of some prompts (the set R of the margin), found by asking them.
+
+    Parameters
+    ----------
+    model : anything that :func:`kvgeom.load` takes
+    prompts : EncodedPrompts, requests, or the name of a set
+    judge : Judge or str, optional
+        Labels the responses; the keyword judge by default.
+    progress : bool
+    max_new_tokens : int
+        Longest response.
+    **load_options
+        Of :func:`kvgeom.load`.
+    """
+    model, prompts = opened(model, prompts, load_options, progress)
     with shown(progress), bar("what refusals begin with", 2 * len(prompts)) as drawn:
         found = respond(model, prompts, max_new_tokens, on_done=drawn.update)
     labels = label_responses(model, prompts, found, as_judge(judge))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from kvgeom.errors import InputError
+from kvgeom.checks import as_seed, at_coordinates, suggests, whole
 from kvgeom.geometry.activations import SITES, Site, at_site, site_width, tokens_at, vectors
 from kvgeom.geometry.fitted import FittedSpace
 from kvgeom.geometry.ratio import (
@@ -24,7 +24,7 @@ from kvgeom.geometry.ratio import (
 )
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec, Rounding
 from kvgeom.progress import shown, track
-from kvgeom.prompts.sets import PromptSet, concept_contrasts
+from kvgeom.prompts.sets import concept_contrasts
 from kvgeom.results import Result
 
 _STORED: tuple[Site, Site] = ("k", "v")
@@ -62,7 +62,7 @@ class Sensitivity(Result):
     ``to_frame()`` has a row for each layer and site; ``to_frame("heads")``, ``to_frame("channels")``,
     ``to_frame("resid_channels")`` and ``to_frame("contrasts")`` have the others.
 
-    ``meta`` holds ``scheme``, ``placement``, ``kv_heads``, ``head_dim``, ``prompts``, ``k`` and
+    ``meta`` holds ``scheme``, ``placement``, ``kv_heads``, ``head_dim``, ``k`` and
     ``outlier_factor`` (see :data:`kvgeom.geometry.ratio.OUTLIER_FACTOR`).
     """
 
@@ -77,6 +77,7 @@ class Sensitivity(Result):
 
     def channels(self, site: str) -> xr.Dataset:
         """The per-channel variables of one site: ``ratio``, ``magnitude``, ``noise``, ``loading`` (layer, channel)."""
+        at_coordinates(self.data, site=site)
         names = ("ratio", "magnitude", "noise", "loading")
         if site == "resid":
             picked = self.data[[f"resid_channel_{name}" for name in names]].rename(resid_channel="channel")
@@ -88,12 +89,13 @@ class Sensitivity(Result):
         return f"ratio of {self.data.sizes['layer']} layers x {list(self.data.site.values)} under {self.meta['scheme']}"
 
 
+@suggests()
 def measure(
     space: FittedSpace,
     scheme: CacheSpec = DEFAULT_SCHEME,
     *,
     noise_pairs: int | None = None,
-    contrasts: Sequence[PromptSet] | None = None,
+    contrasts: Any = None,
     null_subspaces: int = 100,
     progress: bool = True,
     seed: int = 0,
@@ -114,8 +116,9 @@ def measure(
         An engine preset keeps its placement, which must be where the subspace was read; all else takes the subspace's.
     noise_pairs : int, optional
         Use only so many harmful and harmless prompts for the noise; all by default.
-    contrasts : sequence of PromptSet, optional
-        What has nothing to do with safety (null b), two classes of harmless requests each;
+    contrasts : sequence of prompt sets, or one, optional
+        What has nothing to do with safety (null b), two classes of harmless requests each, in anything that
+        :func:`kvgeom.prompts.load.as_prompt_set` takes;
         :func:`kvgeom.prompts.sets.concept_contrasts` by default, ``()`` for none.
     null_subspaces : int
         Random subspaces of null (a).
@@ -125,12 +128,10 @@ def measure(
     Raises
     ------
     InputError
-        For fewer than one noise pair or fewer than two random subspaces, or if ``scheme`` cannot be resolved.
+        For fewer than one noise pair or fewer than two random subspaces, or if ``scheme`` or contrasts cannot be read.
     """
-    if null_subspaces < 2 or (noise_pairs is not None and noise_pairs < 1):
-        raise InputError(
-            f"null_subspaces must be at least 2 and noise_pairs at least 1, got {null_subspaces} and {noise_pairs}"
-        )
+    null_subspaces, seed = whole("null_subspaces", null_subspaces, 2), as_seed(seed)
+    noise_pairs = None if noise_pairs is None else whole("noise_pairs", noise_pairs, 1)
     rounding = Rounding.at(space.model, scheme, space.placement)
     geometry = space.model.geometry
     nulls = {

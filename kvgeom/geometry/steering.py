@@ -12,8 +12,10 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvgeom.checks import suggests, whole
 from kvgeom.errors import InputError
-from kvgeom.evaluation.inputs import as_encoded, opened
+from kvgeom.evaluation.config import LOAD_OPTIONS
+from kvgeom.evaluation.inputs import as_encoded, made_with, opened
 from kvgeom.evaluation.respond import Responses, respond
 from kvgeom.evaluation.scores import mean_log_likelihood
 from kvgeom.judges.judge import LABELS, Judge
@@ -125,6 +127,7 @@ class Steering(Result):
         return "; ".join(parts)
 
 
+@suggests(LOAD_OPTIONS)
 def steer(
     model: Any,
     direction: NDArray[np.floating],
@@ -136,6 +139,7 @@ def steer(
     judge: Judge | str | None = None,
     max_new_tokens: int = 24,
     progress: bool = True,
+    **load_options: Any,
 ) -> Steering:
     """Generate with the direction ablated on harmful prompts, and added on harmless ones.
 
@@ -152,10 +156,12 @@ def steer(
         Multiplies what is added.
     judge : Judge or str, optional
     max_new_tokens : int
+    **load_options
+        Of :func:`kvgeom.load`.
     """
-    model, harmful = opened(model, harmful)
+    model, harmful = opened(model, harmful, load_options, progress)
     harmless = as_encoded(model, harmless)
-    labeller = as_judge(judge)
+    labeller, layer = as_judge(judge), whole("layer", layer, 0, model.geometry.layers - 1)
     r = torch.from_numpy(np.asarray(direction, dtype=np.float32))
     if r.shape != (model.geometry.d_model,) or not float(r.norm()) > 0:
         raise InputError(
@@ -188,11 +194,11 @@ def steer(
         coords={"intervention": names, "prompt": np.arange(len(prompts))},
     )
     meta = {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
+        **made_with(model, [prompt.text for prompt in harmful], [prompt.text for prompt in harmless]),
         "layer": layer,
         "scale": scale,
         "judge": labeller.name,
+        "max_new_tokens": max_new_tokens,
     }
     return Steering(data, meta)
 

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any, ClassVar
 
+from kvgeom.checks import suggests
 from kvgeom.engines.registry import resolve
-from kvgeom.errors import unknown_option
+from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.geometry.activations import ActivationStore
 from kvgeom.geometry.directions import Directions, compare
 from kvgeom.geometry.fitted import FittedSpace, Source, check_prompts
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec
 from kvgeom.geometry.selection import Selection, select_direction
 from kvgeom.geometry.sensitivity import Sensitivity, measure
-from kvgeom.models.load import load, load_option_names
+from kvgeom.models.load import load
 from kvgeom.progress import shown
 from kvgeom.prompts.load import as_prompt_set
 from kvgeom.prompts.sets import PromptSet, calibration
@@ -31,12 +32,14 @@ class Subspace(FittedSpace):
 
     kind: ClassVar[str] = "subspace"
 
+    @suggests()
     def sensitivity(
         self,
         scheme: CacheSpec = DEFAULT_SCHEME,
         *,
         noise_pairs: int | None = None,
-        contrasts: Sequence[PromptSet] | None = None,
+        contrasts: Any = None,
+        null_subspaces: int = 100,
         progress: bool = True,
         seed: int = 0,
     ) -> Sensitivity:
@@ -45,8 +48,17 @@ class Subspace(FittedSpace):
         Runs no prompt of the subspace again; the harmless contrasts that it is compared with are run once.
         See :func:`kvgeom.geometry.sensitivity.measure`.
         """
-        return measure(self, scheme, noise_pairs=noise_pairs, contrasts=contrasts, progress=progress, seed=seed)
+        return measure(
+            self,
+            scheme,
+            noise_pairs=noise_pairs,
+            contrasts=contrasts,
+            null_subspaces=null_subspaces,
+            progress=progress,
+            seed=seed,
+        )
 
+    @suggests()
     def compare(
         self,
         methods: Sequence[str] | None = None,
@@ -59,6 +71,7 @@ class Subspace(FittedSpace):
         """Directions by every method, with their stability; see :func:`kvgeom.geometry.directions.compare`."""
         return compare(self, methods, positions, samples=samples, progress=progress, seed=seed)
 
+    @suggests(name for name in signature(select_direction).parameters if name != "space")
     def select(self, **options: Any) -> Selection:
         """Choose the refusal direction by what it does; see :func:`kvgeom.geometry.selection.select_direction`.
 
@@ -67,13 +80,10 @@ class Subspace(FittedSpace):
         InputError
             For an unknown option, and as that function.
         """
-        known = [name for name in signature(select_direction).parameters if name != "space"]
-        for name in options:
-            if name not in known:
-                raise unknown_option(name, known)
         return select_direction(self, **options)
 
 
+@suggests(LOAD_OPTIONS)
 def subspace(
     model: Any,
     prompts: PromptSet | str | None = None,
@@ -120,10 +130,6 @@ def subspace(
     --------
     >>> kvgeom.subspace("demo").sensitivity().plot()  # doctest: +SKIP
     """
-    known = load_option_names() | {*signature(subspace).parameters} - {"model", "load_options"}
-    for name in load_options:
-        if name not in known:
-            raise unknown_option(name, known)
     at = resolve(DEFAULT_SCHEME, placement=placement).placement
     chosen = calibration() if prompts is None else as_prompt_set(prompts)
     check_prompts(chosen, k, method)

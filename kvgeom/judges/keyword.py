@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvgeom.checks import suggests
 from kvgeom.judges.judge import Judgement
 from kvgeom.judges.registry import register_judge
 
@@ -45,6 +46,7 @@ _SENTENCE_END = re.compile(r"[.!?;:\n]|.{40}")
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?|[^\w\s]")
 
 
+@suggests()
 @dataclass(frozen=True)
 class KeywordJudge:
     """Refusal by what the opening says, degeneration by repetition and by likelihood.

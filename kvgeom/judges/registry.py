@@ -51,6 +51,8 @@ def register_judge(name: str, make: Callable[[], Judge]) -> None:
     check_free("a judge named", name, _JUDGES)
     if not name or set(name) & set("=/"):
         raise InputError(f"the name of a judge must be without '=' and '/', got {name!r}")
+    if not callable(make):
+        raise InputError(f"judge {name!r} must be made by a callable, such as its class, got {make!r}")
     _JUDGES[name] = make
 
 

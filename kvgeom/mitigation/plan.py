@@ -10,9 +10,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvgeom.checks import suggests
 from kvgeom.errors import InputError, unknown
 from kvgeom.evaluation.baseline import opened
-from kvgeom.evaluation.config import split_options
+from kvgeom.evaluation.config import RUN_OPTIONS, split_options
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import opened_on
 from kvgeom.mitigation.layers import LayerSelection
@@ -133,6 +134,7 @@ class Plan:
                 return found
         raise unknown("candidate", name, [found.name for found in self.candidates])
 
+    @suggests(RUN_OPTIONS)
     def verify(
         self,
         model: Any,

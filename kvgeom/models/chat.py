@@ -35,11 +35,18 @@ class ChatTemplate:
 
     Raises
     ------
+    InputError
+        If the tokenizer is something else.
     ModelError
         If there is no template, it fails, or it does not show a request exactly once; or if the tokenizer is slow.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None, name: str, max_context: int) -> None:
+        if not hasattr(tokenizer, "apply_chat_template"):
+            raise InputError(
+                f"the tokenizer of {name} must be one of transformers, got {tokenizer!r}; load it with "
+                "AutoTokenizer.from_pretrained"
+            )
         own: Any = text or tokenizer.chat_template
         if not own:
             raise ModelError(

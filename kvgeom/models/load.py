@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
+from kvgeom.checks import as_path
 from kvgeom.errors import InputError, reason, unknown, unknown_option
 from kvgeom.models.backends import Backend, backends
 from kvgeom.models.demo import DEMOS, demo_model_dir
@@ -241,7 +242,7 @@ def _locate(given: str, revision: str | None, options: PretrainedOptions) -> tup
 def _read_template(template: str | Path | None) -> str | None:
     if template is None or "{" in str(template):
         return None if template is None else str(template)
-    path = Path(template).expanduser()
+    path = as_path("template", template)
     if not path.is_file():
         raise InputError(
             f"no such file for the template: {template}; give a file with a Jinja chat template, or its text"

@@ -128,7 +128,7 @@ def first_order_channels(estimate: Plottable) -> go.Figure:
     return finish(figure, 620)
 
 
-@figure("first-order", "first_order_against_exact")
+@figure("first-order", "first_order_against_exact", exact="patching")
 def first_order_against_exact(estimate: Plottable, exact: Plottable) -> go.Figure:
     """First-order estimate against the exact margin drop, a point for each layer.
 

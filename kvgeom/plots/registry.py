@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from kvgeom.checks import at_coordinates
 from kvgeom.errors import InputError, unknown, unknown_option
 from kvgeom.registry import import_modules
 
@@ -35,9 +36,13 @@ F = TypeVar("F", bound=Figure)
 
 _PACKAGE = __name__.rpartition(".")[0]
 _FIGURES: dict[str, dict[str, Figure]] = {}
+#: Kinds of the results that figures take as options, by the figure's kind and name.
+_BESIDE: dict[tuple[str, str], dict[str, str]] = {}
+#: Options whose coordinate has another name.
+_COORDINATES = {"method": "estimator"}
 
 
-def figure(kind: str, name: str) -> Callable[[F], F]:
+def figure(kind: str, name: str, **beside: str) -> Callable[[F], F]:
     """Register a function as a figure of a kind of result.
 
     Parameters
@@ -47,12 +52,15 @@ def figure(kind: str, name: str) -> Callable[[F], F]:
         default; figures of this package come before all others.
     name : str
         What ``result.plot(name)`` calls it.
+    **beside
+        Options that are results themselves, each with its kind.
 
     Returns
     -------
     callable
         A decorator that returns the function unchanged. The function takes a :class:`Plottable` and options by keyword, and
-        returns a ``plotly.graph_objects.Figure``.
+        returns a ``plotly.graph_objects.Figure``. An option with the name of a coordinate of the data must be one of its
+        values; ``method`` is one of the coordinate ``estimator``.
 
     Raises
     ------
@@ -76,6 +84,7 @@ def figure(kind: str, name: str) -> Callable[[F], F]:
         if other is not None and (other.__module__, other.__qualname__) != (function.__module__, function.__qualname__):
             raise InputError(f"{kind} has a figure {name!r} already, in {other.__module__}; choose another name")
         known[name] = function
+        _BESIDE[kind, name] = beside
         return function
 
     return register
@@ -102,7 +111,7 @@ def draw(result: Any, name: str | None = None, **options: Any) -> go.Figure:
     Raises
     ------
     InputError
-        If the kind of result has no such figure, or an option is unknown or missing.
+        If the kind of result has no such figure, or an option is unknown, missing or none of the values that it can have.
     """
     known = figures(result.kind)
     if not known:
@@ -112,6 +121,7 @@ def draw(result: Any, name: str | None = None, **options: Any) -> go.Figure:
     name = known[0] if name is None else name
     function = _FIGURES[result.kind][name]
     _check_options(function, name, options)
+    _check_values(function, result, name, options)
     return function(result, **options)
 
 
@@ -127,3 +137,16 @@ def _check_options(function: Figure, name: str, options: Mapping[str, Any]) -> N
     missing = [p.name for p in named.values() if p.default is Parameter.empty and p.name not in options]
     if missing:
         raise InputError(f"figure {name!r} needs {', '.join(missing)}; give it as plot({name!r}, {missing[0]}=...)")
+
+
+def _check_values(function: Figure, result: Any, name: str, options: Mapping[str, Any]) -> None:
+    parameters, beside = signature(function).parameters, _BESIDE.get((result.kind, name), {})
+    for option, value in options.items():
+        if option in beside:
+            if getattr(value, "kind", None) != beside[option]:
+                raise InputError(
+                    f"option {option!r} of figure {name!r} must be a result of kind {beside[option]!r}, got a "
+                    f"{type(value).__name__}"
+                )
+        elif value is not None or option not in parameters or parameters[option].default is not None:
+            at_coordinates(result.data, **{_COORDINATES.get(option, option): value})

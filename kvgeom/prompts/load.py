@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from kvgeom.checks import suggests
 from kvgeom.errors import InputError, unknown
 from kvgeom.prompts.benchmarks import Benchmark, benchmarks
 from kvgeom.prompts.sets import SHIPPED, PromptSet
@@ -22,6 +23,7 @@ _HARMLESS = frozenset({"harmless", "safe", "benign", "0", "false"})
 _OWN = "own prompts"
 
 
+@suggests()
 def load_prompts(prompts: Any) -> PromptSet:
     """A prompt set from a name, a file, or whatever else stands for one.
 

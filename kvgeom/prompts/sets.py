@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import combinations
 from typing import Any
 
-from kvgeom.errors import InputError
+from kvgeom.checks import suggests, whole
 from kvgeom.words import counted
 
 
+def fingerprint(harmful: Iterable[str], harmless: Iterable[str] = ()) -> str:
+    """Hash of requests in their order; that of a :class:`PromptSet` that holds them."""
+    return hashlib.sha256(json.dumps([[*harmful], [*harmless]]).encode()).hexdigest()[:16]
+
+
+@suggests()
 @dataclass(frozen=True, repr=False)
 class PromptSet:
     """Requests to ask a model.
@@ -38,7 +44,7 @@ class PromptSet:
     @property
     def fingerprint(self) -> str:
         """Hash of all requests in their order."""
-        return hashlib.sha256(json.dumps([self.harmful, self.harmless]).encode()).hexdigest()[:16]
+        return fingerprint(self.harmful, self.harmless)
 
     def described(self) -> dict[str, Any]:
         """What a report says of it: name, source and fingerprint, and how many requests of each class."""
@@ -73,8 +79,7 @@ class PromptSet:
 
     def take(self, n: int) -> PromptSet:
         """The first ``n`` harmful and the first ``n`` harmless requests."""
-        if n < 1:
-            raise InputError(f"take at least one request, got {n}")
+        n = whole("the number of requests", n, 1)
         return replace(self, harmful=self.harmful[:n], harmless=self.harmless[:n])
 
     def __repr__(self) -> str:

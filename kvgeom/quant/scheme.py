@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from kvgeom.checks import suggests
 from kvgeom.errors import InputError, unknown
 from kvgeom.quant.formats.base import DEFAULT, formats, get_format
 from kvgeom.quant.transforms import get_transform
@@ -27,6 +28,7 @@ def check_bits(bits: int) -> int:
     return bits
 
 
+@suggests()
 @dataclass(frozen=True)
 class Scheme:
     """Rounding of one tensor ``[batch, kv_heads, tokens, head_dim]``; an integer grid unless ``format`` says otherwise.

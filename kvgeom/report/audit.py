@@ -12,12 +12,13 @@ from typing import Any, ClassVar, Self
 
 from kvgeom.behaviour.ablation import Ablation
 from kvgeom.behaviour.widths import DESCRIBED, at_widths
+from kvgeom.checks import suggests
 from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
 from kvgeom.engines.registry import needs_bits
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import versions
 from kvgeom.evaluation.condition import UNQUANTIZED
-from kvgeom.evaluation.config import split_options
+from kvgeom.evaluation.config import RUN_OPTIONS, split_options
 from kvgeom.models.load import load
 from kvgeom.models.model import Model
 from kvgeom.paths import write_whole
@@ -164,6 +165,7 @@ class Audit(Diagnosis):
         return self.verdict.headline
 
 
+@suggests(RUN_OPTIONS)
 def audit(
     model: Any,
     out: str | Path | None = None,
@@ -195,7 +197,7 @@ def audit(
         where that can be known.
     """
     started = time.monotonic()
-    run, loading = split_options(options, audit)
+    run, loading = split_options(options)
     at_widths(scheme, bits, placement)  # errors in these are reported before a model is loaded
     if check_bits(scan_bits) == 16:
         raise InputError("scan_bits must be 2 to 8, got 16, which rounds nothing")

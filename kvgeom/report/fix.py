@@ -11,12 +11,13 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from kvgeom.checks import suggests, whole
 from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import resolve, widths
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import versions
-from kvgeom.evaluation.config import split_options
+from kvgeom.evaluation.config import RUN_OPTIONS, split_options
 from kvgeom.mitigation.plan import Plan
 from kvgeom.mitigation.search import check_budget
 from kvgeom.mitigation.verify import Verification
@@ -166,6 +167,7 @@ class Fix:
         return f"<p><b>{escape(self.verification.sentence)}</b></p><table><tr>{head}</tr>{rows}</table><ul>{items}</ul>"
 
 
+@suggests(RUN_OPTIONS)
 def fix(
     model: Any,
     out: str | Path | None = None,
@@ -212,7 +214,7 @@ def fix(
         used; before any long work where that can be known.
     """
     started = time.monotonic()
-    run, loading = split_options(options, fix)
+    run, loading = split_options(options)
     config = check(bits, scheme, memory, placement, controls)
     chosen = calibration() if prompts is None else as_prompt_set(prompts)
     proving = held_out() if verify_prompts is None else as_prompt_set(verify_prompts)
@@ -271,9 +273,8 @@ def check(
         For an unknown scheme or width, 16 bits, or a negative budget or number of controls.
     """
     check_budget(memory)
-    if controls < 0:
-        raise InputError(f"controls must be 0 or more, got {controls}")
-    if bits is not None and check_bits(bits) == 16:
+    whole("controls", controls)
+    if bits is not None and check_bits(whole("bits", bits, 2, 16)) == 16:
         raise InputError("bits must be 2 to 8, got 16, which rounds nothing")
     if bits is None:
         offered = widths(scheme)

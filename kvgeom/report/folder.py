@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvgeom.checks import as_path
 from kvgeom.errors import InputError
 from kvgeom.paths import writable_folder
 from kvgeom.results import plain
@@ -25,8 +26,9 @@ def report_folder(out: str | Path, command: str) -> Path:
     InputError
         If it cannot be written, or holds the report of another command.
     """
+    folder = as_path("the output folder", out)
     for other, file in SETTINGS.items():
-        if other != command and Path(out).expanduser().joinpath(file).exists():
+        if other != command and folder.joinpath(file).exists():
             raise InputError(f"folder {out} holds the results of kvgeom {other}; give another folder (--out)")
     return writable_folder(out)
 

@@ -63,6 +63,25 @@ def test_a_diagnosis(found: Diagnosis, tmp_path: Path) -> None:
         Mode.load(tmp_path / "d.nc")
 
 
+def test_figures_of_every_part(found: Diagnosis) -> None:
+    """By the name of the part, or of the figure; the main part comes first."""
+    names = found.figures()
+    assert names[0] == found.mode.figures()[0]
+    assert {"bit_curve", "layer_scan", "ablation_bars", "pcr_interval", "labels_by_recipe"} <= {*names}
+    assert ("ratio_against_null" in names) == (found.sensitivity is not None)
+    for name in ("bit_curve", "curve"):
+        assert found.plot(name).to_json() == found.curve.plot().to_json()
+    assert found.plot("ablation_bars").to_json() == found.ablation.plot().to_json()
+    if found.sensitivity is not None:
+        drawn = found.plot("channel_loading", layer=1, site="v")
+        assert drawn.to_json() == found.sensitivity.plot("channel_loading", layer=1, site="v").to_json()
+    for wrong, meant in (("cruve", "curve"), ("bit_cruve", "bit_curve"), ("mode_crad", "mode_card")):
+        with pytest.raises(InputError, match=f"unknown part or figure of Diagnosis '{wrong}'; did you mean '{meant}'"):
+            found.plot(wrong)
+    with pytest.raises(InputError, match=r"choose from mode, curve, .*bit_curve"):
+        found.plot("zzz")
+
+
 def test_where_a_diagnosis_comes_from(found: Diagnosis) -> None:
     known = found.provenance()
     assert (known["model"], known["fingerprint"]) == (TINY.name, TINY.fingerprint)

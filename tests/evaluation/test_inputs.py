@@ -12,8 +12,12 @@ import pytest
 import torch
 
 import kvgeom
+from kvgeom.behaviour.ablation import ablate, channel_magnitudes, channel_subsets, whole_cache
 from kvgeom.behaviour.curve import bit_width_curve
+from kvgeom.behaviour.pcr import per_channel_reduction
+from kvgeom.behaviour.scan import single_layer_scan
 from kvgeom.behaviour.widths import at_widths
+from kvgeom.engines.registry import resolve
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import baseline
 from kvgeom.evaluation.condition import UNQUANTIZED, Condition, with_model_constants
@@ -194,3 +198,81 @@ def test_constants_are_measured_once(tiny: HFModel, monkeypatch: pytest.MonkeyPa
     assert found["two"].recipe.offsets is not None
     assert found["own"] == given["own"]
     assert found["bare"] == given["bare"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("seed", value) for value in (-1, 1.5, float("nan"), [], "3")),
+        *((name, value) for name in ("max_new_tokens", "batch_size") for value in (0, 1.5, "3", True)),
+        ("text", 3),
+        ("journal", 0),
+    ],
+)
+def test_values_that_cannot_be_used(option: str, value: object) -> None:
+    for call in CALLS.values():
+        with pytest.raises(InputError, match=f"{option} must be"):
+            call(**{option: value})
+
+
+def test_numbers_of_numpy(tiny: HFModel) -> None:
+    given = {**OPTIONS, "max_new_tokens": np.int64(3), "seed": np.uint8(2)}
+    base = baseline(tiny, REQUESTS[:1], **given)
+    assert (base.max_new_tokens, base.run.seed) == (3, 2)
+    assert {type(base.max_new_tokens), type(base.run.seed)} == {int}
+    for bits in (np.int64(4), [np.int64(4)], np.array([4])):
+        series = at_widths("asym-token", bits)  # type: ignore[arg-type]
+        assert [(width, type(width)) for width in series.configs] == [(4, int)]
+    for wrong in (1.5, float("nan"), "4", [4.0], ["4"], 1, 9):
+        with pytest.raises(InputError, match="bits must be"):
+            at_widths("asym-token", wrong)  # type: ignore[arg-type]
+
+
+def test_folders_that_are_no_paths(tiny: HFModel) -> None:
+    for function in (kvgeom.audit, kvgeom.fix):
+        with pytest.raises(InputError, match="the output folder must be a path, got 3"):
+            function(tiny, 3, progress=False)  # type: ignore[operator]
+
+
+def test_parts_of_a_set() -> None:
+    assert PAIRS.take(np.int64(2)).harmful == PAIRS.harmful[:2]  # type: ignore[arg-type]
+    for wrong in (None, 1.5, "3", 0):
+        with pytest.raises(InputError, match="number of requests must be a whole number, 1 or more"):
+            PAIRS.take(wrong)  # type: ignore[arg-type]
+
+
+def test_a_misspelt_option_is_none_of_the_baseline(tiny: HFModel) -> None:
+    base = baseline(tiny, REQUESTS[:1], **OPTIONS)
+    with pytest.raises(InputError, match="unknown option 'jugde'; did you mean 'judge'"):
+        evaluate(tiny, "int4-asym-token", base, jugde=1)
+
+
+@pytest.mark.parametrize("placement", ["paper", "cache"])
+def test_a_placement_by_name(tiny: HFModel, placement: str) -> None:
+    """Where conditions are made, as where they are run."""
+    own, recipe = Placement.parse(placement), Recipe.uniform(3, Scheme(3, True, "tensor"))
+    assert Condition(recipe, placement) == Condition(recipe, own)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="papr"):
+        Condition(recipe, "papr")  # type: ignore[arg-type]
+    base = baseline(tiny, REQUESTS[:2], **OPTIONS)
+    for one, other in (
+        (single_layer_scan(base, placement=where)[0] for where in (placement, own)),
+        (per_channel_reduction(base, 1, placement=where) for where in (placement, own)),
+    ):
+        assert one.data.identical(other.data)
+        assert one.meta == other.meta
+    conditions = whole_cache(3, Scheme(3, True, "tensor"), placement)
+    assert conditions == whole_cache(3, Scheme(3, True, "tensor"), own)
+    found = ablate(base, conditions, reference="all layers")
+    assert found.meta["placement"] == str(own)
+    magnitudes = channel_magnitudes(base, placement)
+    np.testing.assert_array_equal(magnitudes["k"], channel_magnitudes(base, own)["k"])
+    drawn = channel_subsets(magnitudes, Scheme(3), [1], placement)
+    assert {each.placement for each in drawn.values()} == {own}
+
+
+def test_a_scan_needs_one_scheme(tiny: HFModel) -> None:
+    base = baseline(tiny, REQUESTS[:1], **OPTIONS)
+    for given in (Recipe.uniform(3, Scheme(3)), resolve("kivi"), 3):
+        with pytest.raises(InputError, match=f"got a {type(given).__name__}; give a Scheme"):
+            single_layer_scan(base, given)  # type: ignore[arg-type]

@@ -86,6 +86,22 @@ def test_coordinates_and_provenance_are_saved(whole: Outcomes, tmp_path: Path) -
     assert {"kvgeom", "torch", "transformers"} <= {*known["versions"]}
 
 
+def test_coordinates_of_what_is_one_scheme(base: Baseline) -> None:
+    """A uniform recipe stands at its width and granularity, unless its condition says otherwise."""
+    uniform, part = Recipe.uniform(3, Scheme(4)), Recipe.uniform(3, Scheme(4), layers=[1])
+    given = {
+        "scheme": "int4-asym-token",
+        "said": Condition(uniform, granularity="mine", bits=7),
+        "part": part,
+        "keys": Recipe.uniform(3, Scheme(4), sites="k"),
+    }
+    data = evaluate(TINY, given, base, progress=False).data
+    for name, bits, granularity in (
+        ("scheme", 4, "token"), ("said", 7, "mine"), ("part", -1, ""), ("keys", -1, ""), (UNQUANTIZED, -1, ""),
+    ):  # fmt: skip
+        assert (data.bits.sel(recipe=name), data.granularity.sel(recipe=name)) == (bits, granularity)
+
+
 def test_what_results_share_of_where_they_come_from(whole: Outcomes) -> None:
     assert whole.made_by(["b"])["placement"] == str(Placement.paper())
     assert str(Placement()) in whole.made_by()["placement"]

@@ -117,6 +117,8 @@ def test_judges_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("yes", "keyword", "a/b", "a=b", ""):
         with pytest.raises(InputError, match=repr(name)):
             registry.register_judge(name, Yes)
+    with pytest.raises(InputError, match=r"'three' must be made by a callable.*got 3"):
+        registry.register_judge("three", 3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

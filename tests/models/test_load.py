@@ -156,3 +156,11 @@ def test_a_machine_without_the_device(option: dict[str, Any], says: str, checkpo
             with pytest.raises(InputError, match=says) as caught:
                 load_it(source, **option)
             assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_and_a_template_of_other_kinds() -> None:
+    for wrong in ("Qwen/Qwen2.5-7B-Instruct", 3):
+        with pytest.raises(InputError, match="must be one of transformers, got"):
+            kvgeom.load(tiny_hf_model(), tokenizer=wrong)
+    with pytest.raises(InputError, match="template must be a path, got 3"):
+        kvgeom.load(tiny_hf_model(), tokenizer=tiny_tokenizer(), template=3)  # type: ignore[arg-type]

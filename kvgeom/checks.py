@@ -1,0 +1,199 @@
+"""Checks of what users write, each with an error that says what was found and what is wanted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Hashable, Iterable
+from functools import wraps
+from inspect import Parameter, isclass, signature
+from numbers import Integral
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from kvgeom.errors import InputError, check_names, unknown
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: The largest seed that all generators of random numbers take.
+LARGEST_SEED = 2**32 - 1
+
+
+def suggests(more: Iterable[str] = ()) -> Callable[[F], F]:
+    """Let a function, a method or a dataclass name the keyword that was meant where one is misspelt.
+
+    Parameters
+    ----------
+    more : iterable of str
+        Keywords that ``**options`` takes. A function with ``**options`` takes no others.
+
+    Returns
+    -------
+    callable
+        A decorator. The function keeps its name, signature, hints and documentation.
+
+    Raises
+    ------
+    InputError
+        When the function is called with a keyword that it does not take, before it is entered.
+
+    Examples
+    --------
+    >>> @suggests()
+    ... def scaled(x, *, factor=1.0):
+    ...     return factor * x
+    >>> scaled(2.0, facter=3.0)
+    Traceback (most recent call last):
+    kvgeom.errors.InputError: unknown option 'facter'; did you mean 'factor'?
+    """
+    beside = tuple(more)
+
+    def decorate(target: F) -> F:
+        if isclass(target):
+            made: Any = target
+            made.__init__ = decorate(made.__init__)
+            return target
+        by_keyword = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+        own = [p.name for p in signature(target).parameters.values() if p.kind in by_keyword and p.name != "self"]
+        known = dict.fromkeys([*own, *beside])
+
+        @wraps(target)
+        def checked(*args: Any, **keywords: Any) -> Any:
+            for name in keywords:
+                if name not in known:
+                    raise unknown("option", name, known)
+            return target(*args, **keywords)
+
+        return cast(F, checked)
+
+    return decorate
+
+
+def whole(name: str, value: object, low: int = 0, high: int | None = None) -> int:
+    """A whole number, also of numpy, as an ``int``.
+
+    Raises
+    ------
+    InputError
+        If it is something else, or not from ``low`` to ``high``.
+
+    Examples
+    --------
+    >>> whole("k", 3, 1)
+    3
+    >>> whole("k", 1.5, 1)
+    Traceback (most recent call last):
+    kvgeom.errors.InputError: k must be a whole number, 1 or more, got 1.5
+    """
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if number is None or number < low or (high is not None and number > high):
+        wanted = f"{low} or more" if high is None else f"{low} to {high}"
+        raise InputError(f"{name} must be a whole number, {wanted}, got {value!r}")
+    return number
+
+
+def whole_numbers(name: str, values: Any, low: int = 0, high: int | None = None) -> list[int]:
+    """Whole numbers, or one, as a list; raises as :func:`whole`.
+
+    Examples
+    --------
+    >>> whole_numbers("layers", range(2)), whole_numbers("layers", 3)
+    ([0, 1], [3])
+    """
+    return [whole(name, value, low, high) for value in _each(values)]
+
+
+def as_seed(value: object) -> int:
+    """The seed of random draws; raises as :func:`whole`."""
+    return whole("seed", value, 0, LARGEST_SEED)
+
+
+def one_of(kind: str, value: Any, known: Collection[Any]) -> None:
+    """Check that something is one of some names or whole numbers.
+
+    Raises
+    ------
+    InputError
+        If it is not, with the nearest name.
+
+    Examples
+    --------
+    >>> one_of("site", "kk", ["k", "v"])
+    Traceback (most recent call last):
+    kvgeom.errors.InputError: unknown site 'kk'; did you mean 'k'?
+    >>> one_of("layer", 9, range(8))
+    Traceback (most recent call last):
+    kvgeom.errors.InputError: unknown layer 9; choose from 0 to 7
+    """
+    if isinstance(value, Hashable) and value in known:
+        return
+    if known and all(isinstance(each, Integral) for each in known):  # a near number is no misspelt one
+        first, last = min(known), max(known)
+        choices = f"{first} to {last}" if last - first + 1 == len(known) else ", ".join(map(str, known))
+        raise InputError(f"unknown {kind} {value!r}; choose from {choices}")
+    raise unknown(kind, value, map(str, known))
+
+
+def as_names(kind: str, given: Any, known: Collection[str]) -> list[str]:
+    """Some of the names that are known, or one of them, as a list.
+
+    Raises
+    ------
+    InputError
+        If none is given, or one is not known.
+
+    Examples
+    --------
+    >>> as_names("method", "mean", ["mean", "pca"])
+    ['mean']
+    """
+    found = _each(given)
+    check_names(kind, found, [*known])
+    return found
+
+
+def _each(given: Any) -> list[Any]:
+    """The items of what is given, or itself if it is one."""
+    if isinstance(given, str):
+        return [given]
+    try:
+        return list(given)
+    except TypeError:  # an array without dimensions is iterable by its type
+        return [given]
+
+
+def at_coordinates(data: Any, **coordinates: Any) -> None:
+    """Check that a dataset has values at some coordinates.
+
+    Parameters
+    ----------
+    data : xarray.Dataset
+    **coordinates
+        Values by the name of the coordinate; those that the dataset does not have are left alone.
+
+    Raises
+    ------
+    InputError
+        For a value that the coordinate does not have, with those that it has.
+    """
+    for name, value in coordinates.items():
+        if name in data.coords:
+            one_of("method" if name == "estimator" else name, value, data.coords[name].values.tolist())
+
+
+def as_path(name: str, value: object) -> Path:
+    """A path, with ``~`` for the user's folder.
+
+    Raises
+    ------
+    InputError
+        If it is no path.
+
+    Examples
+    --------
+    >>> as_path("journal", 0)
+    Traceback (most recent call last):
+    kvgeom.errors.InputError: journal must be a path, got 0
+    """
+    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
+        raise InputError(f"{name} must be a path, got {value!r}")
+    return Path(value).expanduser()
