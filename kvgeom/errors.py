@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 
 class KvgeomError(Exception):
@@ -59,6 +61,40 @@ def check_names(kind: str, names: Sequence[object], known: Collection[str]) -> N
     for name in names:
         if name not in known:
             raise unknown(kind, name, known)
+
+
+def whole(name: str, value: object, least: int | None = None) -> int:
+    """A whole number as an ``int``, whatever integer type it was given in; True and False are none.
+
+    Parameters
+    ----------
+    name : str
+        What the number is called where it is given.
+    value : object
+    least : int, optional
+        Smallest number that will do.
+
+    Raises
+    ------
+    InputError
+        If it is no whole number, or too small.
+
+    Examples
+    --------
+    >>> whole("sinks", 4, least=0)
+    4
+    """
+    found = None if isinstance(value, bool) else _index(value)
+    if found is None or (least is not None and found < least):
+        raise InputError(f"{name} must be a whole number{'' if least is None else f' from {least}'}, got {value!r}")
+    return found
+
+
+def _index(value: Any) -> int | None:
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def unknown_option(name: str, known: Iterable[str]) -> InputError:

@@ -295,6 +295,27 @@ def test_whether_a_sequence_meets_the_rounding(
     assert placement.rounds(prompt, prompt + generated, whole) == met
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"where": "projections"}, "did you mean 'projection'"),
+        ({"prefill_reads": "round"}, "did you mean 'rounded'"),
+        ({"scales": "calls"}, "did you mean 'call'"),
+        ({"flush": None, "residual": 4}, "unknown flush of a placement None"),
+        *(({"residual": bad}, "residual must be a whole number from 0") for bad in (float("nan"), 1.5, None, "4", True)),
+        ({"sinks": -1}, "sinks must be a whole number from 0, got -1"),
+    ],
+)
+def test_a_placement_checks_all_that_it_is_made_of(given: dict[str, object], found: str) -> None:
+    with pytest.raises(InputError, match=found):
+        Placement(**given)  # type: ignore[arg-type]
+
+
+def test_a_placement_takes_integers_of_numpy() -> None:
+    placement = Placement(residual=np.int64(4))  # type: ignore[arg-type]
+    assert placement == Placement(residual=4) and type(placement.residual) is int
+
+
 def test_windows_cannot_go_in_one_pass() -> None:
     assert not Placement(prefill_reads="exact").one_pass
     assert not Placement(residual=4).one_pass
