@@ -58,7 +58,8 @@ def evaluate(
         Of a set the harmful requests. With a :class:`Baseline` the unquantized responses are not made again, and its run
         options and journal are used.
     placement : Placement, "cache" or "paper", optional
-        Of recipes that do not bring their own; decode-faithful cache rounding by default.
+        Of all recipes, instead of what a preset or a condition brings. By default each has its own, and what has none is
+        rounded in the cache, as decoding does.
     refused_only : bool
         Only prompts refused unquantized; no others can flip.
     full_responses : bool
@@ -119,7 +120,7 @@ def run_conditions(
     title : str
         Of the progress bar.
     """
-    chosen = tuple(range(len(base.prompts))) if prompts is None else tuple(prompts)
+    chosen = tuple(range(len(base.prompts)) if prompts is None else map(int, prompts))
     if full_responses:  # what was read of the unquantized responses is not all of them
         unquantized = Condition(Recipe.exact(base.model.geometry.layers))
         conditions = {UNQUANTIZED: unquantized, **conditions}
