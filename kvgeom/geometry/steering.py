@@ -16,7 +16,7 @@ from kvgeom.errors import InputError
 from kvgeom.evaluation.inputs import as_encoded, opened
 from kvgeom.evaluation.respond import Responses, respond
 from kvgeom.evaluation.scores import mean_log_likelihood
-from kvgeom.judges.judge import LABELS, Judge
+from kvgeom.judges.judge import LABELS, Judge, judgement
 from kvgeom.judges.registry import as_judge
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import bar, shown
@@ -209,5 +209,5 @@ def label_responses(
             logits = model.forward([*prompt.ids, *tokens[:-1]], all_logits=True)[len(prompt) - 1 :]
             return mean_log_likelihood(logits, tokens)
 
-        found.append((text, judge.label(prompt.text, text, likelihood).label))
+        found.append((text, judgement(judge, prompt.text, text, likelihood).label))
     return found

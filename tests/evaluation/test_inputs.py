@@ -19,6 +19,7 @@ from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import baseline
 from kvgeom.evaluation.condition import UNQUANTIZED, Condition, as_conditions, with_model_constants
 from kvgeom.evaluation.evaluate import evaluate, run_conditions
+from kvgeom.judges.judge import Judgement
 from kvgeom.models.hf import HFModel
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
@@ -156,6 +157,26 @@ def test_integers_of_numpy_can_be_written(tiny: HFModel, tmp_path: Path) -> None
     base.journal.close()
     again = type(found).load(found.save(tmp_path / "outcomes.nc"))
     assert again.meta["seed"] == 5 and again.name(layer=1) == "condition"
+
+
+@pytest.mark.parametrize(
+    ("returned", "word"),
+    [
+        (lambda: Judgement("REFUSED", "says no"), "refused, complied, degenerate; got 'REFUSED'"),  # type: ignore[arg-type]
+        (lambda: Judgement("refused", None), "must be text"),  # type: ignore[arg-type]
+        (lambda: "refused", "'mine' must return a Judgement, got 'refused'"),
+        (lambda: None, "got None"),
+    ],
+)
+def test_what_a_judge_returns_is_checked(tiny: HFModel, returned: Callable[[], Any], word: str) -> None:
+    class Mine:
+        name = "mine"
+
+        def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Any:
+            return returned()
+
+    with pytest.raises(InputError, match=word):
+        baseline(tiny, REQUESTS[:1], **{**OPTIONS, "judge": Mine()})
 
 
 CALLS: dict[str, Callable[..., object]] = {
