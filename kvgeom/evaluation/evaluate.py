@@ -15,6 +15,8 @@ from kvgeom.evaluation.condition import COORDINATES, UNQUANTIZED, Condition, as_
 from kvgeom.evaluation.config import open_run
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.evaluation.speculative import Answer, generated, verified
+from kvgeom.models.load import load
+from kvgeom.models.model import Model
 from kvgeom.prompts.load import as_requests
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
@@ -51,6 +53,7 @@ def evaluate(
     Parameters
     ----------
     model : anything that :func:`kvgeom.load` takes
+        With a :class:`Baseline`, its model or None.
     recipes : mapping of name to recipe, or sequence of recipes
         A recipe is a :class:`~kvgeom.Recipe`, a :class:`~kvgeom.Scheme` or its name, the preset of an engine, or a
         :class:`~kvgeom.evaluation.condition.Condition`.
@@ -74,12 +77,14 @@ def evaluate(
     Raises
     ------
     InputError
-        For an unknown option, or recipes or prompts that cannot be used.
+        For an unknown option, recipes or prompts that cannot be used, or another model than the baseline's.
     """
     if isinstance(prompts, Baseline):
+        _check_model(model, prompts.model)
         shown = bool(options.pop("progress", True))
         if options:
             raise InputError(f"{min(options)} belongs to the baseline that was given; set it in kvgeom.baseline(...)")
+        prompts.journal.reopen()
         with progress.shown(shown):
             return run_conditions(
                 prompts,
@@ -95,6 +100,18 @@ def evaluate(
             conditions,
             prompts=base.refused if refused_only else None,
             full_responses=full_responses,
+        )
+
+
+def _check_model(given: Any, model: Model) -> None:
+    """Check that a model that is given with a baseline is the baseline's."""
+    if given is None or given is model or given is getattr(model, "hf_model", None):
+        return
+    found = load(given, progress=False)
+    if found.fingerprint != model.fingerprint:
+        raise InputError(
+            f"the baseline is of {model.name}, got the model {found.name}; give None or the baseline's model, or make a "
+            "baseline of this one"
         )
 
 

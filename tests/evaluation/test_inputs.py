@@ -207,6 +207,24 @@ def test_options_of_the_run_belong_to_the_baseline(tiny: HFModel) -> None:
             baseline(tiny, REQUESTS, **{name: 0})
 
 
+def test_a_baseline_is_of_one_model(tiny: HFModel) -> None:
+    base = baseline(tiny, REQUESTS[:1], **OPTIONS)
+    expected = evaluate(tiny, "int4-asym-token", base, progress=False)
+    for same in (None, tiny.hf_model, tiny_model("llama")):
+        assert evaluate(same, "int4-asym-token", base, progress=False).data.identical(expected.data)
+    with pytest.raises(InputError, match="baseline is of tiny-llama, got the model tiny-qwen2"):
+        evaluate(tiny_model("qwen2"), "int4-asym-token", base)
+
+
+def test_a_journal_that_was_closed_is_opened_again(tiny: HFModel, tmp_path: Path) -> None:
+    base = baseline(tiny, REQUESTS[:1], journal=tmp_path / "journal.jsonl", **OPTIONS)
+    base.journal.close()
+    found = evaluate(tiny, ["int4-asym-token"], base, progress=False)
+    base.journal.close()
+    assert evaluate(tiny, ["int4-asym-token"], base, progress=False).data.identical(found.data)
+    base.journal.close()
+
+
 def test_constants_that_a_transform_needs(biased: HFModel) -> None:
     """``+center`` works without them: they are read off the model, or measured."""
     scheme = Scheme.parse("int4-asym-token+center")
