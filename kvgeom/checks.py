@@ -68,8 +68,8 @@ def suggests(more: Iterable[str] = ()) -> Callable[[F], F]:
     return decorate
 
 
-def whole(name: str, value: object, low: int = 0, high: int | None = None) -> int:
-    """A whole number, also of numpy, as an ``int``.
+def whole(name: str, value: object, low: int | None = 0, high: int | None = None) -> int:
+    """A whole number, also of numpy, as an ``int``; with ``low=None`` any.
 
     Raises
     ------
@@ -85,9 +85,9 @@ def whole(name: str, value: object, low: int = 0, high: int | None = None) -> in
     kvgeom.errors.InputError: k must be a whole number, 1 or more, got 1.5
     """
     number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
-    if number is None or number < low or (high is not None and number > high):
-        wanted = f"{low} or more" if high is None else f"{low} to {high}"
-        raise InputError(f"{name} must be a whole number, {wanted}, got {value!r}")
+    if number is None or (low is not None and number < low) or (high is not None and number > high):
+        wanted = "" if low is None else f", {low} or more" if high is None else f", {low} to {high}"
+        raise InputError(f"{name} must be a whole number{wanted}, got {value!r}")
     return number
 
 

@@ -317,7 +317,7 @@ class Composite:
 
 
 def _stamped(result: Result) -> xr.Dataset:
-    return result.data.assign_attrs(kvgeom_kind=result.kind, kvgeom_meta=json.dumps(result.meta))
+    return result.data.assign_attrs(kvgeom_kind=result.kind, kvgeom_meta=json.dumps(plain(result.meta)))
 
 
 def _written(path: str | Path, groups: Mapping[str, xr.Dataset]) -> Path:
@@ -388,12 +388,12 @@ def interval_text(low: float, high: float) -> str:
 
 def plain(value: Any) -> Any:
     """The same as JSON types: numpy scalars unpacked, tuples as lists, NaN and infinities null."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
+    if hasattr(value, "tolist"):  # of an array a list, of a numpy scalar the number
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

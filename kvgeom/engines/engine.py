@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvgeom.errors import InputError
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.recipe import Recipe, Schemes
+from kvgeom.quant.recipe import Recipe, Schemes, stored_as
 from kvgeom.quant.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ class CacheConfig:
         """What keys and values are stored as."""
         if self.per_layer is not None:
             return str(self.per_layer)
-        k, v = (str(scheme or "exact") for scheme in (self.k, self.v))
-        return k if k == v else f"k {k}, v {v}"
+        return stored_as(self.k, self.v)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.stored}; {self.placement}"

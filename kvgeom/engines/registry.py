@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from kvgeom.checks import suggests
+from kvgeom.checks import suggests, whole
 from kvgeom.engines.engine import CacheConfig, Engine, Preset
 from kvgeom.errors import InputError, unknown
 from kvgeom.quant.formats.base import formats, is_scheme
@@ -77,7 +77,7 @@ def resolve(
     bits : int, optional
         Width. A preset has a default; what has a width of its own must agree.
     placement : Placement or {"cache", "paper"}, optional
-        Instead of the preset's, or of the decode-faithful default.
+        Instead of the preset's, or of the decode-faithful default. The version then says so.
 
     Raises
     ------
@@ -94,6 +94,7 @@ def resolve(
     'projection'
     """
     where = None if placement is None else Placement.parse(placement)
+    bits = None if bits is None else whole("bits", bits, None)
     if isinstance(spec, str) and spec in (known := _presets()):
         engine, preset = known[spec]
         found = engine.config(preset, bits)
@@ -106,7 +107,10 @@ def resolve(
         found = CacheConfig(str(scheme), "", scheme, scheme, Placement())
     if bits not in (None, found.bits):
         raise InputError(f"{found.name!r} has {found.bits} bits, got bits={bits}; leave one of them out")
-    return found if where is None else replace(found, placement=where)
+    if where in (None, found.placement):
+        return found
+    version = f"{found.version}; with another placement: {where}" if found.version else ""
+    return replace(found, placement=where, version=version)
 
 
 def needs_bits(spec: object) -> bool:

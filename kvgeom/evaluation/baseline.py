@@ -21,7 +21,7 @@ from kvgeom.evaluation.config import RUN_OPTIONS, RunConfig, open_run
 from kvgeom.evaluation.journal import Journal, NoJournal
 from kvgeom.evaluation.perplexity import perplexity
 from kvgeom.evaluation.scores import margin, mean_log_likelihood, refusal_tokens
-from kvgeom.judges.judge import Judge, reading, settles
+from kvgeom.judges.judge import Judge, judgement, reading, settles
 from kvgeom.models.batching import in_batches, rows_per_batch
 from kvgeom.models.cache import EditedCache
 from kvgeom.models.model import EncodedPrompt, Model
@@ -203,7 +203,7 @@ class Baseline:
         def make() -> tuple[str, str, str]:
             read = tokens[: reading(self.judge, self.model.decode, tokens)]
             request, text = self.prompts[index].text, self.model.decode(read)
-            found = self.judge.label(request, text, lambda: self.log_likelihood(index, read))
+            found = judgement(self.judge, request, text, lambda: self.log_likelihood(index, read))
             return self.model.decode(tokens), found.label, found.reason
 
         return self._labelled.get((index, tuple(tokens)), make)

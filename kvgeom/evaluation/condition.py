@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
+from kvgeom.checks import whole
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import resolve
 from kvgeom.errors import InputError
@@ -15,6 +16,7 @@ from kvgeom.prompts.sets import calibration
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Site
 
+T = TypeVar("T")
 #: What an outcome's recipe is known by, apart from its name.
 COORDINATES = ("family", "layer", "granularity", "bits", "draw")
 #: Name of the unquantized model among recipes.
@@ -52,11 +54,17 @@ class Condition:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "placement", Placement.parse(self.placement))
+        for name in ("layer", "bits", "draw"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else whole(name, value, None))
 
     @property
     def key(self) -> dict[str, Any]:
         """What a journal knows it by: recipe and placement, not name or coordinates."""
         return {"recipe": self.recipe.record(), "placement": str(self.placement)}
+
+    def __str__(self) -> str:
+        return f"{self.recipe}; {self.placement}"
 
 
 def as_conditions(given: Any, model: Model, placement: Placement | str | None) -> dict[str, Condition]:
@@ -69,21 +77,36 @@ def as_conditions(given: Any, model: Model, placement: Placement | str | None) -
         name, the preset of an engine, a recipe. Constants that a transform needs are added (:func:`with_model_constants`).
     model : Model
     placement : Placement, str or None
-        Of those that do not bring their own.
+        Of all of them, instead of what they bring.
 
     Raises
     ------
     InputError
-        If one cannot be read, is for another number of layers, or has the name of the unquantized model.
+        If one cannot be read, is for another number of layers, or has the name of the unquantized model, or if two
+        different ones have one name.
     """
     if isinstance(given, Mapping):
-        named = {str(name): each for name, each in given.items()}
-    elif isinstance(given, Sequence) and not isinstance(given, str):
-        named = {_name(each): each for each in given}
+        named = [(str(name), each) for name, each in given.items()]
     else:
-        named = {_name(given): given}
-    conditions = {name: _condition(name, each, model, placement) for name, each in named.items()}
+        several = isinstance(given, Sequence) and not isinstance(given, str)
+        named = [(_name(each), each) for each in (given if several else [given])]
+    conditions = by_name((name, _condition(name, each, model, placement)) for name, each in named)
     return with_model_constants(model, conditions)
+
+
+def by_name(caches: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """Caches by name; of equal ones with one name, one.
+
+    Raises
+    ------
+    InputError
+        If two different ones have one name.
+    """
+    found: dict[str, T] = {}
+    for name, cache in caches:
+        if found.setdefault(name, cache) != cache:
+            raise InputError(f"two different caches have the name {name!r}; give a mapping with a name for each")
+    return found
 
 
 def with_model_constants(model: Model, conditions: Mapping[str, Condition]) -> dict[str, Condition]:
@@ -123,4 +146,7 @@ def _condition(name: str, given: Any, model: Model, placement: Placement | str |
     own = given.recipe if config is None else config.per_layer
     if own is not None and len(own) != layers:
         raise InputError(f"recipe {name!r} has {len(own)} layers, but {model.name} has {layers}")
-    return given if config is None else Condition(config.recipe(layers), config.placement)
+    if config is not None:
+        return Condition(config.recipe(layers), config.placement)
+    condition: Condition = given
+    return condition if placement is None else replace(condition, placement=Placement.parse(placement))

@@ -17,6 +17,8 @@ from kvgeom.evaluation.config import RUN_OPTIONS, open_run
 from kvgeom.evaluation.inputs import made_with
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.evaluation.speculative import Answer, generated, verified
+from kvgeom.models.load import load
+from kvgeom.models.model import Model
 from kvgeom.prompts.load import as_requests
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
@@ -54,6 +56,7 @@ def evaluate(
     Parameters
     ----------
     model : anything that :func:`kvgeom.load` takes
+        With a :class:`Baseline`, its model or None.
     recipes : mapping of name to recipe, or sequence of recipes
         A recipe is a :class:`~kvgeom.Recipe`, a :class:`~kvgeom.Scheme` or its name, the preset of an engine, or a
         :class:`~kvgeom.evaluation.condition.Condition`.
@@ -61,7 +64,8 @@ def evaluate(
         Of a set the harmful requests. With a :class:`Baseline` the unquantized responses are not made again, and its run
         options and journal are used.
     placement : Placement, "cache" or "paper", optional
-        Of recipes that do not bring their own; decode-faithful cache rounding by default.
+        Of all recipes, instead of what a preset or a condition brings. By default each has its own, and what has none is
+        rounded in the cache, as decoding does.
     refused_only : bool
         Only prompts refused unquantized; no others can flip.
     full_responses : bool
@@ -76,12 +80,14 @@ def evaluate(
     Raises
     ------
     InputError
-        For an unknown option, or recipes or prompts that cannot be used.
+        For an unknown option, recipes or prompts that cannot be used, or another model than the baseline's.
     """
     if isinstance(prompts, Baseline):
+        _check_model(model, prompts.model)
         shown = bool(options.pop("progress", True))
         if options:
             raise InputError(f"{min(options)} belongs to the baseline that was given; set it in kvgeom.baseline(...)")
+        prompts.journal.reopen()
         with progress.shown(shown):
             return run_conditions(
                 prompts,
@@ -97,6 +103,18 @@ def evaluate(
             conditions,
             prompts=base.refused if refused_only else None,
             full_responses=full_responses,
+        )
+
+
+def _check_model(given: Any, model: Model) -> None:
+    """Check that a model that is given with a baseline is the baseline's."""
+    if given is None or given is model or given is getattr(model, "hf_model", None):
+        return
+    found = load(given, progress=False)
+    if found.fingerprint != model.fingerprint:
+        raise InputError(
+            f"the baseline is of {model.name}, got the model {found.name}; give None or the baseline's model, or make a "
+            "baseline of this one"
         )
 
 
@@ -122,7 +140,7 @@ def run_conditions(
     title : str
         Of the progress bar.
     """
-    chosen = tuple(range(len(base.prompts))) if prompts is None else tuple(prompts)
+    chosen = tuple(range(len(base.prompts)) if prompts is None else map(int, prompts))
     if full_responses:  # what was read of the unquantized responses is not all of them
         unquantized = Condition(Recipe.exact(base.model.geometry.layers))
         conditions = {UNQUANTIZED: unquantized, **conditions}

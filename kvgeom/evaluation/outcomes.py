@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from kvgeom.judges.classifiers import ClassifierJudge
 #: What ``meta`` of a result has from the outcomes that it is drawn from.
 SHARED = ("model", "fingerprint", "prompt_set", "judge", "max_new_tokens", "seed", "versions")
+#: What ``meta`` of outcomes that are joined must agree on.
+ALIKE = ("model", "fingerprint", "judge", "max_new_tokens", "full_responses")
+#: What a recipe or prompt that both have must have the same of.
+SAME = {"recipe": (*COORDINATES, "placement"), "prompt": ("request",)}
 #: Both parts have all variables and agree on what they share.
 CONCAT: dict[str, Any] = {"data_vars": "minimal", "coords": "minimal", "compat": "equals", "join": "exact"}
 
@@ -103,14 +107,17 @@ class Outcomes(Result):
         Raises
         ------
         InputError
-            If both recipes and prompts differ.
+            If both recipes and prompts differ; if the models, judges or lengths of responses do; or if one name or number
+            stands for different recipes or requests.
         """
+        self._check_alike(other)
         mine = [str(name) for name in self.data.recipe.values]
         theirs = [str(name) for name in other.data.recipe.values]
         recipes = {**self.meta["recipes"], **other.meta["recipes"]}
-        if mine == theirs:
+        if {*mine} == {*theirs}:
             fresh = ~np.isin(other.data.prompt.values, self.data.prompt.values)
-            data = xr.concat([self.data, other.data.isel(prompt=fresh)], dim="prompt", **CONCAT).sortby("prompt")
+            more = other.data.sel(recipe=mine).isel(prompt=fresh)
+            data = xr.concat([self.data, more], dim="prompt", **CONCAT).sortby("prompt")
         elif not np.array_equal(self.data.prompt.values, other.data.prompt.values):
             raise InputError(
                 f"outcomes of recipes {', '.join(mine)} and {', '.join(theirs)} are of different prompts; evaluate both on "
@@ -120,6 +127,30 @@ class Outcomes(Result):
             new = [name for name in theirs if name not in mine]
             data = xr.concat([self.data, other.data.sel(recipe=new)], dim="recipe", **CONCAT)
         return Outcomes(data, {**self.meta, "recipes": recipes})
+
+    def _check_alike(self, other: Outcomes) -> None:
+        """Check that all that both have stands for the same in both."""
+        for name in ALIKE:
+            mine, theirs = self.meta[name], other.meta[name]
+            if mine != theirs:
+                raise InputError(f"outcomes cannot be joined: {name} is {mine!r} in one and {theirs!r} in the other")
+        for dim, columns in SAME.items():
+            both = np.intersect1d(self.data[dim].values, other.data[dim].values)
+            for column in columns:
+                here, there = (each.data[column].sel({dim: both}).values.astype(object) for each in (self, other))
+                if (wrong := here != there).any():
+                    at = np.flatnonzero(wrong)[0]
+                    raise InputError(
+                        f"outcomes cannot be joined: {column} of {dim} {both[at].item()!r} is {here[at]!r} in one and "
+                        f"{there[at]!r} in the other"
+                    )
+        mine, theirs = self.meta["recipes"], other.meta["recipes"]
+        for name in mine.keys() & theirs.keys():
+            if mine[name] != theirs[name]:
+                raise InputError(
+                    f"outcomes cannot be joined: recipe {name!r} is {mine[name]} in one and {theirs[name]} in the other; "
+                    "give them different names"
+                )
 
     def at_recipes(self, recipes: Iterable[str]) -> Outcomes:
         """The same for some recipes, by name, with the unquantized model."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kvgeom.checks import suggests, whole_numbers
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.errors import InputError
+from kvgeom.evaluation.condition import by_name
 from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.evaluation.inputs import as_tokens, made_with, opened
 from kvgeom.evaluation.scores import kl_divergence, margin
@@ -104,7 +105,8 @@ def patch_layers(
     Raises
     ------
     InputError
-        Without schemes, if one cannot be resolved, or for layers or tokens that the model does not have.
+        Without schemes, if one cannot be resolved, if two different ones have one name, or for layers or tokens that the model
+        does not have.
     """
     model, prompts = opened(model, prompts, load_options, progress)
     named = _named(model, schemes, placement)
@@ -171,10 +173,10 @@ def _named(
 ) -> dict[str, Rounding]:
     """What is rounded in each branch, by name."""
     if isinstance(schemes, Mapping):
-        named = dict(zip(map(str, schemes), Rounding.each(model, schemes.values(), placement), strict=True))
+        named = by_name(zip(map(str, schemes), Rounding.each(model, schemes.values(), placement), strict=True))
     else:
         specs = (schemes,) if isinstance(schemes, CacheConfig | Recipe | Scheme | str) else schemes
-        named = {rounding.name: rounding for rounding in Rounding.each(model, specs, placement)}
+        named = by_name((rounding.name, rounding) for rounding in Rounding.each(model, specs, placement))
     if not named:
         raise InputError("no scheme was given; name at least one to round the layers with")
     if len({(r.placement.where, r.placement.prefill_reads) for r in named.values()}) > 1:

@@ -18,7 +18,7 @@ from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.evaluation.inputs import as_encoded, made_with, opened
 from kvgeom.evaluation.respond import Responses, respond
 from kvgeom.evaluation.scores import mean_log_likelihood
-from kvgeom.judges.judge import LABELS, Judge
+from kvgeom.judges.judge import LABELS, Judge, judgement
 from kvgeom.judges.registry import as_judge
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import bar, shown
@@ -215,5 +215,5 @@ def label_responses(
             logits = model.forward([*prompt.ids, *tokens[:-1]], all_logits=True)[len(prompt) - 1 :]
             return mean_log_likelihood(logits, tokens)
 
-        found.append((text, judge.label(prompt.text, text, likelihood).label))
+        found.append((text, judgement(judge, prompt.text, text, likelihood).label))
     return found

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from kvgeom.errors import InputError
+
 Label = Literal["refused", "complied", "degenerate"]
 LABELS: tuple[Label, ...] = ("refused", "complied", "degenerate")
 
@@ -19,10 +21,21 @@ class Judgement:
     label : {"refused", "complied", "degenerate"}
     reason : str
         Which rule gave the label, in a few words.
+
+    Raises
+    ------
+    InputError
+        For another label, or a reason that is no text.
     """
 
     label: Label
     reason: str
+
+    def __post_init__(self) -> None:
+        if self.label not in LABELS:
+            raise InputError(f"a judge labels a response as {', '.join(LABELS)}; got {self.label!r}")
+        if not isinstance(self.reason, str):
+            raise InputError(f"the reason of a judgement must be text, got {self.reason!r}")
 
 
 class Judge(Protocol):
@@ -48,6 +61,22 @@ class Judge(Protocol):
             pass over the response, so call it only when nothing else decides.
         """
         ...
+
+
+def judgement(judge: Judge, request: str, response: str, likelihood: Callable[[], float]) -> Judgement:
+    """What a judge says of one response.
+
+    Raises
+    ------
+    InputError
+        If that is no :class:`Judgement`.
+    """
+    found = judge.label(request, response, likelihood)
+    if not isinstance(found, Judgement):
+        raise InputError(
+            f"judge {judge.name!r} must return a Judgement, got {found!r}; return Judgement({LABELS[0]!r}, 'why')"
+        )
+    return found
 
 
 def settles(judge: Judge, response: str) -> bool:

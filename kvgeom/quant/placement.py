@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args, get_type_hints
 
+from kvgeom.checks import whole
 from kvgeom.errors import InputError, unknown
 
 
@@ -36,6 +37,11 @@ class Placement:
     sinks : int
         How many first tokens of a sequence stay in full precision for good.
 
+    Raises
+    ------
+    InputError
+        For a value that is none of these, or values that do not go together.
+
     Notes
     -----
     The default is what a quantized cache stores. :meth:`paper` is the simulation in the code
@@ -50,8 +56,12 @@ class Placement:
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        if self.residual < 0 or self.sinks < 0:
-            raise InputError(f"residual and sinks must be 0 or more tokens, got {self.residual} and {self.sinks}")
+        for name, kind in get_type_hints(type(self)).items():
+            value: Any = getattr(self, name)
+            if kind is int:
+                object.__setattr__(self, name, whole(name, value, 0))
+            elif value not in get_args(kind):
+                raise unknown(f"{name} of a placement", value, get_args(kind))
         if self.flush == "all" and self.residual == 0:
             raise InputError("flush='all' needs a residual window, got residual=0; give 1 or more")
         if self.windowed and self.where == "projection":

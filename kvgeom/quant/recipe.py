@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from kvgeom.errors import InputError
-from kvgeom.quant.scheme import Scheme
+from kvgeom.checks import whole
+from kvgeom.errors import InputError, check_names
+from kvgeom.quant.scheme import Scheme, runs
 
 if TYPE_CHECKING:
     from kvgeom.quant.transforms import Statics
@@ -23,12 +24,17 @@ class Recipe:
     Attributes
     ----------
     layers : tuple of (Scheme or None, Scheme or None)
-        One pair (k, v) per layer, layer 0 first.
+        One pair (k, v) per layer, layer 0 first. A scheme may be given as it is written: ``"int4-asym-token"``.
     offsets, factors : Statics or None
         What schemes with ``center`` subtract, and what schemes with ``equalize`` divide by.
     random_directions : int or None
         A control: the seed by which every rounding error is moved to other channels, with other signs. The damage is
         then that of a random perturbation which has, token by token, the size of the rounding error.
+
+    Raises
+    ------
+    InputError
+        For layers that are no pairs of schemes, or a seed that is no whole number from 0.
 
     Examples
     --------
@@ -45,23 +51,38 @@ class Recipe:
     factors: Statics | None = None
     random_directions: int | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(_pair(pair, layer) for layer, pair in enumerate(_listed(self.layers))))
+        if self.random_directions is not None:
+            seed = whole("the seed of random directions", self.random_directions, 0)
+            object.__setattr__(self, "random_directions", seed)
+
     @classmethod
     def exact(cls, n_layers: int) -> Recipe:
         """Nothing is rounded."""
-        return cls(((None, None),) * n_layers)
+        return cls.uniform(n_layers, None)
 
     @classmethod
     def uniform(
         cls,
         n_layers: int,
-        scheme: Scheme | None,
+        scheme: Scheme | str | None,
         *,
         layers: Iterable[int] | None = None,
         sites: Iterable[Site] = ("k", "v"),
     ) -> Recipe:
-        """The same scheme for k and v (or only one of them) in all layers, or only in ``layers``."""
+        """The same scheme for k and v (or only one of them) in all layers, or only in ``layers``.
+
+        Raises
+        ------
+        InputError
+            For layers or sites that do not exist, or a scheme that cannot be read.
+        """
+        n_layers = whole("n_layers", n_layers, 0)
         chosen = range(n_layers) if layers is None else _check(layers, n_layers)
         sites = tuple(sites)
+        check_names("site", sites, get_args(Site))
+        scheme = _scheme(scheme)
         pair = (scheme if "k" in sites else None, scheme if "v" in sites else None)
         return cls(tuple(pair if layer in chosen else (None, None) for layer in range(n_layers)))
 
@@ -78,6 +99,7 @@ class Recipe:
 
     def keep_ends(self, first: int = 0, last: int = 0) -> Recipe:
         """The same recipe with the first and last layers kept in full precision."""
+        first, last = whole("first", first, 0), whole("last", last, 0)
         return self.keep([*range(first), *range(len(self) - last, len(self))])
 
     def with_statics(self, *, offsets: Statics | None = None, factors: Statics | None = None) -> Recipe:
@@ -122,19 +144,53 @@ class Recipe:
         return iter(self.layers)
 
     def __str__(self) -> str:
-        schemes = sorted({str(scheme) for pair in self.layers for scheme in pair if scheme is not None})
-        if not schemes:
+        layers: dict[Schemes, list[int]] = {}
+        for layer in self.touched:
+            layers.setdefault(self.layers[layer], []).append(layer)
+        if not layers:
             return "exact"
-        where = "" if len(self.touched) == len(self) else f" in layers {','.join(map(str, self.touched))}"
+        parts = [
+            stored_as(*pair) + ("" if len(where) == len(self) else f" in layers {','.join(runs(where))}")
+            for pair, where in layers.items()
+        ]
         known = [
             f"{name} {statics}" for name, statics in (("offsets", self.offsets), ("factors", self.factors)) if statics
         ]
         known += [] if self.random_directions is None else [f"errors in random directions {self.random_directions}"]
-        return " + ".join(schemes) + where + (f" ({', '.join(known)})" if known else "")
+        return " + ".join(parts) + (f" ({', '.join(known)})" if known else "")
+
+
+def stored_as(k: Scheme | None, v: Scheme | None) -> str:
+    """What keys and values are stored as, once where they are stored alike."""
+    return str(k or "exact") if k == v else f"k {k or 'exact'}, v {v or 'exact'}"
+
+
+def _listed(layers: Any) -> list[Any]:
+    if not isinstance(layers, Iterable) or isinstance(layers, str):
+        raise InputError(f"layers of a recipe are one pair (k, v) of schemes each, got {layers!r}")
+    return list(layers)
+
+
+def _pair(given: Any, layer: int) -> Schemes:
+    pair = () if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    if len(pair) != 2:
+        raise InputError(f"layer {layer} of a recipe must be a pair (k, v) of schemes, got {given!r}")
+    return _scheme(pair[0]), _scheme(pair[1])
+
+
+def _scheme(given: Any) -> Scheme | None:
+    """A scheme that may be given as it is written."""
+    if given is None or isinstance(given, Scheme):
+        return given
+    if isinstance(given, str):
+        return Scheme.parse(given)
+    raise InputError(f"a scheme of a recipe must be a Scheme, its name, or None for full precision; got {given!r}")
 
 
 def _check(layers: Iterable[int], n_layers: int) -> frozenset[int]:
-    chosen = frozenset(layers)
+    if not isinstance(layers, Iterable):
+        raise InputError(f"layers must be a list of numbers, got {layers!r}")
+    chosen = frozenset(whole("a layer", layer, None) for layer in layers)
     wrong = sorted(layer for layer in chosen if not 0 <= layer < n_layers)
     if wrong:
         raise InputError(f"layers must be 0 to {n_layers - 1}, got {wrong}")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from kvgeom.checks import suggests
+from kvgeom.checks import suggests, whole
 from kvgeom.errors import InputError, unknown
 from kvgeom.quant.formats.base import DEFAULT, formats, get_format
 from kvgeom.quant.transforms import get_transform
@@ -92,8 +92,12 @@ class Scheme:
 
     def __post_init__(self) -> None:
         form = get_format(self.format)
+        object.__setattr__(self, "bits", whole("bits of a scheme", self.bits, None))
         if self.bits not in BITS:
             raise InputError(f"bits of a scheme must be 2 to 8, got {self.bits}; full precision is no scheme (None)")
+        if self.symmetric not in (True, False):
+            raise InputError(f"symmetric must be True or False, got {self.symmetric!r}")
+        object.__setattr__(self, "symmetric", bool(self.symmetric))
         for name, value, known in (
             ("granularity", self.granularity, get_args(Granularity)),
             ("precision of scales", self.scales, get_args(Precision)),
@@ -105,12 +109,15 @@ class Scheme:
                 f"granularity {self.granularity!r} does not go with group_size={self.group_size}; "
                 f"{' and '.join(_SIZED)} need a size, the others have none"
             )
-        if self.group_size is not None and self.group_size < 1:
-            raise InputError(f"group_size must be 1 or more, got {self.group_size}")
-        if self.channels is not None and (not self.channels or list(self.channels) != sorted({*self.channels})):
-            raise InputError(
-                f"channels must be in ascending order, each once, and at least one, got {self.channels}; use only()"
-            )
+        if self.group_size is not None:
+            object.__setattr__(self, "group_size", whole("group_size", self.group_size, 1))
+        if self.channels is not None:
+            channels = tuple(whole("a channel", channel, 0) for channel in self.channels)
+            if not channels or list(channels) != sorted({*channels}):
+                raise InputError(
+                    f"channels must be in ascending order, each once, and at least one, got {self.channels}; use only()"
+                )
+            object.__setattr__(self, "channels", channels)
         form.check(self)
         get_transform(self.transform)
 
@@ -142,7 +149,7 @@ class Scheme:
 
     def only(self, channels: Iterable[int]) -> Scheme:
         """The same scheme, rounding nothing but some channels."""
-        return replace(self, channels=tuple(sorted({int(channel) for channel in channels})))
+        return replace(self, channels=tuple(sorted({whole("a channel", channel, None) for channel in channels})))
 
     @property
     def plain(self) -> Scheme:

@@ -20,8 +20,9 @@ from kvgeom.behaviour.widths import at_widths
 from kvgeom.engines.registry import resolve
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import baseline
-from kvgeom.evaluation.condition import UNQUANTIZED, Condition, with_model_constants
-from kvgeom.evaluation.evaluate import evaluate
+from kvgeom.evaluation.condition import UNQUANTIZED, Condition, as_conditions, with_model_constants
+from kvgeom.evaluation.evaluate import evaluate, run_conditions
+from kvgeom.judges.judge import Judgement
 from kvgeom.models.hf import HFModel
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
@@ -113,11 +114,78 @@ def test_recipes_however_they_are_given(tiny: HFModel) -> None:
         ({"mine": Condition(Recipe.exact(5))}, None, "mine"),
         ({"mine": 4}, None, "int"),
         ({UNQUANTIZED: "kivi"}, None, UNQUANTIZED),
+        ([resolve("kivi", bits=2), resolve("kivi", bits=4)], None, "'kivi'; give a mapping"),
+        ({3: "int3-asym-token", "3": "int4-asym-token"}, None, "two different caches have the name '3'"),
     ],
 )
 def test_recipes_that_cannot_be_used(tiny: HFModel, recipes: object, placement: str | None, word: str) -> None:
     with pytest.raises(InputError, match=word):
         evaluate(tiny, recipes, REQUESTS[:1], placement=placement, **OPTIONS)
+
+
+def test_a_list_loses_no_recipe(tiny: HFModel) -> None:
+    """Two that round the same widths at other sites, layers or times are two; one that is given twice is one."""
+    a, b = Scheme(4), Scheme(3)
+    given = [
+        Recipe(((a, b),) * 3),
+        Recipe(((b, a),) * 3),
+        Recipe(((a, a), (b, b), (a, a))),
+        Recipe(((b, b), (a, a), (b, b))),
+        Condition(Recipe(((a, b),) * 3), Placement.paper()),
+        Recipe(((a, b),) * 3),
+    ]
+    found = evaluate(tiny, given, REQUESTS[:1], **OPTIONS)
+    assert found.data.sizes["recipe"] == 1 + 5
+    assert len(np.unique(found.data.kl.values[1:])) == 5
+
+
+def test_an_explicit_placement_takes_the_place_of_all_others(tiny: HFModel) -> None:
+    recipe = Recipe.uniform(3, Scheme(3))
+    given = {
+        "kivi": "kivi",
+        "config": resolve("kivi"),
+        "bare": recipe,
+        "condition": Condition(recipe, Placement(sinks=1)),
+    }
+    found = evaluate(tiny, given, REQUESTS[:1], placement="paper", **OPTIONS)
+    assert {*found.data.placement.values[1:]} == {str(Placement.paper())}
+    assert resolve("kivi", placement="paper").version == (
+        f"{resolve('kivi').version}; with another placement: {Placement.paper()}"
+    )
+    assert resolve("kivi", placement=resolve("kivi").placement) == resolve("kivi")
+
+
+def test_integers_of_numpy_can_be_written(tiny: HFModel, tmp_path: Path) -> None:
+    """Whatever is accepted reaches the journal and the file as numbers of Python."""
+    condition: Any = Condition(Recipe.uniform(3, Scheme(3)), layer=np.int64(1), bits=np.int64(3), draw=np.int64(0))
+    seed: Any = np.int64(5)
+    base = baseline(tiny, REQUESTS[:2], journal=tmp_path / "journal.jsonl", seed=seed, **OPTIONS)
+    given = {"condition": condition, "preset": resolve("kivi", bits=np.int64(4))}  # type: ignore[arg-type]
+    found = run_conditions(base, as_conditions(given, tiny, None), prompts=np.array([1]))
+    base.journal.close()
+    again = type(found).load(found.save(tmp_path / "outcomes.nc"))
+    assert again.meta["seed"] == 5
+    assert again.name(layer=1) == "condition"
+
+
+@pytest.mark.parametrize(
+    ("returned", "word"),
+    [
+        (lambda: Judgement("REFUSED", "says no"), "refused, complied, degenerate; got 'REFUSED'"),  # type: ignore[arg-type]
+        (lambda: Judgement("refused", None), "must be text"),  # type: ignore[arg-type]
+        (lambda: "refused", "'mine' must return a Judgement, got 'refused'"),
+        (lambda: None, "got None"),
+    ],
+)
+def test_what_a_judge_returns_is_checked(tiny: HFModel, returned: Callable[[], Any], word: str) -> None:
+    class Mine:
+        name = "mine"
+
+        def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Any:
+            return returned()
+
+    with pytest.raises(InputError, match=word):
+        baseline(tiny, REQUESTS[:1], **{**OPTIONS, "judge": Mine()})
 
 
 CALLS: dict[str, Callable[..., object]] = {
@@ -157,6 +225,24 @@ def test_options_of_the_run_belong_to_the_baseline(tiny: HFModel) -> None:
     for name in ("max_new_tokens", "batch_size"):
         with pytest.raises(InputError, match=name):
             baseline(tiny, REQUESTS, **{name: 0})
+
+
+def test_a_baseline_is_of_one_model(tiny: HFModel) -> None:
+    base = baseline(tiny, REQUESTS[:1], **OPTIONS)
+    expected = evaluate(tiny, "int4-asym-token", base, progress=False)
+    for same in (None, tiny.hf_model, tiny_model("llama")):
+        assert evaluate(same, "int4-asym-token", base, progress=False).data.identical(expected.data)
+    with pytest.raises(InputError, match="baseline is of tiny-llama, got the model tiny-qwen2"):
+        evaluate(tiny_model("qwen2"), "int4-asym-token", base)
+
+
+def test_a_journal_that_was_closed_is_opened_again(tiny: HFModel, tmp_path: Path) -> None:
+    base = baseline(tiny, REQUESTS[:1], journal=tmp_path / "journal.jsonl", **OPTIONS)
+    base.journal.close()
+    found = evaluate(tiny, ["int4-asym-token"], base, progress=False)
+    base.journal.close()
+    assert evaluate(tiny, ["int4-asym-token"], base, progress=False).data.identical(found.data)
+    base.journal.close()
 
 
 def test_constants_that_a_transform_needs(biased: HFModel) -> None:

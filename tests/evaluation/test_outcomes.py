@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,28 @@ def test_recipes_of_other_prompts_are_not_joined(base: Baseline) -> None:
     )
     with pytest.raises(InputError, match="prompts"):
         one.joined(other)
+
+
+def test_what_differs_is_not_joined(base: Baseline, whole: Outcomes) -> None:
+    """One name for other recipes, one number for other requests, other models and judges."""
+    recipe = CONDITIONS["a"].recipe
+    meta = {name: (name, {name: "other"}) for name in ("fingerprint", "judge", "max_new_tokens", "full_responses")}
+    others = {
+        **{word: Outcomes(whole.data, {**whole.meta, **change}) for word, change in meta.values()},
+        "recipe 'a' is int3": run_conditions(
+            base, {**CONDITIONS, "a": replace(CONDITIONS["a"], recipe=recipe.keep([0]))}
+        ),
+        "placement of recipe 'a'": run_conditions(base, {"a": replace(CONDITIONS["a"], placement=Placement(sinks=1))}),
+        "layer of recipe 'c' is 0": run_conditions(base, {"c": replace(CONDITIONS["c"], layer=1)}),
+        "request of prompt 0": Outcomes(
+            whole.data.assign_coords(request=whole.data.request[::-1].variable), whole.meta
+        ),
+    }
+    for word, other in others.items():
+        with pytest.raises(InputError, match=word):
+            whole.joined(other)
+    turned = whole.at_recipes(["c", "b", "a"])
+    xr.testing.assert_identical(whole.at_prompts([1]).joined(turned).data, whole.data)
 
 
 def test_parts(base: Baseline, whole: Outcomes) -> None:

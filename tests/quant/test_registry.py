@@ -219,6 +219,8 @@ def test_placements_by_name() -> None:
     assert Placement.parse(given) is given
     with pytest.raises(InputError, match="choose from cache, paper"):
         Placement.parse("attic")
+    with pytest.raises(InputError, match="did you mean 'cache'"):
+        Placement.parse("cahce")
 
 
 def test_a_transform_from_outside_gets_what_it_needs(extra: None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,7 +152,23 @@ def test_spelling_round_trip(scheme: Scheme) -> None:
         lambda: Scheme(4, granularity="group"),
         lambda: Scheme(4, group_size=8),
         lambda: Scheme.parse("q4_0-token"),
+        lambda: Scheme(4, symmetric="yes"),  # type: ignore[arg-type]
+        lambda: Scheme(4, granularity="group", group_size=1.5),  # type: ignore[arg-type]
+        lambda: Scheme(4.0),  # type: ignore[arg-type]
+        lambda: Scheme(4).only([0.5]),  # type: ignore[list-item]
         lambda: Recipe.uniform(4, Scheme(4), layers=[4]),
+        lambda: Recipe.uniform(4, Scheme(4), layers=[0.5]),  # type: ignore[list-item]
+        lambda: Recipe.uniform(4, Scheme(4), layers=[True, False]),
+        lambda: Recipe.uniform(4, Scheme(4), layers=2),  # type: ignore[arg-type]
+        lambda: Recipe.uniform(4, Scheme(4), sites=("keys", "values")),  # type: ignore[arg-type]
+        lambda: Recipe.uniform(4, Scheme(4), sites=()),
+        lambda: Recipe.uniform(4, 4),  # type: ignore[arg-type]
+        lambda: Recipe.uniform(2.5, Scheme(4)),  # type: ignore[arg-type]
+        lambda: Recipe.uniform(4, Scheme(4)).keep_ends(first=-1),
+        lambda: Recipe.uniform(4, Scheme(4)).with_random_directions(-1),
+        lambda: Recipe.uniform(4, Scheme(4)).with_random_directions("a"),  # type: ignore[arg-type]
+        lambda: Recipe((Scheme(4), Scheme(4))),  # type: ignore[arg-type]
+        lambda: Recipe("kv"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_schemes_are_refused(make: object) -> None:
@@ -164,15 +182,32 @@ def test_recipes() -> None:
     assert Recipe.uniform(3, scheme).keep([1]).touched == (0, 2)
     assert Recipe.uniform(3, scheme, sites=["k"]).layers[0] == (scheme, None)
     assert str(Recipe.uniform(3, scheme, layers=[2])) == "int4-asym-token in layers 2"
+    assert str(Recipe.uniform(3, scheme, sites=["k"]).keep([1])) == "k int4-asym-token, v exact in layers 0,2"
 
 
-def test_recipes_that_differ_have_different_records() -> None:
-    """A journal knows a recipe by this; its short name says neither which site nor which layer has which scheme."""
+def test_recipes_however_they_are_written() -> None:
+    """Names for schemes, lists for tuples and numpy's integers make the same recipe, which can be written as JSON."""
+    recipe = Recipe.uniform(3, Scheme(4), layers=[0, 2]).with_random_directions(7)
+    text = "int4-asym-token"
+    layers: Any = [[text, Scheme(np.int64(4), np.bool_(False))], [None, None], (text, text)]
+    for again in (
+        Recipe(layers, random_directions=np.int64(7)),  # type: ignore[arg-type]
+        Recipe.uniform(3, text, layers=np.array([0, 2])).with_random_directions(7),
+    ):
+        assert again == recipe
+        assert hash(again) == hash(recipe)
+        assert json.dumps(again.record()) == json.dumps(recipe.record())
+    grouped = Scheme(4, granularity="group", group_size=np.int64(8), channels=[np.int64(1)])  # type: ignore[arg-type]
+    assert grouped == Scheme.parse("int4-asym-group8@1")
+
+
+def test_recipes_that_differ_have_different_records_and_names() -> None:
+    """A journal knows a recipe by its record, a list of recipes by its name."""
     a, b, n = Scheme(4), Scheme(4, True, "tensor"), None
     pairs = [(a, b), (b, a), (a, a), (a, n), (n, a), (n, n)]
     recipes = [Recipe((one, two)) for one in pairs for two in pairs]
     assert len({repr(recipe.record()) for recipe in recipes}) == len(recipes) == len(set(recipes))
-    assert str(Recipe((pairs[0],))) == str(Recipe((pairs[1],)))
+    assert len({str(recipe) for recipe in recipes}) == len(recipes)
 
 
 @given(tensors(), schemes(), st.data())
@@ -293,6 +328,31 @@ def test_whether_a_sequence_meets_the_rounding(
         exactly = residual > 0 or (reads == "exact" and stop == prompt)
         met |= not torch.equal(before if exactly else held, x[:, :, :stop])
     assert placement.rounds(prompt, prompt + generated, whole) == met
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"where": "projections"}, "did you mean 'projection'"),
+        ({"prefill_reads": "round"}, "did you mean 'rounded'"),
+        ({"scales": "calls"}, "did you mean 'call'"),
+        ({"flush": None, "residual": 4}, "unknown flush of a placement None"),
+        *(
+            ({"residual": bad}, "residual must be a whole number, 0 or more")
+            for bad in (float("nan"), 1.5, None, "4", True)
+        ),
+        ({"sinks": -1}, "sinks must be a whole number, 0 or more, got -1"),
+    ],
+)
+def test_a_placement_checks_all_that_it_is_made_of(given: dict[str, object], found: str) -> None:
+    with pytest.raises(InputError, match=found):
+        Placement(**given)  # type: ignore[arg-type]
+
+
+def test_a_placement_takes_integers_of_numpy() -> None:
+    placement = Placement(residual=np.int64(4))  # type: ignore[arg-type]
+    assert placement == Placement(residual=4)
+    assert type(placement.residual) is int
 
 
 def test_windows_cannot_go_in_one_pass() -> None:
