@@ -53,7 +53,7 @@ BAD: list[tuple[Callable[[Path, Path], list[str]], str]] = [
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--bits", "12"], "got 12"),
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--scan-bits", "16"], "16"),
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--scheme", "q4_0"], "q4_0"),
-    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--limit", "0"], "at least one"),
+    (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--limit", "0"], "1 or more"),
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--max-new-tokens", "0"], "positive"),
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--device", "toaster"], "toaster"),
     (lambda model, tmp: [str(model), "--out", str(tmp / "o"), "--dtype", "float3"], "float3"),
