@@ -59,7 +59,7 @@ class Outcomes(Result):
         names = list(recipes) or [str(name) for name in self.data.recipe.values if name != UNQUANTIZED]
         placements = sorted({str(value) for value in self.data.placement.sel(recipe=names).values})
         return {
-            **{name: self.meta[name] for name in SHARED},
+            **{name: self.meta[name] for name in SHARED if name in self.meta},
             **({"scheme": {name: self.meta["recipes"][name] for name in recipes}} if recipes else {}),
             "placement": " / ".join(placements),
         }
