@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from typing import ClassVar, Self
 
 import numpy as np
@@ -217,6 +218,8 @@ class FittedSpace(Result):
     def contrasted(self, contrasts: Sequence[PromptSet]) -> dict[str, Self]:
         """Subspaces of contrasts between harmless requests (null b), found as this one was, by name.
 
+        Others of a name that there is already are numbered: ``"own prompts"``, ``"own prompts 2"``.
+
         Their prompts are run once, whatever number of contrasts they are part of, and once for all schemes.
 
         Parameters
@@ -234,14 +237,26 @@ class FittedSpace(Result):
         if key not in stores:
             stores[key] = ActivationStore(self.model, requests, self.placement)
         position = self.tried[0] if len(self.tried) == 1 else None
-        return {one.name: type(self).fit(Source(stores[key], one), self.k, self.method, position) for one in small}
+        return {
+            name: type(self).fit(Source(stores[key], one), self.k, self.method, position)
+            for name, one in _numbered(small).items()
+        }
 
     def summary(self) -> str:
         defined = self.data.defined.values
         return (
-            f"{self.meta['model']}: {self.data.sizes['layer']} layers x {list(self.data.site.values)}, k={self.k}, "
+            f"{self.meta['model']}: {self.data.sizes['layer']} layers x {self.data.site.values.tolist()}, k={self.k}, "
             f"{self.method}; defined at {int(defined.sum())} of {defined.size}"
         )
+
+
+def _numbered(sets: Sequence[PromptSet]) -> dict[str, PromptSet]:
+    """Prompt sets by name; a second set of one name gets a number, the same set again is left out."""
+    found: dict[str, PromptSet] = {}
+    for one in dict.fromkeys(sets):
+        names = (one.name if n == 1 else f"{one.name} {n}" for n in count(1))
+        found[next(name for name in names if name not in found)] = one
+    return found
 
 
 def check_prompts(prompts: PromptSet, k: int, method: str) -> None:
