@@ -146,4 +146,5 @@ def _condition(name: str, given: Any, model: Model, placement: Placement | str |
         raise InputError(f"recipe {name!r} has {len(own)} layers, but {model.name} has {layers}")
     if config is not None:
         return Condition(config.recipe(layers), config.placement)
-    return given if placement is None else replace(given, placement=Placement.parse(placement))
+    found: Condition = given
+    return found if placement is None else replace(found, placement=Placement.parse(placement))

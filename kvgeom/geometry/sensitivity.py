@@ -85,7 +85,9 @@ class Sensitivity(Result):
         return picked.rename({f"channel_{name}": name for name in names})
 
     def summary(self) -> str:
-        return f"ratio of {self.data.sizes['layer']} layers x {self.data.site.values.tolist()} under {self.meta['scheme']}"
+        return (
+            f"ratio of {self.data.sizes['layer']} layers x {self.data.site.values.tolist()} under {self.meta['scheme']}"
+        )
 
 
 def measure(

@@ -15,7 +15,6 @@ import torch
 from kvgeom.errors import InputError
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
-from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.transforms import Statics
 
 #: Version of the layout of a recipe's own file.
@@ -47,10 +46,13 @@ def recipe_from_json(record: Mapping[str, Any], statics: Mapping[str, Statics]) 
             )
         return None if fingerprint is None else statics[fingerprint]
 
-    layers = tuple(
-        (None if k is None else Scheme.parse(k), None if v is None else Scheme.parse(v)) for k, v in record["layers"]
-    )
-    return Recipe(layers, known("offsets"), known("factors"), record["random_directions"])
+    try:
+        bare = Recipe(record["layers"])
+    except InputError as error:
+        raise InputError(
+            f"{error}; if it has a format or transform of yours, import what defines that first"
+        ) from error
+    return Recipe(bare.layers, known("offsets"), known("factors"), record["random_directions"])
 
 
 def _statics_to_json(statics: Statics) -> dict[str, Any]:

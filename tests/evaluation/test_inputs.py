@@ -138,7 +138,12 @@ def test_a_list_loses_no_recipe(tiny: HFModel) -> None:
 
 def test_an_explicit_placement_takes_the_place_of_all_others(tiny: HFModel) -> None:
     recipe = Recipe.uniform(3, Scheme(3))
-    given = {"kivi": "kivi", "config": resolve("kivi"), "bare": recipe, "condition": Condition(recipe, Placement(sinks=1))}
+    given = {
+        "kivi": "kivi",
+        "config": resolve("kivi"),
+        "bare": recipe,
+        "condition": Condition(recipe, Placement(sinks=1)),
+    }
     found = evaluate(tiny, given, REQUESTS[:1], placement="paper", **OPTIONS)
     assert {*found.data.placement.values[1:]} == {str(Placement.paper())}
     assert resolve("kivi", placement="paper").version == (
@@ -156,7 +161,8 @@ def test_integers_of_numpy_can_be_written(tiny: HFModel, tmp_path: Path) -> None
     found = run_conditions(base, as_conditions(given, tiny, None), prompts=np.array([1]))
     base.journal.close()
     again = type(found).load(found.save(tmp_path / "outcomes.nc"))
-    assert again.meta["seed"] == 5 and again.name(layer=1) == "condition"
+    assert again.meta["seed"] == 5
+    assert again.name(layer=1) == "condition"
 
 
 @pytest.mark.parametrize(

@@ -72,10 +72,14 @@ def test_what_differs_is_not_joined(base: Baseline, whole: Outcomes) -> None:
     meta = {name: (name, {name: "other"}) for name in ("fingerprint", "judge", "max_new_tokens", "full_responses")}
     others = {
         **{word: Outcomes(whole.data, {**whole.meta, **change}) for word, change in meta.values()},
-        "recipe 'a' is int3": run_conditions(base, {**CONDITIONS, "a": replace(CONDITIONS["a"], recipe=recipe.keep([0]))}),
+        "recipe 'a' is int3": run_conditions(
+            base, {**CONDITIONS, "a": replace(CONDITIONS["a"], recipe=recipe.keep([0]))}
+        ),
         "placement of recipe 'a'": run_conditions(base, {"a": replace(CONDITIONS["a"], placement=Placement(sinks=1))}),
         "layer of recipe 'c' is 0": run_conditions(base, {"c": replace(CONDITIONS["c"], layer=1)}),
-        "request of prompt 0": Outcomes(whole.data.assign_coords(request=whole.data.request[::-1].variable), whole.meta),
+        "request of prompt 0": Outcomes(
+            whole.data.assign_coords(request=whole.data.request[::-1].variable), whole.meta
+        ),
     }
     for word, other in others.items():
         with pytest.raises(InputError, match=word):
@@ -117,3 +121,12 @@ def test_of_equal_conditions_one_is_run(base: Baseline) -> None:
     for column in one.data_vars:
         np.testing.assert_array_equal(one[column].values, other[column].values)
     assert twice.names(family="granularity") == ["a"]  # coordinates are not shared
+
+
+def test_no_prompts_are_saved_with_the_types_of_some(whole: Outcomes, tmp_path: Path) -> None:
+    none = whole.at_prompts([])
+    again = Outcomes.load(none.save(tmp_path / "none.nc"))
+    xr.testing.assert_identical(again.data, none.data)
+    types = {name: variable.dtype for name, variable in whole.data.variables.items()}
+    for column in ("label", "text", "request", "placement", "family"):
+        assert again.data[column].dtype == types[column] == np.dtype(object)

@@ -194,7 +194,8 @@ def test_recipes_however_they_are_written() -> None:
         Recipe(layers, random_directions=np.int64(7)),  # type: ignore[arg-type]
         Recipe.uniform(3, text, layers=np.array([0, 2])).with_random_directions(7),
     ):
-        assert again == recipe and hash(again) == hash(recipe)
+        assert again == recipe
+        assert hash(again) == hash(recipe)
         assert json.dumps(again.record()) == json.dumps(recipe.record())
     grouped = Scheme(4, granularity="group", group_size=np.int64(8), channels=[np.int64(1)])  # type: ignore[arg-type]
     assert grouped == Scheme.parse("int4-asym-group8@1")
@@ -336,7 +337,10 @@ def test_whether_a_sequence_meets_the_rounding(
         ({"prefill_reads": "round"}, "did you mean 'rounded'"),
         ({"scales": "calls"}, "did you mean 'call'"),
         ({"flush": None, "residual": 4}, "unknown flush of a placement None"),
-        *(({"residual": bad}, "residual must be a whole number from 0") for bad in (float("nan"), 1.5, None, "4", True)),
+        *(
+            ({"residual": bad}, "residual must be a whole number from 0")
+            for bad in (float("nan"), 1.5, None, "4", True)
+        ),
         ({"sinks": -1}, "sinks must be a whole number from 0, got -1"),
     ],
 )
@@ -347,7 +351,8 @@ def test_a_placement_checks_all_that_it_is_made_of(given: dict[str, object], fou
 
 def test_a_placement_takes_integers_of_numpy() -> None:
     placement = Placement(residual=np.int64(4))  # type: ignore[arg-type]
-    assert placement == Placement(residual=4) and type(placement.residual) is int
+    assert placement == Placement(residual=4)
+    assert type(placement.residual) is int
 
 
 def test_windows_cannot_go_in_one_pass() -> None:
