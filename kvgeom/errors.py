@@ -86,7 +86,7 @@ def whole(name: str, value: object, least: int | None = None) -> int:
     """
     found = None if isinstance(value, bool) else _index(value)
     if found is None or (least is not None and found < least):
-        raise InputError(f"{name} must be a whole number{'' if least is None else f' from {least}'}, got {value!r}")
+        raise InputError(f"{name} must be a whole number{'' if least is None else f', {least} or more'}, got {value!r}")
     return found
 
 

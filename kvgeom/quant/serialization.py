@@ -15,6 +15,7 @@ import torch
 from kvgeom.errors import InputError
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.transforms import Statics
 
 #: Version of the layout of a recipe's own file.
@@ -46,13 +47,17 @@ def recipe_from_json(record: Mapping[str, Any], statics: Mapping[str, Statics]) 
             )
         return None if fingerprint is None else statics[fingerprint]
 
+    layers = tuple((_scheme_from_json(k), _scheme_from_json(v)) for k, v in record["layers"])
+    return Recipe(layers, known("offsets"), known("factors"), record["random_directions"])
+
+
+def _scheme_from_json(text: str | None) -> Scheme | None:
     try:
-        bare = Recipe(record["layers"])
+        return None if text is None else Scheme.parse(text)
     except InputError as error:
         raise InputError(
             f"{error}; if it has a format or transform of yours, import what defines that first"
         ) from error
-    return Recipe(bare.layers, known("offsets"), known("factors"), record["random_directions"])
 
 
 def _statics_to_json(statics: Statics) -> dict[str, Any]:
