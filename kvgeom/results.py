@@ -317,7 +317,10 @@ class Composite:
 
 
 def _stamped(result: Result) -> xr.Dataset:
-    return result.data.assign_attrs(kvgeom_kind=result.kind, kvgeom_meta=json.dumps(plain(result.meta)))
+    text = [str(name) for name, variable in result.data.variables.items() if variable.dtype == object]
+    return result.data.assign_attrs(
+        kvgeom_kind=result.kind, kvgeom_meta=json.dumps(plain(result.meta)), kvgeom_text=json.dumps(text)
+    )
 
 
 def _written(path: str | Path, groups: Mapping[str, xr.Dataset]) -> Path:
@@ -340,6 +343,9 @@ def _read(path: Path, group: str | None) -> Result | Composite:
         raise InputError(f"cannot load {path}: not a kvgeom result; give a path that .save() wrote") from error
     kind = data.attrs.pop("kvgeom_kind", None)
     meta = json.loads(data.attrs.pop("kvgeom_meta", "{}"))
+    # A file has no type for text that is not there: an empty column would come back as numbers.
+    text = json.loads(data.attrs.pop("kvgeom_text", "[]"))
+    data = data.assign({name: data[name].astype(object) for name in text})
     made = _KINDS.get(kind)
     if made is None:
         raise InputError(

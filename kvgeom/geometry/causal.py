@@ -61,7 +61,7 @@ class Patching(Result):
 
     def summary(self) -> str:
         sizes = self.data.sizes
-        return f"{sizes['layer']} layers x {list(self.data.scheme.values)}, {sizes['prompt']} prompts"
+        return f"{sizes['layer']} layers x {self.data.scheme.values.tolist()}, {sizes['prompt']} prompts"
 
 
 @suggests(LOAD_OPTIONS)

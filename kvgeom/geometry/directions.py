@@ -102,7 +102,7 @@ class Directions(Result):
 
     def summary(self) -> str:
         sizes = self.data.sizes
-        return f"{list(self.data.estimator.values)} at {list(self.data.position.values)}, {sizes['layer']} layers"
+        return f"{self.data.estimator.values.tolist()} at {self.data.position.values.tolist()}, {sizes['layer']} layers"
 
 
 def _square(values: NDArray[np.float64], dim: str, names: Iterable[object]) -> xr.DataArray:

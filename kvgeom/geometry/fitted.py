@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -216,6 +217,8 @@ class FittedSpace(Result):
     def contrasted(self, contrasts: Any) -> dict[str, Self]:
         """Subspaces of contrasts between harmless requests (null b), found as this one was, by name.
 
+        Others of a name that there is already are numbered: ``"own prompts"``, ``"own prompts 2"``.
+
         Their prompts are run once, whatever number of contrasts they are part of, and once for all schemes.
 
         Parameters
@@ -227,11 +230,6 @@ class FittedSpace(Result):
         size = min(len(self.prompts.harmful), len(self.prompts.harmless))
         single = isinstance(contrasts, PromptSet | Mapping | str) or not isinstance(contrasts, Iterable)
         small = [as_prompt_set(contrast).take(size) for contrast in ([contrasts] if single else contrasts)]
-        names = [contrast.name for contrast in small]
-        if len({*names}) < len(names):
-            raise InputError(
-                f"contrasts must have names of their own, got {', '.join(names)}; give each as a PromptSet"
-            )
         requests = tuple(dict.fromkeys(text for contrast in small for text in (*contrast.harmful, *contrast.harmless)))
         if not requests:
             return {}
@@ -239,14 +237,26 @@ class FittedSpace(Result):
         if key not in stores:
             stores[key] = ActivationStore(self.model, requests, self.placement)
         position = self.tried[0] if len(self.tried) == 1 else None
-        return {one.name: type(self).fit(Source(stores[key], one), self.k, self.method, position) for one in small}
+        return {
+            name: type(self).fit(Source(stores[key], one), self.k, self.method, position)
+            for name, one in _numbered(small).items()
+        }
 
     def summary(self) -> str:
         defined = self.data.defined.values
         return (
-            f"{self.meta['model']}: {self.data.sizes['layer']} layers x {list(self.data.site.values)}, k={self.k}, "
+            f"{self.meta['model']}: {self.data.sizes['layer']} layers x {self.data.site.values.tolist()}, k={self.k}, "
             f"{self.method}; defined at {int(defined.sum())} of {defined.size}"
         )
+
+
+def _numbered(sets: Sequence[PromptSet]) -> dict[str, PromptSet]:
+    """Prompt sets by name; a second set of one name gets a number, the same set again is left out."""
+    found: dict[str, PromptSet] = {}
+    for one in dict.fromkeys(sets):
+        names = (one.name if n == 1 else f"{one.name} {n}" for n in count(1))
+        found[next(name for name in names if name not in found)] = one
+    return found
 
 
 def check_prompts(prompts: PromptSet, k: int, method: str) -> int:

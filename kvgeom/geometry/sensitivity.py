@@ -86,7 +86,9 @@ class Sensitivity(Result):
         return picked.rename({f"channel_{name}": name for name in names})
 
     def summary(self) -> str:
-        return f"ratio of {self.data.sizes['layer']} layers x {list(self.data.site.values)} under {self.meta['scheme']}"
+        return (
+            f"ratio of {self.data.sizes['layer']} layers x {self.data.site.values.tolist()} under {self.meta['scheme']}"
+        )
 
 
 @suggests()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -22,6 +24,8 @@ from kvgeom.judges.judge import LABELS, Judge, judgement
 from kvgeom.judges.registry import as_judge
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import bar, shown
+from kvgeom.prompts.load import as_prompt_set
+from kvgeom.prompts.sets import PromptSet
 from kvgeom.results import Result
 from kvgeom.stats import wilson
 
@@ -150,22 +154,31 @@ def steer(
         For instance ``selection.direction``, in the units of the residual stream.
     layer : int
         After which layer it is added.
-    harmful, harmless : sequence of EncodedPrompt
-        Prompts that neither found nor chose the direction.
+    harmful, harmless : EncodedPrompts, requests, or a set of prompts or its name
+        Prompts that neither found nor chose the direction. Of a set the requests of that class.
     scale : float
         Multiplies what is added.
     judge : Judge or str, optional
     max_new_tokens : int
     **load_options
         Of :func:`kvgeom.load`.
+
+    Raises
+    ------
+    InputError
+        For a layer that the model does not have, a direction or scale that cannot be added, fewer than one new token, or a
+        set without requests of its class.
     """
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+    if not math.isfinite(scale):
+        raise InputError(f"scale must be a finite number, got {scale!r}")
     model, harmful = opened(model, harmful, load_options, progress)
-    harmless = as_encoded(model, harmless)
+    harmless = as_encoded(model, _harmless(harmless))
     labeller, layer = as_judge(judge), whole("layer", layer, 0, model.geometry.layers - 1)
     r = torch.from_numpy(np.asarray(direction, dtype=np.float32))
-    if r.shape != (model.geometry.d_model,) or not float(r.norm()) > 0:
+    if r.shape != (model.geometry.d_model,) or not 0 < float(r.norm()) < math.inf:
         raise InputError(
-            f"a direction must have shape [{model.geometry.d_model}] and not be 0, got shape {list(r.shape)}"
+            f"a direction must have shape [{model.geometry.d_model}], be finite and not be 0, got shape {list(r.shape)}"
         )
     prompts = [*harmful, *harmless]
     runs: list[tuple[str, Sequence[EncodedPrompt], ResidEdit | None]] = [
@@ -201,6 +214,16 @@ def steer(
         "max_new_tokens": max_new_tokens,
     }
     return Steering(data, meta)
+
+
+def _harmless(given: Any) -> Any:
+    """The harmless requests of what holds requests of both classes; anything else as it is."""
+    if not (isinstance(given, PromptSet | Mapping | str | Path) or hasattr(given, "columns")):
+        return given
+    found = as_prompt_set(given)
+    if not found.harmless:
+        raise InputError(f"prompt set {found.name!r} has no harmless requests; give some")
+    return found.harmless
 
 
 def label_responses(

@@ -34,7 +34,7 @@ class Recipe:
     Raises
     ------
     InputError
-        For layers that are no pairs of schemes, or a seed that is no whole number from 0.
+        For layers that are no pairs of schemes, or a seed that is no whole number, 0 or more.
 
     Examples
     --------

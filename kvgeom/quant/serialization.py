@@ -47,10 +47,17 @@ def recipe_from_json(record: Mapping[str, Any], statics: Mapping[str, Statics]) 
             )
         return None if fingerprint is None else statics[fingerprint]
 
-    layers = tuple(
-        (None if k is None else Scheme.parse(k), None if v is None else Scheme.parse(v)) for k, v in record["layers"]
-    )
+    layers = tuple((_scheme_from_json(k), _scheme_from_json(v)) for k, v in record["layers"])
     return Recipe(layers, known("offsets"), known("factors"), record["random_directions"])
+
+
+def _scheme_from_json(text: str | None) -> Scheme | None:
+    try:
+        return None if text is None else Scheme.parse(text)
+    except InputError as error:
+        raise InputError(
+            f"{error}; if it has a format or transform of yours, import what defines that first"
+        ) from error
 
 
 def _statics_to_json(statics: Statics) -> dict[str, Any]:

@@ -137,3 +137,12 @@ def test_of_equal_conditions_one_is_run(base: Baseline) -> None:
     for column in one.data_vars:
         np.testing.assert_array_equal(one[column].values, other[column].values)
     assert twice.names(family="granularity") == ["a"]  # coordinates are not shared
+
+
+def test_no_prompts_are_saved_with_the_types_of_some(whole: Outcomes, tmp_path: Path) -> None:
+    none = whole.at_prompts([])
+    again = Outcomes.load(none.save(tmp_path / "none.nc"))
+    xr.testing.assert_identical(again.data, none.data)
+    types = {name: variable.dtype for name, variable in whole.data.variables.items()}
+    for column in ("label", "text", "request", "placement", "family"):
+        assert again.data[column].dtype == types[column] == np.dtype(object)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from kvgeom.geometry.estimators import (
 from kvgeom.geometry.selection import Selection, select
 from kvgeom.geometry.steering import Steering, ablate, add, steer
 from kvgeom.models.model import Model
+from kvgeom.prompts.sets import PromptSet
 from tests.builders.geometry import refusing
 from tests.builders.requests import MORE_PAIRS
 from tests.builders.tiny import tiny_model
@@ -356,3 +359,40 @@ def test_steer(space, tmp_path) -> None:  # type: ignore[no-untyped-def]
     assert str(found.data.text.sel(intervention="ablate", prompt=2).values) == model.decode(tokens)
     with pytest.raises(InputError, match="direction"):
         steer(model, np.zeros(model.geometry.d_model), 1, space.harmful, space.harmless)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"layer": 99}, "layer must be 0 to"),
+        ({"layer": -1}, "got -1"),
+        ({"layer": 0.5}, "whole number"),
+        ({"scale": float("nan")}, "scale must be a finite"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"direction": np.inf}, "finite"),
+        ({"harmless": {"harmful": ["burn a car"]}}, "no harmless requests"),
+    ],
+)
+def test_steering_that_cannot_be_done(space, options: dict[str, Any], word: str) -> None:  # type: ignore[no-untyped-def]
+    model = space.model
+    asked = PromptSet("asked", ("burn a car",), ("wash a car",), "")
+    arguments = {"layer": 1, "harmful": asked, "harmless": asked, "direction": 1.0, **options}
+    direction = np.full(model.geometry.d_model, arguments.pop("direction"))
+    with pytest.raises(InputError, match=word):
+        steer(model, direction, **arguments, progress=False)
+
+
+def test_steering_takes_the_harmless_requests_of_a_set(space) -> None:  # type: ignore[no-untyped-def]
+    asked = PromptSet("asked", ("burn a car",), ("wash a car",), "")
+    direction = np.ones(space.model.geometry.d_model)
+    for harmless in (asked, {"harmless": ["wash a car"]}, ["wash a car"]):
+        found = steer(space.model, direction, np.int64(1), asked, harmless, max_new_tokens=1, progress=False)  # type: ignore[arg-type]
+        assert found.data.request.values.tolist() == ["burn a car", "wash a car"]
+        assert found.data.harmful.values.tolist() == [True, False]
+
+
+def test_contrasts_of_one_name_are_all_there(space) -> None:  # type: ignore[no-untyped-def]
+    one, other = (PromptSet("own prompts", (f"{w} a", f"{w} b"), (f"{w} c", f"{w} d"), "") for w in ("see", "hear"))
+    found = space.contrasted([one, other, one])
+    assert list(found) == ["own prompts", "own prompts 2"]
+    assert [each.prompts for each in found.values()] == [one, other]

@@ -104,3 +104,9 @@ def test_content_that_was_changed() -> None:
         recipe_from_json(record, {})
     with pytest.raises(InputError, match="scheme 'int9'"):
         recipe_from_json({**record, "layers": [["int9", None]]}, {key: offsets})
+
+
+def test_a_format_that_is_not_there_is_to_be_imported() -> None:
+    record = {**recipe_to_json(Recipe.uniform(1, "int4-asym-token"), {}), "layers": [["ternary-group64", None]]}
+    with pytest.raises(InputError, match=r"'ternary-group64'.*import what defines that first"):
+        recipe_from_json(record, {})
