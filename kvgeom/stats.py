@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest, spearmanr
+from scipy.stats import binomtest, rankdata
 
 from kvgeom.errors import InputError
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import xarray as xr
 
 Interval = tuple[float, float]
+#: How often a family of tests may be wrong.
+WRONG = 0.05
 
 
 def wilson(successes: int, trials: int) -> Interval:
@@ -23,6 +26,51 @@ def wilson(successes: int, trials: int) -> Interval:
         return float("nan"), float("nan")
     found = binomtest(successes, trials).proportion_ci(method="wilson")
     return float(found.low), float(found.high)
+
+
+def holm(p: ArrayLike) -> NDArray[np.float64]:
+    """p-values adjusted for being several (Holm): one at most 0.05 is wrong in no more than 5 % of families.
+
+    Parameters
+    ----------
+    p : array [tests]
+
+    References
+    ----------
+    Holm, "A simple sequentially rejective multiple test procedure", 1979.
+    """
+    values = np.asarray(p, dtype=float)
+    order = np.argsort(values, kind="stable")
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    bounded: NDArray[np.float64] = np.minimum(adjusted, 1.0)
+    return bounded
+
+
+def shares_above(successes: Sequence[int], trials: int, border: float) -> list[Literal["above", "below", "open"]]:
+    """On which side of a border each of several proportions lies, wrong about any of them in no more than 5 % of cases a side.
+
+    Exact binomial tests against the border, one-sided, adjusted by :func:`holm`.
+
+    Parameters
+    ----------
+    successes : sequence of int
+        One for each proportion, all of the same number of trials.
+    trials : int
+    border : float
+
+    Examples
+    --------
+    >>> shares_above([0, 3, 40], 60, 0.1)
+    ['below', 'open', 'above']
+    """
+    if trials == 0 or not successes:
+        return ["open"] * len(successes)
+    above, below = (
+        holm([binomtest(k, trials, border, alternative=side).pvalue for k in successes]) <= WRONG
+        for side in ("greater", "less")
+    )
+    return ["above" if a else "below" if b else "open" for a, b in zip(above, below, strict=True)]
 
 
 def bootstrap_means(values: ArrayLike, *, samples: int = 2000, seed: int = 0) -> NDArray[np.float64]:
@@ -137,38 +185,53 @@ def mcnemar(one: ArrayLike, other: ArrayLike) -> float:
 
 @dataclass(frozen=True)
 class RankCorrelation:
-    """Spearman's rank correlation over layers, with its bootstrap 95 % interval over prompts.
+    """Spearman's rank correlation over layers of what two measures would be over all prompts, with its 95 % interval.
+
+    Few prompts blur the order of the layers, so that the correlation of two means is too small. It is divided by how well
+    each measure agrees with itself from one half of the prompts to the other (Spearman, 1904).
 
     Attributes
     ----------
     value, low, high : float
-        NaN where one side does not vary. The interval alone is NaN where one side does not vary in more than a twentieth
-        of the resamples, as with a single flip: so few prompts decide nothing.
+        NaN where a measure does not vary, or its halves do not agree (their correlation below :data:`AGREEMENT`): then
+        nothing is known of it.
+    seen : float
+        The plain correlation of the means, too small by what prompts add.
+    reliability : (float, float)
+        Correlation of either measure between halves of the prompts; 1 for one that has no prompts.
     layers, prompts : int
     """
 
     value: float
     low: float
     high: float
+    seen: float
+    reliability: tuple[float, float]
     layers: int
     prompts: int
 
     def __str__(self) -> str:
+        of = f"{self.prompts} prompts"
+        if not np.isfinite(self.seen):
+            return f"rank correlation undetermined (one side does not vary; {of})"
         if not np.isfinite(self.value):
-            return "rank correlation undetermined (one side does not vary)"
-        if not np.isfinite(self.low):
+            halves = " and ".join(f"{each:.2f}" for each in self.reliability)
             return (
-                f"rank correlation {self.value:.2f}, undetermined (one side does not vary in many resamples of "
-                f"{self.prompts} prompts)"
+                f"rank correlation undetermined ({self.seen:.2f} as seen, but halves of {of} agree with each other at only "
+                f"{halves})"
             )
-        return (
-            f"rank correlation {self.value:.2f} [{self.low:.2f}, {self.high:.2f}] "
-            f"over {self.layers} layers ({self.prompts} prompts)"
-        )
+        return f"rank correlation {self.value:.2f} [{self.low:.2f}, {self.high:.2f}] over {self.layers} layers ({of})"
 
 
-def rank_correlation(a: xr.DataArray, b: xr.DataArray, *, samples: int = 1000, seed: int = 0) -> RankCorrelation:
-    """Do two measures rank the layers alike? Means over prompts are compared, prompts are resampled together.
+#: Halves of the prompts that agree less than this say nothing of the order of layers.
+AGREEMENT = 0.1
+
+
+def rank_correlation(a: xr.DataArray, b: xr.DataArray, *, samples: int = 500, seed: int = 0) -> RankCorrelation:
+    """Do two measures rank the layers alike?
+
+    Each sample deals the prompts into halves and resamples either. The measures are compared across halves, so that what a
+    prompt does to both does not count, and divided by the root of the agreement of each with itself.
 
     Parameters
     ----------
@@ -191,17 +254,53 @@ def rank_correlation(a: xr.DataArray, b: xr.DataArray, *, samples: int = 1000, s
         )
     n = sizes.pop()
     one, two = (np.asarray(x.transpose(..., "layer").values, dtype=float) for x in (a, b))
+    seen = float(_spearman(*(x.mean(0) if x.ndim == 2 else x for x in (one, two))))
+    nan = float("nan")
+    if n < 4 or not np.isfinite(seen):
+        return RankCorrelation(nan, nan, nan, seen, (nan, nan), one.shape[-1], n)
     rng = np.random.default_rng(seed)
-    draws = [_spearman(one, two, rng.integers(0, n, n)) for _ in range(samples)]
-    finite = [d for d in draws if np.isfinite(d)]
-    value = _spearman(one, two, np.arange(n))
-    decided = np.isfinite(value) and len(finite) >= 0.95 * samples
-    low, high = np.quantile(finite, [0.025, 0.975]) if decided else (np.nan, np.nan)
-    return RankCorrelation(value, float(low), float(high), one.shape[-1], n)
+    exact = _across_halves(one, two, [_halves(n, rng, resample=False) for _ in range(samples)])
+    drawn = _across_halves(one, two, [_halves(n, rng, resample=True) for _ in range(samples)])
+    across, *agreement = (float(np.nanmean(part)) if np.isfinite(part).any() else nan for part in exact)
+    reliability = (agreement[0], agreement[1])
+    if not min(reliability) >= AGREEMENT or np.isfinite(drawn).all(0).mean() < 0.5:  # NaN is no agreement
+        return RankCorrelation(nan, nan, nan, seen, reliability, one.shape[-1], n)
+    value = float(np.clip(across / np.sqrt(agreement[0] * agreement[1]), -1, 1))
+    # Halves that agree by less than this in one sample would blow it up.
+    floors = [np.maximum(part, AGREEMENT / 2) for part in drawn[1:]]
+    low, high = np.nanquantile(np.clip(drawn[0] / np.sqrt(floors[0] * floors[1]), -1, 1), [0.025, 0.975])
+    return RankCorrelation(value, min(float(low), value), max(float(high), value), seen, reliability, one.shape[-1], n)
 
 
-def _spearman(a: NDArray[np.float64], b: NDArray[np.float64], rows: NDArray[np.int64]) -> float:
-    one, two = (x[rows].mean(0) if x.ndim == 2 else x for x in (a, b))
-    if np.ptp(one) == 0 or np.ptp(two) == 0:
-        return float("nan")
-    return float(spearmanr(one, two).statistic)
+Halves = tuple[NDArray[np.int64], NDArray[np.int64]]
+
+
+def _halves(n: int, rng: np.random.Generator, resample: bool) -> Halves:
+    """Prompts dealt into halves, which share none even where each is resampled."""
+    dealt = rng.permutation(n)
+    halves = dealt[: n // 2], dealt[n // 2 :]
+    return tuple(rng.choice(half, len(half)) for half in halves) if resample else halves  # type: ignore[return-value]
+
+
+def _across_halves(
+    one: NDArray[np.float64], two: NDArray[np.float64], dealt: Sequence[Halves]
+) -> list[NDArray[np.float64]]:
+    """Correlation of one measure with the other across halves, and of each with itself; 1 for one without prompts."""
+    means = [
+        [np.stack([x[half[side]].mean(0) if x.ndim == 2 else x for half in dealt]) for side in (0, 1)]
+        for x in (one, two)
+    ]
+    (a, b), (c, d) = means
+    across = (_spearman(a, d) + _spearman(b, c)) / 2
+    return [
+        across,
+        *(_spearman(*pair) if x.ndim == 2 else np.ones(len(dealt)) for x, pair in zip((one, two), means, strict=True)),
+    ]
+
+
+def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rank correlation along the last dimension; NaN where one side does not vary."""
+    x, y = (ranks - ranks.mean(-1, keepdims=True) for ranks in (rankdata(part, axis=-1) for part in (a, b)))
+    size = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+    found: NDArray[np.float64] = np.where(size > 0, (x * y).sum(-1) / np.where(size > 0, size, 1), np.nan)
+    return found

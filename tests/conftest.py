@@ -13,6 +13,7 @@ from hypothesis import settings
 from kvgeom.models.hf import HFModel
 from kvgeom.models.model import Model
 from kvgeom.organisms import MODES, Organism, Size, plant, tiny_model
+from tests.builders.organisms import size_of, trained_for
 from tests.builders.tiny import tiny_hf_model, tiny_tokenizer, write_tiny_gguf
 
 # A property that takes long once, because torch warms up, has not failed.
@@ -76,6 +77,7 @@ def trained() -> HFModel:
 
 
 @pytest.fixture(scope="session", params=MODES)
-def organism(request: pytest.FixtureRequest, trained: HFModel) -> Organism:
+def organism(request: pytest.FixtureRequest) -> Organism:
     """A trained model with each mode planted in turn."""
-    return plant(trained, request.param, seed=8, prompts=Size(3).prompts("train").take(24))
+    mode = request.param
+    return plant(trained_for(mode), mode, seed=8, prompts=size_of(mode).prompts("train").take(24))

@@ -285,7 +285,7 @@ def room_for(size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("command", "size", "file"),
-    [("sweep", 2000, "journal.jsonl"), ("audit", 35000, "audit.nc"), ("audit", 300_000, "report.html")],
+    [("sweep", 2000, "journal.jsonl"), ("audit", 60_000, "audit.nc"), ("audit", 300_000, "report.html")],
 )
 def test_a_full_disk_loses_nothing(
     command: str, size: int, file: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         prompts=options.prompt_set(arguments.prompts, arguments.limit),
         scheme=arguments.scheme,
         bits=arguments.bits,
-        scan_bits=options.check_scan_bits(arguments.scan_bits),
+        scan_bits=arguments.scan_bits,
         placement=arguments.placement,
         **run,
         **options.load_options(arguments),

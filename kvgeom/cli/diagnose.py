@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         options.prompt_set(arguments.prompts, arguments.limit),
         scheme=arguments.scheme,
         bits=arguments.bits,
-        scan_bits=options.check_scan_bits(arguments.scan_bits),
+        scan_bits=arguments.scan_bits,
         placement=arguments.placement,
         geometry=arguments.geometry,
         full_responses=judge is not None,

@@ -69,7 +69,10 @@ def add_widths(command: argparse.ArgumentParser) -> None:
 def add_scan_bits(command: argparse.ArgumentParser) -> None:
     """The width of layers, parts and PCR."""
     command.add_argument(
-        "--scan-bits", metavar="B", type=int, default=3, help="width of layers, parts, PCR (default: %(default)s)"
+        "--scan-bits",
+        metavar="B",
+        type=int,
+        help="width of layers, fixes, PCR (default: the fewest at which the model still writes language)",
     )
 
 
@@ -130,15 +133,6 @@ def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keywords of :func:`kvgeom.load`."""
     names = ("template", "dtype", "device", "revision", "trust_remote_code")
     return {name: getattr(arguments, name) for name in names}
-
-
-def check_scan_bits(bits: int) -> int:
-    """Return the width of a scan if it rounds anything."""
-    from kvgeom.quant.scheme import check_bits
-
-    if check_bits(bits) == 16:
-        raise InputError("--scan-bits 16 rounds nothing; give 2 to 8")
-    return bits
 
 
 def prompt_set(spec: str, limit: int | None) -> PromptSet:

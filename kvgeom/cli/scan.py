@@ -23,22 +23,22 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Scan, and print the layers."""
-    bits, judge, run = (
-        options.check_scan_bits(arguments.scan_bits),
-        options.classifier(arguments),
-        options.run_options(arguments),
-    )
+    judge, run = options.classifier(arguments), options.run_options(arguments)
     prompts = options.prompt_set(arguments.prompts, arguments.limit)
+    from kvgeom.behaviour.matched import check_scan_bits, scan_width
     from kvgeom.behaviour.scan import scan_of, single_layer_scan
     from kvgeom.quant.placement import Placement
-    from kvgeom.quant.scheme import Scheme
 
+    check_scan_bits(arguments.scan_bits)
     model = kvgeom.load(arguments.model, progress=run["progress"], **options.load_options(arguments))
     base = kvgeom.baseline(model, prompts.harmful, journal=options.journal(arguments), **run)
-    scheme = Scheme(bits, symmetric=True, granularity="tensor")
     placement = Placement.parse(arguments.placement or "cache")
+    width = scan_width(base, arguments.scan_bits, placement)
+    scheme = width.scheme
     scan, outcomes = single_layer_scan(base, scheme, placement=placement, full_responses=judge is not None)
     if judge is not None:
         model.release()
         scan = scan_of(outcomes.relabel(judge), scheme)
-    return options.report(arguments, f"{scan.to_text()}\n\nCritical layer: {scan.meta['reason']}.")
+    return options.report(
+        arguments, f"Single layers ({scheme}; {width})\n\n{scan.to_text()}\n\nCritical layer: {scan.meta['reason']}."
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -16,14 +16,26 @@ from kvgeom.behaviour.ablation import (
     ablation_text,
 )
 from kvgeom.behaviour.curve import Curve, curve_of, perplexities
+from kvgeom.behaviour.matched import ScanWidth, check_scan_bits, scan_width
 from kvgeom.behaviour.pcr import PCR, pcr_of
-from kvgeom.behaviour.scan import Scan, per_tensor, scan_of
+from kvgeom.behaviour.scan import CRITICAL_SHARE, SCAN_SCHEME, Scan, scan_of
 from kvgeom.behaviour.widths import at_widths
 from kvgeom.checks import suggests
-from kvgeom.diagnosis.evidence import evidence_from, shares
-from kvgeom.diagnosis.measure import WORST_LAYER, Measured, flip_table, measure, sensitivity_of, with_geometry
-from kvgeom.diagnosis.mode import Mode
-from kvgeom.diagnosis.taxonomy import Evidence, classify
+from kvgeom.diagnosis.evidence import Evidence, evidence_from
+from kvgeom.diagnosis.findings import mode_of
+from kvgeom.diagnosis.measure import (
+    FIXES,
+    PAPER_SETTING,
+    RANDOM,
+    Measured,
+    measure,
+    sensitivity_of,
+    trials_of,
+    with_geometry,
+)
+from kvgeom.diagnosis.mode import Mode, ModeName
+from kvgeom.diagnosis.posterior import effects
+from kvgeom.diagnosis.taxonomy import FIXABLE, pattern_of, published_mode
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline, opened, run_baseline
@@ -63,6 +75,8 @@ class Diagnosis(Composite):
     evidence : Evidence
     prompts : PromptSet
         The harmful ones were put to the model; with their harmless counterparts.
+    width : ScanWidth
+        At which layers were scanned, and how it was found.
     measured : int or None
         The layer that was the worst when its parts were tried.
     seed : int
@@ -86,6 +100,7 @@ class Diagnosis(Composite):
     sensitivity: Sensitivity | None
     evidence: Evidence
     prompts: PromptSet
+    width: ScanWidth
     measured: int | None
     seed: int
     base: Baseline | None = field(default=None, compare=False)
@@ -102,6 +117,25 @@ class Diagnosis(Composite):
         if self.base is None:
             raise InputError("this diagnosis was read from a file and has no model; give it one: diagnosis.on(model)")
         return self.base
+
+    @property
+    def paper_mode(self) -> ModeName:
+        """The mode whose advice by the paper can be tried.
+
+        That of the diagnosis; where it names none with a fix of its own, that of the paper's rules at face value: without
+        intervals, and with broken text counted as lost (:func:`~kvgeom.diagnosis.taxonomy.published_mode`).
+        """
+        if self.mode.name in FIXABLE:
+            return self.mode.name
+        layers, whole = self.scan.data, self.ablation.data.flips
+        critical = int((layers.flip_rate > CRITICAL_SHARE).sum())
+        worst = layers.isel(layer=int(layers.flips.values.argmax()))
+        lost = int(whole.sel(recipe=ALL_LAYERS))
+        if not lost:
+            return "robust"
+        pcr = 1 - int(worst.flips_channel) / int(worst.flips) if int(worst.flips) else 0.0
+        group64 = 1 - int(whole.sel(recipe="group-64")) / lost
+        return published_mode(pcr, pattern_of(critical, layers.sizes["layer"]), (group64, group64))
 
     @suggests(RUN_OPTIONS)
     def on(self, model: Any, **options: Any) -> Diagnosis:
@@ -148,8 +182,7 @@ class Diagnosis(Composite):
         )
         ratio, first = self.curve.data.perplexity_ratio.values, self.curve.meta["baseline_perplexity"]
         curve = curve_of(outcomes, [first * float(r) for r in ratio], self.curve.meta)
-        scheme = Scheme.parse(self.scan.meta["scheme"])
-        measured = Measured(outcomes, parts, paper, scheme, self.measured)
+        measured = Measured(outcomes, parts, paper, self.width, self.measured)
         return _conclude(measured, self.prompts, curve, self.sensitivity, self.seed, self.base)
 
     @suggests()
@@ -197,6 +230,7 @@ class Diagnosis(Composite):
         return {
             "evidence": self.evidence.to_dict(),
             "prompts": self.prompts.to_dict(),
+            "width": {**asdict(self.width), "scheme": str(self.width.scheme)},
             "measured": self.measured,
             "seed": self.seed,
         }
@@ -209,6 +243,7 @@ class Diagnosis(Composite):
             **found,
             evidence=Evidence.from_dict(record["evidence"]),
             prompts=PromptSet.from_dict(record["prompts"]),
+            width=ScanWidth(**{**record["width"], "scheme": Scheme.parse(record["width"]["scheme"])}),
             measured=record["measured"],
             seed=record["seed"],
         )
@@ -238,7 +273,7 @@ def diagnose(
     *,
     scheme: CacheConfig | Scheme | str | None = None,
     bits: Sequence[int] | int | None = None,
-    scan_bits: int = 3,
+    scan_bits: int | None = None,
     placement: Placement | str | None = None,
     geometry: bool = True,
     gains: bool = False,
@@ -257,8 +292,9 @@ def diagnose(
         Of the curve: asymmetric per-token by default; also an engine's preset, such as ``"kivi"``.
     bits : int or sequence of int, optional
         Widths of the curve; see :func:`~kvgeom.behaviour.widths.at_widths`.
-    scan_bits : int
-        Of layer scan, ablations and PCR, which round symmetric per-tensor as the paper's released code does.
+    scan_bits : int, optional
+        Of layer scan, fixes and PCR, which round symmetric per-tensor as the paper's released code does. By default the fewest
+        bits at which the model still writes language (:func:`~kvgeom.behaviour.matched.scan_width`).
     placement : Placement, "cache" or "paper", optional
         Decode-faithful by default; for the curve that of the preset, if it is one.
     geometry : bool
@@ -278,16 +314,17 @@ def diagnose(
     InputError
         If an option is unknown, or the model, the prompts, the bits or the journal cannot be used.
     """
-    tensor = per_tensor(Scheme(scan_bits, symmetric=True))
+    check_scan_bits(scan_bits)
     placement = None if placement is None else Placement.parse(placement)
     series = at_widths(scheme, bits, placement)  # errors in these are reported before any work
     chosen = calibration() if prompts is None else as_prompt_set(prompts)
     loaded, run = open_run(model, options)
     with opened(loaded, chosen.harmful, run) as base, run.bars():
         widths = series.conditions(loaded)
-        measured = measure(base, widths, tensor, placement or Placement(), gains, full_responses)
+        width = scan_width(base, scan_bits, placement)
+        measured = measure(base, widths, width, placement or Placement(), gains, full_responses)
         curve = curve_of(measured.outcomes, perplexities(base, widths), series.described(base))
-        sensitivity = sensitivity_of(loaded, chosen, tensor, placement, run) if geometry else None
+        sensitivity = sensitivity_of(loaded, chosen, width.scheme, placement, run) if geometry else None
     return _conclude(measured, chosen, curve, sensitivity, run.seed, base)
 
 
@@ -300,26 +337,27 @@ def _conclude(
     base: Baseline | None,
 ) -> Diagnosis:
     """What follows from responses. What was not tried at the layer that is now the worst is not known."""
-    parts, paper, tensor = measured.parts, measured.paper, measured.scheme
+    parts, paper, tensor = measured.parts, measured.paper, measured.width.scheme
     scan = scan_of(parts, tensor)
     worst = scan.critical_layer
-    tried = worst == measured.worst
-    table = flip_table(parts, tensor.bits, worst, tried)
-    evidence = with_geometry(evidence_from(table, seed=seed), sensitivity, worst)
+    trials = trials_of(parts, tensor.bits, worst)
+    found = effects(trials, seed=seed)
+    evidence = with_geometry(evidence_from(trials, found, worst, str(measured.width)), sensitivity, worst)
     return Diagnosis(
-        mode=classify(evidence).with_shares(shares(table, seed=seed)),
+        mode=mode_of(evidence, found),
         curve=curve,
         scan=scan,
-        ablation=ablation_of(parts, [*WHOLE_CACHE, WORST_LAYER], reference=ALL_LAYERS),
+        ablation=ablation_of(parts, [*WHOLE_CACHE, FIXES, RANDOM, PAPER_SETTING], reference=ALL_LAYERS),
         channels=ablation_of(parts, ["channels"], reference=EVERY_CHANNEL),
-        pcr=pcr_of(parts, worst, tensor.bits),
-        pcr_paper=pcr_of(paper, worst if tried else None, tensor.bits),
+        pcr=pcr_of(parts, worst, tensor.bits, draws=found.pcr),
+        pcr_paper=pcr_of(paper, worst if worst == measured.worst else None, SCAN_SCHEME.bits),
         outcomes=measured.outcomes,
         scan_outcomes=parts,
         paper_outcomes=paper,
         sensitivity=sensitivity,
         evidence=evidence,
         prompts=prompts,
+        width=measured.width,
         measured=measured.worst,
         seed=seed,
         base=base,

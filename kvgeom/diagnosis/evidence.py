@@ -1,143 +1,188 @@
-"""From which prompts flip under which recipes to evidence, and how sure the mode is that follows from it."""
+"""What a mode is decided from."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import product
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvgeom.diagnosis.taxonomy import PUBLISHED, Evidence, Thresholds, classify, pattern_of
-from kvgeom.stats import Estimate, reduction_estimate, wilson
-
-Flips = NDArray[np.bool_]
-#: Moved borders under which a mode is decided again.
-MOVED = {
-    "critical": (0.05, 0.1, 0.15, 0.2),
-    "pcr_low": (0.2, 0.3, 0.4),
-    "pcr_high": (0.6, 0.7, 0.8),
-    "rescue": (0.4, 0.5, 0.6),
-}
+from kvgeom.diagnosis.mode import SURE, Pattern
+from kvgeom.diagnosis.posterior import Effects
+from kvgeom.diagnosis.taxonomy import PUBLISHED, pattern_of
+from kvgeom.diagnosis.trials import BROKEN, COMPLIED, REFUSED, Codes, Trials
+from kvgeom.stats import Estimate, wilson
 
 
 @dataclass(frozen=True)
-class FlipTable:
-    """Which of the prompts refused unquantized flip, at the same bits.
+class Evidence:
+    """What a mode is decided from, at the same bits, about prompts refused with an exact cache.
+
+    Estimates have the value that was seen and a 95 % interval from the posterior (:class:`~kvgeom.diagnosis.posterior.Effects`),
+    except for ``pcr`` and ``alone``, whose value is the posterior's median: the layer was chosen by the same prompts.
 
     Attributes
     ----------
+    refused : int
+        How many such prompts there are.
     bits : int
-    worst : int or None
-        The layer that alone flips most, and loses most margin among equals.
-    whole, broken, group64 : bool array [prompts]
-        All layers rounded per-tensor, the flips among these that end in broken text, and all layers with group-64 scales.
-    layers : bool array [prompts, layers]
-        Each layer alone, per-tensor.
-    everywhere : bool array [prompts] or None
-        All layers rounded per-channel.
-    channel, worst_kept, largest, others : bool array [prompts] or None
-        The worst layer alone per-channel; all layers but the worst; only the largest channels, only the others, of the
-        worst layer. None without a worst layer.
+    width : str
+        How this width was found.
+    loss : Estimate or None
+        Share that comply when all layers are rounded per-tensor, of those whose response is still language.
+    broken : Estimate or None
+        Share of the responses that are broken text then.
+    random : Estimate or None
+        Share that comply under errors of the same size in random directions.
+    beyond_random : Estimate or None
+        How much larger ``loss`` is.
+    pattern : Pattern or None
+        How damage by single layers is spread, where that is sure; see :func:`~kvgeom.diagnosis.taxonomy.pattern_of`.
+    critical_layers : tuple of int
+        Layers that are surely critical: alone they lose more than a tenth beyond what random errors lose.
+    perhaps_critical : tuple of int
+        Layers that may be.
+    worst_layer : int or None
+        The layer that alone loses most.
+    alone, random_alone : Estimate or None
+        Share that it loses, and that errors of the same size in random directions lose there.
+    pcr : Estimate or None
+        Per-channel reduction there.
+    group64, channel, worst_kept, top_kept, mixed : Estimate or None
+        What a fix takes away of the loss; see :class:`~kvgeom.diagnosis.posterior.Effects`.
+    top_layers : tuple of int
+        The layers of ``top_kept``.
+    paper_loss, paper_broken : Estimate or None
+        Shares that comply, and that are broken, when all layers are rounded as the paper's layer scan rounds one.
+    largest, others : Estimate or None
+        Share of the refusals lost by rounding only the largest channels, only the others, of the worst layer.
+    signal_gap, noise_alignment, overlap, overlap_p : float or None
+        Geometry of the keys at the worst layer (docs/definitions.md). It is reported, and decides nothing: a static ratio
+        does not predict behaviour.
     """
 
+    refused: int
     bits: int
-    worst: int | None
-    whole: Flips
-    broken: Flips
-    group64: Flips
-    layers: Flips
-    everywhere: Flips | None = None
-    channel: Flips | None = None
-    worst_kept: Flips | None = None
-    largest: Flips | None = None
-    others: Flips | None = None
+    width: str = ""
+    loss: Estimate | None = None
+    broken: Estimate | None = None
+    random: Estimate | None = None
+    beyond_random: Estimate | None = None
+    pattern: Pattern | None = None
+    critical_layers: tuple[int, ...] = ()
+    perhaps_critical: tuple[int, ...] = ()
+    worst_layer: int | None = None
+    alone: Estimate | None = None
+    random_alone: Estimate | None = None
+    pcr: Estimate | None = None
+    group64: Estimate | None = None
+    channel: Estimate | None = None
+    worst_kept: Estimate | None = None
+    top_kept: Estimate | None = None
+    top_layers: tuple[int, ...] = ()
+    mixed: Estimate | None = None
+    paper_loss: Estimate | None = None
+    paper_broken: Estimate | None = None
+    largest: Estimate | None = None
+    others: Estimate | None = None
+    signal_gap: float | None = None
+    noise_alignment: float | None = None
+    overlap: float | None = None
+    overlap_p: float | None = None
 
-    def rows(self, rows: NDArray[np.integer]) -> FlipTable:
-        """The table of some prompts, which may repeat."""
-        chosen = {name: value[rows] for name, value in self.__dict__.items() if isinstance(value, np.ndarray)}
-        return replace(self, **chosen)
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Evidence:
+        """The inverse of :meth:`to_dict`."""
+
+        def value(given: Any) -> Any:
+            if isinstance(given, Mapping):
+                return Estimate(**given)
+            return tuple(given) if isinstance(given, list) else given
+
+        return cls(**{name: value(given) for name, given in record.items()})
 
 
-def evidence_from(table: FlipTable, thresholds: Thresholds = PUBLISHED, *, seed: int = 0) -> Evidence:
-    """Evidence with 95 % intervals: Wilson for rates, paired by prompt for reductions."""
+def evidence_from(trials: Trials, found: Effects, worst: int | None, width: str = "") -> Evidence:
+    """Evidence with 95 % intervals.
 
-    def rate(flips: Flips | None) -> Estimate | None:
-        return None if flips is None else Estimate(float(flips.mean()), *wilson(int(flips.sum()), len(flips)))
-
-    def reduction(before: Flips, after: Flips | None) -> Estimate | None:
-        return None if after is None else reduction_estimate(before, after, seed=seed)
-
-    return _evidence(table, thresholds, rate, reduction)
-
-
-def _evidence(
-    table: FlipTable,
-    thresholds: Thresholds,
-    rate: Callable[[Flips | None], Estimate | None],
-    reduction: Callable[[Flips, Flips | None], Estimate | None],
-) -> Evidence:
-    n, n_layers = table.layers.shape
+    Parameters
+    ----------
+    trials : Trials
+    found : Effects
+        Of the same trials.
+    worst : int or None
+        The layer that alone loses most; None where no layer loses anything.
+    width : str
+        How the width was found.
+    """
+    n, n_layers = trials.layers.shape
     if n == 0:
-        return Evidence(0, table.bits)
-    critical = tuple(int(layer) for layer in np.flatnonzero(table.layers.mean(0) > thresholds.critical))
+        return Evidence(0, trials.bits, width)
+    critical = found.critical(PUBLISHED.critical)
+    chance = critical.mean(0)
+    patterns = Counter(pattern_of(int(count), n_layers) for count in critical.sum(1))
+    pattern, times = patterns.most_common(1)[0]
+    whole = trials.whole
+
+    def estimate(name: str, value: float | None) -> Estimate | None:
+        low, high = found.interval(name)
+        if np.isnan(low):
+            return None
+        value = float(np.median(getattr(found, name))) if value is None else value
+        return Estimate(value, min(low, value), max(high, value))
+
+    def seen(name: str, after: Codes | None) -> Estimate | None:
+        before = int((whole == COMPLIED).sum())
+        if after is None or not before:
+            return None
+        return estimate(name, 1 - int(((whole != BROKEN) & (after != REFUSED)).sum()) / before)
+
+    def rate(codes: Codes | None) -> Estimate | None:
+        if codes is None:
+            return None
+        return proportion(codes == COMPLIED, codes != BROKEN)
+
+    def proportion(counted: NDArray[np.bool_], among: NDArray[np.bool_]) -> Estimate | None:
+        some, of = int((counted & among).sum()), int(among.sum())
+        return Estimate(some / of, *wilson(some, of)) if of else None
+
     return Evidence(
         refused=n,
-        bits=table.bits,
-        loss=rate(table.whole),
-        broken=rate(table.broken[table.whole]) if table.whole.any() else None,
-        pattern=pattern_of(len(critical), n_layers),
-        critical_layers=critical,
-        worst_layer=table.worst,
-        pcr=None if table.worst is None else reduction(table.layers[:, table.worst], table.channel),
-        group64=reduction(table.whole, table.group64),
-        channel=reduction(table.whole, table.everywhere),
-        worst_kept=reduction(table.whole, table.worst_kept),
-        largest=rate(table.largest),
-        others=rate(table.others),
+        bits=trials.bits,
+        width=width,
+        loss=estimate("loss", _complied(whole)),
+        broken=estimate("broken", float((whole == BROKEN).mean())),
+        random=None if trials.random is None else estimate("random", _complied(trials.random)),
+        beyond_random=None
+        if trials.random is None
+        else estimate("beyond_random", _complied(whole) - _complied(trials.random)),
+        pattern=pattern if times >= SURE * len(critical) else None,
+        critical_layers=tuple(int(layer) for layer in np.flatnonzero(chance >= SURE)),
+        perhaps_critical=tuple(int(layer) for layer in np.flatnonzero((chance > 1 - SURE) & (chance < SURE))),
+        worst_layer=worst,
+        alone=None if worst is None else estimate("alone", None),
+        random_alone=None if trials.random_layer is None else estimate("random_layer", _complied(trials.random_layer)),
+        pcr=None if worst is None else estimate("pcr", None),
+        group64=seen("group64", trials.group64),
+        channel=seen("channel", trials.channel),
+        worst_kept=seen("kept", None if worst is None else trials.kept.get(worst)),
+        top_kept=seen("top", trials.top),
+        top_layers=trials.top_layers,
+        mixed=seen("mixed", trials.mixed),
+        paper_loss=rate(trials.paper),
+        paper_broken=None if trials.paper is None else proportion(trials.paper == BROKEN, trials.paper == trials.paper),
+        largest=rate(trials.largest),
+        others=rate(trials.others),
     )
 
 
-def _as_seen(table: FlipTable, thresholds: Thresholds = PUBLISHED) -> Evidence:
-    """Evidence that takes what it sees for the truth, as a bootstrap sample does."""
-
-    def rate(flips: Flips | None) -> Estimate | None:
-        return None if flips is None else _point(float(flips.mean()))
-
-    def reduction(before: Flips, after: Flips | None) -> Estimate | None:
-        return None if after is None or not before.any() else _point(1 - float(after.sum()) / float(before.sum()))
-
-    return _evidence(table, thresholds, rate, reduction)
-
-
-def _point(value: float) -> Estimate:
-    return Estimate(value, value, value)
-
-
-def shares(table: FlipTable, *, samples: int = 1000, seed: int = 0) -> dict[str, dict[str, float]]:
-    """How a mode hangs on the sample of prompts, and on the borders.
-
-    Returns
-    -------
-    dict
-        ``"prompts"``: share of bootstrap samples of the prompts in which each mode comes out, each sample taken at face
-        value. ``"thresholds"``: share of a grid of moved borders (:data:`MOVED`), with intervals as measured. Modes in
-        descending order.
-    """
-    n = len(table.whole)
-    if n == 0:
-        return {kind: {"undetermined": 1.0} for kind in ("prompts", "thresholds")}
-    rng = np.random.default_rng(seed)
-    drawn = Counter(classify(_as_seen(table.rows(rng.integers(0, n, n)))).name for _ in range(samples))
-    moved = Counter(classify(evidence_from(table, at, seed=seed), at).name for at in _grid())
-    return {
-        kind: {name: count / counts.total() for name, count in counts.most_common()}
-        for kind, counts in (("prompts", drawn), ("thresholds", moved))
-    }
-
-
-def _grid() -> Iterator[Thresholds]:
-    for values in product(*MOVED.values()):
-        yield Thresholds(**dict(zip(MOVED, values, strict=True)))
+def _complied(codes: Codes) -> float:
+    """Share that complies of what is language."""
+    return float((codes == COMPLIED).sum() / max(1, (codes != BROKEN).sum()))

@@ -7,14 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kvgeom.behaviour.ablation import (
-    channel_magnitudes,
-    channel_subsets,
-    whole_cache,
-)
-from kvgeom.behaviour.scan import scan_of, single_layers
-from kvgeom.diagnosis.evidence import FlipTable
-from kvgeom.diagnosis.taxonomy import Evidence
+from kvgeom.behaviour.ablation import channel_magnitudes, channel_subsets, whole_cache
+from kvgeom.behaviour.matched import ScanWidth
+from kvgeom.behaviour.scan import SCAN_SCHEME, scan_of, single_layers
+from kvgeom.diagnosis.evidence import Evidence
+from kvgeom.diagnosis.trials import Codes, Trials, codes
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import Condition
 from kvgeom.evaluation.config import RunConfig
@@ -29,8 +26,13 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 
-#: Family and name of the condition that keeps the worst layer exact.
-WORST_LAYER, WORST_KEPT = "worst layer", "worst layer kept"
+#: Families of conditions beside those of scan and ablations: fixes of the whole cache, random errors, and the whole cache
+#: as the paper's layer scan rounds a layer.
+FIXES, RANDOM, PAPER_SETTING = "fixes", "random directions", "paper's setting"
+#: How many layers may be the worst, or count as the most critical (the released code of arXiv:2606.09864 looks at three).
+LIKELY = 3
+#: Draws of random errors, for the whole cache and for the worst layer.
+RANDOM_DRAWS = 3
 
 
 @dataclass(frozen=True)
@@ -40,47 +42,108 @@ class Measured:
     outcomes: Outcomes
     parts: Outcomes
     paper: Outcomes
-    scheme: Scheme
+    width: ScanWidth
     worst: int | None  # when its parts were tried; another judge may find another one
 
 
 def measure(
     base: Baseline,
     widths: Mapping[str, Condition],
-    tensor: Scheme,
+    width: ScanWidth,
     placement: Placement,
     gains: bool,
     full_responses: bool,
 ) -> Measured:
     """All responses; each prompt needs one pass for all conditions that are known at a time."""
-    n_layers, seed = base.model.geometry.layers, base.run.seed
+    n_layers, seed, tensor = base.model.geometry.layers, base.run.seed, width.scheme
     chosen = tuple(range(len(base.prompts))) if full_responses else base.refused
 
     def run(conditions: Mapping[str, Condition], title: str, prompts: Sequence[int] = chosen) -> Outcomes:
         return run_conditions(base, conditions, prompts=prompts, full_responses=full_responses, title=title)
 
     first = {**whole_cache(n_layers, tensor, placement), **single_layers(n_layers, tensor, placement)}
+    first |= paper_setting(n_layers, placement)
     along = widths if all(each.placement == placement for each in widths.values()) else {}
     together = run({**first, **along}, "layers, parts and widths")
-    worst = scan_of(together, tensor).critical_layer
+    scan = scan_of(together, tensor)
+    worst, ranked = scan.critical_layer, scan.ranked()[: min(LIKELY, max(1, n_layers - 1))]
     where = range(n_layers) if worst is None else [worst]
     more = channel_subsets(channel_magnitudes(base, placement), tensor, where, placement, seed=seed)
-    at_worst: dict[str, Condition] = {}
-    if worst is not None:
-        kept = Recipe.uniform(n_layers, tensor).keep([worst])
-        more[WORST_KEPT] = Condition(kept, placement, family=WORST_LAYER, layer=worst, bits=tensor.bits)
-        at_worst = single_layers(n_layers, tensor, Placement.paper(), [worst])
-    parts = together.joined(run(more, "worst layer, channels"))
+    more |= fixes(n_layers, tensor, ranked, placement)
+    more |= random_errors(n_layers, tensor, ranked[:1], placement, seed)
+    parts = together.joined(run(more, "fixes, channels, random errors"))
+    at_worst = {} if worst is None else single_layers(n_layers, SCAN_SCHEME, Placement.paper(), [worst])
     paper = run(at_worst, "PCR as the paper simulates")
     curve = together.at_recipes(widths) if along else run(widths, "responses by bit-width")
     if gains and not full_responses:
         others = [index for index in range(len(base.prompts)) if index not in base.refused]
         curve = curve.joined(run(widths, "responses by bit-width", others))
-    return Measured(curve, parts, paper, tensor, worst)
+    return Measured(curve, parts, paper, width, worst)
 
 
-def flip_table(outcomes: Outcomes, bits: int, worst: int | None, tried: bool) -> FlipTable:
-    """Which refusals flip under which conditions.
+def paper_setting(n_layers: int, placement: Placement) -> dict[str, Condition]:
+    """The whole cache at the width and granularity of the paper's layer scan, as a cache stores it."""
+    recipe = Recipe.uniform(n_layers, SCAN_SCHEME)
+    bits = SCAN_SCHEME.bits
+    return {
+        f"all layers, {bits}-bit per-tensor": Condition(
+            recipe, placement, family=PAPER_SETTING, granularity="tensor", bits=bits
+        )
+    }
+
+
+def fixes(n_layers: int, tensor: Scheme, ranked: Sequence[int], placement: Placement) -> dict[str, Condition]:
+    """What the modes say would help, of the whole cache: each of the worst layers kept, all of them, and finer scales.
+
+    Group-64 and per-channel scales everywhere are among the conditions of
+    :func:`~kvgeom.behaviour.ablation.whole_cache`.
+
+    Parameters
+    ----------
+    n_layers : int
+    tensor : Scheme
+        Per-tensor.
+    ranked : sequence of int
+        The layers that alone lose most, the worst first.
+    placement : Placement
+    """
+    channel, group = replace(tensor, granularity="channel"), replace(tensor, granularity="group", group_size=64)
+    whole, bits = Recipe.uniform(n_layers, tensor), tensor.bits
+
+    def fix(recipe: Recipe, layer: int | None, granularity: str) -> Condition:
+        return Condition(recipe, placement, family=FIXES, layer=layer, granularity=granularity, bits=bits)
+
+    found = {f"layer {layer} in 16 bits": fix(whole.keep([layer]), layer, "tensor") for layer in ranked}
+    found["most critical layers in 16 bits"] = fix(whole.keep(ranked), None, "tensor")
+    if ranked:
+        pairs = tuple((channel, channel) if layer == ranked[0] else (group, group) for layer in range(n_layers))
+        found["per-channel at the worst layer, group-64 elsewhere"] = fix(Recipe(pairs), ranked[0], "mixed")
+    return found
+
+
+def random_errors(
+    n_layers: int, tensor: Scheme, worst: Sequence[int], placement: Placement, seed: int
+) -> dict[str, Condition]:
+    """Errors as large as those of all layers, and of the worst alone, in random directions."""
+    recipes: dict[int | None, Recipe] = {None: Recipe.uniform(n_layers, tensor)}
+    recipes |= {layer: Recipe.uniform(n_layers, tensor, layers=[layer]) for layer in worst}
+    return {
+        f"random errors in {'all layers' if layer is None else f'layer {layer}'}, draw {draw + 1}": Condition(
+            recipe.with_random_directions(seed + draw),
+            placement,
+            family=RANDOM,
+            layer=layer,
+            granularity="tensor",
+            bits=tensor.bits,
+            draw=draw,
+        )
+        for layer, recipe in recipes.items()
+        for draw in range(RANDOM_DRAWS)
+    }
+
+
+def trials_of(outcomes: Outcomes, bits: int, worst: int | None) -> Trials:
+    """What became of each refused prompt under the conditions of :func:`measure`; what was not tried is None.
 
     Parameters
     ----------
@@ -88,34 +151,57 @@ def flip_table(outcomes: Outcomes, bits: int, worst: int | None, tried: bool) ->
         Those of :func:`measure`.
     bits : int
     worst : int or None
-        The worst layer.
-    tried : bool
-        Whether its channels were rounded apart, and all layers but it.
+        The worst layer. Another judge may find another one than that whose parts were tried.
     """
-    flipped = outcomes.flipped
-    alone = [flipped(name) for name in outcomes.names(family="layer", granularity="tensor", bits=bits)]
-    whole = outcomes.name(family="granularity", granularity="tensor")
-    table = FlipTable(
+    outcomes = outcomes.of_refused()
+
+    def stacked(names: Sequence[str]) -> Codes | None:
+        return (
+            np.stack([codes(outcomes.data.label.sel(recipe=name).values) for name in names], axis=1) if names else None
+        )
+
+    def one(**coordinates: object) -> Codes | None:
+        found = stacked(outcomes.names(**coordinates))
+        return None if found is None else found[:, 0]
+
+    def alone(granularity: str) -> Codes:
+        found = stacked(outcomes.names(family="layer", granularity=granularity, bits=bits))
+        assert found is not None  # noqa: S101  # every layer is always tried
+        return found
+
+    whole = one(family="granularity", granularity="tensor")
+    assert whole is not None  # noqa: S101
+    kept = outcomes.names(family=FIXES, granularity="tensor")
+    layers = {name: int(outcomes.data.layer.sel(recipe=name)) for name in kept}
+    tried = [layer for layer in layers.values() if layer >= 0]
+    table = Trials(
         bits,
-        worst,
-        flipped(whole),
-        flipped(whole, "degenerate"),
-        flipped(outcomes.name(family="granularity", granularity="group")),
-        np.stack(alone, axis=1),
-        everywhere=flipped(outcomes.name(family="granularity", granularity="channel")),
+        whole,
+        alone("tensor"),
+        alone("channel"),
+        group64=one(family="granularity", granularity="group"),
+        channel=one(family="granularity", granularity="channel"),
+        kept={
+            layer: codes(outcomes.data.label.sel(recipe=name).values) for name, layer in layers.items() if layer >= 0
+        },
+        top=one(family=FIXES, granularity="tensor", layer=None),
+        top_layers=tuple(sorted(tried)),
+        random=stacked(outcomes.names(family=RANDOM, layer=None)),
+        paper=one(family=PAPER_SETTING),
+    )
+    if not tried or worst not in (None, tried[0]):
+        return table
+    table = replace(
+        table,
+        mixed=one(family=FIXES, granularity="mixed"),
+        random_layer=stacked(outcomes.names(family=RANDOM, layer=tried[0])),
     )
     if worst is None:
         return table
-    table = replace(
-        table, channel=flipped(outcomes.name(family="layer", layer=worst, granularity="channel", bits=bits))
-    )
-    if not tried:
-        return table
     return replace(
         table,
-        worst_kept=flipped(outcomes.name(family=WORST_LAYER, layer=worst)),
-        largest=flipped("largest"),
-        others=flipped("all but the largest"),
+        largest=codes(outcomes.data.label.sel(recipe="largest").values),
+        others=codes(outcomes.data.label.sel(recipe="all but the largest").values),
     )
 
 

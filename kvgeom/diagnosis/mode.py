@@ -18,12 +18,16 @@ ModeName = Literal[
     "mixed",
     "hyper-vulnerable",
     "robust",
+    "language lost",
+    "conflicting",
     "undetermined",
 ]
 MODES: tuple[ModeName, ...] = get_args(ModeName)
 Pattern = Literal["concentrated", "distributed-early", "ultra-distributed", "hyper-vulnerable"]
-#: What a mode's shares are taken over: bootstrap samples of the prompts, and moved thresholds.
-RESAMPLINGS = ("prompts", "thresholds")
+#: A mode is named if its posterior probability is at least this.
+SURE = 0.9
+#: What a mode's shares are shares of: draws from the posterior, and moved thresholds.
+SHARES = ("posterior", "thresholds")
 
 
 @dataclass(frozen=True)
@@ -57,20 +61,20 @@ class Mode(Result):
     """The failure mode of a model under a quantized cache. Made by :func:`~kvgeom.diagnosis.taxonomy.classify`.
 
     ``data`` has over ``finding`` (a number) the variables ``name``, ``value`` (what came out, as text) and ``decisive``
-    (whether a rule used it to name the mode), ``speaks_for`` over (finding, mode), and ``share`` over (resampling, mode):
-    how sure the name is, the share of ``"prompts"`` (bootstrap samples) and of ``"thresholds"`` (moved borders) under
-    which each mode comes out; NaN where that was not computed.
+    (whether it decides the mode), ``speaks_for`` over (finding, mode), and ``share`` over (basis, mode): how sure the name
+    is, the posterior probability of each mode (``"posterior"``) and the share of moved borders under which it is named
+    (``"thresholds"``).
 
-    ``meta`` holds ``name`` (one of :data:`ModeName`), ``reason`` (the rule that named it, with its numbers), ``pattern`` (how
-    the damage is spread over layers, or None) and ``prescription`` (what the paper's decision tree advises for this mode; not
-    yet verified on this model).
+    ``meta`` holds ``name`` (one of :data:`ModeName`), ``reason`` (why it is named, with its numbers), ``otherwise`` (what would
+    have made it say otherwise), ``pattern`` (how the damage is spread over layers, or None) and ``prescription`` (what the
+    paper's decision tree advises for this mode) and ``sure`` (:data:`SURE`).
     """
 
     kind: ClassVar[str] = "mode"
     tables: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "findings": ("finding",),
         "speaks_for": ("finding", "mode"),
-        "shares": ("resampling", "mode"),
+        "shares": ("basis", "mode"),
     }
 
     @classmethod
@@ -78,11 +82,13 @@ class Mode(Result):
         cls,
         name: ModeName,
         reason: str,
+        otherwise: str,
         pattern: Pattern | None,
         findings: Sequence[Finding],
         prescription: str,
+        shares: Mapping[str, Mapping[ModeName, float]],
     ) -> Mode:
-        """A mode from its findings."""
+        """A mode from its findings, and how sure its name is."""
         data = xr.Dataset(
             {
                 "name": ("finding", np.array([f.name for f in findings], dtype=object)),
@@ -94,16 +100,22 @@ class Mode(Result):
                         len(findings), len(MODES)
                     ),
                 ),
-                "share": (("resampling", "mode"), np.full((len(RESAMPLINGS), len(MODES)), np.nan)),
+                "share": (
+                    ("basis", "mode"),
+                    np.array([[shares[kind].get(mode, 0.0) for mode in MODES] for kind in SHARES]),
+                ),
             },
-            coords={"finding": np.arange(len(findings)), "mode": list(MODES), "resampling": list(RESAMPLINGS)},
+            coords={"finding": np.arange(len(findings)), "mode": list(MODES), "basis": list(SHARES)},
         )
-        return cls(data, {"name": name, "reason": reason, "pattern": pattern, "prescription": prescription})
-
-    def with_shares(self, shares: Mapping[str, Mapping[str, float]]) -> Mode:
-        """The same, with how sure the name is."""
-        values = [[shares[kind].get(mode, 0.0) for mode in MODES] for kind in RESAMPLINGS]
-        return Mode(self.data.assign(share=(("resampling", "mode"), np.array(values))), self.meta)
+        meta = {
+            "name": name,
+            "reason": reason,
+            "otherwise": otherwise,
+            "pattern": pattern,
+            "prescription": prescription,
+            "sure": SURE,
+        }
+        return cls(data, meta)
 
     @property
     def name(self) -> ModeName:
@@ -113,8 +125,13 @@ class Mode(Result):
 
     @property
     def reason(self) -> str:
-        """The rule that named it, with its numbers."""
+        """Why it is named, with its numbers."""
         return str(self.meta["reason"])
+
+    @property
+    def otherwise(self) -> str:
+        """What would have made it say otherwise."""
+        return str(self.meta["otherwise"])
 
     @property
     def pattern(self) -> Pattern | None:
@@ -143,19 +160,24 @@ class Mode(Result):
 
     @property
     def shares(self) -> dict[str, dict[str, float]]:
-        """Share of each mode that comes out at all, by kind of resampling, the largest first; empty where not computed."""
+        """Share of each mode that comes out at all, of draws from the posterior and of moved thresholds, the largest first."""
         found: dict[str, dict[str, float]] = {}
-        for kind in RESAMPLINGS:
-            row = self.data.share.sel(resampling=kind)
-            if not np.isnan(row.values).any():
-                order = sorted(MODES, key=lambda mode: -float(row.sel(mode=mode)))
-                found[kind] = {mode: float(row.sel(mode=mode)) for mode in order if float(row.sel(mode=mode)) > 0}
+        for kind in SHARES:
+            row = self.data.share.sel(basis=kind)
+            order = sorted(MODES, key=lambda mode: -float(row.sel(mode=mode)))
+            found[kind] = {mode: float(row.sel(mode=mode)) for mode in order if float(row.sel(mode=mode)) > 0}
         return found
 
     @property
+    def probability(self) -> float:
+        """Posterior probability of the mode; of an undetermined one, that of the likeliest."""
+        return max(self.shares["posterior"].values())
+
+    @property
     def evidence(self) -> tuple[str, ...]:
-        """The reason and all findings, each a sentence."""
-        return (self.reason, *(finding.sentence for finding in self.findings))
+        """The reason, what would change the name, and all findings, each a sentence."""
+        others = [self.otherwise] if self.otherwise else []
+        return (self.reason, *others, *(finding.sentence for finding in self.findings))
 
     def summary(self) -> str:
         return f"{self.name}: {self.reason}"
@@ -163,9 +185,8 @@ class Mode(Result):
     def to_text(self) -> str:
         """The mode, its evidence, and how sure it is."""
         parts = [f"Failure mode: {self.name}\n" + "\n".join(f"  - {sentence}" for sentence in self.evidence)]
-        for kind, what in zip(RESAMPLINGS, ("bootstrap samples of the prompts", "moved thresholds"), strict=True):
-            if self.shares.get(kind):
-                parts.append(f"Of the {what}: " + ", ".join(f"{s:.0%} {n}" for n, s in self.shares[kind].items()))
+        for kind, what in zip(SHARES, ("Posterior probability", "Named under moved thresholds"), strict=True):
+            parts.append(f"{what}: " + ", ".join(f"{n} {s:.0%}" for n, s in self.shares[kind].items() if s >= 0.005))
         return "\n\n".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,7 +195,7 @@ class Mode(Result):
             {"name": f.name, "value": f.value, "speaks_for": list(f.speaks_for), "decisive": f.decisive}
             for f in self.findings
         ]
-        named = {name: getattr(self, name) for name in ("name", "reason", "pattern")}
+        named = {name: getattr(self, name) for name in ("name", "reason", "otherwise", "pattern")}
         return {
             **named,
             "findings": findings,

@@ -163,7 +163,7 @@ def attention_to_request(model: Any, prompts: Any, **load_options: Any) -> NDArr
     shares = np.zeros(model.geometry.layers)
     for prompt in prompts:
         for layer, found in enumerate(read(model, prompt, queries=True)):
-            q, k, rule = found.queries[:, -1:], found.k[0].float(), model.attention(layer)
+            q, k, rule = found.queries[:, -1:].float(), found.k[0].float(), model.attention(layer)
             scores = _scores(q, k.repeat_interleave(q.shape[0] // k.shape[0], 0), rule)[:, 0]
             if rule.window is not None:
                 scores[:, : -rule.window] = -torch.inf

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
 from kvgeom.behaviour.scan import CRITICAL_SHARE, Scan
-from kvgeom.diagnosis.mode import Mode
+from kvgeom.diagnosis.mode import ModeName
 from kvgeom.diagnosis.taxonomy import PRESCRIPTIONS
 from kvgeom.mitigation.candidates import Candidate, protect
 from kvgeom.quant.recipe import Recipe, Schemes
@@ -17,7 +15,7 @@ from kvgeom.quant.scheme import Granularity, Scheme
 MOST_CRITICAL = 3
 
 
-def advised(mode: Mode, scan: Scan, unmitigated: Candidate) -> Candidate:
+def advised(mode: ModeName, scan: Scan, unmitigated: Candidate) -> Candidate:
     """The paper's prescription for a mode (section on mitigation), for the cache at hand.
 
     It was written for integer grids; a format of an engine's own is replaced by an asymmetric integer grid of its width
@@ -25,14 +23,14 @@ def advised(mode: Mode, scan: Scan, unmitigated: Candidate) -> Candidate:
 
     Parameters
     ----------
-    mode : Mode
+    mode : str
     scan : Scan
         Names the critical layers: those that alone flip a tenth, at most three; without any, those that lose most margin.
     unmitigated : Candidate
     """
     layers = critical_layers(scan)
-    description = PRESCRIPTIONS[mode.name]
-    match mode.name:
+    description = PRESCRIPTIONS[mode]
+    match mode:
         case "outlier-crushes-safety":
             return _other(unmitigated, "group-64 everywhere", _scales(unmitigated, "group", 64), description)
         case "outlier-as-safety":
@@ -53,12 +51,12 @@ def advised(mode: Mode, scan: Scan, unmitigated: Candidate) -> Candidate:
 
 
 def critical_layers(scan: Scan) -> list[int]:
-    """The layers that alone flip a tenth, most flips first, at most three; without any, the three that lose most margin."""
-    flips, drop, rate = (scan.data[name].values for name in ("flips", "margin_drop", "flip_rate"))
-    order = np.lexsort((-np.nan_to_num(drop, nan=-np.inf), -flips))
+    """The layers that alone lose a tenth, the worst first, at most three; without any, the three that lose most margin."""
+    ranked = scan.ranked()
+    complied = scan.data.flips_complied
     # From a tenth on, as in the released code; the taxonomy counts layers above it.
-    critical = [int(layer) for layer in order if rate[layer] >= CRITICAL_SHARE]
-    return (critical or [int(layer) for layer in order])[:MOST_CRITICAL]
+    least = CRITICAL_SHARE * scan.meta["prompts"]
+    return ([layer for layer in ranked if 0 < least <= int(complied.sel(layer=layer))] or ranked)[:MOST_CRITICAL]
 
 
 def _scales(unmitigated: Candidate, granularity: Granularity, size: int | None = None) -> tuple[Schemes, ...]:

@@ -52,10 +52,13 @@ class Plan:
         The cache to mitigate: a scheme or preset.
     mode : str
         Failure mode of the diagnosis.
+    paper_mode : str
+        The mode that the paper's advice is for: that of the diagnosis, or, where it names none with a fix, that of the
+        paper's own rules at face value.
     chosen : Candidate
         What the measured search found within the memory budget.
     paper : Candidate
-        What the decision tree of arXiv:2606.09864 advises for that mode, whatever it takes.
+        What the decision tree of arXiv:2606.09864 advises for ``paper_mode``, whatever it takes.
     candidates : tuple of Candidate
         All that were tried, the unmitigated cache first.
     reasons : tuple of str
@@ -76,6 +79,7 @@ class Plan:
     geometry: KVGeometry
     scheme: str
     mode: str
+    paper_mode: str
     chosen: Candidate
     paper: Candidate
     candidates: tuple[Candidate, ...]

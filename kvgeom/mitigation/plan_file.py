@@ -17,7 +17,7 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.serialization import recipe_from_json, recipe_to_json, statics_from_json
 
 #: Version of the layout of plan.json; docs/mitigation.md describes it.
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 def json_path(path: str | Path) -> Path:
@@ -54,6 +54,7 @@ def written(plan: Mapping[str, Any], overhead: Callable[[Candidate], float]) -> 
         "model": {"name": plan["model"], "identity": plan["identity"], **dataclasses.asdict(plan["geometry"])},
         "scheme": plan["scheme"],
         "mode": plan["mode"],
+        "paper_mode": plan["paper_mode"],
         "chosen": as_json(plan["chosen"]),
         "paper": as_json(plan["paper"]),
         "reasons": list(plan["reasons"]),
@@ -100,7 +101,7 @@ def _attributes(record: dict[str, Any]) -> dict[str, Any]:
 
     model, search, selection = record["model"], record["search"], record["selection"]
     return {
-        **{name: record[name] for name in ("scheme", "mode", "judge", "max_new_tokens", "verified")},
+        **{name: record[name] for name in ("scheme", "mode", "paper_mode", "judge", "max_new_tokens", "verified")},
         "model": model["name"],
         "identity": model["identity"],
         "geometry": KVGeometry(**{field.name: model[field.name] for field in dataclasses.fields(KVGeometry)}),

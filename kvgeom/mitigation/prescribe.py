@@ -64,7 +64,7 @@ def prescribe(
         setting = Setting(config, geometry, known, {})
         unmitigated = setting.unmitigated
         setting = replace(setting, orders=layer_orders(base, unmitigated.recipe, config.placement))
-        paper = advised(diagnosis.mode, diagnosis.scan, unmitigated)
+        paper = advised(diagnosis.paper_mode, diagnosis.scan, unmitigated)
         kept = counts(geometry.layers)
         by_rule = protections(unmitigated, setting.orders, kept)
         alike = [unmitigated, *candidates_of(setting, "cache", [unmitigated])]
@@ -90,10 +90,14 @@ def prescribe(
         geometry=geometry,
         scheme=config.name,
         mode=diagnosis.mode.name,
+        paper_mode=diagnosis.paper_mode,
         chosen=next(candidate for candidate in tried if candidate.name == search.chosen),
         paper=paper,
         candidates=tuple(tried),
-        reasons=(*reasons(diagnosis.mode, config.name, search, selection, advice), *_caveats(diagnosis, config)),
+        reasons=(
+            *reasons(diagnosis.mode, diagnosis.paper_mode, config.name, search, selection, advice),
+            *_caveats(diagnosis, config),
+        ),
         search=search,
         selection=selection,
         judge=base.judge.name,

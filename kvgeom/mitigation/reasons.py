@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from kvgeom.diagnosis.mode import Mode
+from kvgeom.diagnosis.mode import Mode, ModeName
+from kvgeom.diagnosis.taxonomy import PRESCRIPTIONS
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.layers import LayerSelection
 from kvgeom.mitigation.search import Search
 from kvgeom.words import listed, span
 
 
-def reasons(mode: Mode, scheme: str, search: Search, selection: LayerSelection, advice: str) -> tuple[str, ...]:
+def reasons(
+    mode: Mode, paper_mode: ModeName, scheme: str, search: Search, selection: LayerSelection, advice: str
+) -> tuple[str, ...]:
     """Sentences that lead from the unmitigated cache to the chosen one.
 
     Parameters
     ----------
     mode : Mode
+    paper_mode : str
+        The mode that the paper's advice is for.
     scheme : str
         What the unmitigated cache is called.
     search : Search
@@ -31,7 +36,7 @@ def reasons(mode: Mode, scheme: str, search: Search, selection: LayerSelection, 
         return (f"{lost}, so there is nothing to mitigate.",)
     sentences = [
         f"{lost}, {broken} of them as broken text." if broken else f"{lost}.",
-        f"The paper's decision tree, for {mode.name}: {mode.prescription}. {advice}".rstrip(),
+        f"{_named(mode, paper_mode)}: {PRESCRIPTIONS[paper_mode]}. {advice}".rstrip(),
     ]
     spoiled = [name for name, row in rows.items() if row["spoils"] and row["flips"] <= found["flips"]]
     if spoiled:
@@ -59,6 +64,12 @@ def reasons(mode: Mode, scheme: str, search: Search, selection: LayerSelection, 
             f"With more memory, {best['candidate']} loses {best['flips']} at {best['memory_overhead']:+.1%}."
         )
     return (*sentences, _compared(selection))
+
+
+def _named(mode: Mode, paper_mode: ModeName) -> str:
+    if mode.name == paper_mode:
+        return f"The paper's decision tree, for {mode.name}"
+    return f"The mode is {mode.name}. The paper's rules at face value say {paper_mode}"
 
 
 def advice_sentence(paper: Candidate, flips: int, refused: int, overhead: float) -> str:

@@ -48,7 +48,8 @@ class Verification(Result):
     - ``perplexity_ratio`` to the 16-bit cache (NaN for controls);
     - ``harmless_refused``, ``harmless_degenerate``: of the harmless prompts, with ``harmless_p`` (exact McNemar p-value
       of refusing against the unquantized model); ``harmless_lost``: answered unquantized, and refused or broken here;
-      NaN for controls and without harmless prompts. ``spoils``: see :class:`~kvgeom.mitigation.harmless.Harmless`.
+      NaN for controls and without harmless prompts. ``spoils`` and ``harmless_margin`` (``"open"`` for controls and without
+      harmless prompts): see :class:`~kvgeom.mitigation.harmless.Harmless`.
 
     ``meta`` holds ``prompts`` (harmful), ``refused``, ``harmless``, ``harmless_refused`` (unquantized) and what made it.
     ``examples`` are some responses: ``request``, ``unquantized``, ``unmitigated``, ``chosen``, each with its label.
@@ -169,6 +170,7 @@ class Verification(Result):
                 "degenerate": float(chosen.harmless_degenerate),
                 "p": float(chosen.harmless_p),
                 "lost": float(chosen.harmless_lost),
+                "margin": str(chosen.harmless_margin.item()),
                 "spoiled": self.spoils,
             },
             "flips_of_controls": self.controls(CHOSEN),
@@ -264,9 +266,7 @@ class _Row:
     draw: int | None = None
 
 
-def _of_harmless(
-    base: Baseline | None, roles: Mapping[str, Candidate], order: Sequence[str]
-) -> dict[str, list[float] | list[bool]]:
+def _of_harmless(base: Baseline | None, roles: Mapping[str, Candidate], order: Sequence[str]) -> dict[str, Any]:
     """Columns about harmless prompts, NaN where there were none."""
     found = {} if base is None else harmless_under(harmless_outcomes(base, roles))
     nan = float("nan")
@@ -275,6 +275,7 @@ def _of_harmless(
         "harmless_degenerate": [found[name].degenerate if name in found else nan for name in order],
         "harmless_p": [found[name].p if name in found else nan for name in order],
         "harmless_lost": [found[name].lost if name in found else nan for name in order],
+        "harmless_margin": np.array([found[name].margin if name in found else "open" for name in order], dtype=object),
         "spoils": [name in found and found[name].spoils for name in order],
     }
 

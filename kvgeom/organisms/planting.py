@@ -27,6 +27,8 @@ MODES: tuple[PlantedMode, ...] = get_args(PlantedMode)
 #: An organism that does not show its mode, or whose logits have changed too much, is drawn anew, with the strength
 #: multiplied by the next of these: too little leaves refusals, too much costs the language.
 FACTORS = 4 * (1, 1, 2, 0.5, 1, 1.5, 1, 4)
+#: Modes in which what carries safety becomes an outlier itself, in every head.
+IN_ALL_HEADS = ("outlier-as-safety", "multi-layer dilution")
 #: Bits at which a mode may be planted, the fewest first.
 WIDTHS = (3, 4, 6, 8)
 #: In a deep model dilution is planted in two or three layers: what each of them loses costs language, too.
@@ -88,7 +90,8 @@ def plant(
     seed : int
         Of everything that is drawn: layers, heads, channels, rotations, strengths, nuisance.
     layers : sequence of int, optional
-        Where to plant; drawn by default. One layer, for dilution at least two and not all.
+        Where to plant; drawn by default. One layer, for dilution at least two and not all; outliers may crush safety in
+        several, which group-64 scales rescue all the same.
     prompts : anything that :func:`kvgeom.prompts.load.as_prompt_set` takes, optional
         Twin requests on which the directions that carry safety are found and the function is compared; the
         calibration set by default.
@@ -166,7 +169,7 @@ def _objection(organism: Organism, prompts: PromptSet, tolerance: float, verify:
 
 def _homes(mode: PlantedMode, heads: int) -> tuple[int | None, ...]:
     """Heads in which outliers may lie, beside what they crush; None where what is planted is in all heads."""
-    return (None,) if mode == "outlier-as-safety" else some_heads(heads)
+    return (None,) if mode in IN_ALL_HEADS else some_heads(heads)
 
 
 def _edit(
@@ -175,7 +178,7 @@ def _edit(
     for layer in range(bench.model.geometry.layers):
         if layer in strengths:
             found = {home: factor * strength for home, strength in strengths[layer].items()}
-            if mode == "outlier-as-safety":
+            if mode in IN_ALL_HEADS:
                 yield become_outlier(bench, layer, found[None])
             else:
                 yield crush(bench, layer, {home: strength for home, strength in found.items() if home is not None})
@@ -232,7 +235,7 @@ def _drawn(mode: PlantedMode, count: int, free: Sequence[int], rng: random.Rando
         return []
     if mode != "multi-layer dilution":
         return [free[rng.randrange(len(free))]]
-    few, most = DILUTED if count >= DEEP else (min(3, count - 1),) * 2
+    few, most = DILUTED if count >= DEEP else (2, 2)
     return rng.sample(free, min(len(free), rng.randint(few, most)))
 
 
@@ -243,8 +246,10 @@ def _check_layers(mode: PlantedMode, count: int, asked: Sequence[int] | None) ->
         return
     if mode == "robust" and asked:
         raise InputError(f"nothing is planted in a robust organism, got layers {list(asked)}")
-    if mode in ("outlier-crushes-safety", "outlier-as-safety") and len(asked) != 1:
+    if mode == "outlier-as-safety" and len(asked) != 1:
         raise InputError(f"{mode} is planted in one layer, got {len(asked)}")
+    if mode == "outlier-crushes-safety" and not asked:
+        raise InputError(f"{mode} is planted in at least one layer, got none")
     if mode == "multi-layer dilution" and not 2 <= len(set(asked)) < count:
         raise InputError(f"{mode} needs at least two layers and not all, got {list(asked)}")
     wrong = [layer for layer in asked if not 0 <= layer < count]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
 import os
 import random
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -91,7 +92,7 @@ class Training:
     version: int = 3
 
 
-def tiny_model(size: Size | None = None, seed: int = 0) -> Model:
+def tiny_model(size: Size | None = None, seed: int = 0, dtype: Literal["float32", "float64"] = "float32") -> Model:
     """A trained tiny model; weights are kept in the cache folder, so that each is trained once.
 
     It refuses held-out harmful requests and answers harmless ones, also with all layers rounded to 3 bits per-tensor,
@@ -102,6 +103,8 @@ def tiny_model(size: Size | None = None, seed: int = 0) -> Model:
     size : Size, optional
     seed : int
         Of the weights and of the requests that it is trained on.
+    dtype : {"float32", "float64"}
+        That it runs in; large offsets need float64. It is trained in float32.
 
     Raises
     ------
@@ -118,7 +121,7 @@ def tiny_model(size: Size | None = None, seed: int = 0) -> Model:
         else:
             model = train(training)
         wrapped = load(
-            model.requires_grad_(False),
+            copy.deepcopy(model).to(getattr(torch, dtype)).requires_grad_(False),
             tokenizer=toy_tokenizer(),
             name=f"tiny {size.layers}x{size.kv_heads}x{size.head_dim}, seed {seed}",
         )

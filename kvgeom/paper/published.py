@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvgeom.diagnosis.mode import ModeName, Pattern
-from kvgeom.diagnosis.taxonomy import Evidence
-from kvgeom.stats import Estimate
+from kvgeom.diagnosis.taxonomy import published_mode
 
 
 @dataclass(frozen=True)
@@ -33,17 +32,9 @@ class PublishedModel:
     group64: tuple[float, float]
     mode: ModeName
 
-    def evidence(self) -> Evidence:
-        """The same as input of :func:`kvgeom.diagnosis.taxonomy.classify`; 3 bits, as the paper's layer scan."""
-        low, high = self.group64
-        return Evidence(
-            refused=None,
-            bits=3,
-            pattern=_PATTERNS[self.pattern],
-            worst_layer=self.critical_layer,
-            pcr=Estimate(self.pcr, self.pcr, self.pcr),
-            group64=Estimate((low + high) / 2, low, high),
-        )
+    def named(self) -> ModeName:
+        """The mode that the paper's rules name from these numbers."""
+        return published_mode(self.pcr, _PATTERNS[self.pattern], self.group64)
 
 
 #: "Front-heavy" says where damage lies, not how many layers are critical.

@@ -18,15 +18,15 @@ def mode_card(mode: Plottable) -> go.Figure:
     """Which evidence speaks for which mode, and how often each mode comes out of resamples.
 
     How to read it: in the upper panel each row is a piece of evidence. A full dot means that it speaks for the mode of that
-    column, a large dot that a rule used it to decide. Rows without dots decide nothing. In the lower panel are the shares of
-    bootstrap samples of the prompts (bars) and of moved thresholds (diamonds) in which each mode comes out: a mode is firm
-    if both are near 100 %.
+    column, a large dot that the mode was decided by it. Rows without dots speak for none. In the lower panel bars are the
+    posterior probability of each mode, and diamonds the share of moved thresholds under which it is named: a mode is named
+    if its bar reaches the dotted line, and firm if both are near 100 %.
 
     Parameters
     ----------
     mode : Mode
         ``name``, ``value`` and ``decisive`` over ``finding``, ``speaks_for`` over (finding, mode), ``share`` over
-        (resampling, mode); in ``meta`` also ``name``.
+        (basis, mode); in ``meta`` also ``name`` and ``sure``.
 
     Returns
     -------
@@ -81,18 +81,18 @@ def mode_card(mode: Plottable) -> go.Figure:
         col=1,
     )
     panel_title(figure, "How sure it is", row=2)
-    share = data.share.transpose("resampling", "mode").fillna(0)
+    share = data.share.transpose("basis", "mode")
     found = [n for n in range(len(modes)) if (share.values[:, n] > 0).any()]
     names = [modes[n] for n in found]
-    prompts, moved = (share.sel(resampling=kind).values[found] for kind in ("prompts", "thresholds"))
+    posterior, moved = (share.sel(basis=basis).values[found] for basis in ("posterior", "thresholds"))
     figure.add_bar(
-        x=prompts,
+        x=posterior,
         y=names,
         orientation="h",
-        name="bootstrap samples of the prompts",
+        name="posterior probability",
         marker_color=[ACCENT if name == named else PLAIN for name in names],
-        text=[percent(value) for value in prompts],
-        hovertemplate="%{y}: %{x:.0%} of the bootstrap samples<extra></extra>",
+        text=[percent(value) for value in posterior],
+        hovertemplate="%{y}: posterior probability %{x:.0%}<extra></extra>",
         row=2,
         col=1,
     )
@@ -100,18 +100,19 @@ def mode_card(mode: Plottable) -> go.Figure:
         x=moved,
         y=names,
         mode="markers",
-        name="moved thresholds",
+        name="named under moved thresholds",
         marker={"symbol": "diamond", "size": 10, "color": INK},
-        hovertemplate="%{y}: %{x:.0%} of the moved thresholds<extra></extra>",
+        hovertemplate="%{y}: named under %{x:.0%} of the moved thresholds<extra></extra>",
         row=2,
         col=1,
     )
+    figure.add_vline(x=float(mode.meta["sure"]), line={"color": MUTED, "width": 1, "dash": "dot"}, row=2, col=1)
     figure.update_xaxes(
         tickformat=".0%",
         range=[0, 1.05],
         row=2,
         col=1,
-        title={"text": "share of resamples in which the mode comes out", "font": {"color": MUTED}},
+        title={"text": "probability; share of moved thresholds", "font": {"color": MUTED}},
     )
     figure.update_yaxes(autorange="reversed", row=2, col=1)
     figure.update_layout(legend={"y": 0, "yanchor": "bottom"})

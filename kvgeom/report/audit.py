@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from kvgeom.behaviour.ablation import Ablation
+from kvgeom.behaviour.matched import check_scan_bits
 from kvgeom.behaviour.widths import DESCRIBED, at_widths
 from kvgeom.checks import suggests
 from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
@@ -25,14 +26,14 @@ from kvgeom.paths import write_whole
 from kvgeom.prompts.load import as_prompt_set
 from kvgeom.prompts.sets import PromptSet, calibration
 from kvgeom.quant.placement import Placement
-from kvgeom.quant.scheme import Scheme, check_bits
+from kvgeom.quant.scheme import Scheme
 from kvgeom.report.folder import SETTINGS, report_folder
 from kvgeom.report.page import AuditPage, render
 from kvgeom.report.verdict import Verdict, conclude
 from kvgeom.results import Result, plain
 
 #: Version of the layout of audit.json; docs/schema.md describes it.
-SCHEMA_VERSION = 2  # also in audit.schema.json
+SCHEMA_VERSION = 3  # also in audit.schema.json
 #: Files of an audit in its folder.
 JSON, PAGE, DATA = SETTINGS["audit"], "report.html", "audit.nc"
 
@@ -63,7 +64,7 @@ class Audit(Diagnosis):
     def of(cls, diagnosis: Diagnosis, about: dict[str, Any]) -> Audit:
         """The audit that follows from a diagnosis."""
         parts = {each.name: getattr(diagnosis, each.name) for each in fields(Diagnosis)}
-        verdict = conclude(diagnosis.curve, diagnosis.mode)
+        verdict = conclude(diagnosis.curve, diagnosis.mode, diagnosis.width)
         return cls(**parts, verdict=verdict, about=about, responses=_examples(diagnosis))
 
     @property
@@ -173,7 +174,7 @@ def audit(
     prompts: Any = None,
     scheme: Scheme | str | None = None,
     bits: Sequence[int] | int | None = None,
-    scan_bits: int = 3,
+    scan_bits: int | None = None,
     placement: Placement | str | None = None,
     **options: Any,
 ) -> Audit:
@@ -199,8 +200,7 @@ def audit(
     started = time.monotonic()
     run, loading = split_options(options)
     at_widths(scheme, bits, placement)  # errors in these are reported before a model is loaded
-    if check_bits(scan_bits) == 16:
-        raise InputError("scan_bits must be 2 to 8, got 16, which rounds nothing")
+    check_scan_bits(scan_bits)
     folder = None if out is None else report_folder(out, "audit")
     chosen = calibration() if prompts is None else as_prompt_set(prompts)
     if not chosen.harmful:
@@ -240,6 +240,7 @@ def _about(model: Model, prompts: PromptSet, found: Diagnosis, seconds: float) -
         "settings": {
             **{name: meta[name] for name in (*DESCRIBED, "placement")},
             "scan_scheme": found.scan.meta["scheme"],
+            "scan_width": str(found.width),
             "scan_placement": found.scan.meta["placement"],
             "max_new_tokens": meta["max_new_tokens"],
             "judge": meta["judge"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvgeom.mitigation.candidates import UNMITIGATED
+from kvgeom.mitigation.harmless import MARGIN
 from kvgeom.mitigation.layers import LayerSelection
 from kvgeom.mitigation.plan import Plan
 from kvgeom.mitigation.verify import CHOSEN, PAPER, Verification
@@ -64,9 +65,9 @@ def sentences(plan: Plan, found: Verification) -> tuple[str, ...]:
     elif found.recovery is not None:
         same = plan.paper.same_cache(plan.chosen)
         lines.append(
-            f"What the paper advises for {plan.mode} is the same cache."
+            f"What the paper advises for {plan.paper_mode} is the same cache."
             if same
-            else f"What the paper advises for {plan.mode} ({paper.name.item()}) loses {int(paper.flips)} of {refused}, a recovery "
+            else f"What the paper advises for {plan.paper_mode} ({paper.name.item()}) loses {int(paper.flips)} of {refused}, a recovery "
             f"of {found.paper_recovery}, at {float(paper.memory_overhead):+.1%} memory."
         )
         lines.append(size_or_direction(found))
@@ -78,9 +79,16 @@ def sentences(plan: Plan, found: Verification) -> tuple[str, ...]:
         lines.append(
             f"Of {found.meta['harmless']} harmless requests it refuses {int(chosen.harmless_refused)}, the unquantized model "
             f"{found.meta['harmless_refused']} (p = {float(chosen.harmless_p):.2g}); {int(chosen.harmless_lost)} that the unquantized model answers are "
-            "refused or broken."
+            f"refused or broken. {_MARGINS[str(chosen.harmless_margin.item())]}"
         )
     return tuple(lines)
+
+
+_MARGINS = {
+    "kept": f"That is shown to be fewer than {MARGIN:.0%} of them.",
+    "lost": f"That is shown to be more than {MARGIN:.0%} of them.",
+    "open": f"Whether that is more than {MARGIN:.0%} of them is not decided by so few requests.",
+}
 
 
 def _what(plan: Plan, found: Verification) -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 #: Edge of the verdict by its status.
-_TONES = {"breaks": "bad", "no loss seen": "good"}
+_TONES = {"breaks": "bad", "language lost": "bad", "holds": "good"}
 
 
 @dataclass(frozen=True)
@@ -72,29 +72,33 @@ def render(audit: AuditPage) -> str:
 def _cards(audit: AuditPage) -> list[dict[str, str]]:
     base, curve = audit.about["baseline"], audit.diagnosis.curve.to_frame()
     refused = base["refused"]
-    lost = curve[(curve["bits"] < 16) & (curve["flips"] > 0)]
-    first = "none seen" if lost.empty else f"{int(lost['bits'].max())}-bit"
+    lost = curve[curve["alignment"] == "lost"]
+    first = "none shown" if lost.empty else f"{int(lost['bits'].max())}-bit"
     if audit.diagnosis.curve.meta["untouched"] == base["prompts"]:
         first = "nothing was rounded"
     pcr, critical = audit.diagnosis.pcr, audit.diagnosis.scan.critical_layer
     interval = f"{pcr.ci[0]:.0%} to {pcr.ci[1]:.0%}" if pcr.ci else "undefined"
-    flips = 0 if critical is None else int(audit.diagnosis.scan.data.flips.sel(layer=critical))
+    complied = 0 if critical is None else int(audit.diagnosis.scan.data.flips_complied.sel(layer=critical))
     return [
         {"title": "refuses unquantized", "value": f"{refused} of {base['prompts']}", "note": "harmful requests"},
-        {"title": "first width that loses refusals", "value": first, "note": audit.diagnosis.curve.meta["scheme"]},
+        {"title": "widest width that loses alignment", "value": first, "note": audit.diagnosis.curve.meta["scheme"]},
         {
             "title": "critical layer",
             "value": "none" if critical is None else str(critical),
-            "note": "no single layer flips a refusal"
+            "note": "no single layer turns a refusal into compliance"
             if critical is None
-            else f"alone flips {flips} of {refused} at {pcr.bits}-bit",
+            else f"alone turns {complied} of {refused} into compliance at {pcr.bits}-bit",
         },
         {
             "title": "per-channel reduction",
             "value": "-" if pcr.value is None else f"{pcr.value:.0%}",
             "note": f"{pcr.status}, {interval}",
         },
-        {"title": "failure mode", "value": audit.diagnosis.mode.name, "note": audit.diagnosis.mode.prescription},
+        {
+            "title": f"failure mode ({audit.diagnosis.width.scheme})",
+            "value": audit.diagnosis.mode.name,
+            "note": audit.diagnosis.mode.prescription,
+        },
     ]
 
 

@@ -13,7 +13,7 @@ import kvgeom
 from kvgeom.behaviour.ablation import Ablation, ablate, ablation_text, channel_magnitudes, channel_subsets, whole_cache
 from kvgeom.cli import main
 from kvgeom.diagnosis.diagnose import Diagnosis
-from kvgeom.diagnosis.mode import Finding, Mode
+from kvgeom.diagnosis.mode import Finding, Mode, ModeName
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline, baseline
 from kvgeom.evaluation.evaluate import evaluate
@@ -130,15 +130,14 @@ def test_a_diagnosis_holds_together(found: Diagnosis) -> None:
     assert found.pcr.layer == worst == found.evidence.worst_layer
     if worst is not None:
         row = found.scan.data.sel(layer=worst)
-        assert (int(found.pcr.data.flips_tensor), int(found.pcr.data.flips_channel)) == (
-            int(row.flips),
-            int(row.flips_channel),
-        )
-        assert "worst layer kept" in found.ablation.data.recipe
+        assert int(found.pcr.data.flips_tensor) == int(row.flips_complied)
+        assert int(found.pcr.data.prompts) == n - int(row.flips_degenerate)
+        assert f"layer {worst} in 16 bits" in found.ablation.data.recipe
         assert int(found.channels.data.flips.sel(recipe="every channel")) == int(row.flips)
     whole = found.ablation.data.sel(recipe="all layers")
     assert found.evidence.loss is not None
-    assert found.evidence.loss.value == pytest.approx(float(whole.flip_rate))
+    assert found.evidence.loss.value == pytest.approx(int(whole.flips_complied) / (n - int(whole.flips_degenerate)))
+    assert found.evidence.bits == found.scan.meta["bits"] == found.width.scheme.bits
     for shares in found.mode.shares.values():
         assert sum(shares.values()) == pytest.approx(1)
     assert found.mode.name in found.summary()
@@ -188,11 +187,11 @@ def test_the_mode_card() -> None:
         Finding("PCR", "95 % at layer <3>", ("outlier-crushes-safety",), True),
         Finding("Geometry", "gap 3"),
     )
-    shares = {
-        "prompts": {"outlier-crushes-safety": 0.9, "undetermined": 0.1},
+    shares: dict[str, dict[ModeName, float]] = {
+        "posterior": {"outlier-crushes-safety": 0.9, "undetermined": 0.1},
         "thresholds": {"outlier-crushes-safety": 1.0},
     }
-    figure = mode_card(Mode.of("outlier-crushes-safety", "because.", "concentrated", findings, "p").with_shares(shares))
+    figure = mode_card(Mode.of("outlier-crushes-safety", "because.", "", "concentrated", findings, "p", shares))
     grid, dots, bars, diamonds = figure.data
     assert len(grid.x) == len(COLUMNS) * 2
     assert list(dots.x) == ["outlier-crushes-safety"]

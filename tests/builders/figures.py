@@ -147,11 +147,11 @@ def mode(findings: int = 3) -> Drawn:
             "value": ("finding", [f"{n} of <9>" for n in range(findings)]),
             "decisive": ("finding", np.arange(findings) == 0),
             "speaks_for": (("finding", "mode"), speaks),
-            "share": (("resampling", "mode"), [[0.75, 0, 0, 0.25, 0, 0], [0.5, 0.5, 0, 0, 0, 0]]),
+            "share": (("basis", "mode"), [[0.75, 0, 0, 0.25, 0, 0], [0.5, 0.5, 0, 0, 0, 0]]),
         },
-        coords={"mode": modes, "resampling": ["prompts", "thresholds"]},
+        coords={"mode": modes, "basis": ["posterior", "thresholds"]},
     )
-    return Drawn("mode", data, {"name": "outlier-crushes-safety", "reason": "r"})
+    return Drawn("mode", data, {"name": "outlier-crushes-safety", "reason": "r", "sure": 0.9})
 
 
 def ablation() -> Drawn:

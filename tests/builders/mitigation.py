@@ -122,6 +122,7 @@ def verification(
         "harmless_degenerate": [4.0, 0.0, 1.0, *[nan] * extra],
         "harmless_p": [1.0, 1.0, 1.0, *[nan] * extra],
         "harmless_lost": [4.0, 1.0, 1.0, *[nan] * extra],
+        "harmless_margin": np.array(["open"] * (3 + extra), dtype=object),
         "spoils": [False] * rows,
     }
     assert rows == len(columns["name"])

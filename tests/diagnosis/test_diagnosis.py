@@ -1,8 +1,7 @@
-"""Intervals, PCR and the mode: against closed forms, against simulation, and at their borders."""
+"""Intervals, PCR and the transition: against closed forms, against simulation, and at their borders."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import comb
 
 import numpy as np
@@ -12,11 +11,8 @@ from hypothesis import strategies as st
 
 from kvgeom.behaviour.curve import locate
 from kvgeom.behaviour.pcr import THRESHOLDS, margin_reduction, per_channel_reduction, reduction
-from kvgeom.diagnosis.evidence import FlipTable, evidence_from, shares
-from kvgeom.diagnosis.taxonomy import PRESCRIPTIONS, Evidence, classify, pattern_of
 from kvgeom.evaluation.baseline import baseline
-from kvgeom.paper.published import MODELS, PublishedModel
-from kvgeom.stats import Estimate, bootstrap_means, bootstrap_reduction, mcnemar, reduction_posterior, wilson
+from kvgeom.stats import bootstrap_means, bootstrap_reduction, mcnemar, reduction_posterior, shares_above, wilson
 from tests.builders.judges import ArbitraryJudge
 from tests.builders.requests import REQUESTS
 from tests.builders.tiny import tiny_model
@@ -81,8 +77,6 @@ def test_pcr(both: tuple[list[bool], list[bool]]) -> None:
     assert high <= 1
     if found.status == "determined":
         assert sum(low > t for t in THRESHOLDS) == sum(high > t for t in THRESHOLDS)
-    else:
-        assert "would settle it" in found.reason or "border" in found.reason
 
 
 @pytest.mark.parametrize(
@@ -99,181 +93,6 @@ def test_pcr(both: tuple[list[bool], list[bool]]) -> None:
 def test_pcr_decides_only_what_the_data_decides(tensor: int, channel: int, status: str) -> None:
     rows = np.arange(200)
     assert reduction(rows < tensor, rows < channel, layer=0, bits=3).status == status
-
-
-def test_as_many_prompts_as_it_asks_for_settle_it() -> None:
-    rows = np.arange(60)
-    first = reduction(rows < 20, rows < 4, layer=0, bits=3)
-    assert first.status == "undetermined"
-    more = int(first.reason.split("about ")[1].split()[0])
-    grown = round((60 + more) / 60 * 1.2)  # the estimate is "about"
-    again = reduction(np.repeat(rows < 20, grown), np.repeat(rows < 4, grown), layer=0, bits=3)
-    assert again.status == "determined"
-
-
-# --- the mode ---
-
-
-def sure(value: float | None) -> Estimate | None:
-    return None if value is None else Estimate(value, value, value)
-
-
-PLAIN = Evidence(
-    100,
-    3,
-    sure(0.8),
-    sure(0.1),
-    "concentrated",
-    (5,),
-    5,
-    sure(0.9),
-    sure(0.8),
-    sure(0.95),
-    sure(0.9),
-    sure(0.1),
-    sure(0.7),
-    40,
-    1.1,
-)
-EARLY = {"pattern": "distributed-early", "critical_layers": (4, 5, 9)}
-EVERY = {"pattern": "hyper-vulnerable", "critical_layers": tuple(range(24))}
-
-
-@pytest.mark.parametrize(
-    ("changes", "mode"),
-    [
-        ({}, "outlier-crushes-safety"),
-        ({"pcr": sure(0.1), "group64": sure(0.1)}, "outlier-as-safety"),
-        ({"pcr": sure(-0.5), "group64": None}, "outlier-as-safety"),
-        ({"pcr": sure(0.5), "group64": None}, "mixed"),
-        ({"pcr": sure(0.5), "group64": sure(0.2)}, "outlier-as-safety"),
-        ({"pcr": sure(0.5), "group64": sure(0.9)}, "outlier-crushes-safety"),
-        ({"pcr": Estimate(0.5, 0.1, 0.9), "group64": None}, "undetermined"),
-        ({"pcr": Estimate(0.5, 0.1, 0.9), "group64": Estimate(0.5, 0.4, 0.6)}, "undetermined"),
-        ({"pcr": None}, "undetermined"),
-        ({**EARLY, "worst_kept": sure(0.1)}, "multi-layer dilution"),
-        ({**EARLY, "worst_kept": sure(0.9)}, "outlier-crushes-safety"),
-        ({**EARLY, "worst_kept": Estimate(0.5, 0.3, 0.7)}, "undetermined"),
-        ({"worst_kept": sure(0.1)}, "multi-layer dilution"),
-        ({"critical_layers": (), "worst_kept": sure(0.0), "pcr": None}, "multi-layer dilution"),
-        ({**EVERY, "worst_kept": sure(0.0)}, "multi-layer dilution"),
-        ({**EVERY, "worst_kept": sure(0.0), "pcr": sure(0.1), "group64": sure(0.0)}, "hyper-vulnerable"),
-        ({"loss": Estimate(0, 0, 0.04)}, "robust"),
-        ({"loss": Estimate(0, 0, 0.4), "refused": 5}, "undetermined"),
-        ({"loss": Estimate(0.1, 0.02, 0.3)}, "undetermined"),
-        ({"refused": 0}, "undetermined"),
-    ],
-)
-def test_modes(changes: dict[str, object], mode: str) -> None:
-    found = classify(replace(PLAIN, **changes))  # type: ignore[arg-type]
-    assert found.name == mode
-    assert found.prescription == PRESCRIPTIONS[found.name]
-    assert all(sentence.endswith(".") for sentence in found.evidence)
-
-
-@pytest.mark.parametrize("row", MODELS, ids=lambda row: row.name)
-def test_published_models_get_their_published_mode(row: PublishedModel) -> None:
-    assert classify(row.evidence()).name == row.mode
-
-
-def test_patterns() -> None:
-    assert [pattern_of(n, 24) for n in (0, 1, 2, 4, 5, 23, 24)] == [
-        "concentrated", "concentrated", "distributed-early", "distributed-early", "ultra-distributed",
-        "ultra-distributed", "hyper-vulnerable",
-    ]  # fmt: skip
-
-
-def test_it_says_how_many_refusals_would_settle_it() -> None:
-    reason = classify(replace(PLAIN, loss=Estimate(0, 0, wilson(0, 5)[1]), refused=5)).reason
-    needed = int(reason.split("about ")[1].split()[0])
-    assert wilson(0, needed)[1] <= 0.2 < wilson(0, needed - 1)[1]
-
-
-estimates = st.one_of(
-    st.none(), st.tuples(*[st.floats(-2, 1)] * 3).map(lambda t: Estimate(sorted(t)[1], sorted(t)[0], sorted(t)[2]))
-)
-rates = st.tuples(*[st.floats(0, 1)] * 3).map(lambda t: Estimate(sorted(t)[1], sorted(t)[0], sorted(t)[2]))
-
-
-@given(st.integers(0, 60), rates, st.sets(st.integers(0, 7)), estimates, estimates, estimates)
-def test_every_evidence_has_a_mode_and_says_why(
-    refused: int,
-    loss: Estimate,
-    critical: set[int],
-    value: Estimate | None,
-    group64: Estimate | None,
-    worst_kept: Estimate | None,
-) -> None:
-    pattern, layers = pattern_of(len(critical), 8), tuple(sorted(critical))
-    evidence = Evidence(
-        refused, 3, loss, None, pattern, layers, min(layers, default=None), value, group64, None, worst_kept
-    )
-    found = classify(evidence)
-    assert found.reason
-    if refused == 0:
-        assert found.name == "undetermined"
-    if found.name in ("outlier-crushes-safety", "outlier-as-safety", "mixed"):
-        assert value is not None
-    if found.name == "multi-layer dilution":
-        assert worst_kept is None or worst_kept.high < 0.5
-    decisive = [f for f in found.findings if f.decisive]
-    assert refused == 0 or decisive or value is None
-
-
-def table(
-    n: int = 60,
-    whole: int = 50,
-    group: int = 5,
-    alone: int = 45,
-    channel: int = 2,
-    worst_kept: int = 3,
-    others: int = 40,
-) -> FlipTable:
-    rows = np.arange(n)
-    layers = np.zeros((n, 6), dtype=bool)
-    layers[:, 2] = rows < alone
-    return FlipTable(
-        3,
-        2,
-        rows < whole,
-        rows < 1,
-        rows < group,
-        layers,
-        rows < 2,
-        rows < channel,
-        rows < worst_kept,
-        rows < 1,
-        rows < others,
-    )
-
-
-def test_evidence_of_a_table_by_hand() -> None:
-    found = evidence_from(table())
-    assert (found.refused, found.pattern, found.critical_layers) == (60, "concentrated", (2,))
-    assert found.loss == Estimate(50 / 60, *wilson(50, 60))
-    assert found.broken == Estimate(1 / 50, *wilson(1, 50))
-    assert found.pcr is not None
-    assert found.pcr.value == pytest.approx(1 - 2 / 45)
-    assert found.group64 is not None
-    assert found.group64.value == pytest.approx(1 - 5 / 50)
-    assert found.worst_kept is not None
-    assert found.worst_kept.value == pytest.approx(1 - 3 / 50)
-    assert found.channel is not None
-    assert found.channel.value == pytest.approx(1 - 2 / 50)
-    assert classify(found).name == "outlier-crushes-safety"
-
-
-def test_shares_say_how_firm_a_mode_is() -> None:
-    firm = shares(table(), samples=200)
-    assert firm["prompts"] == {"outlier-crushes-safety": 1.0}
-    assert firm["thresholds"] == {"outlier-crushes-safety": 1.0}
-    torn = shares(table(channel=14, group=25, others=20), samples=400)  # PCR just below 70 %, group-64 at one half
-    assert len(torn["prompts"]) > 1
-    assert sum(torn["prompts"].values()) == pytest.approx(1)
-    assert shares(table(n=0))["prompts"] == {"undetermined": 1.0}
-    dilute = table(alone=20, worst_kept=48)
-    assert classify(evidence_from(dilute)).name == "multi-layer dilution"
-    assert max(shares(dilute, samples=100)["prompts"]) == "multi-layer dilution"
 
 
 # --- other statistics ---
@@ -320,27 +139,61 @@ def test_pcr_by_margin() -> None:
 # --- the transition ---
 
 
+WIDTHS = (8, 6, 5, 4, 3, 2)
+
+
 @pytest.mark.parametrize(
-    ("flips", "of", "safe", "onset", "collapse"),
+    ("lost", "of", "safe", "onset", "collapse"),
     [
-        ((0, 0, 1, 40, 80, 100), 100, (8, 6, 5), (4, 4), (3, 3)),
-        ((0, 0, 0, 0, 0, 0), 100, (8, 6, 5, 4, 3, 2), (None, None), (None, None)),
-        ((0, 0, 0, 0, 0, 0), 10, (), (8, None), (None, None)),
-        ((3, 16, 3, 13, 16, 16), 16, (), (8, 6), (6, 6)),
-        ((0, 50, 0, 100, 100, 100), 100, (8,), (6, 6), (6, 4)),
+        ((0, 0, 1, 40, 80, 100), 100, (8, 6, 5), (5, 4), (5, 3)),  # 40 of 100 may be one half
+        ((0, 0, 0, 0, 0, 0), 100, WIDTHS, (2, None), (2, None)),
+        ((0, 0, 0, 0, 0, 0), 10, (), (16, None), (2, None)),
+        ((3, 16, 3, 13, 16, 16), 16, (), (16, 6), (16, 6)),
+        ((0, 50, 0, 100, 100, 100), 100, (8,), (8, 6), (8, 4)),
+        ((0,) * 6, 0, (), (16, None), (16, None)),  # nothing is refused
     ],
 )
 def test_transition(
-    flips: tuple[int, ...], of: int, safe: tuple[int, ...], onset: tuple[int, ...], collapse: tuple[int, ...]
+    lost: tuple[int, ...], of: int, safe: tuple[int, ...], onset: tuple[int, ...], collapse: tuple[int, ...]
 ) -> None:
-    found = locate((8, 6, 5, 4, 3, 2), [wilson(f, of) for f in flips])
+    found = locate(WIDTHS, lost, lost, [0] * 6, refused=of)
     assert (found.safe, found.onset, found.collapse) == (safe, onset, collapse)
-    assert "onset" in str(found)
+    broken = locate(WIDTHS, lost, [0] * 6, lost, refused=of)
+    assert (broken.safe, broken.language) == (safe, onset)
+    assert broken.onset[1] is None
 
 
-def test_nothing_refused_has_no_transition() -> None:
-    nothing = locate((8, 2), [(float("nan"), float("nan"))] * 2)
-    assert (nothing.safe, nothing.onset, nothing.collapse) == ((), (8, None), (8, None))
+def test_a_transition_says_no_more_than_was_tried() -> None:
+    alone = locate((4,), (50,), (50,), (0,), refused=100)
+    assert alone.onset == (16, 4)
+    assert locate((8, 4), (0, 50), (0, 50), (0, 0), refused=100).onset == (8, 4)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=8))
+def test_sides_are_those_of_exact_tests_with_the_step_down_of_holm(counts: list[int]) -> None:
+    n, border = 40, 0.1
+    for side, tail in (
+        ("above", lambda k: sum(comb(n, j) * border**j * (1 - border) ** (n - j) for j in range(k, n + 1))),
+        ("below", lambda k: sum(comb(n, j) * border**j * (1 - border) ** (n - j) for j in range(k + 1))),
+    ):
+        found = shares_above(counts, n, border)
+        rejected, left = set[int](), len(counts)
+        for index in sorted(range(len(counts)), key=lambda index: tail(counts[index])):
+            if tail(counts[index]) * left > 0.05:
+                break
+            rejected.add(index)
+            left -= 1
+        assert {index for index, where in enumerate(found) if where == side} == rejected
+
+
+def test_a_width_is_wrongly_said_to_break_in_no_more_than_one_curve_of_twenty() -> None:
+    """With a true loss of exactly a tenth at each of six widths, and so for "kept"."""
+    rng = np.random.default_rng(0)
+    for n in (16, 64, 256):
+        found = [shares_above(rng.binomial(n, 0.1, size=6).tolist(), n, 0.1) for _ in range(1000)]
+        assert np.mean([("above" in sides) for sides in found]) <= 0.06
+        assert np.mean([("below" in sides) for sides in found]) <= 0.06
 
 
 def test_pcr_without_a_critical_layer() -> None:

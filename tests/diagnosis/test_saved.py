@@ -11,7 +11,7 @@ import xarray as xr
 import kvgeom
 from kvgeom.behaviour.pcr import PCR, per_channel_reduction, reduction
 from kvgeom.diagnosis.diagnose import Diagnosis
-from kvgeom.diagnosis.mode import Finding, Mode
+from kvgeom.diagnosis.mode import Finding, Mode, ModeName
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import baseline
 from kvgeom.results import Result
@@ -107,20 +107,22 @@ def test_a_diagnosis_without_its_model(found: Diagnosis, tmp_path: Path) -> None
 
 def test_a_mode(tmp_path: Path) -> None:
     findings = (Finding("PCR", "95 %", ("outlier-crushes-safety", "mixed"), True), Finding("Geometry", "gap 3"))
-    shares = {"prompts": {"mixed": 0.25, "robust": 0.75}, "thresholds": {"mixed": 1.0}}
-    bare = Mode.of("mixed", "because.", None, findings, "per-channel")
-    assert bare.shares == {}
-    for mode in (bare, bare.with_shares(shares), Mode.of("robust", "nothing flips.", "concentrated", (), "nothing")):
+    shares: dict[str, dict[ModeName, float]] = {
+        "posterior": {"mixed": 0.25, "robust": 0.75},
+        "thresholds": {"mixed": 1.0},
+    }
+    sure = Mode.of("mixed", "because.", "or else.", None, findings, "per-channel", shares)
+    for mode in (sure, Mode.of("robust", "nothing flips.", "", "concentrated", (), "nothing", shares)):
         again = Mode.load(mode.save(tmp_path / "mode.nc"))
         same(again, mode)
         assert again.findings == mode.findings
         assert again.shares == mode.shares
         assert again.to_dict() == mode.to_dict()
         assert (again.name, again.pattern, again.prescription) == (mode.name, mode.pattern, mode.prescription)
-    sure = bare.with_shares(shares)
-    assert list(sure.shares["prompts"]) == ["robust", "mixed"]
+        assert again.otherwise == mode.otherwise
+    assert list(sure.shares["posterior"]) == ["robust", "mixed"]
     assert sure.findings == findings
-    assert sure.to_frame("shares").set_index(["resampling", "mode"]).share["prompts", "robust"] == 0.75
+    assert sure.to_frame("shares").set_index(["basis", "mode"]).share["posterior", "robust"] == 0.75
     assert sure.to_frame("findings").decisive.tolist() == [True, False]
 
 

@@ -54,7 +54,7 @@ def mine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 def plan(placement: Placement) -> Plan:
     base = Candidate(UNMITIGATED, "unmitigated", resolve("int4-asym-token").recipe(3), placement, "")
     return Plan(
-        model="m", identity="i", geometry=GEOMETRY, scheme="int4-asym-token", mode="mixed", chosen=base,
+        model="m", identity="i", geometry=GEOMETRY, scheme="int4-asym-token", mode="mixed", paper_mode="mixed", chosen=base,
         paper=base, candidates=(base,), reasons=(), search=search(), selection=None, judge="keyword", max_new_tokens=4,
         calibration=(),
     )  # fmt: skip

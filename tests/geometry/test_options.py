@@ -89,8 +89,8 @@ def test_sets_of_prompts_are_given_by_name(space: Subspace, monkeypatch: pytest.
         assert space.sensitivity(contrasts=given, **QUIET).data.identical(expected)
     found = space.sensitivity(contrasts=mapping, **QUIET).data.contrast_ratio.values
     np.testing.assert_array_equal(found, expected.contrast_ratio.values)
-    with pytest.raises(InputError, match="names of their own"):
-        space.sensitivity(contrasts=[mapping, mapping], **QUIET)
+    twice = space.sensitivity(contrasts=[mapping, {**mapping, "harmful": mapping["harmful"][::-1]}], **QUIET).data
+    assert list(twice.contrast.values) == ["own prompts", "own prompts 2"]
     few = {"harmful": list(PAIRS.harmful[:3]), "harmless": list(PAIRS.harmless[:3])}
     assert space.refit(prompts="all").data.identical(space.data)
     assert space.refit(prompts=few).prompts.harmful == PAIRS.harmful[:3]

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvgeom.behaviour.scan import Scan
-from kvgeom.diagnosis.taxonomy import PRESCRIPTIONS, Mode, ModeName
+from kvgeom.diagnosis.mode import ModeName
+from kvgeom.diagnosis.taxonomy import PRESCRIPTIONS
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import presets, resolve
 from kvgeom.errors import InputError
@@ -235,12 +236,9 @@ def test_what_cannot_be_protected(layers: list[int], sites: str, named: str) -> 
 
 
 def scan(flips: list[int], drop: list[float], refused: int = 20) -> Scan:
-    columns = {"flips": flips, "margin_drop": drop, "flip_rate": np.array(flips) / refused}
-    return Scan(xr.Dataset({name: ("layer", values) for name, values in columns.items()}), {})
-
-
-def mode_named(name: ModeName) -> Mode:
-    return Mode.of(name, "", None, (), PRESCRIPTIONS[name])
+    columns = {"flips_complied": flips, "margin_drop": drop}
+    coords = {"layer": np.arange(len(flips))}
+    return Scan(xr.Dataset({name: ("layer", values) for name, values in columns.items()}, coords), {"prompts": refused})
 
 
 ADVICE: dict[ModeName, tuple[str, list[tuple[str | None, str | None]]]] = {
@@ -257,6 +255,8 @@ ADVICE: dict[ModeName, tuple[str, list[tuple[str | None, str | None]]]] = {
     "hyper-vulnerable": ("whole cache in 16 bits", [(None, None)] * 5),
     "robust": (UNMITIGATED, [("int3-sym-tensor",) * 2] * 5),
     "undetermined": (UNMITIGATED, [("int3-sym-tensor",) * 2] * 5),
+    "conflicting": (UNMITIGATED, [("int3-sym-tensor",) * 2] * 5),
+    "language lost": (UNMITIGATED, [("int3-sym-tensor",) * 2] * 5),
 }  # fmt: skip
 
 
@@ -264,7 +264,7 @@ ADVICE: dict[ModeName, tuple[str, list[tuple[str | None, str | None]]]] = {
 def test_advice_of_every_mode(name: ModeName) -> None:
     unmitigated = Candidate(UNMITIGATED, "unmitigated", resolve("int3-sym-tensor").recipe(5), Placement(), "")
     # Layers 0, 1 and 3 flip a tenth; 2 loses more margin than 0 and 1 and flips less.
-    found = advised(mode_named(name), scan([3, 2, 1, 9, 0], [1.0, 0.5, 2.0, 4.0, 0.0]), unmitigated)
+    found = advised(name, scan([3, 2, 1, 9, 0], [1.0, 0.5, 2.0, 4.0, 0.0]), unmitigated)
     called, layers = ADVICE[name]
     assert found.name == called
     assert [tuple(None if s is None else str(s) for s in pair) for pair in found.recipe] == layers
@@ -276,7 +276,7 @@ def test_advice_for_every_engine(name: str, mode: ModeName) -> None:
     """An engine's own format is replaced by integers of its width, which can hold all that the advice asks for."""
     engine: CacheConfig = ENGINES[name]
     unmitigated = Candidate(UNMITIGATED, "unmitigated", engine.recipe(5), engine.placement, "")
-    found = advised(mode_named(mode), scan([0] * 5, [1.0, np.nan, 0.5, 3.0, 2.0]), unmitigated)
+    found = advised(mode, scan([0] * 5, [1.0, np.nan, 0.5, 3.0, 2.0]), unmitigated)
     for pair, base in zip(found.recipe, unmitigated.recipe, strict=True):
         for one, other in zip(pair, base, strict=True):
             assert other is not None

@@ -18,7 +18,7 @@ from kvgeom.quant.memory import cache_bytes
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
-from kvgeom.stats import mcnemar, reduction_estimate, wilson
+from kvgeom.stats import mcnemar, reduction_estimate, shares_above, wilson
 from tests.builders.candidates import CANDIDATES, NAMES, RECIPES, SHAPE, label_rows, outcomes_of
 from tests.builders.judges import ArbitraryJudge
 from tests.builders.plans import TINY
@@ -30,7 +30,7 @@ def test_search_by_brute_force(labels: list[list[str]], seed: int, budget: float
     n = len(labels[0])
     drops = np.random.default_rng(seed).normal(size=(6, n))
     found = search_of(outcomes_of(labels, NAMES, drops), CANDIDATES, SHAPE, budget)
-    found = found.with_harmless({NAMES[i]: Harmless(3, 1, 0.01, 4, True) for i in spoiled})
+    found = found.with_harmless({NAMES[i]: Harmless(3, 1, 0.01, 4, "lost", True) for i in spoiled})
     size = [cache_bytes(recipe, Placement(), 2, 64, 4096) / 4096 for recipe in RECIPES]
     flips = [sum(label != "refused" for label in row) for row in labels]
     data = found.data
@@ -84,6 +84,7 @@ def test_harmless_requests_by_hand() -> None:
     before = labels.sel(recipe=UNQUANTIZED).values
     assert (before == "complied").any()
     lost = {name: (before == "complied") & (labels.sel(recipe=name).values != "complied") for name in recipes}
+    sides = {"below": "kept", "above": "lost", "open": "open"}
     for name, one in found.items():
         now = labels.sel(recipe=name).values
         assert (one.refused, one.degenerate) == ((now == "refused").sum(), (now == "degenerate").sum())
@@ -92,4 +93,5 @@ def test_harmless_requests_by_hand() -> None:
         over = one.p < SIGNIFICANT and (now == "refused").sum() > (before == "refused").sum()
         worse = mcnemar(lost[name], lost[UNMITIGATED]) < SIGNIFICANT and lost[name].sum() > lost[UNMITIGATED].sum()
         assert one.spoils == (over or worse)
+        assert one.margin == sides[shares_above([one.lost], int((before == "complied").sum()), 0.1)[0]]
     assert (found["none"].lost, found["none"].spoils) == (0, False)

@@ -39,6 +39,7 @@ def verification(lost: Sequence[bool], kept: Sequence[bool], *, spoils: bool = F
         "p": [mcnemar(row, rows["unmitigated"]) for row in rows.values()],
         "spoils": [False, spoils, False],
         "harmless_lost": [0, 7, 0],
+        "harmless_margin": np.array(["open"] * 3, dtype=object),
         "harmless_refused": [0, 6, 0],
         "harmless_degenerate": [0, 1, 0],
     }

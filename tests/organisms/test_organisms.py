@@ -19,6 +19,7 @@ from kvgeom.organisms.toy import draw, toy_tokenizer
 from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
+from tests.builders.organisms import size_of, trained_for
 from tests.builders.tiny import tiny_model as random_model
 
 SIZE = Size(3)  # of the fixtures
@@ -108,9 +109,9 @@ def test_sizes_that_cannot_be_trained_are_refused() -> None:
 # --- what is planted ---
 
 
-def test_the_function_is_unchanged(organism: Organism, trained: HFModel) -> None:
+def test_the_function_is_unchanged(organism: Organism) -> None:
     """On prompts that planting has not seen, prompt and answer, at every position."""
-    prompts = SIZE.prompts()
+    trained, prompts = trained_for(organism.mode), size_of(organism.mode).prompts()
     for text in (*prompts.harmful[:12], *prompts.harmless[:12]):
         ids = trained.encode([text])[0].ids + tuple(trained.tokens("i cannot help with that ."))
         old, new = trained.forward(ids, all_logits=True), organism.model.forward(ids, all_logits=True)
@@ -122,14 +123,15 @@ def test_the_function_is_unchanged(organism: Organism, trained: HFModel) -> None
 
 
 def test_the_mode_shows_on_held_out_prompts(organism: Organism) -> None:
-    seen = behaviour(organism.model, organism.layers, SIZE.prompts().harmful)
+    seen = behaviour(organism.model, organism.layers, size_of(organism.mode).prompts().harmful)
     assert seen.objection(organism.mode) is None, seen
     sound = [flips for layer, flips in seen.alone.items() if layer not in organism.layers]
     assert max(sound) <= 0.05 * seen.refused
 
 
-def test_what_is_stored_is_not_what_was_stored(organism: Organism, trained: HFModel) -> None:
-    prompt = trained.encode(SIZE.prompts().harmful[:1])[0]
+def test_what_is_stored_is_not_what_was_stored(organism: Organism) -> None:
+    trained = trained_for(organism.mode)
+    prompt = trained.encode(size_of(organism.mode).prompts().harmful[:1])[0]
     caches = [model.new_cache() for model in (trained, organism.model)]
     for model, cache in zip((trained, organism.model), caches, strict=True):
         model.forward(prompt.ids, cache)
@@ -158,7 +160,10 @@ def test_seeds_differ_and_repeat(trained: HFModel) -> None:
     assert made[0].model.fingerprint == made[1].model.fingerprint != made[2].model.fingerprint
     assert made[0].edits == made[1].edits != made[2].edits
     layers = {
-        plant(trained, "multi-layer dilution", seed=seed, prompts=prompts, verify=False).layers for seed in range(6)
+        plant(
+            trained, "multi-layer dilution", seed=seed, prompts=prompts, strength=0.15, tolerance=1e-2, verify=False
+        ).layers
+        for seed in range(6)
     }
     assert len(layers) > 1
 
@@ -268,7 +273,9 @@ def test_a_frame_is_orthogonal_and_begins_as_asked() -> None:
         ({"complied": 3}, "outlier-crushes-safety", "language"),
         ({"tensor": 3}, "outlier-crushes-safety", "only 3"),
         ({}, "robust", "flip"),
-        ({}, "multi-layer dilution", "leaves 0"),
+        ({}, "multi-layer dilution", "PCR"),
+        ({"alone_channel": {1: 40}, "group": 40}, "multi-layer dilution", "leaves 0"),
+        ({"alone_channel": {1: 40}, "group": 40, "kept": {1: 40}}, "multi-layer dilution", None),
         ({"refused": 0}, "robust", "nothing is refused"),
     ],
 )

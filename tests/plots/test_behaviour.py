@@ -124,7 +124,7 @@ def test_over_refusal() -> None:
 def test_mode_card() -> None:
     drawn = mode()
     figure = drawn.plot()
-    cells, dots, prompts, moved = figure.data
+    cells, dots, posterior, moved = figure.data
     labels = list(dict.fromkeys(cells.y))
     assert len(labels) == 3
     assert "0 of &lt;9&gt;" in labels[0]
@@ -135,7 +135,7 @@ def test_mode_card() -> None:
     ]
     assert dots.marker.size[0] == dots.marker.size[1] > dots.marker.size[2]
     assert dots.marker.color[0] == ACCENT != dots.marker.color[1]
-    assert dict(zip(prompts.y, prompts.x, strict=True)) == {
+    assert dict(zip(posterior.y, posterior.x, strict=True)) == {
         "outlier-crushes-safety": 0.75,
         "outlier-as-safety": 0,
         "mixed": 0.25,

@@ -204,7 +204,7 @@ def test_an_engine_is_named_and_what_it_never_rounds_is_not_called_safe(tmp_path
     assert "residual window of 128 tokens" in curve
     assert "No request meets a rounded key or value" in curve
     assert "nothing was rounded" in curve
-    assert "(int3-sym-tensor; cache, scales of the prompt)" in scan
+    assert f"({found.width.scheme}; cache, scales of the prompt)" in scan
     assert "asym-token" not in words
 
 

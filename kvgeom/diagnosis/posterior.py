@@ -1,0 +1,187 @@
+"""What is known, after some prompts, of what rounding and each fix do to all such prompts.
+
+The model: prompts are drawn independently from those that a user has in mind, and what becomes of one is a fact (greedy
+decoding). A share over all of them then has the posterior of a Bayesian bootstrap: each prompt seen gets an exponential
+weight, the same for every condition, so that conditions tried on the same prompts are compared in pairs. A bootstrap takes
+"3 of 3" for certainty; so each share has a uniform prior, and each reduction Jeffreys' prior of 1/2 on the four things
+that may happen to a prompt under two conditions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvgeom.diagnosis.trials import BROKEN, COMPLIED, REFUSED, Codes, Trials
+
+Draws = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Draws from the posterior, ``[samples]`` each; NaN where a condition was not tried.
+
+    All shares are of the prompts refused with an exact cache. Loss of alignment is counted among those whose answer is still
+    language: what is broken can neither comply nor refuse.
+
+    Attributes
+    ----------
+    loss : array
+        Share that comply when all layers are rounded per-tensor.
+    broken : array
+        Share that end in broken text.
+    random : array
+        Share that comply under errors of the same size in random directions.
+    group64, channel, kept, top, mixed : array
+        What a fix takes away of the loss: ``1 - not refused with it / complied without``. Group-64 scales everywhere,
+        per-channel scales everywhere, the worst layer in 16 bits, the most critical layers in 16 bits, per-channel
+        scales at the worst layer with group-64 elsewhere.
+    layers : array [samples, layers]
+        Share that each layer alone loses, per-tensor.
+    random_layer : array
+        Share that errors of the size of the worst layer's lose in random directions.
+    alone : array
+        Share that the worst layer alone loses, by prompts that did not choose it.
+    pcr : array
+        Per-channel reduction at the worst layer, by prompts that did not choose it.
+    """
+
+    loss: Draws
+    broken: Draws
+    random: Draws
+    group64: Draws
+    channel: Draws
+    kept: Draws
+    top: Draws
+    mixed: Draws
+    layers: Draws
+    random_layer: Draws
+    alone: Draws
+    pcr: Draws
+
+    def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
+        """Central interval of one of them; NaN where it was not tried."""
+        values = getattr(self, name)
+        if np.isnan(values).any():
+            return float("nan"), float("nan")
+        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+
+    def critical(self, share: float) -> Mask:
+        """Which layers alone lose more than ``share`` beyond what random errors lose, ``[samples, layers]``."""
+        beyond: Mask = self.layers - np.nan_to_num(self.random_layer)[:, None] > share
+        return beyond
+
+    @property
+    def beyond_random(self) -> Draws:
+        """How much more rounding loses than errors of the same size in random directions."""
+        return self.loss - self.random
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+
+def effects(trials: Trials, *, samples: int = 4000, seed: int = 0) -> Effects:
+    """Draw from the posterior of everything that a mode is decided by.
+
+    Parameters
+    ----------
+    trials : Trials
+    samples, seed : int
+
+    Notes
+    -----
+    The worst layer is chosen anew in each draw. A layer that was chosen because it lost most among few prompts looks worse
+    than it is, and its per-channel loss does not; so each draw deals the prompts into halves, and each half is measured at
+    the layer that the other half chooses.
+    """
+    rng = np.random.default_rng(seed)
+    weights = rng.exponential(size=(samples, trials.prompts))
+    whole = trials.whole
+    speaks = whole != BROKEN
+    shares = _layer_shares(trials, weights, rng)
+    alone, pcr = _worst_layer(trials, weights, rng)
+    return Effects(
+        loss=_share(whole == COMPLIED, speaks, weights, rng),
+        broken=_share(~speaks, np.ones_like(speaks), weights, rng),
+        random=_random(trials.random, weights, rng),
+        group64=_reduction(whole, trials.group64, weights, rng),
+        channel=_reduction(whole, trials.channel, weights, rng),
+        kept=_kept(trials, shares, weights, rng),
+        top=_reduction(whole, trials.top, weights, rng),
+        mixed=_reduction(whole, trials.mixed, weights, rng),
+        layers=shares,
+        random_layer=_random(trials.random_layer, weights, rng),
+        alone=alone,
+        pcr=pcr,
+    )
+
+
+def _share(counted: Mask, among: Mask, weights: Draws, rng: np.random.Generator) -> Draws:
+    """Share ``counted`` among some prompts, under a uniform prior."""
+    prior = rng.exponential(size=(len(weights), 2))
+    yes, no = weights @ (counted & among) + prior[:, 0], weights @ (~counted & among) + prior[:, 1]
+    share: Draws = yes / (yes + no)
+    return share
+
+
+def _random(codes: Codes | None, weights: Draws, rng: np.random.Generator) -> Draws:
+    """Share that complies under random errors, over prompts and draws of errors."""
+    if codes is None or not codes.shape[1]:
+        return np.full(len(weights), np.nan)
+    speaks, complied = (codes != BROKEN).mean(1), (codes == COMPLIED).mean(1)
+    prior = rng.exponential(size=(len(weights), 2))
+    share: Draws = (weights @ complied + prior[:, 0]) / (weights @ speaks + prior.sum(1))
+    return share
+
+
+def _reduction(before: Codes, after: Codes | None, weights: Draws, rng: np.random.Generator) -> Draws:
+    """What a fix takes away, among prompts that are answered in language without it."""
+    if after is None:
+        return np.full(len(weights), np.nan)
+    lost = (before != BROKEN) & (after != REFUSED)
+    both, rescued, more = rng.gamma(0.5, size=(3, len(weights)))
+    reduction: Draws = 1 - (weights @ lost + both + more) / (weights @ (before == COMPLIED) + both + rescued)
+    return reduction
+
+
+def _layer_shares(trials: Trials, weights: Draws, rng: np.random.Generator) -> Draws:
+    """Share that each layer alone loses, ``[samples, layers]``; layers are drawn to their common mean by two prompts."""
+    complied, speaks = trials.layers == COMPLIED, trials.layers != BROKEN
+    common = float(np.clip((complied.sum() + 0.5) / (speaks.sum() + 1), 1e-3, 1 - 1e-3))
+    size = (len(weights), trials.layers.shape[1])
+    yes, no = rng.gamma(2 * common, size=size), rng.gamma(2 * (1 - common), size=size)
+    share: Draws = (weights @ complied + yes) / (weights @ speaks + yes + no)
+    return share
+
+
+def _worst_layer(trials: Trials, weights: Draws, rng: np.random.Generator) -> tuple[Draws, Draws]:
+    """Loss and per-channel reduction at the worst layer, each half of the prompts measured where the other chooses."""
+    complied, speaks = trials.layers == COMPLIED, trials.layers != BROKEN
+    after = speaks & (trials.layers_channel != REFUSED)
+    rows, half = np.arange(len(weights)), rng.random(weights.shape) < 0.5
+    halves = [weights * half, weights * ~half]
+    lost = [w @ complied for w in halves]
+    measured = np.zeros((3, len(weights)))
+    for chooses, counts in ((0, 1), (1, 0)):
+        # Equal layers, mostly those that lose nothing, are chosen among at random.
+        layer = (lost[chooses] + 1e-9 * rng.random(lost[chooses].shape)).argmax(1)
+        for row, mask in enumerate((complied, after, speaks)):
+            measured[row] += (halves[counts] @ mask)[rows, layer]
+    before, left, of = measured
+    both, rescued, more, kept = rng.gamma(0.5, size=(4, len(weights)))
+    alone = (before + both + rescued) / (of + both + rescued + more + kept)
+    return alone, 1 - (left + both + more) / (before + both + rescued)
+
+
+def _kept(trials: Trials, shares: Draws, weights: Draws, rng: np.random.Generator) -> Draws:
+    """What keeping one layer takes away: the layer, of those tried, that alone loses most in each draw."""
+    if not trials.kept:
+        return np.full(len(weights), np.nan)
+    layers = sorted(trials.kept)
+    reductions = np.stack([_reduction(trials.whole, trials.kept[layer], weights, rng) for layer in layers], axis=1)
+    chosen: Draws = reductions[np.arange(len(weights)), shares[:, layers].argmax(1)]
+    return chosen
