@@ -200,7 +200,7 @@ def audit(
     started = time.monotonic()
     run, loading = split_options(options)
     at_widths(scheme, bits, placement)  # errors in these are reported before a model is loaded
-    check_scan_bits(scan_bits)
+    scan_bits = check_scan_bits(scan_bits)
     folder = None if out is None else report_folder(out, "audit")
     chosen = calibration() if prompts is None else as_prompt_set(prompts)
     if not chosen.harmful:

@@ -202,8 +202,9 @@ def test_scan(base: Baseline) -> None:
         fine = {"alone": Recipe.uniform(3, Scheme(3, True, "channel"), layers=[layer])}
         alone = evaluate(TINY, fine, base, refused_only=True, progress=False)
         assert int(scan.data.flips_channel.sel(layer=layer)) == alone.flips("alone")["all"]
-    most = scan.data.flips.max()
-    assert scan.critical_layer is None if most == 0 else scan.data.flips.sel(layer=scan.critical_layer) == most
+    complied = scan.data.flips_complied
+    most = complied.max()
+    assert scan.critical_layer is None if most == 0 else complied.sel(layer=scan.critical_layer) == most
     assert outcomes.data.sizes["prompt"] == len(base.refused)
 
 

@@ -364,7 +364,7 @@ def test_steer(space, tmp_path) -> None:  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"layer": 99}, "layer must be 0 to"),
+        ({"layer": 99}, "layer must be a whole number, 0 to"),
         ({"layer": -1}, "got -1"),
         ({"layer": 0.5}, "whole number"),
         ({"scale": float("nan")}, "scale must be a finite"),
