@@ -6,7 +6,7 @@ import html
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from kvgeom.checks import one_of, suggests
 from kvgeom.errors import InputError, unknown
 from kvgeom.paths import write_whole
+from kvgeom.words import text_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -363,33 +364,6 @@ def _checked_kind(found: Result | Composite, cls: type[Any], path: Path) -> Any:
     if not isinstance(found, cls):
         raise InputError(f"cannot load {path} as {cls.kind}: it holds {found.kind}")
     return found
-
-
-def text_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Columns set flush: words to the left, numbers to the right; NaN is a dash."""
-    from tabulate import tabulate
-
-    cells = [[cell_text(value) for value in row] for row in rows]
-    if not cells:
-        return "  ".join(columns)
-    right = ["right" if all(_is_number(row[n]) for row in cells) else "left" for n in range(len(columns))]
-    return tabulate(cells, headers=list(columns), tablefmt="simple", disable_numparse=True, colalign=right)
-
-
-def cell_text(value: Any) -> str:
-    """A cell of a table: four digits of a fraction, a dash for NaN."""
-    if isinstance(value, float):
-        return "-" if value != value else f"{value:.4g}"
-    return str(value)
-
-
-def _is_number(cell: str) -> bool:
-    return bool(cell) and (cell[0].isdigit() or cell[0] in "+-[")
-
-
-def interval_text(low: float, high: float) -> str:
-    """An interval of a rate as text: ``[7, 43] %``; a dash where there is none, or nothing to estimate."""
-    return "-" if not low < high else f"[{100 * low:.0f}, {100 * high:.0f}] %"
 
 
 def plain(value: Any) -> Any:

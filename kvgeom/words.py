@@ -1,8 +1,9 @@
-"""Numbers and names in sentences."""
+"""Numbers and names in sentences and in tables of text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def listed(names: Sequence[str]) -> str:
@@ -18,3 +19,30 @@ def span(counts: Sequence[int]) -> str:
 def counted(count: int, noun: str) -> str:
     """``"1 layer"``, ``"2 layers"``."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def text_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Columns set flush: words to the left, numbers to the right; NaN is a dash."""
+    from tabulate import tabulate
+
+    cells = [[cell_text(value) for value in row] for row in rows]
+    if not cells:
+        return "  ".join(columns)
+    right = ["right" if all(_is_number(row[n]) for row in cells) else "left" for n in range(len(columns))]
+    return tabulate(cells, headers=list(columns), tablefmt="simple", disable_numparse=True, colalign=right)
+
+
+def cell_text(value: Any) -> str:
+    """A cell of a table: four digits of a fraction, a dash for NaN."""
+    if isinstance(value, float):
+        return "-" if value != value else f"{value:.4g}"
+    return str(value)
+
+
+def _is_number(cell: str) -> bool:
+    return bool(cell) and (cell[0].isdigit() or cell[0] in "+-[")
+
+
+def interval_text(low: float, high: float) -> str:
+    """An interval of a rate as text: ``[7, 43] %``; a dash where there is none, or nothing to estimate."""
+    return "-" if not low < high else f"[{100 * low:.0f}, {100 * high:.0f}] %"

@@ -21,8 +21,9 @@ from kvgeom.models.reading import read
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Site
 from kvgeom.quant.scheme import Scheme
-from kvgeom.results import Result, interval_text, text_table
+from kvgeom.results import Result
 from kvgeom.stats import mcnemar
+from kvgeom.words import interval_text, text_table
 
 #: The condition of :func:`whole_cache` that the others are compared with, and that of :func:`channel_subsets`.
 ALL_LAYERS, EVERY_CHANNEL = "all layers", "every channel"

@@ -18,8 +18,9 @@ from kvgeom.evaluation.evaluate import run_conditions
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.judges.judge import LABELS
 from kvgeom.progress import track
-from kvgeom.results import Result, interval_text, text_table
+from kvgeom.results import Result
 from kvgeom.stats import shares_above
+from kvgeom.words import interval_text, text_table
 
 
 @dataclass(frozen=True, repr=False)

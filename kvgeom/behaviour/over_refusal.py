@@ -11,8 +11,9 @@ from kvgeom.behaviour.widths import WidthSeries
 from kvgeom.checks import suggests
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.evaluate import run_conditions
-from kvgeom.results import Result, interval_text, text_table
+from kvgeom.results import Result
 from kvgeom.stats import mcnemar, wilson
+from kvgeom.words import interval_text, text_table
 
 
 @dataclass(frozen=True, repr=False)

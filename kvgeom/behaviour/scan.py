@@ -18,8 +18,9 @@ from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Granularity, Scheme
-from kvgeom.results import Result, interval_text, text_table
+from kvgeom.results import Result
 from kvgeom.stats import bootstrap_means
+from kvgeom.words import interval_text, text_table
 
 #: A layer is critical if it alone turns more than this share of the refusals into compliance (arXiv:2606.09864: 10 %).
 CRITICAL_SHARE = 0.1

@@ -30,7 +30,8 @@ from kvgeom.quant.scheme import Scheme, check_bits
 from kvgeom.report.fix_page import render
 from kvgeom.report.fix_text import COLUMNS, before_and_after, sentences
 from kvgeom.report.folder import SETTINGS, report_folder
-from kvgeom.results import plain, text_table
+from kvgeom.results import plain
+from kvgeom.words import text_table
 
 if TYPE_CHECKING:
     import pandas as pd

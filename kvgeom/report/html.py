@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kvgeom.results import cell_text
+from kvgeom.words import cell_text
 
 if TYPE_CHECKING:
     import pandas as pd

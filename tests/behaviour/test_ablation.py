@@ -23,8 +23,8 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
-from kvgeom.results import text_table
 from kvgeom.stats import mcnemar
+from kvgeom.words import text_table
 from tests.builders.judges import ArbitraryJudge
 from tests.builders.requests import REQUESTS
 from tests.builders.tiny import tiny_model
