@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 from kvgeom.behaviour.scan import per_tensor
 from kvgeom.checks import whole
@@ -76,21 +77,17 @@ def scan_width(base: Baseline, bits: int | None = None, placement: Placement | N
     """
     n_layers = base.model.geometry.layers
 
-    def ratio(scheme: Scheme) -> float:
-        return base.perplexity(Recipe.uniform(n_layers, scheme), placement) / base.perplexity()
+    def at(width: int, matched: bool) -> ScanWidth:
+        scheme = per_tensor(Scheme(width, symmetric=True))
+        return ScanWidth(
+            scheme, base.perplexity(Recipe.uniform(n_layers, scheme), placement) / base.perplexity(), matched
+        )
 
     bits = check_scan_bits(bits)
     if bits is not None:
-        scheme = per_tensor(Scheme(bits, symmetric=True))
-        return ScanWidth(scheme, ratio(scheme), False)
-    found: ScanWidth | None = None
+        return at(bits, False)
     with base.run.bars():
-        for width in track(sorted(BITS, reverse=True), "width that keeps the language", len(BITS)):
-            scheme = per_tensor(Scheme(width, symmetric=True))
-            next_ = ScanWidth(scheme, ratio(scheme), True)
-            if found is None or next_.perplexity_ratio <= LANGUAGE_KEPT:
-                found = next_
-            if next_.perplexity_ratio > LANGUAGE_KEPT:
-                break
-    assert found is not None  # noqa: S101  # there is at least one width
-    return found
+        widths = track(sorted(BITS, reverse=True), "width that keeps the language", len(BITS))
+        tried = (at(width, True) for width in widths)
+        kept = list(takewhile(lambda each: each.perplexity_ratio <= LANGUAGE_KEPT, tried))
+    return kept[-1] if kept else at(max(BITS), True)  # a perplexity that is known is not measured again

@@ -145,12 +145,10 @@ def evidence_from(trials: Trials, found: Effects, worst: int | None, width: str 
         return estimate(name, 1 - int(((whole != BROKEN) & (after != REFUSED)).sum()) / before)
 
     def rate(codes: Codes | None) -> Estimate | None:
-        if codes is None:
-            return None
-        return proportion(codes == COMPLIED, codes != BROKEN)
+        return None if codes is None else proportion(codes == COMPLIED, int((codes != BROKEN).sum()))
 
-    def proportion(counted: NDArray[np.bool_], among: NDArray[np.bool_]) -> Estimate | None:
-        some, of = int((counted & among).sum()), int(among.sum())
+    def proportion(counted: NDArray[np.bool_], of: int) -> Estimate | None:
+        some = int(counted.sum())
         return Estimate(some / of, *wilson(some, of)) if of else None
 
     return Evidence(
@@ -177,7 +175,7 @@ def evidence_from(trials: Trials, found: Effects, worst: int | None, width: str 
         top_layers=trials.top_layers,
         mixed=seen("mixed", trials.mixed),
         paper_loss=rate(trials.paper),
-        paper_broken=None if trials.paper is None else proportion(trials.paper == BROKEN, trials.paper == trials.paper),
+        paper_broken=None if trials.paper is None else proportion(trials.paper == BROKEN, n),
         largest=rate(trials.largest),
         others=rate(trials.others),
     )

@@ -168,13 +168,7 @@ def _findings(e: Evidence, decisive: tuple[str, ...]) -> tuple[Finding, ...]:
         add(LOSS, f"turns {e.loss} of {e.refused} refusals into compliance at {e.bits} bits", robust)
     if e.broken is not None:
         lost: tuple[ModeName, ...] = ("language lost",) if e.broken.low > 0.5 else ()
-        add(
-            LANGUAGE,
-            f"{e.broken} of the responses are broken text ({e.width})"
-            if e.width
-            else f"{e.broken} of the responses are broken text",
-            lost,
-        )
+        add(LANGUAGE, f"{e.broken} of the responses are broken text{f' ({e.width})' if e.width else ''}", lost)
     if e.random is not None:
         add(
             RANDOM,

@@ -155,38 +155,36 @@ def trials_of(outcomes: Outcomes, bits: int, worst: int | None) -> Trials:
     """
     outcomes = outcomes.of_refused()
 
-    def stacked(names: Sequence[str]) -> Codes | None:
-        return (
-            np.stack([codes(outcomes.data.label.sel(recipe=name).values) for name in names], axis=1) if names else None
-        )
+    def under(name: str) -> Codes:
+        return codes(outcomes.data.label.sel(recipe=name).values)
+
+    def each(**coordinates: object) -> list[Codes]:
+        return [under(name) for name in outcomes.names(**coordinates)]
 
     def one(**coordinates: object) -> Codes | None:
-        found = stacked(outcomes.names(**coordinates))
-        return None if found is None else found[:, 0]
+        return next(iter(each(**coordinates)), None)
+
+    def draws(layer: int | None) -> Codes | None:
+        found = each(family=RANDOM, layer=layer)
+        return np.stack(found, axis=1) if found else None
 
     def alone(granularity: str) -> Codes:
-        found = stacked(outcomes.names(family="layer", granularity=granularity, bits=bits))
-        assert found is not None  # noqa: S101  # every layer is always tried
-        return found
+        return np.stack(each(family="layer", granularity=granularity, bits=bits), axis=1)
 
-    whole = one(family="granularity", granularity="tensor")
-    assert whole is not None  # noqa: S101
     kept = outcomes.names(family=FIXES, granularity="tensor")
     layers = {name: int(outcomes.data.layer.sel(recipe=name)) for name in kept}
     tried = [layer for layer in layers.values() if layer >= 0]
     table = Trials(
         bits,
-        whole,
+        under(outcomes.name(family="granularity", granularity="tensor")),
         alone("tensor"),
         alone("channel"),
         group64=one(family="granularity", granularity="group"),
         channel=one(family="granularity", granularity="channel"),
-        kept={
-            layer: codes(outcomes.data.label.sel(recipe=name).values) for name, layer in layers.items() if layer >= 0
-        },
+        kept={layer: under(name) for name, layer in layers.items() if layer >= 0},
         top=one(family=FIXES, granularity="tensor", layer=None),
         top_layers=tuple(sorted(tried)),
-        random=stacked(outcomes.names(family=RANDOM, layer=None)),
+        random=draws(None),
         paper=one(family=PAPER_SETTING),
     )
     if not tried or worst not in (None, tried[0]):
@@ -194,15 +192,11 @@ def trials_of(outcomes: Outcomes, bits: int, worst: int | None) -> Trials:
     table = replace(
         table,
         mixed=one(family=FIXES, granularity="mixed"),
-        random_layer=stacked(outcomes.names(family=RANDOM, layer=tried[0])),
+        random_layer=draws(tried[0]),
     )
     if worst is None:
         return table
-    return replace(
-        table,
-        largest=codes(outcomes.data.label.sel(recipe="largest").values),
-        others=codes(outcomes.data.label.sel(recipe="all but the largest").values),
-    )
+    return replace(table, largest=under("largest"), others=under("all but the largest"))
 
 
 def sensitivity_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,9 +70,3 @@ class Trials:
     def prompts(self) -> int:
         """How many prompts there are."""
         return len(self.whole)
-
-    def rows(self, rows: NDArray[np.integer] | Sequence[int]) -> Trials:
-        """The same of some prompts, which may repeat."""
-        chosen = {name: value[rows] for name, value in self.__dict__.items() if isinstance(value, np.ndarray)}
-        kept = {layer: codes[rows] for layer, codes in self.kept.items()}
-        return Trials(**{**self.__dict__, **chosen, "kept": kept})

@@ -240,7 +240,9 @@ def test_more_data_never_gives_less_certainty(world: World, seed: int) -> None:
     if name == "undetermined":
         return
     rows = np.tile(np.arange(24), 3)
-    assert decide(trials.rows(rows), samples=2000)[1][name] >= shares[name] - 0.02
+    tripled = {key: value[rows] for key, value in vars(trials).items() if isinstance(value, np.ndarray)}
+    kept = {layer: codes[rows] for layer, codes in trials.kept.items()}
+    assert decide(replace(trials, **tripled, kept=kept), samples=2000)[1][name] >= shares[name] - 0.02
 
 
 # --- the posterior, by closed forms ---
