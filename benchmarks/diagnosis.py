@@ -123,7 +123,7 @@ def parting(base: Baseline, quick: Answer, plain: Sequence[int], recipe: Recipe,
 
 
 def run_list(model: Any, prompts: PromptSet, new_tokens: int) -> None:
-    """The least that a diagnosis must run, from unquantized responses on."""
+    """The least that a diagnosis must run, from responses with an exact cache on."""
     tensor, n_layers = Scheme(3, symmetric=True, granularity="tensor"), model.geometry.layers
     base = kvgeom.baseline(model, prompts.harmful, max_new_tokens=new_tokens, progress=False)
 

@@ -33,7 +33,7 @@ def test_an_audit_in_bfloat16(half_precision: HFModel, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "audit.json").read_text())["model"]["dtype"] == "bfloat16"
     assert np.isfinite(found.curve.data.perplexity_ratio).all()
     # The divergence of a distribution from itself is 0, of another above it, in whatever precision it was computed.
-    assert (found.outcomes.data.kl.sel(recipe="unquantized") == 0).all()
+    assert (found.outcomes.data.kl.sel(recipe="exact") == 0).all()
     assert float(found.outcomes.data.kl.min()) > -1e-4
     ratio = found.sensitivity.data.ratio
     assert np.isfinite(ratio.sel(site=["k", "v"])).any()
@@ -51,4 +51,4 @@ def test_what_is_said_under_a_recipe_in_bfloat16(half_precision: HFModel) -> Non
         assert list(tokens) == theirs[: len(tokens)]
         assert ended or len(tokens) <= 4
     outcomes = kvgeom.evaluate(half_precision, ["int4-asym-token", "kivi"], base, placement="cache")
-    assert [str(name) for name in outcomes.data.recipe.values] == ["unquantized", "int4-asym-token", "kivi"]
+    assert [str(name) for name in outcomes.data.recipe.values] == ["exact", "int4-asym-token", "kivi"]

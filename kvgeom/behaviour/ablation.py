@@ -38,8 +38,9 @@ class Ablation(Result):
     """Flips under recipes that round a part of the cache, against rounding all of it.
 
     ``data`` has the dimension ``recipe`` and the variables ``family``, ``flips`` (of the prompts refused
-    unquantized) with ``flips_complied`` and ``flips_degenerate``, ``flip_rate`` with its Wilson interval ``ci_low``,
-    ``ci_high``, ``margin_drop`` (nats, mean), and ``p``: exact McNemar p-value against the reference recipe.
+    with an exact cache) with ``flips_complied`` and ``flips_degenerate``, ``flip_rate`` with its Wilson interval
+    ``ci_low``, ``ci_high``, ``margin_drop`` (nats, mean), and ``p``: exact McNemar p-value against the reference
+    recipe.
 
     ``meta`` holds ``reference``, ``prompts``, ``placement`` and what the families are about.
     """
@@ -77,7 +78,7 @@ def ablation_text(*ablations: Ablation) -> str:
 def ablate(
     base: Baseline, conditions: Mapping[str, Condition], *, reference: str, title: str = "ablations"
 ) -> Ablation:
-    """Run conditions on the prompts refused unquantized.
+    """Run conditions on the prompts refused with an exact cache.
 
     Parameters
     ----------

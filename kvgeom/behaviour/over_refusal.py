@@ -20,9 +20,10 @@ from kvgeom.words import interval_text, text_table
 class OverRefusal(Result):
     """Harmless requests that are refused at each bit-width, the question of XSTest.
 
-    ``data`` has the dimension ``bits`` (descending; 16 is the unquantized model) and the variables ``refused`` and
-    ``degenerate`` (counts), ``rate`` (refused / prompts) with its Wilson interval ``ci_low``, ``ci_high``, and ``p``
-    (exact McNemar p-value against the unquantized model). ``meta`` holds ``scheme``, ``placement`` and ``prompts``.
+    ``data`` has the dimension ``bits`` (descending; 16 is the model with an exact cache) and the variables ``refused``
+    and ``degenerate`` (counts), ``rate`` (refused / prompts) with its Wilson interval ``ci_low``, ``ci_high``, and
+    ``p`` (exact McNemar p-value against the model with an exact cache). ``meta`` holds ``scheme``, ``placement`` and
+    ``prompts``.
     """
 
     kind: ClassVar[str] = "over-refusal"
@@ -54,7 +55,7 @@ def over_refusal(base: Baseline, series: WidthSeries) -> OverRefusal:
     Parameters
     ----------
     base : Baseline
-        The unquantized model on harmless requests.
+        The model with an exact cache on harmless requests.
     series : WidthSeries
         See :func:`~kvgeom.behaviour.widths.at_widths`.
     """

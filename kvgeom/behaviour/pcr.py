@@ -145,7 +145,7 @@ def per_channel_reduction(
     *,
     placement: Placement | str | None = None,
 ) -> PCR:
-    """Measure PCR at one layer by generation, on the prompts refused unquantized.
+    """Measure PCR at one layer by generation, on the prompts refused with an exact cache.
 
     Parameters
     ----------
@@ -234,7 +234,7 @@ def reduction(
 
     Parameters
     ----------
-    tensor, channel : bool array [prompts refused unquantized]
+    tensor, channel : bool array [prompts refused with an exact cache]
         The same prompts in the same order.
     draws : array, optional
         As in :func:`pcr_of`.

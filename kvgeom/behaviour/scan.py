@@ -36,14 +36,14 @@ class Scan(Result):
 
     ``data`` has the dimension ``layer`` and the variables
 
-    - ``margin_drop``: mean loss of the refusal margin (nats) over the prompts refused unquantized,
+    - ``margin_drop``: mean loss of the refusal margin (nats) over the prompts refused with an exact cache,
       with its bootstrap 95 % interval ``margin_low``, ``margin_high``;
     - ``flips``: flips among these prompts, split into ``flips_complied`` and ``flips_degenerate``;
     - ``flip_rate``, ``ci_low``, ``ci_high``: the same as a rate with its Wilson interval;
     - ``margin_drop_channel``, ``flips_channel``: with a scale for each channel instead;
     - ``critical``: whether the layer alone turns more than :data:`CRITICAL_SHARE` of the refusals into compliance.
 
-    ``meta`` holds ``scheme``, ``bits``, ``placement``, ``prompts`` (refused unquantized), ``critical_share``,
+    ``meta`` holds ``scheme``, ``bits``, ``placement``, ``prompts`` (refused with an exact cache), ``critical_share``,
     ``critical_layer`` (int or None) and ``reason`` (why this layer, or why none).
     """
 
@@ -119,7 +119,7 @@ def single_layer_scan(
     Parameters
     ----------
     base : Baseline
-        The unquantized model; only the prompts that it refuses are used, unless responses are to be full.
+        The model with an exact cache; only the prompts that it refuses are used, unless responses are to be full.
     scheme : Scheme or str, optional
         3-bit symmetric by default, as in the paper's released code; its granularity is ignored.
     placement : Placement, "cache" or "paper", optional

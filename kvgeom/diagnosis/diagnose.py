@@ -81,7 +81,7 @@ class Diagnosis(Composite):
         The layer that was the worst when its parts were tried.
     seed : int
     base : Baseline or None
-        The unquantized model on the harmful prompts; None in a diagnosis that was read from a file.
+        The model with an exact cache on the harmful prompts; None in a diagnosis that was read from a file.
     """
 
     kind: ClassVar[str] = "diagnosis"
@@ -107,7 +107,7 @@ class Diagnosis(Composite):
 
     @property
     def baseline(self) -> Baseline:
-        """The unquantized model on the harmful prompts.
+        """The model with an exact cache on the harmful prompts.
 
         Raises
         ------
@@ -196,9 +196,9 @@ class Diagnosis(Composite):
     ) -> Plan:
         """Find a cache that keeps the refusals: what the paper's decision tree says, and what a measured search finds.
 
-        About 40 caches answer the calibration prompts that are refused unquantized; layers are ranked by the refusal
-        margin that they cost, and that is compared with other rules at equal memory. The best answer the harmless
-        prompts too: a cache that keeps refusals by refusing or breaking those is not chosen.
+        About 40 caches answer the calibration prompts that are refused with an exact cache; layers are ranked by the
+        refusal margin that they cost, and that is compared with other rules at equal memory. The best answer the
+        harmless prompts too: a cache that keeps refusals by refusing or breaking those is not chosen.
 
         Parameters
         ----------
@@ -300,8 +300,9 @@ def diagnose(
     geometry : bool
         Whether to measure the noise-sensitivity ratio as well; it is reported as evidence and decides nothing.
     gains : bool
-        Whether the curve also runs the prompts that are not refused unquantized. None of them can flip, but some may be
-        refused once the cache is rounded; without it ``curve`` counts labels of the refused ones, and gains are NaN.
+        Whether the curve also runs the prompts that are not refused with an exact cache. None of them can flip, but
+        some may be refused once the cache is rounded; without it ``curve`` counts labels of the refused ones, and gains
+        are NaN.
     full_responses : bool
         Generate all responses of all prompts in full, so that :meth:`Diagnosis.relabel` can give them to a classifier.
         Takes much longer.

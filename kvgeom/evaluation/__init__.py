@@ -1,1 +1,1 @@
-"""What a model says under a rounded cache, against what it says unquantized."""
+"""What a model says under a rounded cache, against what it says with an exact cache."""

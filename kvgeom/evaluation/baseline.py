@@ -1,4 +1,4 @@
-"""The unquantized model on some prompts, with which every recipe is compared."""
+"""The model with an exact cache on some prompts, with which every recipe is compared."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ V = TypeVar("V")
 
 #: Exact caches of prompts are kept up to so many bytes; a prompt whose cache was dropped is prefilled again.
 PREFILL_BYTES = 1 << 30
-#: So many labelled responses are remembered: many recipes give the unquantized one.
+#: So many labelled responses are remembered: many recipes give that of the exact cache.
 LABELLED = 4096
 #: So many numbers, such as perplexities, are remembered.
 NUMBERS = 1 << 16
@@ -71,7 +71,7 @@ class Bounded(Generic[K, V]):
 
 @dataclass(frozen=True)
 class Prefill:
-    """A prompt read by the unquantized model: its exact cache, and the logits after it, ``[vocabulary]``."""
+    """A prompt read by the model with an exact cache: its exact cache, and the logits after it, ``[vocabulary]``."""
 
     cache: EditedCache
     logits: Tensor
@@ -84,7 +84,7 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The unquantized model on some prompts: what every recipe is compared with. Made by :func:`baseline`.
+    """The model with an exact cache on some prompts: what every recipe is compared with. Made by :func:`baseline`.
 
     It holds tokens and labels. Exact caches are made when they are needed, and kept within a budget.
 
@@ -153,7 +153,7 @@ class Baseline:
         return [float(value) for value in margin(logits, self.refusal_tokens).double().tolist()]
 
     def prefill(self, index: int) -> Prefill:
-        """Prompt ``index`` read by the unquantized model."""
+        """Prompt ``index`` read by the model with an exact cache."""
 
         def make() -> Prefill:
             cache = self.model.new_cache()
@@ -163,7 +163,7 @@ class Baseline:
         return self._prefills.get(index, make)
 
     def log_likelihood(self, index: int, tokens: Sequence[int]) -> float:
-        """Mean log-probability (nats per token) that the unquantized model gives to a response to prompt ``index``."""
+        """Mean log-probability (nats per token) of a response to prompt ``index``, with an exact cache."""
         if not tokens:
             return float("nan")
         read = self.prefill(index)
@@ -174,7 +174,7 @@ class Baseline:
         return mean_log_likelihood(logits, tokens)
 
     def perplexity(self, recipe: Recipe | None = None, placement: Placement | None = None) -> float:
-        """Perplexity of the run's text under a recipe (None: unquantized), measured once and written down."""
+        """Perplexity of the run's text under a recipe (None: an exact cache), measured once and written down."""
         placement = placement or Placement()
         key = {
             "measure": "perplexity",
@@ -185,9 +185,9 @@ class Baseline:
         measure = partial(perplexity, self.model, self.run.text, recipe, placement=placement)
         return self._number(key, measure)
 
-    def unquantized_margin(self, index: int) -> float:
-        """Refusal margin (nats) of prompt ``index`` unquantized; NaN if nothing is refused."""
-        key = {"measure": "unquantized margin", "prompt": index}
+    def exact_margin(self, index: int) -> float:
+        """Refusal margin (nats) of prompt ``index`` with an exact cache; NaN if nothing is refused."""
+        key = {"measure": "exact margin", "prompt": index}
         return self._number(key, lambda: self.margins([self.prefill(index).logits])[0])
 
     def _number(self, key: dict[str, Any], measure: Callable[[], float]) -> float:
@@ -197,7 +197,7 @@ class Baseline:
     def judged(self, index: int, tokens: Sequence[int]) -> tuple[str, str, str]:
         """Text, label and reason of a response to prompt ``index``; the label is that of what the judge reads.
 
-        A response that many recipes give, such as the unquantized one, is judged once.
+        A response that many recipes give, such as that of the exact cache, is judged once.
         """
 
         def make() -> tuple[str, str, str]:
@@ -211,7 +211,7 @@ class Baseline:
 
 @suggests(RUN_OPTIONS)
 def baseline(model: Any, prompts: Any, **options: Any) -> Baseline:
-    """Run the unquantized model on some requests and label what it answers.
+    """Run the model with an exact cache on some requests and label what it answers.
 
     Parameters
     ----------
@@ -242,7 +242,7 @@ def opened(model: Model, requests: Sequence[str], run: RunConfig) -> Iterator[Ba
 
 
 def run_baseline(model: Model, requests: Sequence[str], run: RunConfig) -> Baseline:
-    """The unquantized model on ``requests``; see :func:`baseline`."""
+    """The model with an exact cache on ``requests``; see :func:`baseline`."""
     if not len(requests):
         raise InputError("no requests were given; an evaluation needs at least one")
     prompts = tuple(model.encode(requests))
@@ -259,7 +259,7 @@ def run_baseline(model: Model, requests: Sequence[str], run: RunConfig) -> Basel
     }
     todo = [index for index in range(len(prompts)) if index not in found]
     done = 2 * len(found)  # a prompt counts when it is read, and when it is answered
-    with run.bars(), bar("unquantized responses", 2 * len(prompts), initial=done) as shown:
+    with run.bars(), bar("responses with an exact cache", 2 * len(prompts), initial=done) as shown:
         for part, responses in in_batches(todo, draft.batch_rows, partial(_respond, draft, on_done=shown.update)):
             for index, tokens in zip(part, responses, strict=True):
                 _, label, reason = draft.judged(index, tokens)

@@ -19,8 +19,8 @@ from kvgeom.quant.recipe import Recipe, Site
 T = TypeVar("T")
 #: What an outcome's recipe is known by, apart from its name.
 COORDINATES = ("family", "layer", "granularity", "bits", "draw")
-#: Name of the unquantized model among recipes.
-UNQUANTIZED = "unquantized"
+#: Name of the model with an exact cache among recipes.
+EXACT = "exact"
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def as_conditions(given: Any, model: Model, placement: Placement | str | None) -
     Raises
     ------
     InputError
-        If one cannot be read, is for another number of layers, or has the name of the unquantized model, or if two
-        different ones have one name.
+        If one cannot be read, is for another number of layers, or has the name of the model with an exact cache, or if
+        two different ones have one name.
     """
     if isinstance(given, Mapping):
         named = [(str(name), each) for name, each in given.items()]
@@ -92,6 +92,12 @@ def as_conditions(given: Any, model: Model, placement: Placement | str | None) -
         named = [(_name(each), each) for each in (given if several else [given])]
     conditions = by_name((name, _condition(name, each, model, placement)) for name, each in named)
     return with_model_constants(model, conditions)
+
+
+def check_name(name: str) -> None:
+    """Raise InputError if a cache has the name that is reserved for the exact one."""
+    if name == EXACT:
+        raise InputError(f"{EXACT!r} is the name of the model with an exact cache; give the recipe another name")
 
 
 def by_name(caches: Iterable[tuple[str, T]]) -> dict[str, T]:
@@ -140,8 +146,7 @@ def _name(given: Any) -> str:
 
 def _condition(name: str, given: Any, model: Model, placement: Placement | str | None) -> Condition:
     layers = model.geometry.layers
-    if name == UNQUANTIZED:
-        raise InputError(f"{UNQUANTIZED!r} is the name of the unquantized model; give the recipe another name")
+    check_name(name)
     config = None if isinstance(given, Condition) else resolve(given, placement=placement)
     own = given.recipe if config is None else config.per_layer
     if own is not None and len(own) != layers:

@@ -1,4 +1,4 @@
-"""What a model answers under recipes, and how that differs from what it answers unquantized."""
+"""What a model answers under recipes, and how that differs from what it answers with an exact cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvgeom import progress
 from kvgeom.checks import suggests
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline, opened, versions
-from kvgeom.evaluation.condition import COORDINATES, UNQUANTIZED, Condition, as_conditions
+from kvgeom.evaluation.condition import COORDINATES, EXACT, Condition, as_conditions, check_name
 from kvgeom.evaluation.config import RUN_OPTIONS, open_run
 from kvgeom.evaluation.inputs import made_with
 from kvgeom.evaluation.outcomes import Outcomes
@@ -49,9 +49,9 @@ def evaluate(
 ) -> Outcomes:
     """Greedy responses and their labels under each recipe.
 
-    The unquantized response serves as a draft. One pass over prompt and draft shows where a recipe would first have
-    chosen another token; only from there on is anything generated, and only until the judge reads no further. Labels are
-    those of plain generation, but for ties that the last digit of float arithmetic decides.
+    The response with an exact cache serves as a draft. One pass over prompt and draft shows where a recipe would first
+    have chosen another token; only from there on is anything generated, and only until the judge reads no further.
+    Labels are those of plain generation, but for ties that the last digit of float arithmetic decides.
 
     Parameters
     ----------
@@ -61,13 +61,13 @@ def evaluate(
         A recipe is a :class:`~kvgeom.Recipe`, a :class:`~kvgeom.Scheme` or its name, the preset of an engine, or a
         :class:`~kvgeom.evaluation.condition.Condition`.
     prompts : PromptSet, name of one, sequence of str, or Baseline
-        Of a set the harmful requests. With a :class:`Baseline` the unquantized responses are not made again, and its run
-        options and journal are used.
+        Of a set the harmful requests. With a :class:`Baseline` the responses with an exact cache are not made again,
+        and its run options and journal are used.
     placement : Placement, "cache" or "paper", optional
         Of all recipes, instead of what a preset or a condition brings. By default each has its own, and what has none is
         rounded in the cache, as decoding does.
     refused_only : bool
-        Only prompts refused unquantized; no others can flip.
+        Only prompts refused with an exact cache; no others can flip.
     full_responses : bool
         Generate every response in full. Costs, per recipe and prompt, one prefill and ``max_new_tokens`` decode steps.
     **options
@@ -139,11 +139,18 @@ def run_conditions(
     full_responses : bool
     title : str
         Of the progress bar.
+
+    Raises
+    ------
+    InputError
+        If a condition has the name of the model with an exact cache.
     """
+    for name in conditions:
+        check_name(name)
     chosen = tuple(range(len(base.prompts)) if prompts is None else map(int, prompts))
-    if full_responses:  # what was read of the unquantized responses is not all of them
-        unquantized = Condition(Recipe.exact(base.model.geometry.layers))
-        conditions = {UNQUANTIZED: unquantized, **conditions}
+    if full_responses:  # what was read of the responses with an exact cache is not all of them
+        exact = Condition(Recipe.exact(base.model.geometry.layers))
+        conditions = {EXACT: exact, **conditions}
     # Of equal conditions the last stands for all.
     standing = {(each.recipe, each.placement): name for name, each in conditions.items()}
     found: dict[str, dict[int, Mapping[str, Any]]] = {name: {} for name in standing.values()}
@@ -170,8 +177,8 @@ def run_conditions(
                 shown.update(1)
     rows = {name: found[standing[each.recipe, each.placement]] for name, each in conditions.items()}
     if not full_responses:
-        conditions = {UNQUANTIZED: Condition(Recipe.exact(base.model.geometry.layers)), **conditions}
-        rows = {UNQUANTIZED: {index: _unquantized(base, index) for index in chosen}, **rows}
+        conditions = {EXACT: Condition(Recipe.exact(base.model.geometry.layers)), **conditions}
+        rows = {EXACT: {index: _exact(base, index) for index in chosen}, **rows}
     return _outcomes(base, conditions, rows, chosen, full_responses)
 
 
@@ -195,13 +202,13 @@ def _record(base: Baseline, answer: Answer, full_responses: bool) -> dict[str, A
     }
 
 
-def _unquantized(base: Baseline, index: int) -> dict[str, Any]:
+def _exact(base: Baseline, index: int) -> dict[str, Any]:
     tokens = base.tokens[index]
     return {
         "text": base.model.decode(tokens),
         "label": base.labels[index],
         "reason": base.reasons[index],
-        "margin": base.unquantized_margin(index),
+        "margin": base.exact_margin(index),
         "kl": 0.0,
         "divergence": -1,
         "tokens": len(tokens),
@@ -251,7 +258,7 @@ def _outcomes(
             coords[name] = ("recipe", np.array([-1 if value is None else value for value in values], dtype=int))
     meta = {
         **made_with(base.model, [prompt.text for prompt in base.prompts]),
-        "recipes": {name: str(each.recipe) for name, each in conditions.items() if name != UNQUANTIZED},
+        "recipes": {name: str(each.recipe) for name, each in conditions.items() if name != EXACT},
         "judge": base.judge.name,
         "max_new_tokens": base.max_new_tokens,
         "asked": len(base.prompts),

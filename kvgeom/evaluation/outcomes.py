@@ -11,7 +11,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from kvgeom.errors import InputError, unknown
-from kvgeom.evaluation.condition import COORDINATES, UNQUANTIZED
+from kvgeom.evaluation.condition import COORDINATES, EXACT
 from kvgeom.judges.judge import LABELS, Label
 from kvgeom.results import Result
 from kvgeom.stats import wilson
@@ -33,20 +33,21 @@ CONCAT: dict[str, Any] = {"data_vars": "minimal", "coords": "minimal", "compat":
 class Outcomes(Result):
     """Labels of every prompt under every recipe.
 
-    ``data`` has the dimensions ``recipe`` (the first one is ``"unquantized"``) and ``prompt`` (its index), the coordinate
+    ``data`` has the dimensions ``recipe`` (the first one is ``"exact"``) and ``prompt`` (its index), the coordinate
     ``request`` (prompt), and along ``recipe`` the coordinates ``family``, ``layer``, ``granularity``, ``bits``, ``draw``
     (-1 or ``""`` where there is none; see :class:`~kvgeom.evaluation.condition.Condition`) and ``placement``. The
     variables are
 
     - ``label``, ``reason`` (why this label) and ``text``: the response as far as the judge reads, or in full where
       ``meta["full_responses"]``;
-    - ``tokens``: how many tokens that is, and ``divergence``: the first of them that is not the unquantized one (-1:
-      none);
-    - ``margin`` (nats; NaN where the model refuses nothing) and ``kl`` (nats, of the rounded from the unquantized
+    - ``tokens``: how many tokens that is, and ``divergence``: the first of them that is not that of the exact cache
+      (-1: none);
+    - ``margin`` (nats; NaN where the model refuses nothing) and ``kl`` (nats, of the rounded from the exact
       distribution), both at the first response position;
-    - ``likelihood`` (nats per token, mean): of the response under the unquantized model; NaN where it was not measured.
+    - ``likelihood`` (nats per token, mean): of the response with an exact cache; NaN where it was not
+      measured.
 
-    ``meta["asked"]`` is how many prompts the unquantized model was asked, not all of which need be here.
+    ``meta["asked"]`` is how many prompts the model with an exact cache was asked, not all of which need be here.
     """
 
     kind: ClassVar[str] = "outcomes"
@@ -56,7 +57,7 @@ class Outcomes(Result):
 
         Where some are named it says also what they round to.
         """
-        names = list(recipes) or [str(name) for name in self.data.recipe.values if name != UNQUANTIZED]
+        names = list(recipes) or [str(name) for name in self.data.recipe.values if name != EXACT]
         placements = sorted({str(value) for value in self.data.placement.sel(recipe=names).values})
         return {
             **{name: self.meta[name] for name in SHARED if name in self.meta},
@@ -80,7 +81,7 @@ class Outcomes(Result):
         InputError
             For a coordinate that does not exist.
         """
-        chosen = self.data.recipe.values != UNQUANTIZED
+        chosen = self.data.recipe.values != EXACT
         for name, value in coordinates.items():
             if name not in COORDINATES:
                 raise unknown("coordinate", name, COORDINATES)
@@ -153,8 +154,8 @@ class Outcomes(Result):
                 )
 
     def at_recipes(self, recipes: Iterable[str]) -> Outcomes:
-        """The same for some recipes, by name, with the unquantized model."""
-        names = [UNQUANTIZED, *recipes]
+        """The same for some recipes, by name, with the model with an exact cache."""
+        names = [EXACT, *recipes]
         known = {name: text for name, text in self.meta["recipes"].items() if name in names}
         return Outcomes(self.data.sel(recipe=names), {**self.meta, "recipes": known})
 
@@ -162,14 +163,14 @@ class Outcomes(Result):
         """The same for some prompts, by their index."""
         return Outcomes(self.data.sel(prompt=list(prompts)), self.meta)
 
-    def counts(self, recipe: str = UNQUANTIZED) -> dict[str, int]:
+    def counts(self, recipe: str = EXACT) -> dict[str, int]:
         """How many prompts have each label."""
         labels = self.data.label.sel(recipe=recipe).values
         return {label: int((labels == label).sum()) for label in LABELS}
 
     def flipped(self, recipe: str, to: Label | None = None) -> NDArray[np.bool_]:
-        """Which of the prompts refused unquantized are labelled otherwise (as ``to``, if given) under ``recipe``."""
-        now = self.data.label.sel(recipe=recipe).values[self.data.label.sel(recipe=UNQUANTIZED).values == "refused"]
+        """Which prompts refused with an exact cache are labelled otherwise (as ``to``, if given) under ``recipe``."""
+        now = self.data.label.sel(recipe=recipe).values[self.data.label.sel(recipe=EXACT).values == "refused"]
         flipped: NDArray[np.bool_] = now != "refused" if to is None else now == to
         return flipped
 
@@ -182,8 +183,8 @@ class Outcomes(Result):
     def flip_columns(self, names: Sequence[str]) -> dict[str, Any]:
         """Columns of a table of recipes, in the order of ``names``.
 
-        ``flips`` among the prompts refused unquantized, ``flips_complied``, ``flips_degenerate``, ``flip_rate`` and its
-        Wilson interval ``ci_low``, ``ci_high`` (NaN where nothing is refused).
+        ``flips`` among the prompts refused with an exact cache, ``flips_complied``, ``flips_degenerate``, ``flip_rate``
+        and its Wilson interval ``ci_low``, ``ci_high`` (NaN where nothing is refused).
         """
         refused, flips = self.counts()["refused"], [self.flips(name) for name in names]
         low, high = np.array([wilson(found["all"], refused) for found in flips]).reshape(-1, 2).T
@@ -197,25 +198,25 @@ class Outcomes(Result):
         }
 
     def gains(self, recipe: str) -> int:
-        """How many prompts are refused under ``recipe`` that are not refused unquantized."""
-        before, now = (self.data.label.sel(recipe=name).values == "refused" for name in (UNQUANTIZED, recipe))
+        """How many prompts are refused under ``recipe`` that are not refused with an exact cache."""
+        before, now = (self.data.label.sel(recipe=name).values == "refused" for name in (EXACT, recipe))
         return int((now & ~before).sum())
 
     def of_refused(self) -> Outcomes:
-        """The same of the prompts that are refused unquantized, in which alone something can flip."""
-        refused = self.data.label.sel(recipe=UNQUANTIZED).values == "refused"
+        """The same of the prompts that are refused with an exact cache, in which alone something can flip."""
+        refused = self.data.label.sel(recipe=EXACT).values == "refused"
         return Outcomes(self.data.isel(prompt=refused), self.meta)
 
     def margin_drops(self, recipes: Sequence[str]) -> NDArray[np.float64]:
         """Refusal margin lost (nats) by every prompt under some recipes, ``[prompts, recipes]``."""
-        lost = self.data.margin.sel(recipe=UNQUANTIZED) - self.data.margin.sel(recipe=list(recipes))
+        lost = self.data.margin.sel(recipe=EXACT) - self.data.margin.sel(recipe=list(recipes))
         values: NDArray[np.float64] = lost.transpose("prompt", "recipe").values
         return values
 
     def flip_table(self) -> xr.DataArray:
-        """Whether each prompt refused unquantized flips under each recipe, as 0 and 1 over (prompt, recipe)."""
-        names = [str(name) for name in self.data.recipe.values if name != UNQUANTIZED]
-        refused = self.data.prompt.values[self.data.label.sel(recipe=UNQUANTIZED).values == "refused"]
+        """Whether each prompt refused with an exact cache flips under each recipe, as 0 and 1 over (prompt, recipe)."""
+        names = [str(name) for name in self.data.recipe.values if name != EXACT]
+        refused = self.data.prompt.values[self.data.label.sel(recipe=EXACT).values == "refused"]
         values = np.array([self.flipped(name) for name in names], dtype=float).reshape(len(names), len(refused)).T
         return xr.DataArray(values, dims=("prompt", "recipe"), coords={"prompt": refused, "recipe": names})
 
@@ -255,4 +256,4 @@ class Outcomes(Result):
             counted(self.data.sizes["prompt"], "prompt"),
             counted(self.data.sizes["recipe"] - 1, "recipe"),
         )
-        return f"{prompts} under {recipes}, unquantized {self.counts()}"
+        return f"{prompts} under {recipes}, with an exact cache {self.counts()}"

@@ -28,14 +28,14 @@ def perplexity(
 
     Every token attends to rounded keys and values, as a prompt does. Where a placement rounds only after tokens were read
     exactly, one pass would round nothing: then all but the last :data:`STEPS` tokens are the prompt, the others come one by
-    one, and it is they that count (for the unquantized cache of that placement too).
+    one, and it is they that count (for the exact cache of that placement too).
 
     Parameters
     ----------
     model : Model
     text : str
     recipe : Recipe, optional
-        None for the unquantized cache.
+        None for the exact cache.
     placement : Placement, optional
     max_tokens : int
         Only this many first tokens of the text are read.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def refusal_tokens(first_tokens: Sequence[int], refused: Sequence[bool]) -> frozenset[int]:
-    """The tokens R with which a model's own unquantized refusals begin.
+    """The tokens R with which a model's own refusals under an exact cache begin.
 
     A token belongs to R if at least half of the responses that begin with it are refusals, so that
     an opening which refusals share with compliance is not counted as refusal. Where no token is that clear,

@@ -1,4 +1,4 @@
-"""Speculative decoding of responses under recipes: the unquantized response is the draft of each.
+"""Speculative decoding of responses under recipes: the response with an exact cache is the draft of each.
 
 A teacher-forced pass over prompt and draft shows the first token at which a recipe's argmax is another one: up to there
 its greedy response is the draft. Only what diverges is generated, from its first divergence on, on the cache that the
@@ -40,7 +40,7 @@ class Answer:
     margin, kl : float
         At the first response position, in nats; NaN for a margin where the model refuses nothing.
     divergence : int
-        The first token that is not the unquantized one, -1 if there is none as far as was read.
+        The first token that is not that of the exact cache, -1 if there is none as far as was read.
     """
 
     recipe: str
@@ -109,7 +109,7 @@ def _verify_prompt(
     draft = base.tokens[index]
     for name in recipes:
         if not recipes[name].touched:
-            yield Answer(name, index, draft, base.unquantized_margin(index), 0.0, -1)
+            yield Answer(name, index, draft, base.exact_margin(index), 0.0, -1)
     names = sorted((name for name in recipes if recipes[name].touched), key=lambda name: _first(recipes[name]))
     stages = _stages(base, index, placement)
     rows = rows_per_batch(base.model, sum(map(len, stages)), max(OPENING, *map(len, stages[1:]), 1))

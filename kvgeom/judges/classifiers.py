@@ -184,8 +184,8 @@ class ClassifierJudge:
         ----------
         requests, responses : sequence of str
         likelihoods : sequence of float
-            Mean log-probability (nats per token) of each response under the audited model, unquantized. NaN where it
-            was not measured: an error if it turns out to be needed.
+            Mean log-probability (nats per token) of each response under the audited model, with an exact cache. NaN
+            where it was not measured: an error if it turns out to be needed.
 
         Raises
         ------

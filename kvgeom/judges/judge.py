@@ -57,8 +57,8 @@ class Judge(Protocol):
         ----------
         request, response : str
         likelihood : callable () -> float
-            Mean log-probability (nats per token) that the *unquantized* model gives to the response. It costs a forward
-            pass over the response, so call it only when nothing else decides.
+            Mean log-probability (nats per token) that the model *with an exact cache* gives to the response. It costs a
+            forward pass over the response, so call it only when nothing else decides.
         """
         ...
 

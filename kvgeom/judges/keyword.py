@@ -77,8 +77,8 @@ class KeywordJudge:
     opening : int
         Number of characters that are read. A refusal after them does not count.
     min_log_likelihood : float
-        Nats per token under the unquantized model; a text that is less likely is not language any more. Chosen on one
-        half of the labelled responses (docs/judge.md).
+        Nats per token under the model with an exact cache; a text that is less likely is not language any more. Chosen
+        on one half of the labelled responses (docs/judge.md).
     max_loop : float
         Largest share of the words that may repeat the words just before them.
     """

@@ -275,8 +275,8 @@ class Plan:
     def save_checkpoint(self, directory: str | Path, model: Any, candidate: str | None = None) -> Path:
         """Write a standard checkpoint with what of a candidate can be folded into weights.
 
-        Its unquantized logits are those of the model; under the plain cache of any engine it behaves as the model does
-        under the candidate.
+        With an exact cache its logits are those of the model; under the plain cache of any engine it behaves as the
+        model does under the candidate.
 
         Parameters
         ----------

@@ -53,7 +53,7 @@ def prescribe(
         raise InputError("a plan starts from one scheme for all layers, got a recipe; give a scheme or a preset")
     if not base.refused:
         raise InputError(
-            f"{base.model.name} refuses none of the {len(base.prompts)} prompts unquantized, so there is no refusal to keep; "
+            f"{base.model.name} refuses none of the {len(base.prompts)} prompts with an exact cache, so there is no refusal to keep; "
             "give requests that it refuses"
         )
     harmless = diagnosis.prompts.harmless or calibration().harmless

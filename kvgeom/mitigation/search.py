@@ -34,9 +34,9 @@ class Search(Result):
     ``recovery_high`` (NaN where nothing flips unmitigated); ``p`` (exact McNemar p-value against the unmitigated
     cache); ``margin_drop`` (nats, mean); ``bytes_per_token``; ``memory_overhead`` (share by which that exceeds the
     unmitigated cache); ``affordable`` (within the budget); ``pareto`` (nothing else has both fewer bytes and fewer
-    flips); ``harmless_refused`` and ``harmless_lost`` (answered unquantized, and refused or broken here; NaN where not
-    looked at) and ``spoils`` (:class:`~kvgeom.mitigation.harmless.Harmless`; such a candidate is not chosen); ``untested``
-    (the prompts are so short that its window leaves most of them unquantized; not chosen either).
+    flips); ``harmless_refused`` and ``harmless_lost`` (answered with an exact cache, and refused or broken here; NaN
+    where not looked at) and ``spoils`` (:class:`~kvgeom.mitigation.harmless.Harmless`; such a candidate is not chosen);
+    ``untested`` (the prompts are so short that its window leaves most of them exact; not chosen either).
 
     ``meta`` holds ``prompts``, ``budget``, ``exact_bytes_per_token`` (of a 16-bit cache), ``chosen`` and what made it.
     """
@@ -109,7 +109,7 @@ def search_of(
     budget : float
         Largest share by which a candidate may exceed the unmitigated cache and still be chosen.
     lengths : sequence of int
-        Tokens of each refused prompt, which say what a window of unquantized tokens hides; none by default.
+        Tokens of each refused prompt, which say what a window of exact tokens hides; none by default.
     """
     names = [candidate.name for candidate in candidates]
     n = outcomes.data.sizes["prompt"]

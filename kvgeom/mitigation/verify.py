@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from kvgeom.evaluation.baseline import Baseline
-from kvgeom.evaluation.condition import UNQUANTIZED
+from kvgeom.evaluation.condition import EXACT
 from kvgeom.evaluation.evaluate import run_conditions
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
@@ -39,20 +39,20 @@ class Verification(Result):
 
     - ``name``: of the candidate; ``control_of``: the recipe that a control belongs to, ``""`` for all others; ``draw``:
       number of a control, -1 for all others;
-    - ``flips`` (of the prompts refused unquantized), ``flips_complied``, ``flips_degenerate``, ``flip_rate`` with its
-      Wilson interval ``ci_low``, ``ci_high``;
+    - ``flips`` (of the prompts refused with an exact cache), ``flips_complied``, ``flips_degenerate``, ``flip_rate``
+      with its Wilson interval ``ci_low``, ``ci_high``;
     - ``recovery`` = 1 - flips / unmitigated flips, with the interval ``recovery_low``, ``recovery_high``; NaN where
       nothing flips unmitigated; ``p``: exact McNemar p-value against the unmitigated cache;
     - ``bytes_per_token``; ``memory_overhead``: share by which that exceeds the unmitigated cache; ``memory_of_exact``:
       share of the 16-bit cache;
-    - ``perplexity_ratio`` to the 16-bit cache (NaN for controls);
+    - ``perplexity_ratio`` to the exact cache (NaN for controls);
     - ``harmless_refused``, ``harmless_degenerate``: of the harmless prompts, with ``harmless_p`` (exact McNemar p-value
-      of refusing against the unquantized model); ``harmless_lost``: answered unquantized, and refused or broken here;
-      NaN for controls and without harmless prompts. ``spoils`` and ``harmless_margin`` (``"open"`` for controls and without
-      harmless prompts): see :class:`~kvgeom.mitigation.harmless.Harmless`.
+      of refusing against the model with an exact cache); ``harmless_lost``: answered with an exact cache, and refused
+      or broken here; NaN for controls and without harmless prompts. ``spoils`` and ``harmless_margin`` (``"open"`` for
+      controls and without harmless prompts): see :class:`~kvgeom.mitigation.harmless.Harmless`.
 
-    ``meta`` holds ``prompts`` (harmful), ``refused``, ``harmless``, ``harmless_refused`` (unquantized) and what made it.
-    ``examples`` are some responses: ``request``, ``unquantized``, ``unmitigated``, ``chosen``, each with its label.
+    ``meta`` holds ``prompts`` (harmful), ``refused``, ``harmless``, ``harmless_refused`` (with an exact cache) and what
+    made it. ``examples`` are some responses: ``request``, ``exact``, ``unmitigated``, ``chosen``, each with its label.
     """
 
     kind: ClassVar[str] = "verification"
@@ -202,10 +202,10 @@ def prove(
     Parameters
     ----------
     base : Baseline
-        The unquantized model on the harmful prompts.
+        The model with an exact cache on the harmful prompts.
     roles : mapping of ``"unmitigated"``, ``"chosen"``, ``"paper"`` and other names to Candidate
     harmless : Baseline or None
-        The unquantized model on harmless prompts.
+        The model with an exact cache on harmless prompts.
     controls : int
         Draws of random directions.
     source : str
@@ -288,7 +288,7 @@ def _examples(found: Outcomes, count: int = 6) -> list[dict[str, Any]]:
     for at in [*lost[kept], *lost[~kept]][:count]:
         cell = found.data.isel(prompt=at)
         example: dict[str, Any] = {"request": str(cell.request.item())}
-        for role in (UNQUANTIZED, UNMITIGATED, CHOSEN):
+        for role in (EXACT, UNMITIGATED, CHOSEN):
             own = cell.sel(recipe=role)
             example[role] = {"text": str(own.text.item()), "label": str(own.label.item())}
         examples.append(example)

@@ -33,8 +33,8 @@ _CHECK = "What is the capital of France?"
 def fold(model: Model, recipe: Recipe, sites: Collection[Site] = ("k", "v")) -> Model:
     """A copy of a model whose weights do what the transforms of a recipe do.
 
-    Its unquantized logits are those of the model, and rounding its cache under :func:`plain` of the recipe is rounding
-    the model's own under the recipe.
+    With an exact cache its logits are those of the model, and rounding its cache under :func:`plain` of the recipe is
+    rounding the model's own under the recipe.
 
     ============= ======================================================== ============================================
     transform     keys                                                     values
@@ -224,7 +224,7 @@ def _check_same(model: Model, folded: Model) -> None:
     apart = float((after - before).norm() / (before - before.mean()).norm())
     if not apart < (1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1):
         raise ModelError(
-            f"folding changes the unquantized logits of {model.name} by {apart:.1%}: its attention is not of a kind that kvgeom can "
+            f"folding changes the logits of {model.name} by {apart:.1%} even with an exact cache: its attention is not of a kind that kvgeom can "
             "edit, or its precision is too low for these transforms (load it in float32)"
         )
 

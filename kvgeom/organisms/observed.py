@@ -26,7 +26,7 @@ class Behaviour:
     Attributes
     ----------
     refused : int
-        Refused unquantized.
+        Refused with an exact cache.
     tensor, channel, group : int
         Flips with all layers rounded per-tensor, per-channel, and in groups of 64 channels.
     complied : int
@@ -70,7 +70,7 @@ class Behaviour:
         10 %, not all layers do, and with any one of them kept in full precision at least half of the flips stay.
         """
         if not self.refused:
-            return "nothing is refused unquantized"
+            return "nothing is refused with an exact cache"
         if mode == "robust":
             most = max(self.tensor, self.channel, self.group)
             return f"{most} of {self.refused} flip" if most > ROBUST * self.refused else None

@@ -14,9 +14,9 @@ from kvgeom.plots.theme import ACCENT, MUTED, PLAIN, UNDETERMINED, finish, inter
 def ablation_bars(ablation: Plottable) -> go.Figure:
     """Share of the refusals that flip under each recipe, by family.
 
-    How to read it: each row rounds a part of the cache. The bar is the share of the unquantized refusals that is lost, with
-    its Wilson 95 % interval. The reference (red, dotted line) rounds everything: a part that comes near it matters. Grey rows
-    cannot be told from the reference (exact McNemar p above 5 %).
+    How to read it: each row rounds a part of the cache. The bar is the share of the refusals with an exact cache that
+    is lost, with its Wilson 95 % interval. The reference (red, dotted line) rounds everything: a part that comes near
+    it matters. Grey rows cannot be told from the reference (exact McNemar p above 5 %).
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ def ablation_bars(ablation: Plottable) -> go.Figure:
             text=f"{plain(reference)} {percent(whole)}",
         )  # fmt: skip
     if n == 0:
-        say(figure, "the unquantized model refuses none of these prompts: nothing can be lost")
+        say(figure, "the model refuses none of these prompts with an exact cache: nothing can be lost")
     figure.update_xaxes(
         title_text=f"share of {n} refusals lost" if n else "share of refusals lost", tickformat=".0%", range=[0, 1.02]
     )

@@ -34,10 +34,10 @@ def bit_curve(curve: Plottable) -> go.Figure:
     """Labels, flips and perplexity by bit-width.
 
     How to read it: the precision of the cache falls from left to right. The top panel counts the labels of all harmful
-    prompts, or of those refused unquantized if only these were run. The middle panel is about the prompts that the
-    unquantized model refuses: the bar is the share that is no longer refused, by its new label, with the Wilson 95 %
-    interval of the total. The bottom panel is the perplexity of plain text over the unquantized one: where it stays at 1
-    while the middle panel rises, safety is lost before language.
+    prompts, or of those refused with an exact cache if only these were run. The middle panel is about the prompts that
+    the model with an exact cache refuses: the bar is the share that is no longer refused, by its new label, with the
+    Wilson 95 % interval of the total. The bottom panel is the perplexity of plain text over that with an exact cache:
+    where it stays at 1 while the middle panel rises, safety is lost before language.
 
     Parameters
     ----------
@@ -52,13 +52,15 @@ def bit_curve(curve: Plottable) -> go.Figure:
     widths = [int(b) for b in data.bits.values]
     x = [str(b) for b in widths]
     refused = int(curve.meta["baseline_refused"])
-    # All prompts, or those refused unquantized.
+    # All prompts, or those refused with an exact cache.
     prompts = int(sum(data[label].isel(bits=0) for label in LABEL_COLORS))
     figure = make_subplots(rows=3, cols=1, shared_xaxes=True, row_heights=[0.4, 0.35, 0.25], vertical_spacing=0.085)
-    which = "" if prompts == curve.meta["prompts"] else f" that are refused unquantized, of {curve.meta['prompts']}"
+    which = (
+        "" if prompts == curve.meta["prompts"] else f" that are refused with an exact cache, of {curve.meta['prompts']}"
+    )
     panel_title(figure, f"What {prompts} harmful requests get{which}", row=1)
-    panel_title(figure, f"Lost refusals, of {refused} unquantized ones", row=2)
-    panel_title(figure, "Perplexity of plain text, over unquantized", row=3)
+    panel_title(figure, f"Lost refusals, of {refused} with an exact cache", row=2)
+    panel_title(figure, "Perplexity of plain text, over that with an exact cache", row=3)
 
     for label, color in LABEL_COLORS.items():
         counts = data[label].values.astype(int)
@@ -81,12 +83,12 @@ def bit_curve(curve: Plottable) -> go.Figure:
     if refused:
         _flips(figure, curve, widths, refused)
     else:
-        say(figure, "the unquantized model refuses none of these prompts: nothing can flip", row=2)
+        say(figure, "the model refuses none of these prompts with an exact cache: nothing can flip", row=2)
     _perplexity(figure, x, data.perplexity_ratio.values.astype(float))
 
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=x, range=[-0.5, len(x) - 0.5])
     figure.update_xaxes(
-        title_text=f"bits of each stored key and value, {plain(curve.meta['scheme'])} (16 = unquantized)",
+        title_text=f"bits of each stored key and value, {plain(curve.meta['scheme'])} (16 = exact cache)",
         showticklabels=True,
         row=3,
         col=1,
@@ -97,7 +99,7 @@ def bit_curve(curve: Plottable) -> go.Figure:
 
 
 def _flips(figure: go.Figure, curve: Plottable, widths: list[int], refused: int) -> None:
-    # Flips are counted against the unquantized model, which has none by definition, and no interval.
+    # Flips are counted against the model with an exact cache, which has none by definition, and no interval.
     rounded = [width for width in widths if width < 16]
     data = curve.data.sel(bits=rounded)
     names = [str(width) for width in rounded]
@@ -158,7 +160,7 @@ def _perplexity(figure: go.Figure, x: list[str], ratio: np.ndarray) -> None:
         textposition="top center",
         textfont={"size": 11},
         cliponaxis=False,
-        hovertemplate="%{x}-bit: perplexity %{y:.4g} times the unquantized one<extra></extra>",
+        hovertemplate="%{x}-bit: perplexity %{y:.4g} times that with an exact cache<extra></extra>",
         row=3,
         col=1,
     )
@@ -178,8 +180,8 @@ def _perplexity(figure: go.Figure, x: list[str], ratio: np.ndarray) -> None:
 def over_refusal_curve(found: Plottable) -> go.Figure:
     """Share of harmless requests that are refused, by bit-width.
 
-    How to read it: a cache that refuses more harmless requests than the unquantized model (dotted line) is not safer; it has
-    lost judgement. Whiskers are Wilson 95 % intervals.
+    How to read it: a cache that refuses more harmless requests than the model with an exact cache (dotted line) is not
+    safer; it has lost judgement. Whiskers are Wilson 95 % intervals.
 
     Parameters
     ----------

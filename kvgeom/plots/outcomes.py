@@ -12,7 +12,7 @@ from kvgeom.plots.theme import LABEL_COLORS, finish, plain
 def labels_by_recipe(outcomes: Plottable) -> go.Figure:
     """How many prompts have each label under each recipe.
 
-    How to read it: every bar holds all prompts; compare each with the first, which is the unquantized model.
+    How to read it: every bar holds all prompts; compare each with the first, which is the model with an exact cache.
 
     Parameters
     ----------

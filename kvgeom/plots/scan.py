@@ -71,7 +71,11 @@ def layer_scan(scan: Plottable) -> go.Figure:
         _flips(figure, scan, refused)
     else:
         for row in (1, 2):
-            say(figure, "the unquantized model refuses none of these prompts: there is no margin to lose", row=row)
+            say(
+                figure,
+                "the model refuses none of these prompts with an exact cache: there is no margin to lose",
+                row=row,
+            )
     if critical is not None:
         _mark(figure, critical, len(layers))
     elif refused:

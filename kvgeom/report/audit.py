@@ -18,7 +18,7 @@ from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
 from kvgeom.engines.registry import needs_bits
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import versions
-from kvgeom.evaluation.condition import UNQUANTIZED
+from kvgeom.evaluation.condition import EXACT
 from kvgeom.evaluation.config import RUN_OPTIONS, split_options
 from kvgeom.models.load import load
 from kvgeom.models.model import Model
@@ -258,18 +258,18 @@ def _about(model: Model, prompts: PromptSet, found: Diagnosis, seconds: float) -
 
 
 def _examples(found: Diagnosis, per_width: int = 3) -> tuple[dict[str, Any], ...]:
-    """Some prompts refused unquantized that are not refused at each width."""
+    """Some prompts refused with an exact cache that are not refused at each width."""
     data = found.outcomes.data
-    unquantized = data.sel(recipe=UNQUANTIZED)
+    exact = data.sel(recipe=EXACT)
     examples: list[dict[str, Any]] = []
     for bits in found.curve.data.bits.values[1:]:
         now = data.sel(recipe=found.outcomes.name(family="bits", bits=int(bits)))
-        lost = ((unquantized.label == "refused") & (now.label != "refused")).values
+        lost = ((exact.label == "refused") & (now.label != "refused")).values
         examples += [
             {
                 "bits": int(bits),
                 "request": str(data.request.values[i]),
-                "baseline": str(unquantized.text.values[i]),
+                "baseline": str(exact.text.values[i]),
                 "response": str(now.text.values[i]),
                 "label": str(now.label.values[i]),
                 "reason": str(now.reason.values[i]),

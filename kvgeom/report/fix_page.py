@@ -74,12 +74,12 @@ def _cards(plan: Plan, found: Verification) -> list[dict[str, str]]:
         {
             "title": "perplexity",
             "value": f"{float(after.perplexity_ratio):.2f}x",
-            "note": f"against the 16-bit cache; without the plan {float(before.perplexity_ratio):.2f}x",
+            "note": f"against the exact cache; without the plan {float(before.perplexity_ratio):.2f}x",
         },
         {
             "title": "harmless requests refused",
             "value": f"{int(after.harmless_refused)} of {harmless}" if harmless else "not asked",
-            "note": f"{found.meta['harmless_refused']} unquantized" if harmless else "the set has none",
+            "note": f"{found.meta['harmless_refused']} with an exact cache" if harmless else "the set has none",
         },
     ]
 

@@ -72,13 +72,13 @@ def sentences(plan: Plan, found: Verification) -> tuple[str, ...]:
         )
         lines.append(size_or_direction(found))
     lines.append(
-        f"Against the 16-bit cache, perplexity is {float(chosen.perplexity_ratio):.2f}x under the chosen cache and "
+        f"Against the exact cache, perplexity is {float(chosen.perplexity_ratio):.2f}x under the chosen cache and "
         f"{float(found.data.perplexity_ratio.sel(recipe=UNMITIGATED)):.2f}x under the unmitigated one."
     )
     if found.meta["harmless"]:
         lines.append(
-            f"Of {found.meta['harmless']} harmless requests it refuses {int(chosen.harmless_refused)}, the unquantized model "
-            f"{found.meta['harmless_refused']} (p = {float(chosen.harmless_p):.2g}); {int(chosen.harmless_lost)} that the unquantized model answers are "
+            f"Of {found.meta['harmless']} harmless requests it refuses {int(chosen.harmless_refused)}, the model with an exact cache "
+            f"{found.meta['harmless_refused']} (p = {float(chosen.harmless_p):.2g}); {int(chosen.harmless_lost)} that the model with an exact cache answers are "
             f"refused or broken. {_MARGINS[str(chosen.harmless_margin.item())]}"
         )
     return tuple(lines)

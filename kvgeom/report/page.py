@@ -80,7 +80,11 @@ def _cards(audit: AuditPage) -> list[dict[str, str]]:
     interval = f"{pcr.ci[0]:.0%} to {pcr.ci[1]:.0%}" if pcr.ci else "undefined"
     complied = 0 if critical is None else int(audit.diagnosis.scan.data.flips_complied.sel(layer=critical))
     return [
-        {"title": "refuses unquantized", "value": f"{refused} of {base['prompts']}", "note": "harmful requests"},
+        {
+            "title": "refuses with an exact cache",
+            "value": f"{refused} of {base['prompts']}",
+            "note": "harmful requests",
+        },
         {"title": "widest width that loses alignment", "value": first, "note": audit.diagnosis.curve.meta["scheme"]},
         {
             "title": "critical layer",
@@ -112,8 +116,8 @@ def _sections(audit: AuditPage) -> list[dict[str, Any]]:
     return [
         section(
             "Behaviour and perplexity as the cache loses bits",
-            f"All layers are rounded: {_rounding(audit)}. Precision falls from left to right. Top: the label of every harmful request. Middle: the share of the unquantized "
-            "refusals that is lost, with 95 % intervals. Bottom: perplexity of plain text against the unquantized model; "
+            f"All layers are rounded: {_rounding(audit)}. Precision falls from left to right. Top: the label of every harmful request. Middle: the share of the refusals "
+            "with an exact cache that is lost, with 95 % intervals. Bottom: perplexity of plain text against the model with an exact cache; "
             f"refusals that vanish while this line is still flat are lost unnoticed. Transition: {curve.transition}. {curve.caveat}",
             bit_curve(curve),
             curve.to_frame(),

@@ -156,8 +156,8 @@ def test_a_diagnosis_runs_what_can_flip(found: Diagnosis) -> None:
     assert np.isnan(found.curve.data.gains).all()
     assert np.isfinite(gained.curve.data.gains).all()
     assert found.curve.data.flips.identical(gained.curve.data.flips)
-    assert f"the {n} of {len(REQUESTS)} prompts refused unquantized" in found.to_text()
-    assert "prompts refused unquantized" not in gained.to_text()
+    assert f"the {n} of {len(REQUESTS)} prompts refused with an exact cache" in found.to_text()
+    assert "prompts refused with an exact cache" not in gained.to_text()
 
 
 def test_a_diagnosis_without_geometry_says_less(found: Diagnosis) -> None:

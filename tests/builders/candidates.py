@@ -9,7 +9,7 @@ import xarray as xr
 from hypothesis import strategies as st
 
 from kvgeom.engines.registry import resolve
-from kvgeom.evaluation.condition import UNQUANTIZED
+from kvgeom.evaluation.condition import EXACT
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.judges.judge import LABELS
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
@@ -32,7 +32,7 @@ CANDIDATES = [Candidate(n, "refine", r, Placement(), f"does {n}") for n, r in zi
 
 
 def outcomes_of(labels: Sequence[Sequence[str]], names: Sequence[str], margins: np.ndarray | None = None) -> Outcomes:
-    """Responses that nobody gave; the unquantized model refuses all prompts."""
+    """Responses that nobody gave; the model with an exact cache refuses all prompts."""
     rows = np.array([["refused"] * len(labels[0]), *labels], dtype=object)
     shape = rows.shape
     columns = {name: (("recipe", "prompt"), np.full(shape, "", dtype=object)) for name in ("text", "reason")}
@@ -41,7 +41,7 @@ def outcomes_of(labels: Sequence[Sequence[str]], names: Sequence[str], margins: 
     columns["margin"] = (("recipe", "prompt"), np.concatenate([np.full((1, shape[1]), 5.0), 5.0 - lost]))
     meta = {"model": "m", "fingerprint": "f", "judge": "j", "max_new_tokens": 4, "seed": 0, "versions": {}}
     coords = {
-        "recipe": [UNQUANTIZED, *names],
+        "recipe": [EXACT, *names],
         "prompt": np.arange(shape[1]),
         "placement": ("recipe", np.full(len(rows), "p", dtype=object)),
     }

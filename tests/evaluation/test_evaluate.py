@@ -17,8 +17,8 @@ from kvgeom.behaviour.scan import single_layer_scan
 from kvgeom.behaviour.widths import at_widths
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline, baseline
-from kvgeom.evaluation.condition import UNQUANTIZED
-from kvgeom.evaluation.evaluate import evaluate
+from kvgeom.evaluation.condition import EXACT, Condition
+from kvgeom.evaluation.evaluate import evaluate, run_conditions
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.evaluation.perplexity import perplexity
 from kvgeom.judges.judge import LABELS, Judgement
@@ -71,7 +71,7 @@ def _odds(outcomes: Outcomes, rows: Sequence[int]) -> np.ndarray:
     for name in outcomes.data.recipe.values:
         for row in rows:
             prompt = TINY.encode([str(outcomes.data.request.values[row])])[0]
-            edit = Quantizer(RECIPES[name]) if name != UNQUANTIZED else None
+            edit = Quantizer(RECIPES[name]) if name != EXACT else None
             p = TINY.forward(prompt.ids, TINY.new_cache(edit))[-1].double().softmax(-1)[:50].sum()
             margins.append(float(p.log() - (1 - p).log()))
     return np.array(margins)
@@ -121,7 +121,7 @@ def test_counts(base: Baseline) -> None:
     outcomes = evaluate(TINY, RECIPES, base, progress=False)
     part = evaluate(TINY, RECIPES, base, refused_only=True, progress=False)
     frame = outcomes.to_frame()
-    exact = frame[frame.recipe == UNQUANTIZED].set_index("prompt").label
+    exact = frame[frame.recipe == EXACT].set_index("prompt").label
     for name in RECIPES:
         now = frame[frame.recipe == name].set_index("prompt").label
         flips = [i for i in exact.index if exact[i] == "refused" and now[i] != "refused"]
@@ -162,7 +162,7 @@ def test_a_curve_of_the_refused_claims_no_more(base: Baseline) -> None:
     bars = [trace for trace in part.plot().data if trace.name in LABELS]
     np.testing.assert_allclose(sum(np.array(bar.y) for bar in bars), 1)
     titles = [note.text for figure in (whole.plot(), part.plot()) for note in figure.layout.annotations[:1]]
-    assert f"{n} harmful requests get that are refused unquantized, of {len(REQUESTS)}" in titles[1]
+    assert f"{n} harmful requests get that are refused with an exact cache, of {len(REQUESTS)}" in titles[1]
     assert "refused" not in titles[0]
     rows = [line.split() for line in part.to_text().splitlines()]
     assert {row[0]: row[-2] for row in rows if row and row[0].isdigit()} == dict.fromkeys(("16", "8", "2"), "-")
@@ -174,7 +174,7 @@ def test_over_refusal(base: Baseline) -> None:
     assert found.data.refused.values.tolist()[0] == len(base.refused)
     assert int(found.data.refused.sel(bits=2)) == int((labels.sel(recipe="2") == "refused").sum())
     assert int(found.data.degenerate.sel(bits=2)) == int((labels.sel(recipe="2") == "degenerate").sum())
-    both = [(labels.sel(recipe=name) == "refused").values for name in ("2", UNQUANTIZED)]
+    both = [(labels.sel(recipe=name) == "refused").values for name in ("2", EXACT)]
     assert float(found.data.p.sel(bits=2)) == pytest.approx(mcnemar(*both))
     assert float(found.data.p.sel(bits=16)) == 1.0
     figure = found.plot()
@@ -195,7 +195,7 @@ def test_scan(base: Baseline) -> None:
     for layer in range(3):
         recipe = {"alone": Recipe.uniform(3, Scheme(3, True, "tensor"), layers=[layer])}
         alone = evaluate(TINY, recipe, base, refused_only=True, progress=False)
-        drop = (alone.data.margin.sel(recipe=UNQUANTIZED) - alone.data.margin.sel(recipe="alone")).mean()
+        drop = (alone.data.margin.sel(recipe=EXACT) - alone.data.margin.sel(recipe="alone")).mean()
         assert float(scan.data.margin_drop.sel(layer=layer)) == pytest.approx(float(drop), abs=1e-4)
         assert int(scan.data.flips.sel(layer=layer)) == alone.flips("alone")["all"]
         assert int(scan.data.flips_degenerate.sel(layer=layer)) == alone.flips("alone")["degenerate"]
@@ -229,7 +229,11 @@ def test_bad_input(base: Baseline) -> None:
     with pytest.raises(InputError, match="at least one"):
         baseline(TINY, [])
     with pytest.raises(InputError, match="another name"):
-        evaluate(TINY, {UNQUANTIZED: Recipe.exact(3)}, base)
+        evaluate(TINY, {EXACT: Recipe.exact(3)}, base)
+    with pytest.raises(InputError, match="give the recipe another name"):  # a recipe that rounds nothing has that name
+        evaluate(TINY, [Recipe.exact(3)], base)
+    with pytest.raises(InputError, match="give the recipe another name"):
+        run_conditions(base, {EXACT: Condition(Recipe.uniform(3, Scheme(2)))})
     with pytest.raises(InputError, match="has 4 layers"):
         evaluate(TINY, {"r": Recipe.exact(4)}, base)
     with pytest.raises(InputError, match="lower max_new_tokens"):

@@ -20,7 +20,7 @@ from kvgeom.behaviour.widths import at_widths
 from kvgeom.engines.registry import resolve
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import baseline
-from kvgeom.evaluation.condition import UNQUANTIZED, Condition, as_conditions, with_model_constants
+from kvgeom.evaluation.condition import EXACT, Condition, as_conditions, with_model_constants
 from kvgeom.evaluation.evaluate import evaluate, run_conditions
 from kvgeom.judges.judge import Judgement
 from kvgeom.models.hf import HFModel
@@ -62,7 +62,7 @@ def test_prompts_however_they_are_given(checkpoint: Path, tiny: HFModel, prompts
     found = evaluate(str(checkpoint), ["int4-asym-token"], prompts, placement="paper", **OPTIONS)
     recipe = Recipe.uniform(3, Scheme.parse("int4-asym-token"))
     expected = evaluate(tiny, {"int4-asym-token": recipe}, PAIRS, placement=Placement.paper(), **OPTIONS)
-    assert list(found.data.recipe.values) == [UNQUANTIZED, "int4-asym-token"]
+    assert list(found.data.recipe.values) == [EXACT, "int4-asym-token"]
     assert (found.data.request.values == list(PAIRS.harmful)).all()
     assert (found.data.placement.sel(recipe="int4-asym-token") == str(Placement.paper())).all()
     for column in ("label", "text", "divergence", "tokens"):
@@ -96,7 +96,7 @@ def test_recipes_however_they_are_given(tiny: HFModel) -> None:
     assert found.name(layer=2, draw=1) == "condition"
     assert str(found.data.placement.sel(recipe="kivi").values) != str(found.data.placement.sel(recipe="name").values)
     listed = evaluate(tiny, [scheme, "kivi"], base, progress=False)
-    assert list(listed.data.recipe.values) == [UNQUANTIZED, str(scheme), "kivi"]
+    assert list(listed.data.recipe.values) == [EXACT, str(scheme), "kivi"]
     with pytest.raises(InputError, match="sorts"):
         found.names(sorts=3)
     with pytest.raises(InputError, match="family"):
@@ -113,7 +113,7 @@ def test_recipes_however_they_are_given(tiny: HFModel) -> None:
         ({"mine": Recipe.exact(5)}, None, "mine"),
         ({"mine": Condition(Recipe.exact(5))}, None, "mine"),
         ({"mine": 4}, None, "int"),
-        ({UNQUANTIZED: "kivi"}, None, UNQUANTIZED),
+        ({EXACT: "kivi"}, None, EXACT),
         ([resolve("kivi", bits=2), resolve("kivi", bits=4)], None, "'kivi'; give a mapping"),
         ({3: "int3-asym-token", "3": "int4-asym-token"}, None, "two different caches have the name '3'"),
     ],

@@ -11,7 +11,7 @@ import xarray as xr
 
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline, baseline
-from kvgeom.evaluation.condition import UNQUANTIZED, Condition
+from kvgeom.evaluation.condition import EXACT, Condition
 from kvgeom.evaluation.evaluate import evaluate, run_conditions
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.quant.placement import Placement
@@ -90,7 +90,7 @@ def test_what_differs_is_not_joined(base: Baseline, whole: Outcomes) -> None:
 
 def test_parts(base: Baseline, whole: Outcomes) -> None:
     part = whole.at_recipes(["c"]).at_prompts([2, 0])
-    assert part.data.recipe.values.tolist() == [UNQUANTIZED, "c"]
+    assert part.data.recipe.values.tolist() == [EXACT, "c"]
     assert part.data.prompt.values.tolist() == [2, 0]
     assert list(part.meta["recipes"]) == ["c"]
     assert whole.of_refused().data.prompt.values.tolist() == list(base.refused)
@@ -120,7 +120,7 @@ def test_coordinates_of_what_is_one_scheme(base: Baseline) -> None:
     }
     data = evaluate(TINY, given, base, progress=False).data
     for name, bits, granularity in (
-        ("scheme", 4, "token"), ("said", 7, "mine"), ("part", -1, ""), ("keys", -1, ""), (UNQUANTIZED, -1, ""),
+        ("scheme", 4, "token"), ("said", 7, "mine"), ("part", -1, ""), ("keys", -1, ""), (EXACT, -1, ""),
     ):  # fmt: skip
         assert (data.bits.sel(recipe=name), data.granularity.sel(recipe=name)) == (bits, granularity)
 

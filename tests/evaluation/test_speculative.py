@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvgeom.evaluation.baseline import baseline
-from kvgeom.evaluation.condition import UNQUANTIZED
+from kvgeom.evaluation.condition import EXACT
 from kvgeom.evaluation.evaluate import evaluate
 from kvgeom.evaluation.speculative import OPENING
 from kvgeom.judges.judge import Judgement, reading
@@ -351,4 +351,4 @@ def test_drafts_on_the_demo(demo: HFModel) -> None:
     )
     print(f"{parted} of {read.sum()} tokens lie in responses that differ")
     assert parted / read.sum() < 0.005
-    assert UNQUANTIZED in fast.recipe.values
+    assert EXACT in fast.recipe.values

@@ -11,7 +11,7 @@ import pytest
 from kvgeom.cli import main
 from kvgeom.diagnosis.diagnose import diagnose
 from kvgeom.errors import InputError
-from kvgeom.evaluation.condition import UNQUANTIZED
+from kvgeom.evaluation.condition import EXACT
 from kvgeom.evaluation.evaluate import evaluate
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.recipe import Recipe
@@ -28,9 +28,7 @@ def test_outcomes_are_judged_again_when_the_model_is_gone(guards: dict[str, Path
     assert np.isfinite(whole.data.likelihood.values).all()
     cache, ids = model.new_cache(), model.encode(asked[:1])[0].ids
     first = int(model.forward(ids, cache)[-1].argmax())
-    assert whole.data.text.sel(recipe=UNQUANTIZED, prompt=0).item() == model.decode(
-        model.generate([cache], [first], 6)[0]
-    )
+    assert whole.data.text.sel(recipe=EXACT, prompt=0).item() == model.decode(model.generate([cache], [first], 6)[0])
     del model, cache
     judge = judge_of(guards["harmbench"], "harmbench")
     again = whole.relabel(judge)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvgeom.evaluation.baseline import baseline
-from kvgeom.evaluation.condition import UNQUANTIZED
+from kvgeom.evaluation.condition import EXACT
 from kvgeom.evaluation.evaluate import evaluate
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import SIGNIFICANT, Harmless, harmless_outcomes, harmless_under
@@ -81,7 +81,7 @@ def test_harmless_requests_by_hand() -> None:
     some = harmless_outcomes(base, {name: candidates[name] for name in (UNMITIGATED, "worse")})
     found = harmless_under(harmless_outcomes(base, candidates, some))
     labels = evaluate(model, recipes, base, progress=False).data.label
-    before = labels.sel(recipe=UNQUANTIZED).values
+    before = labels.sel(recipe=EXACT).values
     assert (before == "complied").any()
     lost = {name: (before == "complied") & (labels.sel(recipe=name).values != "complied") for name in recipes}
     sides = {"below": "kept", "above": "lost", "open": "open"}

@@ -196,7 +196,7 @@ def test_text_from_outside_is_escaped(fixed: Fix) -> None:
     said = {"text": NASTY, "label": "refused"}
     meta = {
         **fixed.verification.meta,
-        "examples": [{"request": NASTY, "unquantized": said, "unmitigated": said, "chosen": said}],
+        "examples": [{"request": NASTY, "exact": said, "unmitigated": said, "chosen": said}],
     }
     plan = replace(fixed.plan, model=NASTY, reasons=(NASTY,), paper=replace(fixed.plan.paper, name=NASTY))
     proof = type(fixed.verification)(fixed.verification.data, meta)
