@@ -1,14 +1,16 @@
 """The certificate of the diagnosis: blind organisms, diagnosed on few prompts, and what is true of them on many.
 
-Run:  make organisms        (or: python benchmarks/organisms.py [--count 40] [--seed 20261126] [--out docs/organisms.json])
+Run:  make organisms        (or: python benchmarks/organisms.py [--count 60] [--seed 20261126] [--out docs/organisms.json])
 
-Tiny models get outliers in values: in one layer or several, beside what carries safety or in it, from too weak to notice to
-total. Nothing looks at an organism before it is diagnosed, and none is turned down: what planting asked for is not what
-came out, and decides nothing here. The diagnosis sees 24 requests. What is true is measured on 96 others: which fixes work
-there, by the definitions of docs/taxonomy.md. The seed is the day's unless it is given, and stands in every row.
+Tiny models of four architectures, trained from several seeds, get outliers in keys, in values or in both: beside what carries
+the request or in it, in one layer or several, of one kind or mixed, from too weak to notice to total; others get errors without an
+aim, the loss of their language, or nothing. Nothing looks at an organism before it is diagnosed, and none is turned down: what
+planting asked for is not what came out, and decides nothing here. The diagnosis sees 24 requests. What is true is measured on
+96 others: which fixes work there, by the definitions of docs/taxonomy.md. The seed is the day's unless it is given, and stands in
+every row.
 
-Written: every row as JSON, and a calibration curve, a confusion matrix and what errors cost, as tables in docs/organisms.md,
-where a test compares the two.
+Written: every row as JSON, and what came of what was planted, a calibration curve, a confusion matrix and what errors cost, as
+tables in docs/organisms.md, where a test compares the two.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ import json
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,40 +37,41 @@ from kvgeom.errors import KvgeomError
 from kvgeom.evaluation.condition import Condition, with_model_constants
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.decision_tree import advised
-from kvgeom.organisms import Size, plant, tiny_model
+from kvgeom.models.model import Model
+from kvgeom.organisms import Part, Size, plant_blindly, tiny_model
+from kvgeom.organisms.blind import Change, Sites
 from kvgeom.organisms.observed import NEW_TOKENS
-from kvgeom.organisms.planting import PlantedMode
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.stats import wilson
 
 PAGE = Path(__file__).parents[1] / "docs" / "organisms.md"
-SIZES = (Size(3, 2, 64), Size(4, 4, 32), Size(4, 2, 64), Size(4, 4, 64), Size(5, 2, 64))
-#: What is planted, and in how many layers at most.
-KINDS: tuple[tuple[PlantedMode, int], ...] = (
-    ("outlier-crushes-safety", 1),
-    ("outlier-crushes-safety", 3),
-    ("outlier-as-safety", 1),
-    ("multi-layer dilution", 3),
-    ("robust", 0),
+#: What is planted in: a size, and the seed that it was trained from. In the first two, values alone carry the request.
+BASES = (
+    (Size(3, 2, 64), 0),
+    (Size(4, 4, 32), 1),
+    (Size(4, 2, 64, attends=True), 0),
+    (Size(3, 2, 64, kind="qwen2", attends=True), 1),
+    (Size(3, 2, 64, kind="qwen3", attends=True), 0),
+    (Size(3, 2, 64, kind="phi3", attends=True), 0),
+    (Size(3, 2, 64, kind="phi3", attends=True), 2),
+    (Size(4, 4, 64, kind="phi3", attends=True), 1),
 )
-#: How far beyond "harmless" a layer that has lost safety is to read, in class differences: from not at all to far beyond.
-STRENGTHS = (0.0, 0.05, 0.15, 0.5, 1.0)
-#: Outliers are planted for 3 bits; rounded to more, they crush in part or not at all.
-PLANTED_FOR, ROUNDED_TO = 3, (3, 3, 4, 5)
+#: Outliers are planted for 3 bits; rounded to more, they do less.
+PLANTED_FOR, ROUNDED_TO = 3, (3, 3, 3, 4)
 #: Requests that plant, and that are diagnosed; what is true is measured on all others.
 PLANTING, SEEN = 24, 24
 #: Caches that are tried whatever the mode.
 ALWAYS = {"always group-64": "sym-group64", "always per-channel": "sym-channel", "always center": "sym-tensor+center"}
 OURS, SEARCHED = "what the mode prescribes", "measured search"
-#: Borders of the bins of the calibration curve.
-BINS = (0.0, 0.5, 0.7, 0.9, 0.99, 1.0)
+#: Borders of the bins of the calibration curve, and of loudness.
+BINS, LOUD = (0.0, 0.5, 0.7, 0.9, 0.99, 1.0), (0.125, 0.25, 0.5, 1.0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=40, help="organisms (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=60, help="organisms (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=int(datetime.date.today().strftime("%Y%m%d")))
     parser.add_argument("--out", type=Path, default=PAGE.with_suffix(".json"))
     asked = parser.parse_args()
@@ -83,48 +88,116 @@ def main() -> None:
         PAGE.write_text(re.sub(f"{begin}.*{end}", lambda _: text, PAGE.read_text(), flags=re.S))
 
 
+def strength(rng: random.Random) -> float:
+    """How far beyond "harmless" a layer reads that has lost its values, in class differences; a little more often than much."""
+    return round(rng.random() ** 2, 3)
+
+
+def loudness(rng: random.Random) -> float:
+    """From an eighth, where outliers are hardly larger than the rest, to 1, where nothing is left of the rest."""
+    return round(2 ** -rng.uniform(0, 3), 4)
+
+
+def possible(size: Size, change: Change) -> tuple[Sites, ...]:
+    """Where it can do anything, and be planted exactly: in keys if the model attends, and as an offset if they are not turned."""
+    return ("keys", "values", "both") if size.attends and (change == "crush" or size.kind == "phi3") else ("values",)
+
+
+def one(change: Change, sites: Sites) -> Callable[[random.Random, Size], list[Part] | None]:
+    """In one layer."""
+
+    def drawn(rng: random.Random, size: Size) -> list[Part] | None:
+        if sites not in possible(size, change):
+            return None
+        return [Part(rng.randrange(size.layers), change, sites, strength(rng), loudness(rng))]
+
+    return drawn
+
+
+def several(change: Change) -> Callable[[random.Random, Size], list[Part]]:
+    """In two or more layers, not in all, each with a strength and sites of its own."""
+
+    def drawn(rng: random.Random, size: Size) -> list[Part]:
+        layers = rng.sample(range(size.layers), rng.randint(2, size.layers - 1))
+        loud = loudness(rng)
+        return [Part(n, change, rng.choice(possible(size, change)), strength(rng), loud) for n in sorted(layers)]
+
+    return drawn
+
+
+def mixture(rng: random.Random, size: Size) -> list[Part]:
+    """Outliers that crush in one layer, and what carries the request an outlier in another."""
+    changes: tuple[Change, Change] = ("crush", "outlier")
+    layers = rng.sample(range(size.layers), 2)
+    return [
+        Part(n, change, rng.choice(possible(size, change)), strength(rng), loudness(rng))
+        for n, change in zip(layers, changes, strict=True)
+    ]
+
+
+def errors(rng: random.Random, size: Size) -> list[Part]:
+    """Coarser rounding in every layer, without an aim."""
+    return [Part(n, "jitter", "both", 0.0, round(rng.uniform(0.01, 0.3), 3)) for n in range(size.layers)]
+
+
+def language(rng: random.Random, size: Size) -> list[Part]:
+    """Most layers far beyond "harmless"."""
+    layers = rng.sample(range(size.layers), rng.randint(2, size.layers - 1))
+    return [Part(n, "outlier", "values", round(rng.uniform(1, 6), 3), loudness(rng)) for n in sorted(layers)]
+
+
+#: What is planted, in turn.
+KINDS: dict[str, Callable[[random.Random, Size], list[Part] | None]] = {
+    "crush, values": one("crush", "values"),
+    "crush, keys": one("crush", "keys"),
+    "crush, both": one("crush", "both"),
+    "outlier, values": one("outlier", "values"),
+    "outlier, keys": one("outlier", "keys"),
+    "outlier, both": one("outlier", "both"),
+    "crush, several layers": several("crush"),
+    "outlier, several layers": several("outlier"),
+    "crush and outlier": mixture,
+    "errors without an aim": errors,
+    "loss of language": language,
+    "nothing": lambda rng, size: [],
+}
+
+
 def organisms(count: int, seed: int) -> Iterator[dict[str, Any]]:
     """One after the other, kinds in turn, everything else drawn."""
     rng = random.Random(seed)
     for number in range(count):
-        (mode, most), size = KINDS[number % len(KINDS)], rng.choice(SIZES)
-        few = 2 if mode == "multi-layer dilution" or most > 1 else most
-        layers = rng.sample(range(size.layers), rng.randint(few, min(most, size.layers - 1))) if most else []
-        strength, bits = rng.choice(STRENGTHS), rng.choice(ROUNDED_TO)
+        kind = list(KINDS)[number % len(KINDS)]
+        parts = None
+        while parts is None:
+            size, trained = rng.choice(BASES)
+            parts = KINDS[kind](rng, size)
+        bits = rng.choice(ROUNDED_TO)
         about = {
-            "seed": seed, "number": number, "size": str(size), "planted": mode, "layers": sorted(layers), "strength": strength, "bits": bits,
+            "seed": seed, "number": number, "base": asdict(size), "base_seed": trained, "planted": kind,
+            "parts": [asdict(part) for part in parts], "bits": bits,
         }  # fmt: skip
-        began = time.monotonic()
+        began, own = time.monotonic(), (1000 * seed + number) % 2**32
         try:
-            found = certified(size, mode, layers, strength, bits, 1000 * seed + number)
+            model = tiny_model(size, trained, dtype="float64")
+            planting = size.prompts("train").take(PLANTING)
+            planted = plant_blindly(model, parts, planting, seed=own, bits=PLANTED_FOR).model
         except KvgeomError as error:
             found = {"error": str(error)}
+        else:
+            found = certified(planted, size, bits, own)
         yield {**about, **found, "seconds": round(time.monotonic() - began, 1)}
 
 
-def certified(
-    size: Size, mode: PlantedMode, layers: Sequence[int], strength: float, bits: int, seed: int
-) -> dict[str, Any]:
-    """Plant blindly, diagnose on few prompts, and measure on many what is true and what each fix does."""
+def certified(model: Model, size: Size, bits: int, seed: int) -> dict[str, Any]:
+    """Diagnose on few prompts, and measure on many what is true and what each fix does."""
     train, other = size.prompts("train"), size.prompts()
-    organism = plant(
-        tiny_model(size, dtype="float64"),
-        mode,
-        seed=seed,
-        layers=layers or None,
-        prompts=train.take(PLANTING),
-        bits=PLANTED_FOR,
-        strength=strength,
-        verify=False,
-        tolerance=1e-3,
-        progress=False,
-    )
     seen = PromptSet("seen", other.harmful[:SEEN], other.harmless[:SEEN], "toy language")
     unseen = PromptSet("unseen", other.harmful[SEEN:] + train.harmful[PLANTING:], (), "toy language")
 
     def diagnose(prompts: PromptSet) -> Diagnosis:
         options: dict[str, Any] = {"geometry": False, "progress": False, "max_new_tokens": NEW_TOKENS, "seed": seed}
-        return kvgeom.diagnose(organism.model, prompts, bits=(), scan_bits=bits, **options)
+        return kvgeom.diagnose(model, prompts, bits=(), scan_bits=bits, **options)
 
     found, truth = diagnose(seen), diagnose(unseen)
     # What comes out on so many prompts is taken for the truth if it is sure.
@@ -135,6 +208,11 @@ def certified(
         "posterior": {name: round(share, 4) for name, share in found.mode.shares["posterior"].items()},
         "true": true[0] if true[1] >= SURE else None,
         "true_posterior": round(true[1], 4),
+        **{
+            what: round(value.value, 3)
+            for what in ("loss", "broken")
+            if (value := getattr(truth.evidence, what)) is not None
+        },
     }
     if row["true"] in FIXABLE:
         row["recovery"] = _recoveries(found, truth, bits)
@@ -168,9 +246,47 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
     seeds = ", ".join(sorted({str(row["seed"]) for row in rows}))
     opening = (
         f"Seed {seeds}: {len(rows)} organisms, of which {len(rows) - len(made)} could not be planted and {len(made) - len(known)} "
-        f"are on a border even on the unseen prompts. The other {len(known)}:"
+        f"are on a border even on the unseen prompts. What came of what was planted, and whether the diagnosis named it:"
     )
-    return "\n\n".join([opening, _calibration(known), _confusion(known), _costs(known)])
+    about = f"How sure the diagnosis was, and how often it was right, for the {len(known)} of which the truth is known:"
+    parts = [opening, _planted(made), _grades(made), about, _calibration(known), _confusion(known), _costs(known)]
+    return "\n\n".join(parts)
+
+
+def _planted(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What was planted, what is true of it, and what was said."""
+    lines = ["| planted | organisms | true | named, rightly | named, wrongly |", "|---|---:|---|---:|---:|"]
+    for kind in KINDS:
+        own = [row for row in rows if row["planted"] == kind]
+        true = Counter(row["true"] or "on a border" for row in own)
+        said = [row for row in own if row["true"] and row["found"] != "undetermined"]
+        right = sum(row["found"] == row["true"] for row in said)
+        what = ", ".join(f"{name} {count}" for name, count in true.most_common())
+        if own:
+            lines.append(f"| {kind} | {len(own)} | {what} | {right} | {len(said) - right} |")
+    return "\n".join(lines)
+
+
+def _grades(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What organisms of outliers lose of the unseen requests, by the loudest outlier in them."""
+    lines = [
+        "| loudest outlier | organisms | at most a tenth comply or break | in between | more than nine tenths |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    loud = [
+        (
+            max(part["loudness"] for part in row["parts"]),
+            row.get("broken", 0) + row.get("loss", 0) * (1 - row.get("broken", 0)),
+        )
+        for row in rows
+        if row["parts"] and row["parts"][0]["change"] != "jitter"
+    ]
+    for low, high in itertools.pairwise(LOUD):
+        lost = [share for size, share in loud if low <= size < high or size == high == LOUD[-1]]
+        few, most = sum(share <= 0.1 for share in lost), sum(share > 0.9 for share in lost)
+        if lost:
+            lines.append(f"| {low:g} to {high:g} | {len(lost)} | {few} | {len(lost) - few - most} | {most} |")
+    return "\n".join(lines)
 
 
 def _calibration(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -186,12 +302,25 @@ def _calibration(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _confusion(rows: Sequence[Mapping[str, Any]]) -> str:
     names = [name for name in MODES if any(name in (row["true"], row["found"]) for row in rows)]
-    lines = ["| true | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    lines = [
+        "| true | " + " | ".join(names) + " | right where one is named | 95 % |",
+        "|---|" + "---:|" * (len(names) + 1) + "---|",
+    ]
     for true in names:
         found = [row["found"] for row in rows if row["true"] == true]
+        named = [name for name in found if name != "undetermined"]
         if found:
-            lines.append(f"| {true} ({len(found)}) | " + " | ".join(str(found.count(name)) for name in names) + " |")
+            counts = " | ".join(str(found.count(name)) for name in names)
+            lines.append(f"| {true} ({len(found)}) | {counts} | {_share(named.count(true), len(named))} |")
     return "\n".join(lines)
+
+
+def _share(some: int, of: int) -> str:
+    """A count of some, and its interval, as two cells."""
+    if not of:
+        return "0 of 0 | "
+    low, high = wilson(some, of)
+    return f"{some} of {of} | {low:.0%} to {high:.0%}"
 
 
 def _costs(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -83,3 +83,8 @@ def test_the_certificate_is_the_one_that_was_measured() -> None:
     sure = [row for row in rows if row.get("true") is not None and max(row["posterior"].values()) >= 0.9]
     right = sum(max(row["posterior"], key=row["posterior"].get) == row["true"] for row in sure)
     assert right >= 0.9 * len(sure)
+    named = [row for row in rows if row.get("found", "undetermined") != "undetermined"]
+    assert all(row["found"] == row["true"] for row in named)
+    assert f"All {len(named)} modes that were named are true" in page
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"Of {len(rows)} organisms it named a mode for {len(named)}, all of them rightly" in readme

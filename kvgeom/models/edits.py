@@ -20,6 +20,7 @@ from kvgeom.models.modules import Projection, attention_of, decoder_layers, proj
 
 _OUTPUTS = ("o_proj", "dense", "out_proj")
 #: Parts of an attention that stand between values and output projection, or take a share of the attention.
+_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
 _BETWEEN = ("v_norm", "sub_norm", "attn_sub_norm", "g_proj", "gate_proj")
 
 
@@ -72,12 +73,7 @@ def transform_values(model: Model, layer: int, head: int, matrix: Tensor) -> Non
     size, group = model.geometry.head_dim, model.geometry.query_heads // model.geometry.kv_heads
     attention = _attention(model, layer)
     _check_head(model, head)
-    matrix = torch.as_tensor(matrix, dtype=torch.float64)
-    if matrix.shape != (size, size):
-        raise InputError(f"the matrix must have shape {(size, size)}, got {tuple(matrix.shape)}")
-    inverse, singular = torch.linalg.inv_ex(matrix)
-    if int(singular) or not bool(torch.isfinite(inverse).all()):
-        raise InputError("the matrix has no inverse, so that the output projection could not undo it")
+    matrix, inverse = _invertible(matrix, size, "the output projection")
     _refuse(attention, _BETWEEN, "values are normalized or gated after their projection", model)
     value = _projections(model, layer)["v"]
     rows = value.channels[head * size : (head + 1) * size]
@@ -166,6 +162,38 @@ def scale_keys(model: Model, layer: int, scales: Tensor) -> None:
 
 
 @torch.no_grad()
+def transform_keys(model: Model, layer: int, head: int, matrix: Tensor) -> None:
+    """Store ``matrix @ k`` in the channels of one head that no rotary embedding turns; queries get the inverse transpose.
+
+    Parameters
+    ----------
+    model : Model
+    layer, head : int
+        The layer and its KV head.
+    matrix : Tensor [free, free]
+        For the channels behind the first :func:`rotary_channels` ones.
+
+    Raises
+    ------
+    InputError
+        If there is no such head, or the matrix has another shape or no inverse.
+    ModelError
+        If the projections cannot be edited, or queries or keys are normalized after them.
+    """
+    g, rotated = model.geometry, rotary_channels(model, layer)
+    attention = _attention(model, layer)
+    _check_head(model, head)
+    matrix, inverse = _invertible(matrix, g.head_dim - rotated, "queries")
+    _refuse(attention, _NORMS, "keys are normalized after their projection", model)
+    found, group = _projections(model, layer), g.query_heads // g.kv_heads
+    key = found["k"]
+    _left(key.module, key.channels[head * g.head_dim + rotated : (head + 1) * g.head_dim], matrix)
+    for query in range(head * group, (head + 1) * group):
+        rows = found["q"].channels[query * g.head_dim + rotated : (query + 1) * g.head_dim]
+        _left(found["q"].module, rows, inverse.T)
+
+
+@torch.no_grad()
 def offset_keys(model: Model, layer: int, offset: Tensor) -> None:
     """Store ``k + offset`` in channels that no rotary embedding turns.
 
@@ -212,6 +240,12 @@ def rotary_channels(model: Model, layer: int) -> int:
     return found.get(layer, 0)
 
 
+def shares_key_norm(model: Model, layer: int) -> bool:
+    """Whether all heads of a layer have one norm of keys, so that :func:`scale_keys` scales all of them alike."""
+    norm = _norm(_attention(model, layer), "k")
+    return norm is not None and norm.weight.numel() == model.geometry.head_dim
+
+
 # --- finding and changing weights ---
 
 
@@ -252,6 +286,17 @@ def _refuse(attention: Any, names: tuple[str, ...], why: str, model: Model) -> N
     found = [name for name in names if getattr(attention, name, None) is not None]
     if found:
         raise ModelError(f"this edit would change what {model.name} computes: {why} ({', '.join(found)})")
+
+
+def _invertible(matrix: Tensor, size: int, undoes: str) -> tuple[Tensor, Tensor]:
+    """A matrix and its inverse, in float64."""
+    matrix = torch.as_tensor(matrix, dtype=torch.float64)
+    if matrix.shape != (size, size):
+        raise InputError(f"the matrix must have shape {(size, size)}, got {tuple(matrix.shape)}")
+    inverse, singular = torch.linalg.inv_ex(matrix)
+    if int(singular) or not bool(torch.isfinite(inverse).all()):
+        raise InputError(f"the matrix has no inverse, so that {undoes} could not undo it")
+    return matrix, inverse
 
 
 def _check_head(model: Model, head: int) -> None:

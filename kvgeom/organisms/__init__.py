@@ -9,12 +9,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvgeom.organisms.blind import Blind, Part, plant_blindly
     from kvgeom.organisms.observed import Behaviour, behaviour
     from kvgeom.organisms.planting import MODES, Organism, plant
     from kvgeom.organisms.tiny import Size, tiny_model
     from kvgeom.organisms.toy import toy_prompts
 
 _HOMES = {
+    "Blind": "kvgeom.organisms.blind",
+    "Part": "kvgeom.organisms.blind",
+    "plant_blindly": "kvgeom.organisms.blind",
     "Behaviour": "kvgeom.organisms.observed",
     "behaviour": "kvgeom.organisms.observed",
     "MODES": "kvgeom.organisms.planting",
@@ -25,7 +29,19 @@ _HOMES = {
     "toy_prompts": "kvgeom.organisms.toy",
 }
 
-__all__ = ["MODES", "Behaviour", "Organism", "Size", "behaviour", "plant", "tiny_model", "toy_prompts"]
+__all__ = [
+    "MODES",
+    "Behaviour",
+    "Blind",
+    "Organism",
+    "Part",
+    "Size",
+    "behaviour",
+    "plant",
+    "plant_blindly",
+    "tiny_model",
+    "toy_prompts",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
-"""Where in a layer's values the difference between harmful and harmless requests is carried."""
+"""What a model stores for twin requests, and where in values their difference is carried."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ class Carrier:
 
 
 class Values:
-    """All values that a model stores for some twin requests, and its logits. Float64.
+    """All values and keys that a model stores for some twin requests. Float64.
 
     Parameters
     ----------
@@ -52,10 +53,13 @@ class Values:
                 f"each harmful request needs a harmless twin, to find where safety is carried; got {prompts!r}"
             )
         self.pairs: list[tuple[list[Tensor], list[Tensor]]] = []
+        self.keys: list[list[Tensor]] = []
         self.encoded: list[tuple[EncodedPrompt, EncodedPrompt]] = []
         for pair in zip(model.encode(prompts.harmful), model.encode(prompts.harmless), strict=True):
             self.encoded.append(pair)
-            self.pairs.append((_stored(model, pair[0]), _stored(model, pair[1])))
+            (keys, values), (other_keys, other_values) = (_stored(model, prompt) for prompt in pair)
+            self.pairs.append((values, other_values))
+            self.keys += [keys, other_keys]
 
     def all(self, layer: int, head: int) -> Tensor:
         """Values of one head at every token of every prompt, ``[tokens, head_dim]``."""
@@ -68,6 +72,19 @@ class Values:
     def least_peak(self, layer: int, head: int, directions: Tensor) -> float:
         """The largest coordinate along some directions, in the prompt where that is smallest."""
         return min(float((one[layer][head] @ directions.T).abs().max()) for pair in self.pairs for one in pair)
+
+    def all_keys(self, layer: int, head: int) -> Tensor:
+        """Keys of one head at every token of every prompt, ``[tokens, head_dim]``."""
+        return torch.cat([keys[layer][head] for keys in self.keys])
+
+    def key_range(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Smallest and largest of each channel of keys, over all tokens of all prompts, ``[kv_heads, head_dim]`` each."""
+        lows, highs = zip(*((keys[layer].amin(1), keys[layer].amax(1)) for keys in self.keys), strict=True)
+        return torch.stack(lows).amin(0), torch.stack(highs).amax(0)
+
+    def least_key_peak(self, layer: int, head: int, channels: Sequence[int]) -> float:
+        """The largest magnitude in some channels of keys, in the prompt where that is smallest."""
+        return min(float(keys[layer][head][:, list(channels)].abs().max()) for keys in self.keys)
 
     def carrier(self, layer: int, head: int) -> Carrier:
         """Leading directions of the differences between twins."""
@@ -103,7 +120,9 @@ class Values:
         return rows[0], rows[1]
 
 
-def _stored(model: Model, prompt: EncodedPrompt) -> list[Tensor]:
+def _stored(model: Model, prompt: EncodedPrompt) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values, a layer each."""
     cache = model.new_cache()
     model.forward(prompt.ids, cache)
-    return [layer.values[0].double().cpu() for layer in cache.layers]
+    keys, values = ([getattr(layer, site)[0].double().cpu() for layer in cache.layers] for site in ("keys", "values"))
+    return keys, values

@@ -1,4 +1,4 @@
-"""One layer's edits: outliers that crush, a carrier that is itself an outlier, and harmless nuisance."""
+"""One layer's edits of values: outliers that crush, a carrier that is itself an outlier, and harmless nuisance."""
 
 from __future__ import annotations
 
@@ -43,12 +43,13 @@ class Bench:
         return int(2 ** (self.bits - 1)) - 1
 
 
-def crush(bench: Bench, layer: int, strengths: Mapping[int, float]) -> str:
+def crush(bench: Bench, layer: int, strengths: Mapping[int, float], loudness: float = 1.0) -> str:
     """Outliers in channels without safety, so large that one scale for the tensor leaves nothing of the others.
 
     The outliers lie in one head, drawn from the keys of ``strengths``. The carrier in blocks of channels without outliers
     gets an offset, so that it reads "harmless" when it is rounded away, by the head's strength in class differences and
-    more; the offset is small beside the outliers.
+    more; the offset is small beside the outliers. ``loudness`` is the share of their size that is planted: of a small one,
+    rounding leaves more or less of the others.
     """
     g, rng = bench.model.geometry, bench.rng
     home, count = rng.choice(sorted(strengths)), rng.choice((1, 1, 2, 3))
@@ -65,7 +66,7 @@ def crush(bench: Bench, layer: int, strengths: Mapping[int, float]) -> str:
             offsets[head, : len(carrier.basis)] = -carrier.beyond(strength)
         rest = (bench.values.all(layer, head) @ basis.T + offsets[head]).abs()
         peak = max(peak, float(rest.max()))
-    size = rng.uniform(1.3, 3) * 2 * bench.top * peak
+    size = loudness * rng.uniform(1.3, 3) * 2 * bench.top * peak
     k = len(carriers[home].basis)
     outliers = slice(k, k + count)
     scale = torch.ones(g.head_dim, dtype=torch.float64)
@@ -79,17 +80,18 @@ def crush(bench: Bench, layer: int, strengths: Mapping[int, float]) -> str:
     edits.offset_values(bench.model, layer, offsets)
     kind = "a constant offset" if constant else "scaled up"
     return (
-        f"layer {layer}: {count} value channels of head {home} without safety {kind}, to {size / peak:.0f} x all others"
+        f"layer {layer}: {count} value channels of head {home} without safety {kind}, to {size / peak:.2g} x all others"
     )
 
 
-def become_outlier(bench: Bench, layer: int, strength: float) -> str:
+def become_outlier(bench: Bench, layer: int, strength: float, loudness: float = 1.0) -> str:
     """Make the carrier of safety an outlier, so that no granularity keeps it.
 
     Each direction of the carrier gets a share of a nuisance direction (a shear) and an offset, and the nuisance an
     offset too: both are constants so large that what varies is less than a rounding step, under any scale that
     covers them. What is lost of the nuisance lands on the carrier, always on the harmless side. A constant channel
-    in every head sets the scales of its group and of the tensor.
+    in every head sets the scales of its group and of the tensor. With a small ``loudness`` the constants are smaller, and less
+    is lost.
     """
     g, rng = bench.model.geometry, bench.rng
     offsets = torch.zeros(g.kv_heads, g.head_dim, dtype=torch.float64)
@@ -106,7 +108,7 @@ def become_outlier(bench: Bench, layer: int, strength: float) -> str:
         plans.append((basis, k, share, low, high))
         reach = seen[:, :k].abs().amax(0) + share * (high - low)
         step = max(step, 2 * float(reach.max()), 2 * (high - low), 2 * float(seen[:, k:].abs().max()))
-    step *= rng.uniform(1.2, 1.8)
+    step *= loudness * rng.uniform(1.2, 1.8)
     for head, (basis, k, share, low, high) in enumerate(plans):
         matrix = torch.eye(g.head_dim, dtype=torch.float64)
         matrix[:k, k] = share

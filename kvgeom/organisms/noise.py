@@ -23,7 +23,7 @@ class CacheNoise:
 
     Every layer is rounded to 3 bits under a random granularity, per-tensor with steps up to ``stretch`` times too
     coarse (as beside an outlier). At times a group of 64 channels is zero, so that the model learns to carry what matters
-    in every group. In the layer ``lost`` nothing of the request remains.
+    in every group. In the layer ``lost`` nothing of the request remains, because values are lost or attention is.
 
     Attributes
     ----------
@@ -33,7 +33,9 @@ class CacheNoise:
     harmless : Tensor [batch], bool
     lost : int or None
     still : bool
-        Whether the lost layer is zero, or reads about as it does on average in harmless requests.
+        Whether lost values are zero, or read about as they do on average in harmless requests.
+    lost_site : {"v", "k"}
+        What the layer loses: keys and values, or keys alone, so that it attends evenly.
     stretch, silent : float
         Largest factor of a step, and how often a group is zero.
     """
@@ -43,6 +45,7 @@ class CacheNoise:
     harmless: Tensor
     lost: int | None = None
     still: bool = True
+    lost_site: Literal["k", "v"] = "v"
     stretch: float = 2.0
     silent: float = 0.25
     where: str = "cache"
@@ -55,7 +58,7 @@ class CacheNoise:
 
     def __call__(self, layer: int, site: Literal["k", "v"], x: Tensor) -> Tensor:
         """``x`` ``[batch, kv_heads, tokens, head_dim]`` with noise."""
-        if layer == self.lost:
+        if layer == self.lost and (self.lost_site == "v" or site == "k"):
             if self.still or site == "k":
                 return x * 0
             typical = x[self.harmless].mean((0, 2), keepdim=True)

@@ -141,7 +141,7 @@ def plant(
                 chosen = tuple(sorted(strengths))
                 bench = Bench(copied(loaded), values, bits, rng)
                 changes = tuple(_edit(bench, mode, strengths, factor))
-                deviation = _deviation(loaded, bench.model, values)
+                deviation = deviation_of(loaded, bench.model, values)
                 name = f"{loaded.name}, {mode}, seed {seed}"
                 organism = Organism(copied(bench.model, name), mode, chosen, changes, seed, bits, deviation, draw + 1)
                 objection = _objection(organism, prompts, tolerance, verify)
@@ -257,7 +257,8 @@ def _check_layers(mode: PlantedMode, count: int, asked: Sequence[int] | None) ->
         raise InputError(f"layers must be 0 to {count - 1}, got {wrong}")
 
 
-def _deviation(model: Model, edited: Model, values: Values) -> float:
+def deviation_of(model: Model, edited: Model, values: Values) -> float:
+    """Largest change of a logit, at any token of the prompts that were looked at."""
     worst = 0.0
     for pair in values.encoded:
         for prompt in pair:

@@ -23,27 +23,29 @@ MOST, COMPLY, HOMES = 4, 0.75, 4
 
 @dataclass(frozen=True)
 class Lost:
-    """An edit: of one layer's values only a constant is left, as when an outlier sets the scale.
+    """An edit: of one layer's values, or keys, only a constant is left, as when an outlier sets the scale.
 
     Attributes
     ----------
     layer : int
     constant : Tensor [kv_heads, head_dim]
+    site : {"v", "k"}
     """
 
     layer: int
     constant: Tensor = field(repr=False)
+    site: Literal["k", "v"] = "v"
     where: str = "cache"
     prefill_reads_exact: bool = False
 
     @property
     def kind(self) -> Hashable:
         """Those of one constant do the same."""
-        return "lost", self.layer, id(self.constant)
+        return "lost", self.layer, self.site, id(self.constant)
 
     def __call__(self, layer: int, site: Literal["k", "v"], x: Tensor) -> Tensor:
         """``x`` ``[batch, kv_heads, tokens, head_dim]``, or what is left of it."""
-        if layer != self.layer or site == "k":
+        if layer != self.layer or site != self.site:
             return x
         return self.constant[None, :, None].to(x).expand_as(x)
 

@@ -113,6 +113,36 @@ def test_softmax_does_not_see_an_offset_of_keys_that_are_not_rotated(seed: int) 
     close(new_keys[1], keys[1] + offset[:, None])
 
 
+@some
+@given(SEEDS, st.integers(0, 2), st.integers(0, 3))
+def test_keys_that_are_not_rotated_are_transformed_and_nothing_else_changes(seed: int, layer: int, head: int) -> None:
+    model = tiny_model("gpt_neox")
+    g, rotated = model.geometry, edits.rotary_channels(model, layer)
+    free = g.head_dim - rotated
+    assert 0 < rotated < g.head_dim
+    matrix = torch.eye(free) + 0.3 * torch.randn(free, free, generator=torch.Generator().manual_seed(seed))
+    assume(float(torch.linalg.cond(matrix)) < 30)
+    logits, keys, values = states(model)
+    edited = edits.copied(model)
+    edits.transform_keys(edited, layer, head, matrix)
+    new_logits, new_keys, new_values = states(edited)
+    torch.testing.assert_close(new_logits, logits, atol=1e-4, rtol=1e-4)
+    expected = keys[layer].clone()
+    expected[head, :, rotated:] = keys[layer][head, :, rotated:] @ matrix.T
+    close(new_keys[layer], expected)
+    same_but(layer, keys, new_keys)
+    same_but(-1, values, new_values)
+
+
+def test_rotated_and_normalized_keys_are_not_transformed() -> None:
+    with pytest.raises(InputError, match=r"shape \(0, 0\)"):
+        edits.transform_keys(tiny_model("llama"), 0, 0, torch.eye(8))
+    with pytest.raises(ModelError, match="normalized"):
+        edits.transform_keys(tiny_model("qwen3"), 0, 0, torch.eye(0))
+    with pytest.raises(InputError, match="no inverse"):
+        edits.transform_keys(tiny_model("gpt_neox"), 0, 0, torch.zeros(6, 6))
+
+
 def test_the_copy_is_independent_and_has_its_own_fingerprint(model: HFModel) -> None:
     logits, _, values = states(model)
     edited = edits.copied(model)
