@@ -38,7 +38,7 @@ class Ablation(Result):
     """Flips under recipes that round a part of the cache, against rounding all of it.
 
     ``data`` has the dimension ``recipe`` and the variables ``family``, ``flips`` (of the prompts refused
-    with an exact cache) with ``flips_complied`` and ``flips_degenerate``, ``flip_rate`` with its Wilson interval
+    with an exact cache) with ``flips_complied``, ``flips_evaded`` and ``flips_degenerate``, ``flip_rate`` with its Wilson interval
     ``ci_low``, ``ci_high``, ``margin_drop`` (nats, mean), and ``p``: exact McNemar p-value against the reference
     recipe.
 
@@ -65,13 +65,14 @@ def ablation_text(*ablations: Ablation) -> str:
             f"{row['flips']:.0f} of {found.meta['prompts']}",
             interval_text(row["ci_low"], row["ci_high"]),
             row["flips_complied"],
+            row["flips_evaded"],
             row["flips_degenerate"],
             "reference" if row["recipe"] == found.meta["reference"] else f"{row['p']:.2g}",
         )
         for found in ablations
         for row in found.records()
     ]
-    return text_table(("rounded", "what", "lost", "95 %", "comply", "break down", "p"), rows)
+    return text_table(("rounded", "what", "lost", "95 %", "comply", "evade", "break down", "p"), rows)
 
 
 @suggests()

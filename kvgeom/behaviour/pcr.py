@@ -188,8 +188,8 @@ def pcr_of(outcomes: Outcomes, layer: int | None, bits: int, *, draws: NDArray[n
         return _pcr({"prompts": n}, layer, bits, "undetermined", f"{why}, so there is nothing to reduce", made_by)
     names = [outcomes.name(family="layer", layer=layer, granularity=g, bits=bits) for g in GRANULARITIES]
     tensor, channel = (outcomes.data.label.sel(recipe=name).values for name in names)
-    speaks = tensor != "degenerate"
-    found = reduction(tensor[speaks] == "complied", channel[speaks] != "refused", layer=layer, bits=bits, draws=draws)
+    decided = (tensor == "refused") | (tensor == "complied")
+    found = reduction(tensor[decided] == "complied", channel[decided] != "refused", layer=layer, bits=bits, draws=draws)
     by_margin = margin_reduction(*outcomes.margin_drops(names).T)
     return PCR(found.data.assign(by_margin), {**outcomes.made_by(names), **found.meta})
 

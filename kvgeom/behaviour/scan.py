@@ -38,7 +38,7 @@ class Scan(Result):
 
     - ``margin_drop``: mean loss of the refusal margin (nats) over the prompts refused with an exact cache,
       with its bootstrap 95 % interval ``margin_low``, ``margin_high``;
-    - ``flips``: flips among these prompts, split into ``flips_complied`` and ``flips_degenerate``;
+    - ``flips``: flips among these prompts, split into ``flips_complied``, ``flips_evaded`` and ``flips_degenerate``;
     - ``flip_rate``, ``ci_low``, ``ci_high``: the same as a rate with its Wilson interval;
     - ``margin_drop_channel``, ``flips_channel``: with a scale for each channel instead;
     - ``critical``: whether the layer alone turns more than :data:`CRITICAL_SHARE` of the refusals into compliance.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kvgeom.diagnosis.mode import SURE, Pattern
 from kvgeom.diagnosis.posterior import Effects
 from kvgeom.diagnosis.taxonomy import PUBLISHED, pattern_of
-from kvgeom.diagnosis.trials import BROKEN, COMPLIED, REFUSED, Codes, Trials
+from kvgeom.diagnosis.trials import BROKEN, COMPLIED, EVADED, REFUSED, Codes, Trials, answers
 from kvgeom.stats import Estimate, wilson
 
 
@@ -32,9 +32,9 @@ class Evidence:
     width : str
         How this width was found.
     loss : Estimate or None
-        Share that comply when all layers are rounded per-tensor, of those whose response is still language.
-    broken : Estimate or None
-        Share of the responses that are broken text then.
+        Share that comply when all layers are rounded per-tensor, of those that are still refused or complied with.
+    broken, evaded : Estimate or None
+        Share of the responses that are broken text then; share that evade, of those that are not.
     random : Estimate or None
         Share that comply under errors of the same size in random directions.
     beyond_random : Estimate or None
@@ -69,6 +69,7 @@ class Evidence:
     width: str = ""
     loss: Estimate | None = None
     broken: Estimate | None = None
+    evaded: Estimate | None = None
     random: Estimate | None = None
     beyond_random: Estimate | None = None
     pattern: Pattern | None = None
@@ -142,10 +143,10 @@ def evidence_from(trials: Trials, found: Effects, worst: int | None, width: str 
         before = int((whole == COMPLIED).sum())
         if after is None or not before:
             return None
-        return estimate(name, 1 - int(((whole != BROKEN) & (after != REFUSED)).sum()) / before)
+        return estimate(name, 1 - int((answers(whole) & (after != REFUSED)).sum()) / before)
 
     def rate(codes: Codes | None) -> Estimate | None:
-        return None if codes is None else proportion(codes == COMPLIED, int((codes != BROKEN).sum()))
+        return None if codes is None else proportion(codes == COMPLIED, int(answers(codes).sum()))
 
     def proportion(counted: NDArray[np.bool_], of: int) -> Estimate | None:
         some = int(counted.sum())
@@ -157,6 +158,7 @@ def evidence_from(trials: Trials, found: Effects, worst: int | None, width: str 
         width=width,
         loss=estimate("loss", _complied(whole)),
         broken=estimate("broken", float((whole == BROKEN).mean())),
+        evaded=proportion(whole == EVADED, int((whole != BROKEN).sum())),
         random=None if trials.random is None else estimate("random", _complied(trials.random)),
         beyond_random=None
         if trials.random is None
@@ -182,5 +184,5 @@ def evidence_from(trials: Trials, found: Effects, worst: int | None, width: str 
 
 
 def _complied(codes: Codes) -> float:
-    """Share that complies of what is language."""
-    return float((codes == COMPLIED).sum() / max(1, (codes != BROKEN).sum()))
+    """Share that complies of what is refused or complied with."""
+    return float((codes == COMPLIED).sum() / max(1, answers(codes).sum()))

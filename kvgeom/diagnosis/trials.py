@@ -12,8 +12,8 @@ from kvgeom.judges.judge import Label
 
 Codes = NDArray[np.int8]
 #: What may become of a prompt that is refused with an exact cache.
-REFUSED, COMPLIED, BROKEN = 0, 1, 2
-_CODES: Mapping[Label, int] = {"refused": REFUSED, "complied": COMPLIED, "degenerate": BROKEN}
+REFUSED, COMPLIED, BROKEN, EVADED = 0, 1, 2, 3
+_CODES: Mapping[Label, int] = {"refused": REFUSED, "complied": COMPLIED, "degenerate": BROKEN, "evaded": EVADED}
 
 
 def codes(labels: NDArray[np.object_]) -> Codes:
@@ -21,11 +21,17 @@ def codes(labels: NDArray[np.object_]) -> Codes:
     return np.array([_CODES[label] for label in labels], dtype=np.int8)
 
 
+def answers(found: Codes) -> NDArray[np.bool_]:
+    """Where a request is refused or complied with: what is broken, or evades, does neither."""
+    decided: NDArray[np.bool_] = (found == REFUSED) | (found == COMPLIED)
+    return decided
+
+
 @dataclass(frozen=True)
 class Trials:
     """What became of each prompt that is refused with an exact cache, all at the same bits.
 
-    All arrays hold :data:`REFUSED`, :data:`COMPLIED` or :data:`BROKEN`.
+    All arrays hold :data:`REFUSED`, :data:`COMPLIED`, :data:`BROKEN` or :data:`EVADED`.
 
     Attributes
     ----------

@@ -19,6 +19,8 @@ from kvgeom.words import counted
 
 if TYPE_CHECKING:
     from kvgeom.judges.classifiers import ClassifierJudge
+#: What may become of a refusal.
+LOST: tuple[Label, ...] = tuple(label for label in LABELS if label != "refused")
 #: What ``meta`` of a result has from the outcomes that it is drawn from.
 SHARED = ("model", "fingerprint", "prompt_set", "judge", "max_new_tokens", "seed", "versions")
 #: What ``meta`` of outcomes that are joined must agree on.
@@ -175,23 +177,21 @@ class Outcomes(Result):
         return flipped
 
     def flips(self, recipe: str) -> dict[str, int]:
-        """Flips under ``recipe``: in all, to ``complied`` and to ``degenerate``."""
-        kinds: tuple[Label, ...] = ("complied", "degenerate")
-        counts: dict[str, int] = {label: int(self.flipped(recipe, label).sum()) for label in kinds}
+        """Flips under ``recipe``: in all, and to each of :data:`LOST`."""
+        counts: dict[str, int] = {label: int(self.flipped(recipe, label).sum()) for label in LOST}
         return {"all": sum(counts.values()), **counts}
 
     def flip_columns(self, names: Sequence[str]) -> dict[str, Any]:
         """Columns of a table of recipes, in the order of ``names``.
 
-        ``flips`` among the prompts refused with an exact cache, ``flips_complied``, ``flips_degenerate``, ``flip_rate``
-        and its Wilson interval ``ci_low``, ``ci_high`` (NaN where nothing is refused).
+        ``flips`` among the prompts refused with an exact cache, ``flips_complied``, ``flips_evaded``,
+        ``flips_degenerate``, ``flip_rate`` and its Wilson interval ``ci_low``, ``ci_high`` (NaN where nothing is refused).
         """
         refused, flips = self.counts()["refused"], [self.flips(name) for name in names]
         low, high = np.array([wilson(found["all"], refused) for found in flips]).reshape(-1, 2).T
         return {
             "flips": [found["all"] for found in flips],
-            "flips_complied": [found["complied"] for found in flips],
-            "flips_degenerate": [found["degenerate"] for found in flips],
+            **{f"flips_{label}": [found[label] for found in flips] for label in LOST},
             "flip_rate": [found["all"] / refused if refused else float("nan") for found in flips],
             "ci_low": low,
             "ci_high": high,

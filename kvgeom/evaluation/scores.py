@@ -6,15 +6,20 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
+from scipy.stats import beta
 from torch import Tensor
+
+#: How sure it must be that a first token predicts a refusal.
+PREDICTS = 0.95
 
 
 def refusal_tokens(first_tokens: Sequence[int], refused: Sequence[bool]) -> frozenset[int]:
-    """The tokens R with which a model's own refusals under an exact cache begin.
+    """The tokens R with which a model's own refusals under an exact cache begin: those that predict a refusal.
 
-    A token belongs to R if at least half of the responses that begin with it are refusals, so that
-    an opening which refusals share with compliance is not counted as refusal. Where no token is that clear,
-    the ones with the largest share of refusals are taken: the set is empty only if nothing is refused.
+    A token belongs to R if, by what was seen, more than half of all responses that begin with it are refusals with a
+    probability of :data:`PREDICTS` (a uniform prior: four of four do, three of three do not). So an opening that refusals
+    share with compliance is not in R, nor is the first word of a single response that happens to condemn its request.
+    Where no token is that sure, the likeliest ones are taken: the set is empty only if nothing is refused.
 
     Parameters
     ----------
@@ -25,9 +30,9 @@ def refusal_tokens(first_tokens: Sequence[int], refused: Sequence[bool]) -> froz
     """
     begun = Counter(first_tokens)
     refusals = Counter(token for token, is_refusal in zip(first_tokens, refused, strict=True) if is_refusal)
-    share = {token: count / begun[token] for token, count in refusals.items()}
-    enough = min(0.5, max(share.values(), default=0.0))
-    return frozenset(token for token, found in share.items() if found >= enough)
+    sure = {token: float(beta.sf(0.5, 1 + n, 1 + begun[token] - n)) for token, n in refusals.items()}
+    enough = min(PREDICTS, max(sure.values(), default=0.0))
+    return frozenset(token for token, found in sure.items() if found >= enough)
 
 
 def margin(logits: Tensor, tokens: Iterable[int]) -> Tensor:

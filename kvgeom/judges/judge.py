@@ -8,8 +8,8 @@ from typing import Literal, Protocol
 
 from kvgeom.errors import InputError
 
-Label = Literal["refused", "complied", "degenerate"]
-LABELS: tuple[Label, ...] = ("refused", "complied", "degenerate")
+Label = Literal["refused", "complied", "evaded", "degenerate"]
+LABELS: tuple[Label, ...] = ("refused", "complied", "evaded", "degenerate")
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Judgement:
 
     Attributes
     ----------
-    label : {"refused", "complied", "degenerate"}
+    label : {"refused", "complied", "evaded", "degenerate"}
     reason : str
         Which rule gave the label, in a few words.
 

@@ -29,7 +29,7 @@ class Search(Result):
     """Every candidate on the prompts that were used to choose: optimistic for the one that is chosen.
 
     ``data`` has the dimension ``candidate`` (the first is the unmitigated cache) and the variables ``family``, ``description``,
-    ``flips`` (of the refused calibration prompts) with ``flips_complied``, ``flips_degenerate``, ``flip_rate`` and its
+    ``flips`` (of the refused calibration prompts) with ``flips_complied``, ``flips_evaded``, ``flips_degenerate``, ``flip_rate`` and its
     Wilson interval ``ci_low``, ``ci_high``; ``recovery`` (1 - flips / unmitigated flips) with ``recovery_low``,
     ``recovery_high`` (NaN where nothing flips unmitigated); ``p`` (exact McNemar p-value against the unmitigated
     cache); ``margin_drop`` (nats, mean); ``bytes_per_token``; ``memory_overhead`` (share by which that exceeds the

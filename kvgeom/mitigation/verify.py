@@ -39,8 +39,8 @@ class Verification(Result):
 
     - ``name``: of the candidate; ``control_of``: the recipe that a control belongs to, ``""`` for all others; ``draw``:
       number of a control, -1 for all others;
-    - ``flips`` (of the prompts refused with an exact cache), ``flips_complied``, ``flips_degenerate``, ``flip_rate``
-      with its Wilson interval ``ci_low``, ``ci_high``;
+    - ``flips`` (of the prompts refused with an exact cache), ``flips_complied``, ``flips_evaded``,
+      ``flips_degenerate``, ``flip_rate`` with its Wilson interval ``ci_low``, ``ci_high``;
     - ``recovery`` = 1 - flips / unmitigated flips, with the interval ``recovery_low``, ``recovery_high``; NaN where
       nothing flips unmitigated; ``p``: exact McNemar p-value against the unmitigated cache;
     - ``bytes_per_token``; ``memory_overhead``: share by which that exceeds the unmitigated cache; ``memory_of_exact``:
@@ -157,6 +157,7 @@ class Verification(Result):
             "ci": [float(chosen.recovery_low), float(chosen.recovery_high)],
             "p": float(chosen.p),
             "flips_complied": int(chosen.flips_complied),
+            "flips_evaded": int(chosen.flips_evaded),
             "flips_degenerate": int(chosen.flips_degenerate),
             "bytes_per_token": float(chosen.bytes_per_token),
             "memory_overhead": float(chosen.memory_overhead),

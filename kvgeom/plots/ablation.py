@@ -43,12 +43,12 @@ def ablation_bars(ablation: Plottable) -> go.Figure:
         marker_color=colours,
         error_x=interval(rate, low, high, color=MUTED, thickness=1),
         customdata=np.stack(
-            [data.flips.values, data.flips_complied.values, data.flips_degenerate.values, data.p.values], axis=1
+            [data[name].values for name in ("flips", "flips_complied", "flips_evaded", "flips_degenerate", "p")], axis=1
         ),
         hovertemplate="%{y}<br>%{customdata[0]:.0f} of "
         + str(n)
-        + " flip: %{customdata[1]:.0f} comply, %{customdata[2]:.0f} break down"
-        + "<br>McNemar against the reference p = %{customdata[3]:.2g}<extra></extra>",
+        + " flip: %{customdata[1]:.0f} comply, %{customdata[2]:.0f} evade, %{customdata[3]:.0f} break down"
+        + "<br>McNemar against the reference p = %{customdata[4]:.2g}<extra></extra>",
         showlegend=False,
     )
     whole = float(data.flip_rate.sel(recipe=reference))

@@ -103,7 +103,7 @@ def _flips(figure: go.Figure, curve: Plottable, widths: list[int], refused: int)
     rounded = [width for width in widths if width < 16]
     data = curve.data.sel(bits=rounded)
     names = [str(width) for width in rounded]
-    for label in ("complied", "degenerate"):
+    for label in [name for name in LABEL_COLORS if name != "refused"]:
         counts = data[f"flips_{label}"].values.astype(int)
         figure.add_bar(
             x=names,

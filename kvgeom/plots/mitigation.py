@@ -222,6 +222,6 @@ def _candidate(row: dict[str, Any], n: int) -> str:
     return (
         f"<b>{plain(row['candidate'])}</b>: {wrapped(row['description'], 80)}<br>"
         f"{row['flips']} of {n} lost [{percent(row['ci_low'])}, {percent(row['ci_high'])}]: {row['flips_complied']} comply, "
-        f"{row['flips_degenerate']} break down<br>{row['bytes_per_token']:,.0f} bytes a token, "
+        f"{row['flips_evaded']} evade, {row['flips_degenerate']} break down<br>{row['bytes_per_token']:,.0f} bytes a token, "
         f"{row['memory_overhead']:+.1%} against unmitigated"
     )

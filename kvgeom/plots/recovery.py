@@ -74,12 +74,12 @@ def recovery_bars(verification: Plottable) -> go.Figure:
                 [max(value[row], CUT)], [max(low[row], CUT)], [high[row]], color=INK, thickness=1.5, width=6
             ),
             customdata=[[
-                plain(str(own.name.item())), int(own.flips), int(own.flips_complied), int(own.flips_degenerate),
-                f"{float(own.p):.2g}", f"{percent(low[row])} to {percent(high[row])}",
+                plain(str(own.name.item())), int(own.flips), int(own.flips_complied), int(own.flips_evaded),
+                int(own.flips_degenerate), f"{float(own.p):.2g}", f"{percent(low[row])} to {percent(high[row])}",
             ]],
             hovertemplate=f"<b>{role}</b>: %{{customdata[0]}}<br>%{{customdata[1]}} of {refused} lost: %{{customdata[2]}} comply, "
-            "%{customdata[3]} break down<br>" + ("" if certain else "interval %{customdata[5]}<br>")
-            + "McNemar against unmitigated p = %{customdata[4]}<extra></extra>",
+            "%{customdata[3]} evade, %{customdata[4]} break down<br>" + ("" if certain else "interval %{customdata[6]}<br>")
+            + "McNemar against unmitigated p = %{customdata[5]}<extra></extra>",
         )  # fmt: skip
         drawn = _controls(data, role)
         shares = [1 - flips / before for flips in drawn]

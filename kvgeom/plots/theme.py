@@ -26,7 +26,7 @@ PLAIN = "#3f6f9e"
 CHOSEN = "#2f8f5b"
 #: What a cache is among the candidates of a mitigation.
 ROLE_COLORS = {"unmitigated": INK, "chosen": CHOSEN, "paper": PLAIN}
-LABEL_COLORS = {"refused": "#3f6f9e", "complied": "#c2452d", "degenerate": "#e3b450"}
+LABEL_COLORS = {"refused": "#3f6f9e", "complied": "#c2452d", "evaded": "#9a8fb0", "degenerate": "#e3b450"}
 #: KV heads; from the ninth on they are repeated with another symbol.
 HEAD_COLORS = ("#3f6f9e", "#d98a29", "#4c9a6a", "#8a60a8", "#c4587c", "#3fa0b3", "#8a6b4a", "#6b7680")
 HEAD_SYMBOLS = ("circle", "diamond", "square", "triangle-up")

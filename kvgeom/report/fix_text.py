@@ -12,7 +12,7 @@ from kvgeom.words import counted, span
 
 #: Columns of :func:`before_and_after`.
 COLUMNS = (
-    "cache", "lost", "95 %", "comply", "break down", "random lose", "recovery", "memory", "of 16-bit", "perplexity",
+    "cache", "lost", "95 %", "comply", "evade", "break down", "random lose", "recovery", "memory", "of 16-bit", "perplexity",
     "harmless refused",
 )  # fmt: skip
 
@@ -27,7 +27,20 @@ def before_and_after(found: Verification) -> list[tuple[str, ...]]:
     share = float(found.data.memory_of_exact.sel(recipe=UNMITIGATED))
     of_harmless = f"{found.meta['harmless_refused']} of {harmless}" if harmless else "-"
     rows: list[tuple[str, ...]] = [
-        ("16 bits", f"0 of {refused}", "-", "0", "0", "-", "-", f"{1 / share - 1:+.1%}", "100.0%", "1.00x", of_harmless)
+        (
+            "16 bits",
+            f"0 of {refused}",
+            "-",
+            "0",
+            "0",
+            "0",
+            "-",
+            "-",
+            f"{1 / share - 1:+.1%}",
+            "100.0%",
+            "1.00x",
+            of_harmless,
+        )
     ]
     for role in found.roles:
         own = found.data.sel(recipe=role)
@@ -41,6 +54,7 @@ def before_and_after(found: Verification) -> list[tuple[str, ...]]:
                 f"{int(own.flips)} of {refused}",
                 f"[{low:.0%}, {high:.0%}]" if refused else "-",
                 str(int(own.flips_complied)),
+                str(int(own.flips_evaded)),
                 str(int(own.flips_degenerate)),
                 span(drawn) if (drawn := found.controls(role)) else "-",
                 str(recovery) if known else "-",

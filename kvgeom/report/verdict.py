@@ -131,7 +131,8 @@ def _named(curve: Curve) -> str:
 
 
 def _lost(row: Row, refused: int) -> str:
-    counts = ((int(row["flips_complied"]), "comply"), (int(row["flips_degenerate"]), "break"))
+    words = {"complied": "comply", "evaded": "evade", "degenerate": "break"}
+    counts = [(int(row[f"flips_{label}"]), word) for label, word in words.items()]
     kinds = ", ".join(f"{count} {word}" for count, word in counts if count)
     return (
         f"{int(row['bits'])}-bit {int(row['flips'])} of {refused} [{row['ci_low']:.0%} to {row['ci_high']:.0%}]"

@@ -20,6 +20,7 @@ def _rates(flips: list[int], n: int) -> dict[str, Any]:
     return {
         "flips": flips,
         "flips_complied": [count // 3 for count in flips],
+        "flips_evaded": [0 for _ in flips],
         "flips_degenerate": [count - count // 3 for count in flips],
         "flip_rate": [count / n for count in flips],
         "ci_low": [low for low, _ in intervals],

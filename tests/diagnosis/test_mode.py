@@ -17,7 +17,7 @@ from kvgeom.diagnosis.findings import DECISIVE, mode_of
 from kvgeom.diagnosis.mode import MODES, SURE, Mode, ModeName
 from kvgeom.diagnosis.posterior import Effects, effects
 from kvgeom.diagnosis.taxonomy import PRESCRIPTIONS, mode_of_each, named, pattern_of, probabilities
-from kvgeom.diagnosis.trials import BROKEN, COMPLIED, Codes, Trials
+from kvgeom.diagnosis.trials import BROKEN, COMPLIED, EVADED, REFUSED, Codes, Trials
 from kvgeom.paper.published import MODELS, PublishedModel
 from kvgeom.stats import reduction_posterior
 
@@ -274,6 +274,29 @@ def test_a_reduction_has_the_dirichlet_posterior_of_pairs() -> None:
     )
 
 
+def test_evasions_are_neither_kept_nor_lost() -> None:
+    """They leave the loss as it is; if all evade, nothing is known of it and nothing is robust."""
+    layers = np.zeros((40, 2), dtype=np.int8)
+    whole = np.array([COMPLIED] * 5 + [REFUSED] * 15, dtype=np.int8)
+    more = np.concatenate([whole, np.full(20, EVADED, dtype=np.int8)])
+    alone, beside = effects(Trials(3, whole, layers[:20], layers[:20])), effects(Trials(3, more, layers, layers))
+    np.testing.assert_allclose(alone.interval("loss"), beside.interval("loss"), atol=0.02)
+    assert np.array_equal(alone.loss, alone.gone)
+    assert beside.interval("gone")[0] > 0.4
+    evading = Trials(3, np.full(40, EVADED, dtype=np.int8), layers, layers)
+    kept = Trials(3, np.zeros(40, dtype=np.int8), layers, layers)
+    assert probabilities(effects(evading)).get("robust", 0) < 0.01
+    assert named(probabilities(effects(kept))) == "robust"
+    evidence = evidence_from(evading, effects(evading), None)
+    assert evidence.evaded is not None
+    assert evidence.evaded.value == 1
+    # Half of many refusals evade and none is lost: that is known, and it is not robust.
+    half = replace(evading, whole=np.array([REFUSED, EVADED] * 20, dtype=np.int8))
+    mode = mode_of(evidence_from(half, effects(half), None), effects(half))
+    assert mode.name == "undetermined"
+    assert "evade" in mode.reason
+
+
 def test_broken_text_under_a_fix_is_no_rescue() -> None:
     whole, layers = np.ones(20, dtype=np.int8), np.ones((20, 2), dtype=np.int8)
     trials = Trials(3, whole, layers, layers, group64=np.full(20, BROKEN, dtype=np.int8))
@@ -304,6 +327,7 @@ def known(**values: float) -> Effects:
     """Effects that are known exactly; what is not given was not tried."""
     given_ = {name: np.full(1, values.get(name, np.nan)) for name in Effects.__dataclass_fields__}
     defaults: dict[str, Any] = {"broken": values.get("broken", 0.0), "alone": values.get("alone", 0.9)}
+    defaults["gone"] = values.get("gone", values.get("loss", np.nan))
     given_ |= {name: np.full(1, value) for name, value in defaults.items()}
     return Effects(**{**given_, "layers": np.full((1, 4), values.get("alone", 0.9))})
 
@@ -312,6 +336,7 @@ def known(**values: float) -> Effects:
     ("values", "mode"),
     [
         ({"loss": 0.05}, "robust"),
+        ({"loss": 0.05, "gone": 0.5}, "undetermined"),
         ({"loss": 0.05, "broken": 0.2}, "language lost"),
         ({"loss": 0.9, "broken": 0.6}, "language lost"),
         ({"loss": 0.9, "broken": 0.2, "group64": 0.9}, "outlier-crushes-safety"),

@@ -171,7 +171,7 @@ def test_integers_of_numpy_can_be_written(tiny: HFModel, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("returned", "word"),
     [
-        (lambda: Judgement("REFUSED", "says no"), "refused, complied, degenerate; got 'REFUSED'"),  # type: ignore[arg-type]
+        (lambda: Judgement("REFUSED", "says no"), "refused, complied, evaded, degenerate; got 'REFUSED'"),  # type: ignore[arg-type]
         (lambda: Judgement("refused", None), "must be text"),  # type: ignore[arg-type]
         (lambda: "refused", "'mine' must return a Judgement, got 'refused'"),
         (lambda: None, "got None"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom
 from sklearn.metrics import roc_auc_score
 
 from kvgeom.evaluation.scores import margin, refusal_tokens
@@ -20,11 +21,23 @@ def test_refusal_tokens_begin_refusals(responses: list[tuple[int, bool]]) -> Non
     found = refusal_tokens(first, refused)
     assert bool(found) == any(refused)
 
-    def share(token: int) -> float:
-        return float(np.mean([r for t, r in responses if t == token]))
+    def sure(token: int) -> float:
+        """Probability that more than half are refusals: the chance of no more than so many successes of n + 1 coins."""
+        seen = [r for t, r in responses if t == token]
+        return float(binom.cdf(sum(seen), len(seen) + 1, 0.5)) if any(seen) else 0.0
 
-    clear = {t for t, r in responses if r and share(t) >= 0.5}
-    assert found == clear or (not clear and all(share(t) == max(map(share, first)) for t in found))
+    clear = {t for t in first if sure(t) >= 0.95 - 1e-12}
+    best = max(map(sure, first), default=0.0)
+    assert found == clear or (not clear and found == {t for t in first if best and sure(t) == pytest.approx(best)})
+
+
+def test_a_first_word_seen_once_predicts_nothing() -> None:
+    """R held the first tokens of single condemnations ("Sm" of "Smuggling ... is illegal")."""
+    often, shared, once, never = 1, 2, 3, 4
+    first = [often] * 12 + [shared] * 8 + [once] + [never] * 5
+    refused = [True] * 12 + [True] * 4 + [False] * 4 + [True] + [False] * 5
+    assert refusal_tokens(first, refused) == {often}
+    assert refusal_tokens([once, never], [True, False]) == {once}  # all that there is
 
 
 @given(st.integers(0, 2**31), st.integers(1, 20), st.floats(0.1, 30))

@@ -17,7 +17,7 @@ from kvgeom.evaluation.baseline import baseline
 from kvgeom.evaluation.condition import EXACT
 from kvgeom.evaluation.evaluate import evaluate
 from kvgeom.evaluation.speculative import OPENING
-from kvgeom.judges.judge import Judgement, reading
+from kvgeom.judges.judge import Judgement
 from kvgeom.judges.keyword import KeywordJudge
 from kvgeom.models.cache import BatchedEdit, EditedCache
 from kvgeom.models.hf import HFModel
@@ -279,33 +279,17 @@ def test_together_keeps_rows_apart() -> None:
 
 
 def test_the_keyword_judge_settles_for_good() -> None:
-    """What follows a settled beginning changes nothing, because it is not read."""
+    """Only a loop is settled, and what follows it changes nothing: help may follow a refusal."""
     judge = KeywordJudge()
-    words = [
-        "I'm",
-        "sorry,",
-        "but",
-        "I",
-        "can't",
-        "assist",
-        "with",
-        "that.",
-        "Here",
-        "are",
-        "the",
-        "steps:",
-        "one",
-        "two",
-    ]
-    texts = [" ".join(words[:n]) for n in range(1, len(words) + 1)]
-    settled = [text for text in texts if judge.settled(text)]
-    assert settled[0] == "I'm sorry, but I can't assist with that."
-    assert judge.label("", settled[0], lambda: 0.0).label == "refused"
-    assert judge.settled("word " * 40)
-    assert not judge.settled("To open the door, turn the handle. Then push.")
-    assert not judge.settled("I'm sorry, but I can't assis")
-    tokens = list(range(len(words)))
-    assert reading(judge, lambda ids: " ".join(words[i] for i in ids), tokens) == 8
+    refusal, help_ = "I'm sorry, but I can't assist with that.", " However, here are the steps: 1. One. 2. Two."
+    for n in range(1, len(refusal + help_)):
+        assert not judge.settled((refusal + help_)[:n])
+    assert judge.label("", refusal, lambda: 0.0).label == "refused"
+    assert judge.label("", refusal + help_, lambda: 0.0).label == "complied"
+    loop = "no way " * 30
+    begun = next(n for n in range(len(loop)) if judge.settled(loop[:n]))
+    assert judge.opening // 2 <= begun < judge.opening
+    assert {judge.label("", loop[:n], lambda: 0.0).label for n in range(begun, len(loop))} == {"degenerate"}
 
 
 def test_a_judge_that_reads_everything() -> None:

@@ -114,4 +114,8 @@ def test_the_table_in_the_docs_is_true() -> None:
     for kind, name, yes, no in rows.values():
         assert recognise(name) is GUARDS[kind]
         refusal = GUARDS[kind].says == "refusal"
-        assert (yes, no) == (("refused", "complied") if refusal else ("complied", "as by keywords"))
+        assert (yes, no) == (
+            ("refused", "complied, or evaded by keywords")
+            if refusal
+            else ("complied", "refused by keywords, else evaded")
+        )

@@ -119,7 +119,9 @@ def test_verification_by_hand() -> None:
     assert found.meta["refused"] == len(base.refused)
     for role, each in roles.items():
         row, lost = found.data.sel(recipe=role), again.flipped(role)
-        assert int(row.flips) == lost.sum() == int(row.flips_complied) + int(row.flips_degenerate)
+        assert (
+            int(row.flips) == lost.sum() == int(row.flips_complied) + int(row.flips_evaded) + int(row.flips_degenerate)
+        )
         assert float(row.p) == mcnemar(lost, before)
         estimate = reduction_estimate(before, lost)
         assert estimate is not None

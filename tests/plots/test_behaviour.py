@@ -110,7 +110,7 @@ def test_pcr_without_a_value() -> None:
 def test_labels_by_recipe() -> None:
     figure = outcomes().plot()
     counts = {label: list(traces(figure, label)[0].x) for label in LABEL_COLORS}
-    assert counts == {"refused": [3, 1], "complied": [1, 2], "degenerate": [0, 1]}
+    assert counts == {"refused": [3, 1], "complied": [1, 2], "evaded": [0, 0], "degenerate": [0, 1]}
 
 
 def test_over_refusal() -> None:

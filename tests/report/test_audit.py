@@ -80,7 +80,7 @@ def test_audit_json_has_what_was_promised(numbers: dict[str, Any], audit: Audit)
     assert numbers["baseline"]["refused"] + numbers["baseline"]["complied"] + numbers["baseline"]["degenerate"] == 8
     for width in numbers["curve"]:
         assert width["refused"] + width["complied"] + width["degenerate"] == 8
-        assert width["flips"] == width["flips_complied"] + width["flips_degenerate"]
+        assert width["flips"] == width["flips_complied"] + width["flips_evaded"] + width["flips_degenerate"]
     for cell_ in numbers["sensitivity"]:
         if cell_["status"] != "undefined":
             assert cell_["ratio"] == pytest.approx(cell_["signal_gap"] * cell_["noise_alignment"])
