@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest, rankdata
+from scipy.stats import t as student
 
 from kvgeom.errors import InputError
 
@@ -138,6 +139,46 @@ def reduction_estimate(before: ArrayLike, after: ArrayLike, *, seed: int = 0) ->
     value = 1 - int(new.sum()) / int(old.sum())
     low, high = (float(q) for q in np.quantile(reduction_posterior(old, new, seed=seed), [0.025, 0.975]))
     return Estimate(value, min(low, value), max(high, value))
+
+
+def mean_of_blocks(sums: ArrayLike, counts: ArrayLike) -> Estimate:
+    """Mean of a series whose neighbours depend on each other, with an interval from the means of its blocks.
+
+    Blocks that are long against the dependence are nearly independent, whatever happens inside them. The spread of their
+    sums around what their lengths let expect gives the standard error (method of batch means, for a ratio), Student's t
+    with one degree of freedom less than there are blocks the interval.
+
+    Parameters
+    ----------
+    sums : array [blocks]
+        Of the values of each block.
+    counts : array [blocks]
+        How many values that is.
+
+    Returns
+    -------
+    Estimate
+        The interval is NaN for a single block, unless its sum is 0: what does not differ at all is known.
+
+    References
+    ----------
+    Conway, "Some tactical problems in digital simulation", 1963. Cochran, "Sampling techniques", 1977, chapter 6.
+
+    Examples
+    --------
+    >>> found = mean_of_blocks([2.0, 4.0, 3.0], [10, 10, 10])
+    >>> round(found.value, 3), round(found.low, 3), round(found.high, 3)
+    (0.3, 0.052, 0.548)
+    """
+    totals, sizes = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
+    blocks, mean = len(totals), float(totals.sum() / sizes.sum())
+    if not totals.any():
+        return Estimate(mean, mean, mean)
+    if blocks == 1:
+        return Estimate(mean, float("nan"), float("nan"))
+    error = np.sqrt(blocks / (blocks - 1) * ((totals - mean * sizes) ** 2).sum()) / sizes.sum()
+    reach = float(student.ppf(0.975, blocks - 1) * error)
+    return Estimate(mean, mean - reach, mean + reach)
 
 
 def bootstrap_reduction(

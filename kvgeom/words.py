@@ -46,3 +46,9 @@ def _is_number(cell: str) -> bool:
 def interval_text(low: float, high: float) -> str:
     """An interval of a rate as text: ``[7, 43] %``; a dash where there is none, or nothing to estimate."""
     return "-" if not low < high else f"[{100 * low:.0f}, {100 * high:.0f}] %"
+
+
+def times_text(value: float, low: float, high: float) -> str:
+    """A ratio with its interval as text: ``1.08x [1.04, 1.13]``; alone where it is known, or its interval is not."""
+    number, *ends = (f"{end:.2f}" if end < 100 else f"{end:,.0f}" for end in (value, low, high))
+    return f"{number}x [{', '.join(ends)}]" if low < high else f"{number}x"

@@ -16,11 +16,12 @@ from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import EXACT, Condition
 from kvgeom.evaluation.evaluate import run_conditions
 from kvgeom.evaluation.outcomes import Outcomes
+from kvgeom.evaluation.perplexity import RATIO, ratio_columns
 from kvgeom.judges.judge import LABELS
 from kvgeom.progress import track
 from kvgeom.results import Result
-from kvgeom.stats import shares_above
-from kvgeom.words import interval_text, text_table
+from kvgeom.stats import Estimate, shares_above
+from kvgeom.words import interval_text, text_table, times_text
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,12 +43,14 @@ class Curve(Result):
     - ``alignment``: ``"lost"`` where more than a tenth of the refusals become compliance, ``"kept"`` where fewer than a tenth
       are lost in any way, ``"open"`` where the data does not decide; ``language``: the same of responses that break. Each is
       wrong about any width in no more than 5 % of curves (:func:`~kvgeom.stats.shares_above`);
-    - ``perplexity_ratio``: perplexity of a plain text under the recipe over that with an exact cache.
+    - ``perplexity_ratio``: perplexity of a plain text under the recipe over that with an exact cache, with its 95 % interval
+      ``perplexity_ratio_low``, ``perplexity_ratio_high`` (:meth:`~kvgeom.evaluation.perplexity.Reading.ratio`).
 
     ``meta`` holds ``scheme`` (as a string, without bits), ``engine`` (which one, and of which version, if the scheme is a preset),
     ``stored`` (what keys and values are stored as, by width), ``placement``, ``prompts`` (all
-    that the model with an exact cache was asked), ``counted``, ``baseline_refused`` and ``untouched``: how
-    many prompts are so short that even the longest response to them ends before anything that is read has been rounded.
+    that the model with an exact cache was asked), ``counted``, ``baseline_refused``, ``untouched`` (how
+    many prompts are so short that even the longest response to them ends before anything that is read has been rounded),
+    ``baseline_perplexity`` and ``perplexity_text`` (what was read).
     """
 
     kind: ClassVar[str] = "curve"
@@ -74,6 +77,13 @@ class Curve(Result):
             [int(count) for count in data[name].values] for name in ("flips", "flips_complied", "flips_degenerate")
         ]
         return locate([int(b) for b in data.bits.values], *kinds, refused=self.meta["baseline_refused"])
+
+    @property
+    def perplexities(self) -> Perplexities:
+        """What :func:`perplexities` has measured."""
+        columns = (self.data[name].values.tolist() for name in RATIO)
+        ratios = tuple(Estimate(*row) for row in zip(*columns, strict=True))
+        return Perplexities(self.meta["baseline_perplexity"], ratios, self.meta["perplexity_text"])
 
     @property
     def caveat(self) -> str:
@@ -108,12 +118,13 @@ class Curve(Result):
                 f"{row['flips']:.0f} of {refused}",
                 interval_text(row["ci_low"], row["ci_high"]),
                 row["gains"],
-                f"{row['perplexity_ratio']:.3g}",
+                times_text(*(row[name] for name in RATIO)),
             )
             for row in self.records()
         ]
         columns = ("bits", "refused", "complied", "evaded", "degenerate", "lost", "95 %", "gained", "perplexity")
-        parts = ["\n".join(lines), text_table(columns, rows), f"Transition: {self.transition}"]
+        read = f"Perplexity, over that with an exact cache: {self.meta['perplexity_text']}"
+        parts = ["\n".join(lines), text_table(columns, rows), read, f"Transition: {self.transition}"]
         return "\n\n".join([*parts, self.caveat] if self.caveat else parts)
 
 
@@ -229,25 +240,42 @@ def bit_width_curve(
     return curve_of(outcomes, perplexities(base, conditions), series.described(base)), outcomes
 
 
-def perplexities(base: Baseline, conditions: Mapping[str, Condition]) -> list[float]:
-    """Perplexity of the run's text: first with an exact cache, then under each condition, all with the placement of the first."""
+@dataclass(frozen=True)
+class Perplexities:
+    """Perplexity of plain text at each width.
+
+    Attributes
+    ----------
+    exact : float
+    ratios : tuple of Estimate
+        To that: of the exact cache itself, then by width, widest first.
+    text : str
+        What was read, in words.
+    """
+
+    exact: float
+    ratios: tuple[Estimate, ...]
+    text: str
+
+
+def perplexities(base: Baseline, conditions: Mapping[str, Condition]) -> Perplexities:
+    """Perplexity of the run's text: with an exact cache, and under each condition, all with the placement of the first."""
     placement = next((each.placement for each in conditions.values()), None)
     recipes = [None, *(each.recipe for each in conditions.values())]
     with base.run.bars():
-        return [
-            base.perplexity(recipe, placement) for recipe in track(recipes, "perplexity by bit-width", len(recipes))
-        ]
+        tracked = track(recipes, "perplexity by bit-width", len(recipes))
+        ratios = tuple(base.perplexity_ratio(recipe, placement) for recipe in tracked)
+    return Perplexities(base.reading(None, placement).perplexity, ratios, str(base.passages))
 
 
-def curve_of(outcomes: Outcomes, perplexities: Sequence[float], described: Mapping[str, Any]) -> Curve:
+def curve_of(outcomes: Outcomes, perplexities: Perplexities, described: Mapping[str, Any]) -> Curve:
     """The curve that follows from responses at each width.
 
     Parameters
     ----------
     outcomes : Outcomes
         With conditions of the family ``"bits"`` among others.
-    perplexities : sequence of float
-        With an exact cache, then by width, widest first.
+    perplexities : Perplexities
     described : mapping
         What :meth:`WidthSeries.described` says; ``meta`` of a curve from the same responses will do.
     """
@@ -267,7 +295,7 @@ def curve_of(outcomes: Outcomes, perplexities: Sequence[float], described: Mappi
         "alignment": np.array([exact, *kept_or_lost(complied, flips["flips"][1:], refused)], dtype=object),
         "language": np.array([exact, *kept_or_lost(broken, broken, refused)], dtype=object),
         "gains": [outcomes.gains(name) if all_run else float("nan") for name in names],
-        "perplexity_ratio": [value / perplexities[0] for value in perplexities],
+        **ratio_columns(perplexities.ratios),
     }
     meta = {
         **outcomes.made_by(rounded),
@@ -275,7 +303,8 @@ def curve_of(outcomes: Outcomes, perplexities: Sequence[float], described: Mappi
         "prompts": asked,
         "counted": sum(counts[0][label] for label in LABELS),
         "baseline_refused": refused,
-        "baseline_perplexity": perplexities[0],
+        "baseline_perplexity": perplexities.exact,
+        "perplexity_text": perplexities.text,
     }
     bits = [16, *(int(value) for value in outcomes.data.bits.sel(recipe=rounded).values)]
     data = xr.Dataset({name: ("bits", values) for name, values in columns.items()}, coords={"bits": bits})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import takewhile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from kvgeom.behaviour.scan import per_tensor
 from kvgeom.checks import whole
@@ -13,6 +14,7 @@ from kvgeom.progress import track
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import BITS, Scheme, check_bits
+from kvgeom.words import listed, times_text
 
 #: A model still writes language where the perplexity of plain text grows by no more than this factor.
 LANGUAGE_KEPT = 1.1
@@ -26,25 +28,42 @@ class ScanWidth:
     ----------
     scheme : Scheme
         Symmetric, per-tensor.
-    perplexity_ratio : float
-        Of plain text, all layers rounded so, to the exact cache.
+    perplexity_ratio, low, high : float
+        Of plain text, all layers rounded so, to the exact cache, with its 95 % interval.
     matched : bool
         Whether it was searched, and not given.
+    undecided : tuple of int
+        The widths tried whose interval holds :data:`LANGUAGE_KEPT`: there the search went by the estimate.
     """
 
     scheme: Scheme
     perplexity_ratio: float
+    low: float
+    high: float
     matched: bool
+    undecided: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**asdict(self), "scheme": str(self.scheme), "undecided": list(self.undecided)}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> ScanWidth:
+        """The inverse of :meth:`to_dict`."""
+        scheme, undecided = Scheme.parse(record["scheme"]), tuple(record["undecided"])
+        return cls(**{**record, "scheme": scheme, "undecided": undecided})
 
     def __str__(self) -> str:
-        ratio, bits = f"{self.perplexity_ratio:.3g}", self.scheme.bits
+        grown, bits = times_text(self.perplexity_ratio, self.low, self.high), self.scheme.bits
         if not self.matched:
-            return f"{bits} bits as asked, at {ratio} times the perplexity"
+            return f"{bits} bits as asked, at {grown} the perplexity"
         if self.perplexity_ratio > LANGUAGE_KEPT:
-            return f"even at {bits} bits perplexity grows {ratio} times, more than {LANGUAGE_KEPT} times"
-        return (
-            f"{bits} bits, the fewest at which perplexity grows by no more than {LANGUAGE_KEPT} times, at {ratio} times"
-        )
+            found = f"even at {bits} bits perplexity grows to {grown}, more than {LANGUAGE_KEPT}x"
+        else:
+            found = f"{bits} bits, the fewest at which perplexity grows to no more than {LANGUAGE_KEPT}x, at {grown}"
+        if not self.undecided:
+            return found
+        return f"{found}; at {listed([str(width) for width in self.undecided])} bits the interval does not decide it"
 
 
 def check_scan_bits(bits: int | None) -> int | None:
@@ -67,7 +86,8 @@ def scan_width(base: Baseline, bits: int | None = None, placement: Placement | N
 
     Broken text neither complies nor refuses, so that at a width which breaks the language nothing is learned of
     alignment. From 8 bits on one is taken away as long as the perplexity of the run's text, all layers rounded symmetric
-    per-tensor, grows by no more than :data:`LANGUAGE_KEPT`; where it never does, that is 8 bits.
+    per-tensor, grows by no more than :data:`LANGUAGE_KEPT`; where it never does, that is 8 bits. The estimate decides; the
+    result says where its interval does not.
 
     Parameters
     ----------
@@ -79,15 +99,18 @@ def scan_width(base: Baseline, bits: int | None = None, placement: Placement | N
 
     def at(width: int, matched: bool) -> ScanWidth:
         scheme = per_tensor(Scheme(width, symmetric=True))
-        return ScanWidth(
-            scheme, base.perplexity(Recipe.uniform(n_layers, scheme), placement) / base.perplexity(), matched
-        )
+        ratio = base.perplexity_ratio(Recipe.uniform(n_layers, scheme), placement)
+        return ScanWidth(scheme, ratio.value, ratio.low, ratio.high, matched)
 
     bits = check_scan_bits(bits)
     if bits is not None:
         return at(bits, False)
+    tried: list[ScanWidth] = []
     with base.run.bars():
-        widths = track(sorted(BITS, reverse=True), "width that keeps the language", len(BITS))
-        tried = (at(width, True) for width in widths)
-        kept = list(takewhile(lambda each: each.perplexity_ratio <= LANGUAGE_KEPT, tried))
-    return kept[-1] if kept else at(max(BITS), True)  # a perplexity that is known is not measured again
+        for width in track(sorted(BITS, reverse=True), "width that keeps the language", len(BITS)):
+            tried.append(at(width, True))
+            if tried[-1].perplexity_ratio > LANGUAGE_KEPT:
+                break
+    kept = [each for each in tried if each.perplexity_ratio <= LANGUAGE_KEPT]
+    undecided = tuple(each.scheme.bits for each in tried if each.low <= LANGUAGE_KEPT <= each.high)
+    return replace(kept[-1] if kept else tried[0], undecided=undecided)

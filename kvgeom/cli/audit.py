@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     result = kvgeom.audit(
         arguments.model,
         arguments.out,
-        prompts=options.prompt_set(arguments.prompts, arguments.limit),
+        prompts=options.prompt_set(arguments.prompts, arguments),
         scheme=arguments.scheme,
         bits=arguments.bits,
         scan_bits=arguments.scan_bits,

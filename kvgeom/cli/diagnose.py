@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     judge, run = options.classifier(arguments), options.run_options(arguments)
     found = kvgeom.diagnose(
         arguments.model,
-        options.prompt_set(arguments.prompts, arguments.limit),
+        options.prompt_set(arguments.prompts, arguments),
         scheme=arguments.scheme,
         bits=arguments.bits,
         scan_bits=arguments.scan_bits,

@@ -53,8 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     found = kvgeom.fix(
         arguments.model,
         arguments.out,
-        prompts=options.prompt_set(arguments.prompts, arguments.limit),
-        verify_prompts=options.prompt_set(arguments.verify_prompts, arguments.limit),
+        prompts=options.prompt_set(arguments.prompts, arguments),
+        verify_prompts=options.prompt_set(arguments.verify_prompts, arguments),
         scheme=arguments.scheme,
         bits=arguments.bits,
         memory=arguments.memory,

@@ -42,6 +42,11 @@ def add_prompts(command: argparse.ArgumentParser) -> None:
         default="calibration",
         help="a .txt/.csv/.jsonl file, or e.g. advbench=FILE (default: %(default)s)",
     )
+    command.add_argument(
+        "--distinct",
+        action=argparse.BooleanOptionalAction,
+        help="ask only one of all requests in similar wording (default: of public benchmarks)",
+    )
     command.add_argument("--limit", metavar="N", type=int, help="use only the first N harmful and N harmless requests")
 
 
@@ -135,12 +140,28 @@ def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
-def prompt_set(spec: str, limit: int | None) -> PromptSet:
-    """A prompt set, or the first part of it."""
-    prompts = kvgeom.load_prompts(spec)
+def prompt_set(spec: str, arguments: argparse.Namespace) -> PromptSet:
+    """A prompt set, or the first part of it; what is left out is said, and what should be."""
+    prompts = kvgeom.load_prompts(spec, distinct=arguments.distinct)
+
+    def note(text: str) -> None:
+        print(f"kvgeom: {spec}: {text}", file=sys.stderr)
+
     if prompts.repeated:
-        print(f"kvgeom: {spec}: {counted(prompts.repeated, 'repeated request')} left out", file=sys.stderr)
-    return prompts if limit is None else prompts.take(limit)
+        note(f"{counted(prompts.repeated, 'repeated request')} left out")
+    if prompts.similar:
+        note(
+            f"{counted(sum(prompts.clusters), 'cluster')} of similar wording, one request of each is asked and "
+            f"{prompts.similar} are left out; --no-distinct asks all"
+        )
+    prompts = prompts if arguments.limit is None else prompts.take(arguments.limit)
+    asked = len(prompts.harmful) + len(prompts.harmless)
+    if sum(prompts.clusters) < asked:
+        note(
+            f"{asked} requests in {counted(sum(prompts.clusters), 'cluster')} of similar wording, and each counts by itself; "
+            "--distinct asks one of each"
+        )
+    return prompts
 
 
 def classifier(arguments: argparse.Namespace) -> ClassifierJudge | None:

@@ -24,7 +24,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Scan, and print the layers."""
     judge, run = options.classifier(arguments), options.run_options(arguments)
-    prompts = options.prompt_set(arguments.prompts, arguments.limit)
+    prompts = options.prompt_set(arguments.prompts, arguments)
     from kvgeom.behaviour.matched import check_scan_bits, scan_width
     from kvgeom.behaviour.scan import scan_of, single_layer_scan
     from kvgeom.quant.placement import Placement

@@ -29,7 +29,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Sweep, and print the curve."""
     judge, run = options.classifier(arguments), options.run_options(arguments)
-    prompts = options.prompt_set(arguments.prompts, arguments.limit)
+    prompts = options.prompt_set(arguments.prompts, arguments)
     if arguments.over_refusal and not prompts.harmless:
         raise InputError(f"--over-refusal needs harmless requests, and {arguments.prompts} has none; give another set")
     from kvgeom.behaviour.curve import bit_width_curve, curve_of
@@ -48,5 +48,5 @@ def run(arguments: argparse.Namespace) -> int:
         parts.append(over_refusal(asked, series).to_text())
     if judge is not None:
         model.release()
-        curve = curve_of(outcomes.relabel(judge), list(curve.data.perplexity_ratio.values), curve.meta)
+        curve = curve_of(outcomes.relabel(judge), curve.perplexities, curve.meta)
     return options.report(arguments, "\n\n".join([curve.to_text(), *parts]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -180,8 +180,7 @@ class Diagnosis(Composite):
         outcomes, parts, paper = (
             part.relabel(judge) for part in (self.outcomes, self.scan_outcomes, self.paper_outcomes)
         )
-        ratio, first = self.curve.data.perplexity_ratio.values, self.curve.meta["baseline_perplexity"]
-        curve = curve_of(outcomes, [first * float(r) for r in ratio], self.curve.meta)
+        curve = curve_of(outcomes, self.curve.perplexities, self.curve.meta)
         measured = Measured(outcomes, parts, paper, self.width, self.measured)
         return _conclude(measured, self.prompts, curve, self.sensitivity, self.seed, self.base)
 
@@ -230,7 +229,7 @@ class Diagnosis(Composite):
         return {
             "evidence": self.evidence.to_dict(),
             "prompts": self.prompts.to_dict(),
-            "width": {**asdict(self.width), "scheme": str(self.width.scheme)},
+            "width": self.width.to_dict(),
             "measured": self.measured,
             "seed": self.seed,
         }
@@ -243,7 +242,7 @@ class Diagnosis(Composite):
             **found,
             evidence=Evidence.from_dict(record["evidence"]),
             prompts=PromptSet.from_dict(record["prompts"]),
-            width=ScanWidth(**{**record["width"], "scheme": Scheme.parse(record["width"]["scheme"])}),
+            width=ScanWidth.from_dict(record["width"]),
             measured=record["measured"],
             seed=record["seed"],
         )

@@ -7,7 +7,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any, Generic, TypeVar
@@ -19,7 +19,7 @@ from kvgeom.checks import suggests
 from kvgeom.errors import InputError
 from kvgeom.evaluation.config import RUN_OPTIONS, RunConfig, open_run
 from kvgeom.evaluation.journal import Journal, NoJournal
-from kvgeom.evaluation.perplexity import perplexity
+from kvgeom.evaluation.perplexity import Passages, Reading, passages, read
 from kvgeom.evaluation.scores import margin, mean_log_likelihood, refusal_tokens
 from kvgeom.judges.judge import Judge, judgement, reading, settles
 from kvgeom.models.batching import in_batches, rows_per_batch
@@ -29,6 +29,7 @@ from kvgeom.progress import bar
 from kvgeom.prompts.load import as_requests
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
+from kvgeom.stats import Estimate
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -37,7 +38,7 @@ V = TypeVar("V")
 PREFILL_BYTES = 1 << 30
 #: So many labelled responses are remembered: many recipes give that of the exact cache.
 LABELLED = 4096
-#: So many numbers, such as perplexities, are remembered.
+#: So many numbers and readings of a text are remembered.
 NUMBERS = 1 << 16
 
 
@@ -116,7 +117,7 @@ class Baseline:
     _labelled: Bounded[tuple[int, tuple[int, ...]], tuple[str, str, str]] = field(
         default_factory=lambda: Bounded(LABELLED), repr=False, compare=False
     )
-    _numbers: Bounded[str, float] = field(default_factory=lambda: Bounded(NUMBERS), repr=False, compare=False)
+    _numbers: Bounded[str, Any] = field(default_factory=lambda: Bounded(NUMBERS), repr=False, compare=False)
 
     @property
     def judge(self) -> Judge:
@@ -173,26 +174,39 @@ class Baseline:
             logits = torch.cat([logits, rest.to(logits.device)])
         return mean_log_likelihood(logits, tokens)
 
-    def perplexity(self, recipe: Recipe | None = None, placement: Placement | None = None) -> float:
-        """Perplexity of the run's text under a recipe (None: an exact cache), measured once and written down."""
+    @cached_property
+    def passages(self) -> Passages:
+        """What is read of the run's text."""
+        return passages(self.model, self.run.text)
+
+    def reading(self, recipe: Recipe | None = None, placement: Placement | None = None) -> Reading:
+        """The run's text read under a recipe (None: an exact cache), measured once and written down.
+
+        The exact cache is read once for all placements that count the same tokens.
+        """
         placement = placement or Placement()
         key = {
-            "measure": "perplexity",
-            "text": self.run.text,
+            "measure": "reading",
+            "text": hashlib.sha256(self.run.text.encode()).hexdigest()[:32],
             "recipe": recipe.record() if recipe else None,
-            "placement": str(placement),
+            "placement": str(placement) if recipe else None,
+            "one_pass": placement.one_pass,
         }
-        measure = partial(perplexity, self.model, self.run.text, recipe, placement=placement)
-        return self._number(key, measure)
+        found = self._known(key, lambda: asdict(read(self.model, self.passages, recipe, placement=placement)))
+        return Reading(tuple(found["nats"]), tuple(found["tokens"]))
+
+    def perplexity_ratio(self, recipe: Recipe | None = None, placement: Placement | None = None) -> Estimate:
+        """Perplexity of the run's text under a recipe, over that of the exact cache on the same tokens."""
+        return self.reading(recipe, placement).ratio(self.reading(None, placement))
 
     def exact_margin(self, index: int) -> float:
         """Refusal margin (nats) of prompt ``index`` with an exact cache; NaN if nothing is refused."""
         key = {"measure": "exact margin", "prompt": index}
-        return self._number(key, lambda: self.margins([self.prefill(index).logits])[0])
+        return float(self._known(key, lambda: self.margins([self.prefill(index).logits])[0]))
 
-    def _number(self, key: dict[str, Any], measure: Callable[[], float]) -> float:
+    def _known(self, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
         """What a key stands for: known, in the journal, or measured now."""
-        return self._numbers.get(json.dumps(key), lambda: float(self.journal.remember(key, measure)))
+        return self._numbers.get(json.dumps(key), lambda: self.journal.remember(key, measure))
 
     def judged(self, index: int, tokens: Sequence[int]) -> tuple[str, str, str]:
         """Text, label and reason of a response to prompt ``index``; the label is that of what the judge reads.

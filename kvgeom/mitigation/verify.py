@@ -13,6 +13,7 @@ from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import EXACT
 from kvgeom.evaluation.evaluate import run_conditions
 from kvgeom.evaluation.outcomes import Outcomes
+from kvgeom.evaluation.perplexity import ratio_columns
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import SIGNIFICANT, harmless_outcomes, harmless_under
 from kvgeom.mitigation.search import recovery_columns
@@ -27,6 +28,8 @@ Status = Literal["helps", "does not help", "undetermined", "nothing to fix"]
 Cause = Literal["direction", "size", "undetermined", "nothing"]
 #: Names of the roles that recipes have in a verification.
 CHOSEN, PAPER = "chosen", "paper"
+#: What ``plan.json`` says of how a plan was proven.
+PROVENANCE = ("source", "placement", "judge", "max_new_tokens", "perplexity_text")
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,14 +48,16 @@ class Verification(Result):
       nothing flips unmitigated; ``p``: exact McNemar p-value against the unmitigated cache;
     - ``bytes_per_token``; ``memory_overhead``: share by which that exceeds the unmitigated cache; ``memory_of_exact``:
       share of the 16-bit cache;
-    - ``perplexity_ratio`` to the exact cache (NaN for controls);
+    - ``perplexity_ratio`` to the exact cache, with its 95 % interval ``perplexity_ratio_low``, ``perplexity_ratio_high``
+      (NaN for controls);
     - ``harmless_refused``, ``harmless_degenerate``: of the harmless prompts, with ``harmless_p`` (exact McNemar p-value
       of refusing against the model with an exact cache); ``harmless_lost``: answered with an exact cache, and refused
       or broken here; NaN for controls and without harmless prompts. ``spoils`` and ``harmless_margin`` (``"open"`` for
       controls and without harmless prompts): see :class:`~kvgeom.mitigation.harmless.Harmless`.
 
-    ``meta`` holds ``prompts`` (harmful), ``refused``, ``harmless``, ``harmless_refused`` (with an exact cache) and what
-    made it. ``examples`` are some responses: ``request``, ``exact``, ``unmitigated``, ``chosen``, each with its label.
+    ``meta`` holds ``prompts`` (harmful), ``refused``, ``harmless``, ``harmless_refused`` (with an exact cache),
+    ``perplexity_text`` (what was read) and what made it. ``examples`` are some responses: ``request``, ``exact``,
+    ``unmitigated``, ``chosen``, each with its label.
     """
 
     kind: ClassVar[str] = "verification"
@@ -145,13 +150,13 @@ class Verification(Result):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for ``plan.json``."""
-        chosen, paper = (self.data.sel(recipe=role) for role in (CHOSEN, PAPER))
+        before, chosen, paper = (self.data.sel(recipe=role) for role in (UNMITIGATED, CHOSEN, PAPER))
         return {
             "status": self.status,
             "sentence": self.sentence,
             "prompts": self.meta["prompts"],
             "refused": self.meta["refused"],
-            "flips_before": int(self.data.flips.sel(recipe=UNMITIGATED)),
+            "flips_before": int(before.flips),
             "flips_after": int(chosen.flips),
             "recovery": float(chosen.recovery),
             "ci": [float(chosen.recovery_low), float(chosen.recovery_high)],
@@ -163,7 +168,9 @@ class Verification(Result):
             "memory_overhead": float(chosen.memory_overhead),
             "memory_of_exact": float(chosen.memory_of_exact),
             "perplexity_ratio": float(chosen.perplexity_ratio),
-            "perplexity_ratio_before": float(self.data.perplexity_ratio.sel(recipe=UNMITIGATED)),
+            "perplexity_ratio_ci": _ends(chosen),
+            "perplexity_ratio_before": float(before.perplexity_ratio),
+            "perplexity_ratio_before_ci": _ends(before),
             "harmless": {
                 "prompts": self.meta["harmless"],
                 "refused_exact": self.meta["harmless_refused"],
@@ -182,8 +189,9 @@ class Verification(Result):
                 "ci": [float(paper.recovery_low), float(paper.recovery_high)],
                 "memory_overhead": float(paper.memory_overhead),
                 "perplexity_ratio": float(paper.perplexity_ratio),
+                "perplexity_ratio_ci": _ends(paper),
             },
-            "provenance": {name: self.meta[name] for name in ("source", "placement", "judge", "max_new_tokens")},
+            "provenance": {name: self.meta[name] for name in PROVENANCE},
         }
 
     def summary(self) -> str:
@@ -225,11 +233,11 @@ def prove(
     found = run_conditions(base, conditions, prompts=base.refused, title="verification")
     n = found.data.sizes["prompt"]
     order = list(rows)
-    exact, *rounded = [
-        base.perplexity() if role is None else base.perplexity(roles[role].recipe, roles[role].placement)
-        for role in track([None, *roles], "perplexity", len(roles) + 1)
-    ]
-    ratios = {role: value / exact for role, value in zip(roles, rounded, strict=True)}
+    ratios = {
+        role: base.perplexity_ratio(roles[role].recipe, roles[role].placement)
+        for role in track(roles, "perplexity", len(roles))
+    }
+    unknown = Estimate(float("nan"), float("nan"), float("nan"))
     size = np.array([row.candidate.bytes_per_token(geometry) for row in rows.values()])
     exact_size = bytes_per_token(Recipe.exact(geometry.layers), None, geometry.kv_heads, geometry.head_dim)
     columns = {
@@ -241,7 +249,7 @@ def prove(
         "bytes_per_token": size,
         "memory_overhead": size / size[order.index(UNMITIGATED)] - 1,
         "memory_of_exact": size / exact_size,
-        "perplexity_ratio": [ratios.get(name, float("nan")) for name in order],
+        **ratio_columns([ratios.get(name, unknown) for name in order]),
         **_of_harmless(harmless, roles, order),
     }
     data = xr.Dataset({name: ("recipe", values) for name, values in columns.items()}, coords={"recipe": order})
@@ -252,6 +260,7 @@ def prove(
         "refused": n,
         "harmless": 0 if harmless is None else len(harmless.prompts),
         "harmless_refused": 0 if harmless is None else len(harmless.refused),
+        "perplexity_text": str(base.passages),
         "seed": seed,
         "examples": _examples(found),
     }
@@ -265,6 +274,11 @@ class _Row:
     candidate: Candidate
     control_of: str = ""
     draw: int | None = None
+
+
+def _ends(row: xr.Dataset) -> list[float]:
+    """The interval of the perplexity ratio of a recipe."""
+    return [float(row.perplexity_ratio_low), float(row.perplexity_ratio_high)]
 
 
 def _of_harmless(base: Baseline | None, roles: Mapping[str, Candidate], order: Sequence[str]) -> dict[str, Any]:

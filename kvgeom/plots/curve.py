@@ -36,8 +36,8 @@ def bit_curve(curve: Plottable) -> go.Figure:
     How to read it: the precision of the cache falls from left to right. The top panel counts the labels of all harmful
     prompts, or of those refused with an exact cache if only these were run. The middle panel is about the prompts that
     the model with an exact cache refuses: the bar is the share that is no longer refused, by its new label, with the
-    Wilson 95 % interval of the total. The bottom panel is the perplexity of plain text over that with an exact cache:
-    where it stays at 1 while the middle panel rises, safety is lost before language.
+    Wilson 95 % interval of the total. The bottom panel is the perplexity of plain text over that with an exact cache,
+    with its 95 % interval: where it stays at 1 while the middle panel rises, safety is lost before language.
 
     Parameters
     ----------
@@ -84,7 +84,8 @@ def bit_curve(curve: Plottable) -> go.Figure:
         _flips(figure, curve, widths, refused)
     else:
         say(figure, "the model refuses none of these prompts with an exact cache: nothing can flip", row=2)
-    _perplexity(figure, x, data.perplexity_ratio.values.astype(float))
+    names = ("perplexity_ratio", "perplexity_ratio_low", "perplexity_ratio_high")
+    _perplexity(figure, x, *(data[name].values.astype(float) for name in names))
 
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=x, range=[-0.5, len(x) - 0.5])
     figure.update_xaxes(
@@ -143,9 +144,10 @@ def _flips(figure: go.Figure, curve: Plottable, widths: list[int], refused: int)
             )
 
 
-def _perplexity(figure: go.Figure, x: list[str], ratio: np.ndarray) -> None:
-    drawn = positive(ratio)
-    known = drawn[np.isfinite(drawn)]
+def _perplexity(figure: go.Figure, x: list[str], ratio: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+    drawn, *ends = (positive(values) for values in (ratio, low, high))
+    everything = np.concatenate([drawn, *ends])
+    known = everything[np.isfinite(everything)]
     top = float(known.max()) if known.size else 1.0
     bottom = min(1.0, float(known.min())) if known.size else 1.0
     figure.add_scatter(
@@ -153,14 +155,27 @@ def _perplexity(figure: go.Figure, x: list[str], ratio: np.ndarray) -> None:
         y=drawn,
         name="perplexity ratio",
         showlegend=False,
-        mode="lines+markers+text",
+        mode="lines+markers",
         line={"color": MUTED, "width": 2},
         marker={"size": 7},
+        error_y=interval(drawn, *ends, width=5),
+        cliponaxis=False,
+        customdata=[f", 95 % interval {a:.4g} to {b:.4g}" if a < b else "" for a, b in zip(*ends, strict=True)],
+        hovertemplate="%{x}-bit: perplexity %{y:.4g} times that with an exact cache%{customdata}<extra></extra>",
+        row=3,
+        col=1,
+    )
+    figure.add_scatter(
+        x=x,
+        y=np.fmax(drawn, ends[1]),  # above the whiskers
+        showlegend=False,
+        mode="markers+text",
+        marker={"size": 7, "opacity": 0},  # keeps the text clear of the marker that is drawn
         text=[f"{r:.2f}×" if r < 10 else f"{r:,.0f}×" if math.isfinite(r) else "" for r in ratio],
         textposition="top center",
         textfont={"size": 11},
         cliponaxis=False,
-        hovertemplate="%{x}-bit: perplexity %{y:.4g} times that with an exact cache<extra></extra>",
+        hoverinfo="skip",
         row=3,
         col=1,
     )

@@ -24,7 +24,7 @@ _OWN = "own prompts"
 
 
 @suggests()
-def load_prompts(prompts: Any) -> PromptSet:
+def load_prompts(prompts: Any, *, distinct: bool | None = None) -> PromptSet:
     """A prompt set from a name, a file, or whatever else stands for one.
 
     Parameters
@@ -44,6 +44,10 @@ def load_prompts(prompts: Any) -> PromptSet:
         - a :class:`~kvgeom.prompts.sets.PromptSet`, which is returned as it is.
 
         A request that a file repeats is left out (``PromptSet.repeated`` counts them). Strings are not merged.
+    distinct : bool, optional
+        Whether only the first of all requests in similar wording is kept (:meth:`PromptSet.distinct`;
+        ``PromptSet.similar`` counts those left out). By default so of public benchmarks, some of which ask the same in
+        twenty wordings; what users bring of their own is kept.
 
     Raises
     ------
@@ -58,6 +62,14 @@ def load_prompts(prompts: Any) -> PromptSet:
     >>> load_prompts({"harmful": ["How do I pick a lock?"], "harmless": ["How do I oil a lock?"]})
     <PromptSet own prompts: 1 harmful, 1 harmless>
     """
+    found = _loaded(prompts)
+    if distinct is None:
+        distinct = isinstance(prompts, str | Path) and str(prompts).partition("=")[0] in benchmarks()
+    return found.distinct() if distinct else found
+
+
+def _loaded(prompts: Any) -> PromptSet:
+    """All requests of what :func:`load_prompts` takes."""
     if isinstance(prompts, PromptSet):
         return prompts
     if isinstance(prompts, str | Path):

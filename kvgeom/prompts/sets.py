@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.resources import files
 from itertools import combinations
 from typing import Any
 
 from kvgeom.checks import suggests, whole
+from kvgeom.prompts.similar import clusters
 from kvgeom.words import counted
 
 
@@ -33,6 +35,9 @@ class PromptSet:
         Where they come from, and their licence if it is known.
     repeated : int
         How many requests of a file were left out because the same had come before.
+    similar : int or None
+        How many were left out because one in similar wording had come before; None where none was looked for
+        (:meth:`distinct`).
     """
 
     name: str
@@ -40,20 +45,53 @@ class PromptSet:
     harmless: tuple[str, ...]
     source: str
     repeated: int = 0
+    similar: int | None = None
 
     @property
     def fingerprint(self) -> str:
         """Hash of all requests in their order."""
         return fingerprint(self.harmful, self.harmless)
 
+    @cached_property
+    def clusters(self) -> tuple[int, int]:
+        """How many clusters of similar wording the harmful and the harmless requests make.
+
+        Statistics take each request for an observation of its own. Where there are fewer clusters than requests, they are
+        surer of what they say than they should be; :meth:`distinct` has one request of each. A cluster has requests of
+        one class: a harmful request and its harmless twin are two things.
+        """
+        if self.similar is not None:
+            return len(self.harmful), len(self.harmless)
+        harmful, harmless = (len({*clusters(requests)}) for requests in (self.harmful, self.harmless))
+        return harmful, harmless
+
+    def distinct(self) -> PromptSet:
+        """The same with one request, the first, of each cluster; see :func:`kvgeom.prompts.similar.clusters`.
+
+        Examples
+        --------
+        >>> PromptSet("mine", ("How do I pick a lock?", "Explain how to pick locks"), (), "own").distinct()
+        <PromptSet mine: 1 harmful, 0 harmless, 1 similar request left out>
+        """
+        if self.similar is not None:
+            return self
+        harmful, harmless = _first_of_each(self.harmful), _first_of_each(self.harmless)
+        left_out = len(self.harmful) + len(self.harmless) - len(harmful) - len(harmless)
+        return replace(self, harmful=harmful, harmless=harmless, similar=left_out)
+
     def described(self) -> dict[str, Any]:
-        """What a report says of it: name, source and fingerprint, and how many requests of each class."""
+        """What a report says of it: name, source, fingerprint, requests and clusters of each class, and what was left out."""
+        harmful, harmless = self.clusters
         return {
             "name": self.name,
             "source": self.source,
             "fingerprint": self.fingerprint,
             "harmful": len(self.harmful),
             "harmless": len(self.harmless),
+            "harmful_clusters": harmful,
+            "harmless_clusters": harmless,
+            "repeated": self.repeated,
+            "similar": self.similar or 0,
         }
 
     def to_dict(self) -> dict[str, object]:
@@ -64,6 +102,7 @@ class PromptSet:
             "harmless": list(self.harmless),
             "source": self.source,
             "repeated": self.repeated,
+            "similar": self.similar,
         }
 
     @classmethod
@@ -75,6 +114,7 @@ class PromptSet:
             tuple(record["harmless"]),
             record["source"],
             record.get("repeated", 0),
+            record.get("similar"),
         )
 
     def take(self, n: int) -> PromptSet:
@@ -83,8 +123,17 @@ class PromptSet:
         return replace(self, harmful=self.harmful[:n], harmless=self.harmless[:n])
 
     def __repr__(self) -> str:
-        left_out = f", {counted(self.repeated, 'repeated request')} left out" if self.repeated else ""
+        counts = ((self.repeated, "repeated request"), (self.similar or 0, "similar request"))
+        left_out = "".join(f", {counted(count, noun)} left out" for count, noun in counts if count)
         return f"<PromptSet {self.name}: {len(self.harmful)} harmful, {len(self.harmless)} harmless{left_out}>"
+
+
+def _first_of_each(requests: tuple[str, ...]) -> tuple[str, ...]:
+    """The first request of each cluster, in their order."""
+    first: dict[int, str] = {}
+    for request, cluster in zip(requests, clusters(requests), strict=True):
+        first.setdefault(cluster, request)
+    return tuple(first.values())
 
 
 def calibration() -> PromptSet:
@@ -136,7 +185,7 @@ def concept_contrasts() -> tuple[PromptSet, ...]:
 
 
 def perplexity_text() -> str:
-    """Some 700 words of plain English written for this project, on which perplexity is measured by default."""
+    """Some 1,250 words of plain English on eleven subjects, written for this project; perplexity is measured on it by default."""
     return _shipped("perplexity.txt")
 
 

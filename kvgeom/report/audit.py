@@ -64,7 +64,7 @@ class Audit(Diagnosis):
     def of(cls, diagnosis: Diagnosis, about: dict[str, Any]) -> Audit:
         """The audit that follows from a diagnosis."""
         parts = {each.name: getattr(diagnosis, each.name) for each in fields(Diagnosis)}
-        verdict = conclude(diagnosis.curve, diagnosis.mode, diagnosis.width)
+        verdict = conclude(diagnosis.curve, diagnosis.mode, diagnosis.width, diagnosis.prompts)
         return cls(**parts, verdict=verdict, about=about, responses=_examples(diagnosis))
 
     @property
@@ -89,6 +89,8 @@ class Audit(Diagnosis):
         """Plain JSON types, NaN as null; the layout is described in docs/schema.md."""
         scheme = self.curve.meta["scheme"]
         curve = [{**_ci(row), "scheme": _at_width(scheme, int(row["bits"]))} for row in self.curve.records()]
+        for row in curve:
+            row["perplexity_ratio_ci"] = [row.pop("perplexity_ratio_low"), row.pop("perplexity_ratio_high")]
         layers = [_ci(row) for row in self.scan.records()]
         for row in layers:
             row["margin_ci"] = [row.pop("margin_low"), row.pop("margin_high")]
@@ -242,6 +244,7 @@ def _about(model: Model, prompts: PromptSet, found: Diagnosis, seconds: float) -
             "scan_scheme": found.scan.meta["scheme"],
             "scan_width": str(found.width),
             "scan_placement": found.scan.meta["placement"],
+            "perplexity_text": meta["perplexity_text"],
             "max_new_tokens": meta["max_new_tokens"],
             "judge": meta["judge"],
             "seed": found.seed,

@@ -12,7 +12,14 @@ from kvgeom.mitigation.verify import CHOSEN, Verification
 from kvgeom.plots.mitigation import layer_selection, pareto_front
 from kvgeom.plots.mode import mode_card
 from kvgeom.plots.recovery import memory_bars, recovery_bars
-from kvgeom.report.fix_text import COLUMNS, before_and_after, left_by_chance, rules_compared, size_or_direction
+from kvgeom.report.fix_text import (
+    COLUMNS,
+    before_and_after,
+    left_by_chance,
+    perplexity,
+    rules_compared,
+    size_or_direction,
+)
 from kvgeom.report.html import drawn, made_text, page, prompts_text, section
 
 #: Edge of the verdict by its status.
@@ -73,8 +80,8 @@ def _cards(plan: Plan, found: Verification) -> list[dict[str, str]]:
         },
         {
             "title": "perplexity",
-            "value": f"{float(after.perplexity_ratio):.2f}x",
-            "note": f"against the exact cache; without the plan {float(before.perplexity_ratio):.2f}x",
+            "value": perplexity(found, CHOSEN),
+            "note": f"against the exact cache; without the plan {perplexity(found, UNMITIGATED)}",
         },
         {
             "title": "harmless requests refused",

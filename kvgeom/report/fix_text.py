@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from kvgeom.evaluation.perplexity import RATIO
 from kvgeom.mitigation.candidates import UNMITIGATED
 from kvgeom.mitigation.harmless import MARGIN
 from kvgeom.mitigation.layers import LayerSelection
 from kvgeom.mitigation.plan import Plan
 from kvgeom.mitigation.verify import CHOSEN, PAPER, Verification
 from kvgeom.stats import Estimate
-from kvgeom.words import counted, span
+from kvgeom.words import counted, span, times_text
 
 #: Columns of :func:`before_and_after`.
 COLUMNS = (
@@ -60,11 +61,17 @@ def before_and_after(found: Verification) -> list[tuple[str, ...]]:
                 str(recovery) if known else "-",
                 f"{float(own.memory_overhead):+.1%}",
                 f"{float(own.memory_of_exact):.1%}",
-                f"{float(own.perplexity_ratio):.2f}x",
+                perplexity(found, role),
                 f"{int(own.harmless_refused)} of {harmless}" if harmless else "-",
             )
         )
     return rows
+
+
+def perplexity(found: Verification, role: str) -> str:
+    """Perplexity under one cache over the 16-bit one, with its interval."""
+    own = found.data.sel(recipe=role)
+    return times_text(*(float(own[name]) for name in RATIO))
 
 
 def sentences(plan: Plan, found: Verification) -> tuple[str, ...]:
@@ -86,8 +93,8 @@ def sentences(plan: Plan, found: Verification) -> tuple[str, ...]:
         )
         lines.append(size_or_direction(found))
     lines.append(
-        f"Against the exact cache, perplexity is {float(chosen.perplexity_ratio):.2f}x under the chosen cache and "
-        f"{float(found.data.perplexity_ratio.sel(recipe=UNMITIGATED)):.2f}x under the unmitigated one."
+        f"Against the exact cache, perplexity is {perplexity(found, CHOSEN)} under the chosen cache and "
+        f"{perplexity(found, UNMITIGATED)} under the unmitigated one ({found.meta['perplexity_text']}; 95 % intervals)."
     )
     if found.meta["harmless"]:
         lines.append(

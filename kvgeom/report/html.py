@@ -59,10 +59,17 @@ def drawn(figure: go.Figure, title: str) -> Markup:
 
 def prompts_text(prompts: Mapping[str, Any]) -> str:
     """A prompt set, as :meth:`~kvgeom.prompts.sets.PromptSet.described` has it, in a line."""
-    return (
-        f"{prompts['name']}: {prompts['harmful']} harmful, {prompts['harmless']} harmless ({prompts['source']}; "
-        f"{prompts['fingerprint']})"
-    )
+    classes = [
+        f"{prompts[kind]} {kind}"
+        + (
+            f" in {clusters} clusters of similar wording"
+            if (clusters := prompts[f"{kind}_clusters"]) < prompts[kind]
+            else ""
+        )
+        for kind in ("harmful", "harmless")
+    ]
+    left_out = [f"{prompts[kind]} {kind} ones left out" for kind in ("repeated", "similar") if prompts[kind]]
+    return f"{prompts['name']}: {', '.join([*classes, *left_out])} ({prompts['source']}; {prompts['fingerprint']})"
 
 
 def made_text(settings: Mapping[str, Any]) -> str:

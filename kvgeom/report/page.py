@@ -117,7 +117,8 @@ def _sections(audit: AuditPage) -> list[dict[str, Any]]:
         section(
             "Behaviour and perplexity as the cache loses bits",
             f"All layers are rounded: {_rounding(audit)}. Precision falls from left to right. Top: the label of every harmful request. Middle: the share of the refusals "
-            "with an exact cache that is lost, with 95 % intervals. Bottom: perplexity of plain text against the model with an exact cache; "
+            f"with an exact cache that is lost, with 95 % intervals. Bottom: perplexity of {settings['perplexity_text']}, over that with "
+            "an exact cache, with 95 % intervals; "
             f"refusals that vanish while this line is still flat are lost unnoticed. Transition: {curve.transition}. {curve.caveat}",
             bit_curve(curve),
             curve.to_frame(),
@@ -248,6 +249,7 @@ def _provenance(audit: AuditPage) -> list[tuple[str, str]]:
             "rounding of layers, parts, PCR and geometry",
             f"{settings['scan_scheme']}; {settings['scan_placement']}",
         ),
+        ("perplexity", settings["perplexity_text"]),
         ("responses", f"greedy, at most {settings['max_new_tokens']} tokens; judge: {settings['judge']}"),
         ("made", made_text(settings)),
     ]

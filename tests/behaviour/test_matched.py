@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 import kvgeom
-from kvgeom.behaviour.matched import LANGUAGE_KEPT, check_scan_bits, scan_width
+from kvgeom.behaviour.matched import LANGUAGE_KEPT, ScanWidth, check_scan_bits, scan_width
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline, baseline
 from kvgeom.quant.recipe import Recipe
@@ -26,14 +28,34 @@ def test_the_width_is_the_last_before_perplexity_grows(
     base: Baseline, limit: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvgeom.behaviour.matched.LANGUAGE_KEPT", limit)
-    expected = 8
+    expected, undecided = 8, []
     for bits in range(8, 1, -1):
-        if base.perplexity(Recipe.uniform(3, Scheme(bits, True, "tensor"))) / base.perplexity() > limit:
+        ratio = base.perplexity_ratio(Recipe.uniform(3, Scheme(bits, True, "tensor")))
+        undecided += [bits] if ratio.low <= limit <= ratio.high else []
+        if ratio.value > limit:
             break
         expected = bits
     found = scan_width(base)
     assert (found.scheme, found.matched) == (Scheme(expected, True, "tensor"), True)
-    assert found.perplexity_ratio == base.perplexity(Recipe.uniform(3, found.scheme)) / base.perplexity()
+    ratio = base.perplexity_ratio(Recipe.uniform(3, found.scheme))
+    assert (found.perplexity_ratio, found.low, found.high) == (ratio.value, ratio.low, ratio.high)
+    assert found.undecided == tuple(undecided)
+    assert ScanWidth.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+@pytest.mark.parametrize(
+    ("bits", "ratio", "matched", "undecided", "said"),
+    [
+        (3, (1.2, 1.15, 1.3), False, (), "3 bits as asked, at 1.20x [1.15, 1.30] the perplexity"),
+        (5, (1.04, 1.02, 1.06), True, (), "5 bits, the fewest at which perplexity grows to no more than 1.1x, at 1.04x [1.02, 1.06]"),
+        (5, (1.08, 1.04, 1.13), True, (5, 4), "at 1.08x [1.04, 1.13]; at 5 and 4 bits the interval does not decide it"),
+        (8, (1.12, 1.08, 1.2), True, (8,), "even at 8 bits perplexity grows to 1.12x [1.08, 1.20], more than 1.1x; at 8 bits the"),
+    ],
+)  # fmt: skip
+def test_a_width_says_where_the_interval_does_not_decide(
+    bits: int, ratio: tuple[float, float, float], matched: bool, undecided: tuple[int, ...], said: str
+) -> None:
+    assert said in str(ScanWidth(Scheme(bits, True, "tensor"), *ratio, matched, undecided))
 
 
 def test_a_width_that_is_given(base: Baseline) -> None:

@@ -53,6 +53,8 @@ def curve(refused: int = 10, bits: tuple[int, ...] = (16, 8, 4, 2)) -> Drawn:
         "ci_low": np.maximum(rate - 0.1, 0),
         "ci_high": np.minimum(rate + 0.1, 1),
         "perplexity_ratio": np.geomspace(1, 50, n),
+        "perplexity_ratio_low": np.geomspace(1, 40, n),
+        "perplexity_ratio_high": np.geomspace(1, 70, n),
     }
     data = xr.Dataset({k: ("bits", v) for k, v in columns.items()}, coords={"bits": list(bits)})
     return Drawn("curve", data, {"scheme": "asym-token<4", "prompts": 20, "baseline_refused": refused})

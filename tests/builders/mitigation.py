@@ -119,6 +119,8 @@ def verification(
         "memory_overhead": size / size[0] - 1,
         "memory_of_exact": size / EXACT_BYTES,
         "perplexity_ratio": [3.5, 1.02, 2.4, *[nan] * extra],
+        "perplexity_ratio_low": [3.1, 0.99, 2.2, *[nan] * extra],
+        "perplexity_ratio_high": [4.0, 1.05, 2.6, *[nan] * extra],
         "harmless_refused": [0.0, 1.0, 0.0, *[nan] * extra],
         "harmless_degenerate": [4.0, 0.0, 1.0, *[nan] * extra],
         "harmless_p": [1.0, 1.0, 1.0, *[nan] * extra],
@@ -133,6 +135,6 @@ def verification(
     )
     meta = {
         "source": "held-out", "prompts": 24, "refused": n, "harmless": 24, "harmless_refused": 1, "placement": "cache",
-        "judge": "keywords", "max_new_tokens": 24, "examples": [],
+        "judge": "keywords", "max_new_tokens": 24, "examples": [], "perplexity_text": "900 tokens of plain text, in 3 passages",
     }  # fmt: skip
     return Verification(data, meta)

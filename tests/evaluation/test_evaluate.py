@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvgeom.behaviour.curve import bit_width_curve
+from kvgeom.behaviour.curve import bit_width_curve, curve_of
 from kvgeom.behaviour.over_refusal import over_refusal
 from kvgeom.behaviour.scan import single_layer_scan
 from kvgeom.behaviour.widths import at_widths
@@ -20,7 +21,7 @@ from kvgeom.evaluation.baseline import Baseline, baseline
 from kvgeom.evaluation.condition import EXACT, Condition
 from kvgeom.evaluation.evaluate import evaluate, run_conditions
 from kvgeom.evaluation.outcomes import Outcomes
-from kvgeom.evaluation.perplexity import perplexity
+from kvgeom.evaluation.perplexity import passages, read
 from kvgeom.judges.judge import LABELS, Judgement
 from kvgeom.models.hf import HFModel
 from kvgeom.prompts.sets import calibration, perplexity_text
@@ -141,9 +142,17 @@ def test_curve(base: Baseline) -> None:
         assert int(row.flips) == outcomes.flips(f"{bits}-bit")["all"]
         assert row.ci_low <= row.flip_rate <= row.ci_high
         recipe = Recipe.uniform(3, Scheme(bits))
-        ratio = perplexity(TINY, perplexity_text(), recipe) / perplexity(TINY, perplexity_text())
-        assert float(row.perplexity_ratio) == pytest.approx(ratio)
+        text = passages(TINY, perplexity_text())
+        ratio = read(TINY, text, recipe).ratio(read(TINY, text))
+        found = (float(row[name]) for name in ("perplexity_ratio", "perplexity_ratio_low", "perplexity_ratio_high"))
+        assert tuple(found) == pytest.approx((ratio.value, ratio.low, ratio.high))
+        assert ratio.low < ratio.value < ratio.high
     assert float(curve.data.perplexity_ratio.sel(bits=16)) == 1.0
+    assert curve.perplexities.exact == curve.meta["baseline_perplexity"] == read(TINY, text).perplexity
+    assert curve_of(outcomes, curve.perplexities, curve.meta).data.identical(curve.data)
+    said = curve.to_text()
+    assert f"{ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]" in said
+    assert "the first 1,536 of" in said, "where the text was cut"
     assert int(curve.data.flips.sel(bits=16)) == 0
 
 
@@ -164,7 +173,7 @@ def test_a_curve_of_the_refused_claims_no_more(base: Baseline) -> None:
     titles = [note.text for figure in (whole.plot(), part.plot()) for note in figure.layout.annotations[:1]]
     assert f"{n} harmful requests get that are refused with an exact cache, of {len(REQUESTS)}" in titles[1]
     assert "refused" not in titles[0]
-    rows = [line.split() for line in part.to_text().splitlines()]
+    rows = [re.split(r" {2,}", line.strip()) for line in part.to_text().splitlines()]
     assert {row[0]: row[-2] for row in rows if row and row[0].isdigit()} == dict.fromkeys(("16", "8", "2"), "-")
 
 
@@ -179,15 +188,6 @@ def test_over_refusal(base: Baseline) -> None:
     assert float(found.data.p.sel(bits=16)) == 1.0
     figure = found.plot()
     np.testing.assert_allclose(figure.data[0].y, found.data.rate)
-
-
-def test_perplexity() -> None:
-    tokens = TINY.tokens(perplexity_text())[:384]
-    logits = TINY.forward(tokens, all_logits=True).double().log_softmax(-1)
-    mean = np.mean([logits[i, token].item() for i, token in enumerate(tokens[1:])])
-    assert perplexity(TINY, perplexity_text()) == pytest.approx(np.exp(-mean), rel=1e-5)
-    with pytest.raises(InputError, match="at least two"):
-        perplexity(TINY, "x")
 
 
 def test_scan(base: Baseline) -> None:

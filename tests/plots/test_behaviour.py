@@ -28,7 +28,13 @@ def test_bit_curve() -> None:
     np.testing.assert_allclose(flips.y, rounded.flip_rate)
     np.testing.assert_allclose(np.array(flips.y) + flips.error_y.array, rounded.ci_high)
     np.testing.assert_allclose(np.array(flips.y) - flips.error_y.arrayminus, rounded.ci_low)
-    np.testing.assert_allclose(traces(figure, "perplexity ratio")[0].y, drawn.data.perplexity_ratio)
+    ratio = traces(figure, "perplexity ratio")[0]
+    np.testing.assert_allclose(ratio.y, drawn.data.perplexity_ratio)
+    np.testing.assert_allclose(np.array(ratio.y) + ratio.error_y.array, drawn.data.perplexity_ratio_high)
+    np.testing.assert_allclose(np.array(ratio.y) - ratio.error_y.arrayminus, drawn.data.perplexity_ratio_low)
+    first, *_, last = ratio.customdata
+    assert (first, last) == ("", ", 95 % interval 40 to 70"), "what is compared with itself has no interval"
+    assert figure.layout.yaxis3.range[1] > np.log10(70), "whiskers are inside"
     assert figure.layout.yaxis3.type == "log"
     assert "asym-token&lt;4" in figure.layout.xaxis3.title.text  # what was rounded stands in the picture, as text
 

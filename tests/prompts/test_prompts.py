@@ -39,7 +39,7 @@ def test_calibration_is_our_own(shared: Path) -> None:
         request.lower()
         for name, file in FILES.items()
         if (shared / file).is_file()
-        for request in load_prompts(f"{name}={shared / file}").harmful
+        for request in load_prompts(f"{name}={shared / file}", distinct=False).harmful
     ]
     assert public
     for request in kvgeom.calibration().harmful:
@@ -69,7 +69,7 @@ def test_public_files(shared: Path) -> None:
         "xstest": (200, 250),
     }
     for name, counts in expected.items():
-        prompts = load_prompts(f"{name}={shared / FILES[name]}")
+        prompts = load_prompts(f"{name}={shared / FILES[name]}", distinct=False)
         assert (len(prompts.harmful), len(prompts.harmless)) == counts
         assert prompts.name == name
         assert benchmarks.benchmarks()[name].title in prompts.source

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from kvgeom.errors import InputError
 from kvgeom.paths import write_whole
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.report.audit import Audit
+from kvgeom.report.html import prompts_text
+from kvgeom.report.verdict import conclude
 from tests.builders.judges import ArbitraryJudge
 from tests.builders.pages import Page
 from tests.builders.requests import NASTY
@@ -70,6 +73,10 @@ def test_audit_json_has_what_was_promised(numbers: dict[str, Any], audit: Audit)
     assert {"prompts", "refused", "complied", "degenerate"} <= numbers["baseline"].keys()
     row = {"bits", "scheme", "refused", "complied", "degenerate", "flips", "flip_rate", "ci", "perplexity_ratio"}
     assert all(row <= width.keys() for width in numbers["curve"])
+    for width in numbers["curve"]:
+        low, high = width["perplexity_ratio_ci"]
+        assert low < width["perplexity_ratio"] < high or low == high == width["perplexity_ratio"] == 1.0
+    assert numbers["settings"]["perplexity_text"].startswith("the first 1,536 of")
     assert [width["bits"] for width in numbers["curve"]] == [16, 8, 4, 2]
     assert all({"layer", "margin_drop", "flips"} <= layer.keys() for layer in numbers["layers"])
     assert {"value", "ci", "status", "reason"} <= numbers["pcr"].keys()
@@ -134,6 +141,18 @@ def test_what_is_no_audit_is_not_read(out: Path, audit: Audit, tmp_path: Path) -
         Audit.load(tmp_path)
     with pytest.raises(InputError, match="audit"):
         Audit.load(audit.scan.save(tmp_path / "scan.nc"))
+
+
+def test_requests_in_similar_wording_make_a_verdict_too_sure(audit: Audit) -> None:
+    """All are asked because the user wanted it; that each counts by itself is said where the verdict is."""
+    assert (audit.about["prompts"]["harmful_clusters"], audit.about["prompts"]["similar"]) == (8, 0)
+    assert not [said for said in audit.verdict.sentences if "clusters" in said]
+    alike = replace(PROMPTS, harmful=("Open the door!", *PROMPTS.harmful[:-1]))
+    (said,) = [each for each in conclude(audit.curve, audit.mode, audit.width, alike).sentences if "clusters" in each]
+    assert said.startswith("These are 7 clusters of similar wording")
+    told = prompts_text(alike.described())
+    assert "8 harmful in 7 clusters of similar wording, 8 harmless (" in told
+    assert "7 harmful, 8 harmless, 1 similar ones left out (" in prompts_text(alike.distinct().described())
 
 
 def test_the_page_stands_alone(out: Path, audit: Audit) -> None:

@@ -80,6 +80,8 @@ def test_plan_json_has_what_was_promised(fixed: Fix, out: Path) -> None:
     assert {"prompts", "flips_before", "flips_after", "recovery", "ci", "perplexity_ratio"} <= verified.keys()
     assert (verified["prompts"], verified["flips_before"], verified["flips_after"]) == (12, 12, 0)
     assert verified["recovery"] == 1.0
+    for where in (verified, verified["paper"]):
+        assert where["perplexity_ratio_ci"][0] < where["perplexity_ratio"] < where["perplexity_ratio_ci"][1]
     again = kvgeom.Plan.load(out)
     assert again.chosen == fixed.plan.chosen
     assert again.verified == verified
@@ -296,6 +298,7 @@ def test_the_table_counts_what_the_verification_counted() -> None:
     assert columns["memory"] == ("+255.6%", "+0.0%", "+0.0%", "+11.1%")
     assert columns["of 16-bit"] == ("100.0%", "28.1%", "28.1%", "31.2%")
     assert columns["recovery"][2:] == ("77% [47%, 92%]", "31% [1%, 46%]")
+    assert columns["perplexity"] == ("1.00x", "3.50x [3.10, 4.00]", "1.02x [0.99, 1.05]", "2.40x [2.20, 2.60]")
     assert columns["harmless refused"] == ("1 of 24", "0 of 24", "1 of 24", "0 of 24")
 
 

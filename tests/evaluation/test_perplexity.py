@@ -1,0 +1,202 @@
+"""Perplexity of plain text: what is read, what counts, and how sure a ratio is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from kvgeom.errors import InputError
+from kvgeom.evaluation.baseline import baseline
+from kvgeom.evaluation.perplexity import BLOCK, PASSAGE, STEPS, TOKENS, Reading, passages, read
+from kvgeom.prompts.sets import perplexity_text
+from kvgeom.quant.placement import Placement
+from kvgeom.quant.quantizer import Quantizer
+from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.scheme import Scheme
+from kvgeom.stats import mean_of_blocks
+from tests.builders.judges import ArbitraryJudge
+from tests.builders.requests import REQUESTS
+from tests.builders.tiny import tiny_model
+
+TINY = tiny_model(seed=1)
+TEXT = passages(TINY, perplexity_text())
+ROUGH = Recipe.uniform(3, Scheme(2))
+
+
+def losses_of(ids: tuple[int, ...], recipe: Recipe | None, placement: Placement, first: int) -> list[float]:
+    """Negative log-likelihood of the tokens from ``first`` on, each fed by itself."""
+    cache = TINY.new_cache(Quantizer(recipe, placement) if recipe else None)
+    logits = TINY.forward(ids[:first], cache)
+    found = []
+    for token in ids[first:]:
+        found.append(-float(logits[-1].double().log_softmax(-1)[token]))
+        logits = TINY.forward([token], cache)
+    return found
+
+
+@pytest.mark.parametrize("length", [2, 3, 100, PASSAGE, PASSAGE + 1, TOKENS, TOKENS + 1, 5000])
+def test_a_text_is_cut_into_passages_of_one_length(length: int) -> None:
+    text = (perplexity_text() * 2)[:length]
+    tokens = TINY.tokens(text)
+    found = passages(TINY, text)
+    assert [token for part in found.ids for token in part] == tokens[:TOKENS]
+    sizes = [len(part) for part in found.ids]
+    assert max(sizes) <= PASSAGE
+    assert max(sizes) - min(sizes) <= 1
+    assert len(sizes) == -(-min(length, TOKENS) // PASSAGE)
+    assert found.total == len(tokens) == length
+    said = f"the first {TOKENS:,} of {length:,} tokens" if length > TOKENS else f"{length:,} tokens"
+    assert str(found).startswith(f"{said} of plain text, in {len(sizes)} passage")
+
+
+def test_a_text_of_one_token_has_no_perplexity() -> None:
+    with pytest.raises(InputError, match="at least two tokens, got 1"):
+        passages(TINY, "x")
+
+
+def test_the_shipped_text_is_of_several_subjects_and_long_enough() -> None:
+    assert len(perplexity_text().strip().split("\n\n")) >= 10
+    assert 1100 < len(perplexity_text().split()) < 1500
+
+
+@pytest.mark.parametrize("recipe", [None, ROUGH])
+def test_a_reading_sums_the_losses_of_plain_passes(recipe: Recipe | None) -> None:
+    found = read(TINY, TEXT, recipe)
+    losses = [np.array(losses_of(ids, recipe, Placement(), 1)) for ids in TEXT.ids]
+    assert sum(found.tokens) == sum(map(len, losses))
+    assert max(found.tokens) <= 1.5 * BLOCK
+    np.testing.assert_allclose(sum(found.nats), sum(part.sum() for part in losses), rtol=1e-4)
+    assert found.perplexity == pytest.approx(np.exp(np.concatenate(losses).mean()), rel=1e-4)
+    starts = np.cumsum([0, *found.tokens[:-1]])
+    np.testing.assert_allclose(found.nats, np.add.reduceat(np.concatenate(losses), starts), rtol=1e-3)
+    for ends in np.cumsum(list(map(len, losses))):
+        assert ends in np.cumsum(found.tokens), "no block spans two passages"
+
+
+@pytest.mark.parametrize(
+    "placement", [Placement(prefill_reads="exact"), Placement(residual=16), Placement(residual=8, sinks=2)]
+)
+def test_where_one_pass_rounds_nothing_the_last_tokens_come_one_by_one(placement: Placement) -> None:
+    readings = read(TINY, TEXT, ROUGH, placement=placement), read(TINY, TEXT, placement=placement)
+    for found, recipe in zip(readings, (ROUGH, None), strict=True):
+        losses = [losses_of(ids, recipe, placement, len(ids) - STEPS) for ids in TEXT.ids]
+        assert sum(found.tokens) == STEPS * len(TEXT.ids)
+        assert len(found.tokens) == 2 * len(TEXT.ids)
+        np.testing.assert_allclose(found.nats, np.reshape(losses, (len(found.tokens), -1)).sum(1), rtol=1e-3)
+    rounded, exact = readings
+    assert abs(rounded.ratio(exact).value - 1) > 1e-3
+
+
+def test_a_ratio_is_of_the_same_tokens() -> None:
+    """Paired: equal blocks give the interval of Student's t for their mean differences."""
+    rng = np.random.default_rng(0)
+    exact, more = rng.normal(200, 60, 20), rng.normal(4, 3, 20)
+    ratio = Reading(tuple(exact + more), (64,) * 20).ratio(Reading(tuple(exact), (64,) * 20))
+    expected = stats.ttest_1samp(more / 64, 0).confidence_interval(0.95)
+    assert (ratio.low, ratio.high) == pytest.approx((np.exp(expected.low), np.exp(expected.high)))
+    assert ratio.value == pytest.approx(np.exp(more.mean() / 64))
+    unpaired = stats.ttest_ind((exact + more) / 64, exact / 64).confidence_interval(0.95)
+    assert np.log(ratio.high / ratio.low) < 0.2 * (unpaired.high - unpaired.low)
+
+
+def test_what_is_known_and_what_is_not() -> None:
+    exact = read(TINY, TEXT)
+    same = exact.ratio(exact)
+    assert (same.value, same.low, same.high) == (1.0, 1.0, 1.0)
+    short = passages(TINY, "no")
+    ratio = read(TINY, short, ROUGH).ratio(read(TINY, short))
+    assert np.isfinite(ratio.value)
+    assert np.isnan([ratio.low, ratio.high]).all(), "one block says nothing of its own error"
+    broken = Reading((9e4, 8e4), (10, 10)).ratio(Reading((1.0, 1.0), (10, 10)))
+    assert np.isfinite([broken.value, broken.high]).all()
+
+
+@given(st.lists(st.tuples(st.floats(-9, 9), st.integers(1, 70)), min_size=2, max_size=12))
+def test_mean_of_blocks_is_the_jackknife_s_to_first_order(blocks: list[tuple[float, int]]) -> None:
+    """The same standard error as by leaving out one block after the other, where blocks are equally long."""
+    sums = np.array([value for value, _ in blocks])
+    found = mean_of_blocks(sums, [64] * len(sums))
+    left = np.array([(sums.sum() - each) / (64 * (len(sums) - 1)) for each in sums])
+    jackknife = np.sqrt((len(sums) - 1) / len(sums) * ((left - left.mean()) ** 2).sum())
+    reach = stats.t.ppf(0.975, len(sums) - 1) * jackknife
+    assert found.value == pytest.approx(sums.mean() / 64)
+    assert found.high - found.low == pytest.approx(2 * reach, abs=1e-9)
+    sizes = [count for _, count in blocks]
+    unequal = mean_of_blocks(sums, sizes)
+    assert unequal.value == pytest.approx(sums.sum() / sum(sizes))
+    assert unequal.low <= unequal.value <= unequal.high
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.standard_normal(shape)
+
+
+def _skewed(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Most tokens hardly change, a few cost much more."""
+    return rng.exponential(size=shape) ** 2 - 2
+
+
+@pytest.mark.parametrize("drawn", [_normal, _skewed])
+@pytest.mark.parametrize("memory", [0.0, 0.6])
+def test_intervals_cover_the_truth_though_neighbours_err_alike(drawn: Callable[..., np.ndarray], memory: float) -> None:
+    """Autoregressive differences in four passages: blocks cover as they should, and tokens taken by themselves do not.
+
+    The standard error is compared with the exact one of such a process.
+    """
+    rng, samples, mean = np.random.default_rng(3), 2000, 0.05
+    length = PASSAGE - 1
+    noise = drawn(rng, (samples, 4, length + 100))
+    series = np.zeros((samples, 4, length + 100))
+    for at in range(1, length + 100):
+        series[..., at] = memory * series[..., at - 1] + noise[..., at]
+    series = series[..., 100:] + mean
+    blocks = [
+        part for passage in range(4) for part in np.array_split(series[:, passage], round(length / BLOCK), axis=-1)
+    ]
+    sizes = [part.shape[-1] for part in blocks]
+    found = [mean_of_blocks(sums, sizes) for sums in np.stack([part.sum(-1) for part in blocks], axis=1)]
+    covered = np.mean([each.low <= mean <= each.high for each in found])
+    assert 0.925 <= covered <= 0.975
+    flat = series.reshape(samples, -1)
+    naive = np.abs(flat.mean(1) - mean) <= 1.96 * flat.std(1, ddof=1) / np.sqrt(flat.shape[1])
+    assert (naive.mean() < 0.8) == (memory > 0)
+    lags = np.arange(1, length)
+    spread = (1 + 2 * ((1 - lags / length) * memory**lags).sum()) / (1 - memory**2) * noise.var() / (4 * length)
+    widths = np.array([each.high - each.low for each in found])
+    assert np.sqrt((widths**2).mean()) == pytest.approx(
+        2 * stats.t.ppf(0.975, len(sizes) - 1) * np.sqrt(spread), rel=0.06
+    )
+
+
+def test_the_journal_keeps_sums_and_the_exact_cache_is_read_once(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    options = {"judge": ArbitraryJudge(), "max_new_tokens": 2, "progress": False, "journal": path}
+    base = baseline(TINY, REQUESTS[:1], **options)
+    recipes = [Recipe.uniform(3, Scheme(bits)) for bits in (8, 4)]
+    found = [base.perplexity_ratio(recipe, where) for recipe in recipes for where in (None, Placement.paper())]
+    waits = Placement(residual=16)
+    found.append(base.perplexity_ratio(recipes[0], waits))
+    base.journal.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    readings = [line for line in lines if line["key"]["measure"] == "reading"]
+    assert sorted(line["key"]["recipe"] is None for line in readings) == [False] * 5 + [True] * 2
+    for line in readings:
+        assert len(line["value"]["nats"]) == len(line["value"]["tokens"]) < 40
+        assert len(json.dumps(line)) < 3000, "neither the text nor its tokens are written down"
+    again = baseline(TINY, REQUESTS[:1], **options)
+    before = path.read_bytes()
+    assert found == [
+        *(again.perplexity_ratio(recipe, where) for recipe in recipes for where in (None, Placement.paper())),
+        again.perplexity_ratio(recipes[0], waits),
+    ]
+    assert path.read_bytes() == before
+    ratio = read(TINY, TEXT, recipes[0]).ratio(read(TINY, TEXT))
+    assert found[0] == ratio
+    again.journal.close()
