@@ -27,6 +27,7 @@ SHOWN_ROWS = 12
 PROVENANCE = {
     "model": "model",
     "fingerprint": "fingerprint",
+    "weights": "weights",
     "prompts": "prompt_set",  # ``meta["prompts"]`` is how many of them a table is about
     "scheme": "scheme",
     "placement": "placement",
@@ -164,6 +165,7 @@ class Result:
             The same keys for every result, with JSON types; None for what does not apply.
 
             - ``model`` and ``fingerprint``: name of the model, and hash of its weights and chat template;
+            - ``weights``: how its weights are stored, whatever is done to the cache;
             - ``prompts``: hash of all requests that were asked, as :attr:`kvgeom.PromptSet.fingerprint` has it;
             - ``scheme``: what the cache is rounded to, as text: a scheme, a preset or a recipe; by name where there are several.
               None also for a choice among caches, whose rows name them;

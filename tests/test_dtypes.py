@@ -30,7 +30,8 @@ def test_an_audit_in_bfloat16(half_precision: HFModel, tmp_path: Path) -> None:
     found = kvgeom.audit(
         half_precision, tmp_path, prompts=PROMPTS, judge=ArbitraryJudge(), bits=(8, 3), max_new_tokens=4, progress=False
     )
-    assert json.loads((tmp_path / "audit.json").read_text())["model"]["dtype"] == "bfloat16"
+    told = json.loads((tmp_path / "audit.json").read_text())["model"]
+    assert told["dtype"] == told["weights"] == "bfloat16"
     assert np.isfinite(found.curve.data.perplexity_ratio).all()
     # The divergence of a distribution from itself is 0, of another above it, in whatever precision it was computed.
     assert (found.outcomes.data.kl.sel(recipe="exact") == 0).all()

@@ -253,6 +253,7 @@ def test_every_result_says_alike_where_it_comes_from(made: dict[str, Result], ti
         if name in ("Mode", "Diagnosis"):
             continue
         assert (found["model"], found["fingerprint"]) == (tiny.name, tiny.fingerprint)
+        assert found["weights"] == "float32"
         assert {"kvgeom", "torch", "transformers"} <= {*found["versions"]}
         assert found["prompts"] == prompts.get(name, harmful)
         judged = name not in ("Patching", "FirstOrder", "AttentionError", "Subspace", "Directions", "Sensitivity", "Selection")  # fmt: skip

@@ -248,10 +248,11 @@ class Diagnosis(Composite):
         )
 
     def to_text(self) -> str:
-        """All tables, the mode, its evidence, and how sure it is."""
-        scan = self.scan
+        """The model, all tables, the mode, its evidence, and how sure it is."""
+        scan, meta = self.scan, self.curve.meta
         return "\n\n".join(
             [
+                f"Model: {meta['model']} (weights: {meta['weights']})",
                 self.curve.to_text(),
                 f"Single layers ({scan.meta['scheme']}; {scan.meta['placement']})\n\n{scan.to_text()}",
                 f"Parts of the cache\n\n{ablation_text(self.ablation, self.channels)}",

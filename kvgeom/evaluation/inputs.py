@@ -51,6 +51,7 @@ def made_with(model: Model, harmful: Iterable[str], harmless: Iterable[str] = ()
     return {
         "model": model.name,
         "fingerprint": model.fingerprint,
+        "weights": model.weights,
         "prompt_set": fingerprint(harmful, harmless),
         "versions": versions(),
     }

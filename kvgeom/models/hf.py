@@ -30,6 +30,7 @@ from kvgeom.models.modules import (
     weights_fingerprint,
     weights_identity,
 )
+from kvgeom.models.weights import drop_weights, weights_stored
 
 if TYPE_CHECKING:
     from kvgeom.models.model import QueryHook, ResidEdit, ResidHook, RotationHook
@@ -73,6 +74,7 @@ class HFModel:
         self.geometry = read_geometry(model, self._config, self._layers, name)
         self.fingerprint = weights_fingerprint(model, self.template)
         self.identity = weights_identity(model)
+        self.weights = weights_stored(model)
         self.vocabulary = int(self._config.vocab_size)
         self.stop_tokens = stop_tokens(model, tokenizer)
 
@@ -91,8 +93,8 @@ class HFModel:
         return str(self.hf_model.config._attn_implementation)
 
     def release(self) -> None:
-        self.hf_model.to("meta")
-        clear_device_cache()
+        drop_weights(self.hf_model)
+        clear_device_cache(garbage_collection=True)
 
     def __repr__(self) -> str:
         g = self.geometry

@@ -14,6 +14,7 @@ from kvgeom.models.device import device_and_dtype
 from kvgeom.models.hub import check_folder, check_hub
 from kvgeom.models.model import missing_members
 from kvgeom.models.quiet import quiet_transformers
+from kvgeom.models.weights import remember_stored
 from kvgeom.progress import shown
 
 if TYPE_CHECKING:
@@ -147,10 +148,12 @@ def load(
         if tokenizer is not None:
             raise InputError("option 'tokenizer' goes with a loaded transformers model, not with the name of one")
         device, dtype = device_and_dtype(device, dtype)
-        source, own_name = _locate(str(model), revision, options)
+        source, own_name, stored = _locate(str(model), revision, options)
         hf_model, own_tokenizer = _from_pretrained(
             source, own_name, device, dtype, {"revision": revision, "trust_remote_code": trust_remote_code}, {**options}
         )
+        if stored is not None:
+            remember_stored(hf_model, stored)
         wrapping |= {"tokenizer": own_tokenizer, "name": name or own_name}
         return _make(backends()[backend or "hf"], hf_model, wrapping)
 
@@ -208,24 +211,25 @@ def _checked_model(model: Any, backend: str | None, wrapping: dict[str, Any]) ->
     return found
 
 
-def _locate(given: str, revision: str | None, options: PretrainedOptions) -> tuple[str, str]:
-    """What to hand to transformers, and what to call the model."""
+def _locate(given: str, revision: str | None, options: PretrainedOptions) -> tuple[str, str, str | None]:
+    """What to hand to transformers, what to call the model, and how a file that is converted stores its weights."""
     if not given:
         raise InputError("no model was named; give a hub id, a folder, a .gguf file, or 'demo'")
     path = Path(given).expanduser()
     if revision is not None and (given in DEMOS or path.exists()):
         raise InputError(f"option 'revision' goes with a hub id, and {given} is none; leave it out")
     if given in DEMOS:
-        return str(demo_model_dir(DEMOS[given])), f"{given} ({DEMOS[given].title})"
+        demo = DEMOS[given]
+        return str(demo_model_dir(demo)), f"{given} ({demo.title})", demo.stored
     if path.is_dir():
         check_folder(path / options.get("subfolder", ""))
-        return str(path), path.resolve().name
+        return str(path), path.resolve().name, None
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"{given} is a single file that is not .gguf; for a checkpoint give its folder")
-        from kvgeom.models.gguf import converted_gguf
+        from kvgeom.models.gguf import converted_gguf, gguf_stored
 
-        return str(converted_gguf(path)), path.name
+        return str(converted_gguf(path)), path.name, gguf_stored(path)
     if given.startswith((".", "~", os.sep)) or given.endswith(".gguf") or given.count("/") != 1:
         known = ", ".join(DEMOS)
         raise InputError(f"no such file or folder: {given}; give one, a hub id (owner/name), or one of: {known}")
@@ -236,7 +240,7 @@ def _locate(given: str, revision: str | None, options: PretrainedOptions) -> tup
         cache_dir=options.get("cache_dir"),
         local_only=options.get("local_files_only", False),
     )
-    return given, given
+    return given, given, None
 
 
 def _read_template(template: str | Path | None) -> str | None:

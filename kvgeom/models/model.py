@@ -131,6 +131,8 @@ class Model(Protocol):
         Hash of the weights in their present dtype, and of the chat template.
     identity : str
         Hash of the weights that is the same in all floating-point types.
+    weights : str
+        How the weights are stored, for people: ``"float32"``, ``"AWQ 4-bit"``, ``"Q4_K_M (GGUF), dequantized to float32"``.
     vocabulary : int
         Number of logits.
     max_context : int
@@ -138,7 +140,7 @@ class Model(Protocol):
     stop_tokens : frozenset of int
         Tokens that end a response.
     device, dtype
-        Of the weights.
+        Of the weights as the model computes with them.
     attention_kernel : str
         Which attention implementation runs. Kernels differ in the last digits, which rounding amplifies.
     """
@@ -149,6 +151,7 @@ class Model(Protocol):
     geometry: KVGeometry
     fingerprint: str
     identity: str
+    weights: str
     vocabulary: int
     max_context: int
     stop_tokens: frozenset[int]

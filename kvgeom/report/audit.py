@@ -233,6 +233,7 @@ def _about(model: Model, prompts: PromptSet, found: Diagnosis, seconds: float) -
             "name": model.name,
             "backend": model.backend,
             "fingerprint": model.fingerprint,
+            "weights": model.weights,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
             "attention_kernel": model.attention_kernel,

@@ -240,6 +240,7 @@ def fix(
         "calibration": chosen.described(),
         "verification": proving.described(),
         "fingerprint": loaded.fingerprint,
+        "weights": loaded.weights,
         "runs_on": f"{loaded.backend}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}",
         "scheme": config.name,
         "bits": config.bits,

@@ -134,7 +134,8 @@ def _sections(plan: Plan, found: Verification) -> list[dict[str, Any]]:
 def _provenance(plan: Plan, settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     shape = plan.geometry
     return [
-        ("model", f"{plan.model} (fingerprint {settings['fingerprint']}, weights {plan.identity})"),
+        ("model", f"{plan.model} (fingerprint {settings['fingerprint']}, identity {plan.identity})"),
+        ("weights", settings["weights"]),
         ("runs on", settings["runs_on"]),
         (
             "cache",

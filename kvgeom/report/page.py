@@ -234,6 +234,7 @@ def _provenance(audit: AuditPage) -> list[tuple[str, str]]:
     model, prompts, settings = (audit.about[name] for name in ("model", "prompts", "settings"))
     return [
         ("model", f"{model['name']} (fingerprint {model['fingerprint']})"),
+        ("weights", model["weights"]),
         (
             "runs on",
             f"{model['backend']}, {model['dtype']} on {model['device']}, {model['attention_kernel']} attention",

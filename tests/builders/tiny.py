@@ -79,10 +79,12 @@ def wide_model() -> HFModel:
     return HFModel(model, tiny_tokenizer(), name="tiny-wide")
 
 
-def write_tiny_gguf(path: Path) -> None:
-    """A whole tiny llama, with tokenizer and template, as a GGUF file."""
+def write_tiny_gguf(path: Path, kind: str = "F32", file_type: int | None = None) -> None:
+    """A whole tiny llama, with tokenizer and template, as a GGUF file; matrices whose rows are whole blocks are of ``kind``."""
     hf, tokenizer = tiny_hf_model(), tiny_tokenizer()
     writer = gguf.GGUFWriter(path, "llama")
+    if file_type is not None:
+        writer.add_file_type(file_type)
     writer.add_block_count(3)
     writer.add_context_length(512)
     writer.add_embedding_length(32)
@@ -107,7 +109,8 @@ def write_tiny_gguf(path: Path) -> None:
         if name.endswith(("q_proj.weight", "k_proj.weight")):  # GGUF keeps the halves of a rotation interleaved
             heads = ours.shape[0] // 8
             ours = ours.reshape(heads, 2, 4, -1).swapaxes(1, 2).reshape(ours.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), ours)
+        stored = gguf.GGMLQuantizationType[kind if ours.ndim > 1 and ours.shape[1] % 32 == 0 else "F32"]
+        writer.add_tensor(names.get_name(name, (".weight",)), gguf.quants.quantize(ours, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

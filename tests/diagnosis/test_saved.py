@@ -85,6 +85,8 @@ def test_figures_of_every_part(found: Diagnosis) -> None:
 def test_where_a_diagnosis_comes_from(found: Diagnosis) -> None:
     known = found.provenance()
     assert (known["model"], known["fingerprint"]) == (TINY.name, TINY.fingerprint)
+    assert known["weights"] == "float32"
+    assert found.to_text().startswith(f"Model: {TINY.name} (weights: float32)")
     assert (known["judge"], known["max_new_tokens"], known["seed"]) == ("arbitrary", 4, 3)
     assert "kvgeom" in known["versions"]
 

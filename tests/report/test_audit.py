@@ -173,6 +173,7 @@ def test_the_page_opens_with_the_verdict_and_shows_every_part(out: Path, audit: 
         "Do outlier channels",
         "Failure mode",
         "What this does not mean",
+        "weights float32",
     ):
         assert part in words
     assert [attributes.get("class") for _, attributes in page.tags].count("plotly-graph-div") == 9

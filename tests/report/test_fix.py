@@ -184,6 +184,7 @@ def test_the_page_stands_alone_and_shows_every_part(fixed: Fix, out: Path) -> No
     assert [attributes.get("class") for _, attributes in page.tags].count("plotly-graph-div") == 5
     assert all(reason in words for reason in fixed.plan.reasons)
     assert "plan.cache(model)" in words
+    assert "weights float32" in words
 
 
 def test_figures_follow_the_width_of_the_page(fixed: Fix, out: Path) -> None:
