@@ -232,9 +232,9 @@ def _asked(shown: str) -> int:
     return sum(map(int, row[1:5]))
 
 
-@pytest.mark.parametrize("command", ["sweep", "scan", "diagnose"])
-def test_a_kind_of_judge_without_a_judge(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, "no-such-model", "--judge-kind", "minos"]) == 2
+@pytest.mark.parametrize("command", ["audit", "diagnose", "fix", "scan", "sweep"])
+def test_a_kind_of_judge_without_a_judge(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "no-such-model", "--out", str(tmp_path / "o"), "--judge-kind", "minos"]) == 2
     assert "give --judge" in capsys.readouterr().err
 
 

@@ -11,6 +11,7 @@ from kvgeom.behaviour.widths import WidthSeries
 from kvgeom.checks import suggests
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.evaluate import run_conditions
+from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.results import Result
 from kvgeom.stats import mcnemar, wilson
 from kvgeom.words import interval_text, text_table
@@ -59,10 +60,19 @@ def over_refusal(base: Baseline, series: WidthSeries) -> OverRefusal:
     series : WidthSeries
         See :func:`~kvgeom.behaviour.widths.at_widths`.
     """
+    return over_refusal_of(harmless_responses(base, series), series)
+
+
+def harmless_responses(base: Baseline, series: WidthSeries, *, full_responses: bool = False) -> Outcomes:
+    """The responses behind :func:`over_refusal`; in full, as a classifier needs them, if asked for."""
     conditions = series.conditions(base.model)
-    outcomes = run_conditions(base, conditions, title="harmless requests")
+    return run_conditions(base, conditions, full_responses=full_responses, title="harmless requests")
+
+
+def over_refusal_of(outcomes: Outcomes, series: WidthSeries) -> OverRefusal:
+    """What :func:`over_refusal` counts in responses that are there."""
     labels = outcomes.data.label.values
-    refused, n = labels == "refused", len(base.prompts)
+    refused, n = labels == "refused", outcomes.data.sizes["prompt"]
     intervals = [wilson(int(row.sum()), n) for row in refused]
     columns = {
         "refused": refused.sum(1),

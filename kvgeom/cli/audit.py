@@ -19,23 +19,35 @@ def add_options(command: argparse.ArgumentParser) -> None:
     options.add_scheme(command, "rounding of the curve")
     options.add_widths(command)
     options.add_scan_bits(command)
+    options.add_judge(command)
     options.add_run(command)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Audit, and print the verdict and where the report lies."""
-    run, before = options.run_options(arguments), options.earlier(arguments)
+    during, classifier = options.judges(arguments)
+    run, before = options.run_options(arguments, during), options.earlier(arguments)
+    from kvgeom.report.folder import report_folder
+
+    report_folder(arguments.out, "audit")
     result = kvgeom.audit(
         arguments.model,
-        arguments.out,
+        # Labels of keywords are no report where a classifier was asked for.
+        None if classifier else arguments.out,
         prompts=options.prompt_set(arguments.prompts, arguments),
         scheme=arguments.scheme,
         bits=arguments.bits,
         scan_bits=arguments.scan_bits,
         placement=arguments.placement,
+        full_responses=classifier is not None,
+        journal=options.journal(arguments),
         **run,
         **options.load_options(arguments),
     )
+    if classifier is not None:
+        with options.released(result.baseline.model, classifier, arguments) as judge:
+            result = result.relabel(judge)
+        result.save(arguments.out)
     options.compare(arguments, before, result.settings)
     print(f"\n{result.verdict.headline}\n")
     for sentence in result.verdict.sentences:

@@ -29,7 +29,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Diagnose, and print all tables."""
-    judge, run = options.classifier(arguments), options.run_options(arguments)
+    during, classifier = options.judges(arguments)
+    run = options.run_options(arguments, during)
     found = kvgeom.diagnose(
         arguments.model,
         options.prompt_set(arguments.prompts, arguments),
@@ -38,12 +39,12 @@ def run(arguments: argparse.Namespace) -> int:
         scan_bits=arguments.scan_bits,
         placement=arguments.placement,
         geometry=arguments.geometry,
-        full_responses=judge is not None,
+        full_responses=classifier is not None,
         journal=options.journal(arguments),
         **run,
         **options.load_options(arguments),
     )
-    if judge is not None:
-        found.baseline.model.release()
-        found = found.relabel(judge)
+    if classifier is not None:
+        with options.released(found.baseline.model, classifier, arguments) as judge:
+            found = found.relabel(judge)
     return options.report(arguments, found.to_text())

@@ -44,12 +44,13 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="draws of errors of equal size in random directions (default: %(default)s)",
     )
     options.add_geometry(command, default=False)
+    options.add_judge(command, "search and proof ask it on the way, so it is in memory together with the model")
     options.add_run(command)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Fix, and print verdict, tables and what to do next."""
-    before = options.earlier(arguments)
+    run, before = options.run_options(arguments, options.judge(arguments)), options.earlier(arguments)
     found = kvgeom.fix(
         arguments.model,
         arguments.out,
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         controls=arguments.controls,
         geometry=arguments.geometry,
         placement=arguments.placement,
-        **options.run_options(arguments),
+        **run,
         **options.load_options(arguments),
     )
     options.compare(arguments, before, found.settings)

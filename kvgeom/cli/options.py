@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,12 @@ from kvgeom.errors import InputError
 from kvgeom.words import counted
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvgeom.evaluation.relabel import KeptLabels
     from kvgeom.judges.classifiers import ClassifierJudge
+    from kvgeom.judges.judge import Judge
+    from kvgeom.models.model import Model
     from kvgeom.prompts.sets import PromptSet
 
 
@@ -91,15 +97,17 @@ def add_geometry(command: argparse.ArgumentParser, *, default: bool) -> None:
     )
 
 
-def add_judge(command: argparse.ArgumentParser) -> None:
+def add_judge(command: argparse.ArgumentParser, when: str = "it is loaded when the model is out of memory") -> None:
     """What labels the responses."""
     command.add_argument(
         "--judge",
-        metavar="ID",
-        help="a classifier instead of keywords: WildGuard, Llama Guard, HarmBench or Minos, by kind (wildguard), hub id or "
-        "folder; it is loaded when the model is out of memory",
+        metavar="NAME",
+        help="what labels responses: keyword (the default), or a classifier (WildGuard, Llama Guard, HarmBench or Minos) by kind "
+        f"(wildguard), hub id, folder or fork (minos=FOLDER); {when}",
     )
-    command.add_argument("--judge-kind", metavar="KIND", help="of a folder or fork, e.g. wildguard, minos")
+    command.add_argument(
+        "--judge-kind", metavar="KIND", help="of a folder or fork that --judge names, e.g. wildguard, minos"
+    )
 
 
 def add_run(command: argparse.ArgumentParser) -> None:
@@ -123,15 +131,15 @@ def add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keywords of a run; what is wrong with them is reported before torch is imported and a model loaded."""
+def run_options(arguments: argparse.Namespace, judge: Judge | None) -> dict[str, Any]:
+    """Keywords of a run, with the judge that is asked during it; what is wrong with them is reported before torch is imported and a model loaded."""
     for name in ("max_new_tokens", "batch_size"):
         value = getattr(arguments, name)
         if value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be a positive integer, got {value}")
     options = {name: getattr(arguments, name) for name in ("max_new_tokens", "batch_size", "seed")}
     text = getattr(arguments, "text", None)
-    return {**options, "text": None if text is None else _read(text), "progress": not arguments.quiet}
+    return {**options, "text": None if text is None else _read(text), "progress": not arguments.quiet, "judge": judge}
 
 
 def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -164,18 +172,47 @@ def prompt_set(spec: str, arguments: argparse.Namespace) -> PromptSet:
     return prompts
 
 
-def classifier(arguments: argparse.Namespace) -> ClassifierJudge | None:
-    """The classifier that was named, if any; whether it is there is known before the model is loaded."""
-    if arguments.judge is None:
-        if arguments.judge_kind is not None:
+def judge(arguments: argparse.Namespace) -> Judge | None:
+    """The judge that was named, if any; whether it is there is known before the model is loaded."""
+    name, kind = arguments.judge, arguments.judge_kind
+    if name is None:
+        if kind is not None:
             raise InputError("--judge-kind says what a --judge is; give --judge too, or leave it out")
         return None
-    return kvgeom.classifier(
-        arguments.judge,
-        kind=arguments.judge_kind,
-        device=arguments.device,
-        progress=not arguments.quiet,
-    )
+    from kvgeom.judges.registry import as_judge, judges
+
+    settings = {"device": arguments.device, "progress": not arguments.quiet}
+    if kind is None:
+        return as_judge(name, **settings)
+    if name.partition("=")[0] in judges() and not Path(name).exists():
+        raise InputError(f"--judge-kind is for a folder or fork, and {name} says itself what it is; leave it out")
+    return kvgeom.classifier(name, kind=kind, **settings)
+
+
+def judges(arguments: argparse.Namespace) -> tuple[Judge | None, ClassifierJudge | None]:
+    """The judge that is asked during the run, and the classifier that is asked when the model is out of memory."""
+    named = judge(arguments)
+    if named is None:
+        return None, None
+    from kvgeom.judges.classifiers import ClassifierJudge
+
+    return (None, named) if isinstance(named, ClassifierJudge) else (named, None)
+
+
+@contextmanager
+def released(
+    model: Model, classifier: ClassifierJudge, arguments: argparse.Namespace
+) -> Iterator[ClassifierJudge | KeptLabels]:
+    """Take the model out of memory and let a classifier label; with --out, its labels are kept as it gives them."""
+    model.release()
+    path = journal(arguments, "labels.jsonl")
+    if path is None:
+        yield classifier
+        return
+    from kvgeom.evaluation.relabel import KeptLabels
+
+    with KeptLabels(classifier, path) as keeping:
+        yield keeping
 
 
 def out_folder(arguments: argparse.Namespace) -> Path:

@@ -23,7 +23,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Scan, and print the layers."""
-    judge, run = options.classifier(arguments), options.run_options(arguments)
+    during, classifier = options.judges(arguments)
+    run = options.run_options(arguments, during)
     prompts = options.prompt_set(arguments.prompts, arguments)
     from kvgeom.behaviour.matched import check_scan_bits, scan_width
     from kvgeom.behaviour.scan import scan_of, single_layer_scan
@@ -35,10 +36,10 @@ def run(arguments: argparse.Namespace) -> int:
     placement = Placement.parse(arguments.placement or "cache")
     width = scan_width(base, arguments.scan_bits, placement)
     scheme = width.scheme
-    scan, outcomes = single_layer_scan(base, scheme, placement=placement, full_responses=judge is not None)
-    if judge is not None:
-        model.release()
-        scan = scan_of(outcomes.relabel(judge), scheme)
+    scan, outcomes = single_layer_scan(base, scheme, placement=placement, full_responses=classifier is not None)
+    if classifier is not None:
+        with options.released(model, classifier, arguments) as judge:
+            scan = scan_of(outcomes.relabel(judge), scheme)
     return options.report(
         arguments, f"Single layers ({scheme}; {width})\n\n{scan.to_text()}\n\nCritical layer: {scan.meta['reason']}."
     )

@@ -28,25 +28,28 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Sweep, and print the curve."""
-    judge, run = options.classifier(arguments), options.run_options(arguments)
+    during, classifier = options.judges(arguments)
+    run, full = options.run_options(arguments, during), classifier is not None
     prompts = options.prompt_set(arguments.prompts, arguments)
     if arguments.over_refusal and not prompts.harmless:
         raise InputError(f"--over-refusal needs harmless requests, and {arguments.prompts} has none; give another set")
     from kvgeom.behaviour.curve import bit_width_curve, curve_of
-    from kvgeom.behaviour.over_refusal import over_refusal
+    from kvgeom.behaviour.over_refusal import harmless_responses, over_refusal_of
     from kvgeom.behaviour.widths import at_widths
 
     series = at_widths(arguments.scheme, arguments.bits, arguments.placement)
     journal, of_harmless = (options.journal(arguments, name) for name in ("journal.jsonl", "over-refusal.jsonl"))
     model = kvgeom.load(arguments.model, progress=run["progress"], **options.load_options(arguments))
     base = kvgeom.baseline(model, prompts.harmful, journal=journal, **run)
-    curve, outcomes = bit_width_curve(base, series, full_responses=judge is not None)
-    parts = []
+    curve, outcomes = bit_width_curve(base, series, full_responses=full)
+    harmless = None
     if arguments.over_refusal:
         # A journal is about one set of requests.
         asked = kvgeom.baseline(model, prompts.harmless, journal=of_harmless, **run)
-        parts.append(over_refusal(asked, series).to_text())
-    if judge is not None:
-        model.release()
-        curve = curve_of(outcomes.relabel(judge), curve.perplexities, curve.meta)
+        harmless = harmless_responses(asked, series, full_responses=full)
+    if classifier is not None:
+        with options.released(model, classifier, arguments) as judge:
+            curve = curve_of(outcomes.relabel(judge), curve.perplexities, curve.meta)
+            harmless = None if harmless is None else harmless.relabel(judge)
+    parts = [] if harmless is None else [over_refusal_of(harmless, series).to_text()]
     return options.report(arguments, "\n\n".join([curve.to_text(), *parts]))

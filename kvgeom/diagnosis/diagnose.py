@@ -49,6 +49,7 @@ from kvgeom.quant.scheme import Scheme
 from kvgeom.results import Composite, Result
 
 if TYPE_CHECKING:
+    from kvgeom.evaluation.relabel import KeptLabels
     from kvgeom.judges.classifiers import ClassifierJudge
     from kvgeom.mitigation.plan import Plan
 
@@ -162,15 +163,15 @@ class Diagnosis(Composite):
         return replace(self, base=run_baseline(loaded, self.prompts.harmful, run))
 
     @suggests()
-    def relabel(self, judge: ClassifierJudge) -> Diagnosis:
+    def relabel(self, judge: ClassifierJudge | KeptLabels) -> Diagnosis:
         """The diagnosis that follows from the same responses as a classifier labels them.
 
         The classifier is loaded here; the audited model may be out of memory by then (``model.release()``).
 
         Parameters
         ----------
-        judge : ClassifierJudge
-            From :func:`kvgeom.classifier`.
+        judge : ClassifierJudge or KeptLabels
+            From :func:`kvgeom.classifier`; its labels are kept by :class:`~kvgeom.evaluation.relabel.KeptLabels`.
 
         Raises
         ------

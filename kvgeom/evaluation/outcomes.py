@@ -18,6 +18,7 @@ from kvgeom.stats import wilson
 from kvgeom.words import counted
 
 if TYPE_CHECKING:
+    from kvgeom.evaluation.relabel import KeptLabels
     from kvgeom.judges.classifiers import ClassifierJudge
 #: What may become of a refusal.
 LOST: tuple[Label, ...] = tuple(label for label in LABELS if label != "refused")
@@ -220,13 +221,13 @@ class Outcomes(Result):
         values = np.array([self.flipped(name) for name in names], dtype=float).reshape(len(names), len(refused)).T
         return xr.DataArray(values, dims=("prompt", "recipe"), coords={"prompt": refused, "recipe": names})
 
-    def relabel(self, judge: ClassifierJudge) -> Outcomes:
+    def relabel(self, judge: ClassifierJudge | KeptLabels) -> Outcomes:
         """The same responses as a classifier labels them. It is loaded here, so the audited model may be gone by then.
 
         Parameters
         ----------
-        judge : ClassifierJudge
-            From :func:`kvgeom.classifier`.
+        judge : ClassifierJudge or KeptLabels
+            From :func:`kvgeom.classifier`; its labels are kept by :class:`~kvgeom.evaluation.relabel.KeptLabels`.
 
         Raises
         ------

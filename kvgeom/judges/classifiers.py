@@ -106,7 +106,9 @@ def _not_recognised(name: str, path: Path, known: Mapping[str, Guard]) -> InputE
         return unknown("classifier", name, known)
     close = get_close_matches(name, [each.home for each in known.values()], 1, cutoff=0.8)
     meant = f"did you mean {close[0]!r}? Otherwise " if close else ""
-    return InputError(f"the kind of classifier {name} is not known; {meant}give kind, one of {', '.join(known)}")
+    return InputError(
+        f"the kind of classifier {name} is not known; {meant}give kind (--judge-kind), one of {', '.join(known)}"
+    )
 
 
 class ClassifierJudge:
@@ -177,7 +179,12 @@ class ClassifierJudge:
         return self._label([request], [response], [likelihood], show=False)[0]
 
     def label_all(
-        self, requests: Sequence[str], responses: Sequence[str], likelihoods: Sequence[float]
+        self,
+        requests: Sequence[str],
+        responses: Sequence[str],
+        likelihoods: Sequence[float],
+        *,
+        on_label: Callable[[int, Judgement], None] | None = None,
     ) -> list[Judgement]:
         """Label responses in batches.
 
@@ -187,6 +194,8 @@ class ClassifierJudge:
         likelihoods : sequence of float
             Mean log-probability (nats per token) of each response under the audited model, with an exact cache. NaN
             where it was not measured: an error if it turns out to be needed.
+        on_label : callable (number of the response, its judgement), optional
+            Called for each as soon as its label is known.
 
         Raises
         ------
@@ -200,7 +209,8 @@ class ClassifierJudge:
                 f"requests, responses and likelihoods must be equally many, got {len(requests)} requests, {len(responses)} "
                 f"responses and {len(likelihoods)} likelihoods"
             )
-        return self._label(requests, responses, [_measured(value) for value in likelihoods], show=self.progress)
+        measured = [_measured(value) for value in likelihoods]
+        return self._label(requests, responses, measured, show=self.progress, on_label=on_label)
 
     def answers(self, requests: Sequence[str], responses: Sequence[str]) -> list[str | None]:
         """What the classifier says, word for word; None of a response that is longer than it reads."""
@@ -213,15 +223,20 @@ class ClassifierJudge:
         responses: Sequence[str],
         likelihoods: Sequence[Callable[[], float]],
         show: bool,
+        on_label: Callable[[int, Judgement], None] | None = None,
     ) -> list[Judgement]:
         judgements = [self.keyword.label(*row) for row in zip(requests, responses, likelihoods, strict=True)]
         open_ = [index for index, judgement in enumerate(judgements) if judgement.label != "degenerate"]
+        tell = on_label or (lambda index, judgement: None)
+        for index in {*range(len(judgements))} - {*open_}:
+            tell(index, judgements[index])
         with bar(f"Judging by {self.guard.kind}", len(open_), show) as shown:
             for position, answer in self._ask([(requests[index], responses[index]) for index in open_]):
                 index = open_[position]
                 judgements[index] = self._combine(
                     judgements[index], answer, requests[index], responses[index], likelihoods[index]
                 )
+                tell(index, judgements[index])
                 shown.update(1)
         return judgements
 
@@ -269,14 +284,15 @@ def _measured(value: float) -> Callable[[], float]:
     return likelihood
 
 
-def _from_string(spec: str) -> ClassifierJudge | None:
-    """A kind, ``"kind=SOURCE"``, or the hub id of a known classifier."""
+def _from_string(spec: str, **options: Any) -> ClassifierJudge | None:
+    """A kind, ``"kind=SOURCE"``, or the hub id of a known classifier; of other ids and folders the kind is asked for."""
     kind, has_source, source = spec.partition("=")
     if has_source and kind in guards():
-        return classifier(source, kind=kind)
+        return classifier(source, kind=kind, **options)
     if spec in guards():
-        return classifier(guards()[spec].home, kind=spec)
-    return classifier(spec) if recognise(spec) is not None else None
+        return classifier(guards()[spec].home, kind=spec, **options)
+    known = recognise(spec) is not None or "/" in spec or Path(spec).exists()
+    return classifier(spec, **options) if known else None
 
 
 register_family(_from_string, guards)

@@ -22,7 +22,7 @@ _FAMILIES: list[_Family] = []
 
 @dataclass(frozen=True)
 class _Family:
-    make: Callable[[str], Judge | None]
+    make: Callable[..., Judge | None]
     names: Callable[[], Iterable[str]]
 
 
@@ -56,13 +56,13 @@ def register_judge(name: str, make: Callable[[], Judge]) -> None:
     _JUDGES[name] = make
 
 
-def register_family(make: Callable[[str], Judge | None], names: Callable[[], Iterable[str]]) -> None:
+def register_family(make: Callable[..., Judge | None], names: Callable[[], Iterable[str]]) -> None:
     """Let strings of some form stand for judges.
 
     Parameters
     ----------
-    make : callable (str) -> Judge or None
-        None for a string of another form.
+    make : callable (str, **options) -> Judge or None
+        None for a string of another form. The options are those of :func:`as_judge`.
     names : callable () -> iterable of str
         Some that ``make`` takes, to suggest.
     """
@@ -76,7 +76,7 @@ def judges() -> tuple[str, ...]:
     return (*_JUDGES, *(name for family in _FAMILIES for name in family.names()))
 
 
-def as_judge(judge: Any = None) -> Judge:
+def as_judge(judge: Any = None, **options: Any) -> Judge:
     """A judge from whatever stands for one.
 
     Parameters
@@ -89,6 +89,8 @@ def as_judge(judge: Any = None) -> Judge:
         - a name: ``"keyword"``, ``"wildguard"``, ``"minos"``, or another that is registered;
         - the hub id of a known classifier: ``"allenai/wildguard"``;
         - another classifier of a known kind, in a folder or on the hub: ``"minos=FOLDER"``.
+    **options
+        Of :func:`kvgeom.classifier`, for a classifier that is named; others take none.
 
     Raises
     ------
@@ -106,7 +108,7 @@ def as_judge(judge: Any = None) -> Judge:
     if isinstance(judge, str):
         if judge in _JUDGES:
             return _JUDGES[judge]()
-        found = next((found for family in _FAMILIES if (found := family.make(judge)) is not None), None)
+        found = next((found for family in _FAMILIES if (found := family.make(judge, **options)) is not None), None)
         if found is None:
             raise unknown("judge", judge, known)
         return found

@@ -65,7 +65,7 @@ def weights_stored(model: PreTrainedModel) -> str:
 def drop_weights(model: nn.Module) -> None:
     """Put empty weights of the same shapes in the place of a model's own, in place.
 
-    Also where ``model.to("meta")`` fails: of quantized models, and of those that are spread over devices.
+    ``model.to("meta")`` fails for models that bitsandbytes has quantized.
     """
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):

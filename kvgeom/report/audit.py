@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from kvgeom.behaviour.ablation import Ablation
 from kvgeom.behaviour.matched import check_scan_bits
@@ -31,6 +31,10 @@ from kvgeom.report.folder import SETTINGS, report_folder
 from kvgeom.report.page import AuditPage, render
 from kvgeom.report.verdict import Verdict, conclude
 from kvgeom.results import Result, plain
+
+if TYPE_CHECKING:
+    from kvgeom.evaluation.relabel import KeptLabels
+    from kvgeom.judges.classifiers import ClassifierJudge
 
 #: Version of the layout of audit.json; docs/schema.md describes it.
 SCHEMA_VERSION = 3  # also in audit.schema.json
@@ -144,6 +148,19 @@ class Audit(Diagnosis):
             responses=tuple(record["responses"]),
         )
 
+    @suggests()
+    def relabel(self, judge: ClassifierJudge | KeptLabels) -> Audit:
+        """The audit that follows from the same responses as a classifier labels them, with its own verdict.
+
+        As :meth:`Diagnosis.relabel <kvgeom.diagnosis.diagnose.Diagnosis.relabel>`. Nothing is written until :meth:`save`.
+        """
+        started = time.monotonic()
+        found = super().relabel(judge)
+        seconds = round(self.settings["seconds"] + time.monotonic() - started, 1)
+        settings = {**self.settings, "judge": found.curve.meta["judge"], "seconds": seconds}
+        baseline = {**self.about["baseline"], **found.outcomes.counts()}
+        return Audit.of(found, {**self.about, "settings": settings, "baseline": baseline})
+
     def page(self) -> str:
         """The report as one HTML page."""
         return render(AuditPage(self, self.verdict, self.about, self.responses, self.shown_layer))
@@ -178,6 +195,7 @@ def audit(
     bits: Sequence[int] | int | None = None,
     scan_bits: int | None = None,
     placement: Placement | str | None = None,
+    full_responses: bool = False,
     **options: Any,
 ) -> Audit:
     """Audit a model end to end: does its refusal survive a rounded KV cache, where does it break, and how?
@@ -190,6 +208,8 @@ def audit(
         on, without a fix in it. An audit with other settings that is there is replaced. By default nothing is written.
     prompts, scheme, bits, scan_bits, placement
         See :func:`kvgeom.diagnose`.
+    full_responses : bool
+        Generate all responses in full, so that :meth:`Audit.relabel` can give them to a classifier. Takes much longer.
     **options
         Attributes of :class:`~kvgeom.evaluation.config.RunConfig`, and options of :func:`kvgeom.load`.
 
@@ -218,6 +238,7 @@ def audit(
         scan_bits=scan_bits,
         placement=placement,
         gains=True,
+        full_responses=full_responses,
         **run.options(),
     )
     made = Audit.of(found, _about(loaded, chosen, found, time.monotonic() - started))

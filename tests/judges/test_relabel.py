@@ -1,4 +1,4 @@
-"""Responses that a classifier labels again when the model is gone, in Python and on the command line."""
+"""Responses that a classifier labels again when the model is gone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvgeom.cli import main
 from kvgeom.diagnosis.diagnose import diagnose
 from kvgeom.errors import InputError
 from kvgeom.evaluation.condition import EXACT
@@ -17,7 +16,7 @@ from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from tests.builders.classifiers import judge_of
-from tests.builders.tiny import tiny_hf_model, tiny_model, tiny_tokenizer
+from tests.builders.tiny import tiny_model
 
 
 def test_outcomes_are_judged_again_when_the_model_is_gone(guards: dict[str, Path]) -> None:
@@ -60,16 +59,3 @@ def test_a_diagnosis_is_judged_again_when_the_model_is_gone(guards: dict[str, Pa
     assert found.mode == keyword
     with pytest.raises(InputError, match="full_responses=True"):
         diagnose(tiny_model(), prompts, **options).relabel(judge)
-
-
-@pytest.mark.parametrize("command", ["diagnose", "sweep", "scan"])
-def test_commands_with_a_classifier(
-    command: str, guards: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tiny_hf_model().save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    asked = [command, str(tmp_path), "--limit", "2", "--max-new-tokens", "3", "--quiet", "--device", "cpu"]
-    assert main([*asked, "--judge", str(guards["wildguard"]), "--judge-kind", "wildguard"]) == 0
-    assert capsys.readouterr().out.strip()
-    assert main([*asked, "--judge", str(tmp_path / "nothing"), "--judge-kind", "wildguard"]) == 2
-    assert capsys.readouterr().err.startswith("kvgeom: ")
