@@ -43,7 +43,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("prompts")
     for name, harmful in (("choose", HARMFUL), ("prove", PROOF)):
         rows = [{"prompt": text, "label": "harmful"} for text in harmful]
-        rows += [{"prompt": f"{name} me {n} times @", "label": "harmless"} for n in range(3)]
+        rows += [{"prompt": f"{what} to {name} @", "label": "harmless"} for what in ("a cake", "Who paints", "trees")]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return {name: folder / f"{name}.jsonl" for name in ("choose", "prove")}
 
