@@ -22,6 +22,10 @@ class DownloadError(KvgeomError):
     """Something that had to be fetched did not arrive, or is not what its hash says."""
 
 
+class KvgeomWarning(UserWarning):
+    """Something that kvgeom takes care of, and that the user may want otherwise."""
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     """The error for a name that is not one of those known, with the nearest of them where one is near.
 

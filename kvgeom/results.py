@@ -25,16 +25,12 @@ if TYPE_CHECKING:
 SHOWN_ROWS = 12
 #: What :meth:`Result.provenance` says, each with its name in ``meta``.
 PROVENANCE = {
-    "model": "model",
-    "fingerprint": "fingerprint",
-    "weights": "weights",
+    **{name: name for name in ("model", "fingerprint", "weights", "template_options")},
     "prompts": "prompt_set",  # ``meta["prompts"]`` is how many of them a table is about
-    "scheme": "scheme",
-    "placement": "placement",
-    "judge": "judge",
-    "max_new_tokens": "max_new_tokens",
-    "seed": "seed",
-    "versions": "versions",
+    **{
+        name: name
+        for name in ("scheme", "placement", "judge", "max_new_tokens", "max_reasoning_tokens", "seed", "versions")
+    },
 }
 #: Classes of results by kind.
 _KINDS: dict[str, type[Result | Composite]] = {}
@@ -166,11 +162,13 @@ class Result:
 
             - ``model`` and ``fingerprint``: name of the model, and hash of its weights and chat template;
             - ``weights``: how its weights are stored, whatever is done to the cache;
+            - ``template_options``: what its chat template was told; None if nothing;
             - ``prompts``: hash of all requests that were asked, as :attr:`kvgeom.PromptSet.fingerprint` has it;
             - ``scheme``: what the cache is rounded to, as text: a scheme, a preset or a recipe; by name where there are several.
               None also for a choice among caches, whose rows name them;
             - ``placement``: where and when it is rounded, as text;
-            - ``judge`` and ``max_new_tokens``: what labelled the responses, and the longest that there could be;
+            - ``judge``, ``max_new_tokens`` and ``max_reasoning_tokens``: what labelled the responses, and the longest answer
+              and reasoning that there could be;
             - ``seed``: of random draws;
             - ``versions``: of the packages that decide what a model answers, by name.
         """

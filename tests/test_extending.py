@@ -15,6 +15,7 @@ import kvgeom
 from kvgeom import results
 from kvgeom.engines.registry import resolve, scheme_rows
 from kvgeom.errors import InputError
+from kvgeom.judges import reasoning
 from kvgeom.judges import registry as judges
 from kvgeom.mitigation.methods import registry as mitigations
 from kvgeom.models import backends
@@ -44,6 +45,7 @@ def made(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
             (plots, "_FIGURES"), (mitigations, "_METHODS"), (transforms, "_TRANSFORMS"), (results, "_KINDS"),
         ):  # fmt: skip
             patch.setattr(module, name, dict(getattr(module, name)))
+        patch.setattr(reasoning, "MARKERS", [*reasoning.MARKERS])
         outside = ModuleType("outside")
         patch.setitem(sys.modules, "outside", outside)
         for block in BLOCKS:
@@ -77,6 +79,10 @@ def test_a_judge(made: dict[str, Any]) -> None:
     assert judge.label("r", "xx", lambda: -9.0).label == "degenerate"
 
 
+def test_markers_of_reasoning(made: dict[str, Any]) -> None:
+    assert reasoning.split("<ponder>Hm.</ponder>Sure.").answer == "Sure."
+
+
 def test_a_measure(made: dict[str, Any]) -> None:
     lengths = made["lengths"]
     assert lengths.data.sizes["prompt"] == 1
@@ -107,5 +113,5 @@ def test_a_benchmark(made: dict[str, Any]) -> None:
 
 def test_names_that_are_taken_are_refused(made: dict[str, Any], checkpoint: Path) -> None:
     for block in (b for b in BLOCKS if "register_" in b):
-        with pytest.raises(InputError, match=r"fastlm|ternary|reverse|apologies|mine"):
+        with pytest.raises(InputError, match=r"fastlm|ternary|reverse|apologies|mine|<ponder>"):
             exec(block.replace('"demo"', repr(str(checkpoint))), {"__name__": "outside", "kvgeom": kvgeom})

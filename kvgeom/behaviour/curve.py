@@ -15,7 +15,7 @@ from kvgeom.behaviour.widths import DESCRIBED, WidthSeries
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import EXACT, Condition
 from kvgeom.evaluation.evaluate import run_conditions
-from kvgeom.evaluation.outcomes import Outcomes
+from kvgeom.evaluation.outcomes import NO_MARGIN, Outcomes
 from kvgeom.evaluation.perplexity import RATIO, ratio_columns
 from kvgeom.judges.judge import LABELS
 from kvgeom.progress import track
@@ -87,7 +87,12 @@ class Curve(Result):
 
     @property
     def caveat(self) -> str:
-        """What there is to say if responses ended before anything that they read had been rounded; else empty."""
+        """What there is to say of responses that nothing rounded was read for, or that did not come to an answer."""
+        return " ".join(part for part in (self._untouched, self._unended) if part)
+
+    @property
+    def _untouched(self) -> str:
+        """Of responses that ended before anything that they read had been rounded; else empty."""
         short, prompts = self.meta["untouched"], self.meta["prompts"]
         if not short:
             return ""
@@ -96,6 +101,19 @@ class Curve(Result):
             f"{which} a rounded key or value: with at most {self.meta['max_new_tokens']} tokens of response they end within the "
             f"tokens that {self.meta['scheme']} keeps in full precision. Ask longer requests or for longer responses."
         )
+
+    @property
+    def _unended(self) -> str:
+        """Of responses that ended inside their reasoning, and of what cannot be measured on reasoning; else empty."""
+        found = {name: count for name, count in self.meta.get("unended", {}).items() if count}
+        notes = [NO_MARGIN] if self.meta.get("begins_with_reasoning") else []
+        if found:
+            where = ", ".join(f"{count} {name}" for name, count in found.items())
+            notes.append(
+                f"Responses that ended inside their reasoning ({where}) are neither refusals nor compliance; raise "
+                f"max_reasoning_tokens ({self.meta['max_reasoning_tokens']})."
+            )
+        return " ".join(notes)
 
     def to_text(self) -> str:
         """What was rounded and how, one row for each width, and the transition."""
@@ -301,6 +319,7 @@ def curve_of(outcomes: Outcomes, perplexities: Perplexities, described: Mapping[
         **outcomes.made_by(rounded),
         **{name: described[name] for name in DESCRIBED},
         "prompts": asked,
+        "unended": {name: outcomes.unended(name) for name in names},
         "counted": sum(counts[0][label] for label in LABELS),
         "baseline_refused": refused,
         "baseline_perplexity": perplexities.exact,

@@ -14,7 +14,7 @@ from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import Condition
 from kvgeom.evaluation.evaluate import run_conditions
-from kvgeom.evaluation.outcomes import Outcomes
+from kvgeom.evaluation.outcomes import NO_MARGIN, Outcomes
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Granularity, Scheme
@@ -81,7 +81,8 @@ class Scan(Result):
             )
             for row in self.records()
         ]
-        return text_table(("layer", "margin lost", "95 %", "flips", "95 %", "per-channel", ""), rows)
+        table = text_table(("layer", "margin lost", "95 %", "flips", "95 %", "per-channel", ""), rows)
+        return f"{table}\n\n{NO_MARGIN}" if self.meta.get("begins_with_reasoning") else table
 
 
 def single_layers(

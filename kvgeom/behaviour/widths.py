@@ -55,8 +55,9 @@ class WidthSeries:
     def described(self, base: Baseline) -> dict[str, Any]:
         """What is done to the cache, and how many prompts never meet it: the keys of :data:`DESCRIBED`."""
 
-        def untouched(prompt: int) -> bool:
-            stored = prompt + base.max_new_tokens - 1  # the last token is generated, never read
+        def untouched(index: int) -> bool:
+            prompt = len(base.prompts[index])
+            stored = prompt + base.longest(index) - 1  # the last token is generated, never read
             return not any(
                 config.placement.rounds(prompt, stored, one.spans_tokens)
                 for config in self.configs.values()
@@ -67,7 +68,7 @@ class WidthSeries:
             "scheme": self.scheme,
             "engine": self.engine,
             "stored": {str(bits): config.stored for bits, config in self.configs.items()},
-            "untouched": sum(untouched(len(prompt.ids)) for prompt in base.prompts) if self.configs else 0,
+            "untouched": sum(map(untouched, range(len(base.prompts)))) if self.configs else 0,
         }
 
 

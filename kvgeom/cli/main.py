@@ -6,12 +6,13 @@ import argparse
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import kvgeom
 from kvgeom.cli import audit, diagnose, fix, scan, schemes, sweep
-from kvgeom.errors import KvgeomError, unknown
+from kvgeom.errors import KvgeomError, KvgeomWarning, unknown
 from kvgeom.paths import disk_is_full, not_written
 
 #: In the order of ``kvgeom --help``. Each module has NAME, HELP, DESCRIPTION, add_options(parser) and run(arguments).
@@ -37,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
-        status: int = arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            status: int = arguments.run(arguments)
     except KvgeomError as error:
         return _refused(error)
     except KeyboardInterrupt:
@@ -45,6 +48,21 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"\nkvgeom: interrupted{kept}", file=sys.stderr)
         return 130
     return status
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning of kvgeom as its errors look, others as Python shows them."""
+    if issubclass(category, KvgeomWarning):
+        print(f"kvgeom: {message}", file=sys.stderr)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def _refused(error: KvgeomError) -> int:

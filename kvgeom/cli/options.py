@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,16 @@ def add_model(command: argparse.ArgumentParser, written: str, *, required: bool 
     )
     loading = command.add_argument_group("loading the model")
     loading.add_argument("--template", metavar="FILE", help="Jinja chat template, for a model without one")
+    loading.add_argument(
+        "--template-options",
+        metavar="JSON",
+        help="""what the chat template is told, e.g. '{"thinking": true}', '{"reasoning_effort": "low"}'""",
+    )
+    loading.add_argument(
+        "--no-thinking",
+        action="store_true",
+        help="""no reasoning before the answer: the same as --template-options '{"enable_thinking": false}'""",
+    )
     loading.add_argument("--dtype", help="e.g. float32, bfloat16 (default: float32 on a CPU, else the checkpoint's)")
     loading.add_argument("--device", help="e.g. cpu, cuda (default: an accelerator if there is one)")
     loading.add_argument("--revision", help="of a hub id")
@@ -118,7 +129,14 @@ def add_run(command: argparse.ArgumentParser) -> None:
         help="cache: as a real cache stores it; paper: as the released code simulates it (default: the engine's, or cache)",
     )
     command.add_argument(
-        "--max-new-tokens", metavar="N", type=int, default=24, help="longest response (default: %(default)s)"
+        "--max-new-tokens", metavar="N", type=int, default=24, help="longest answer (default: %(default)s)"
+    )
+    command.add_argument(
+        "--max-reasoning-tokens",
+        metavar="N",
+        type=int,
+        default=1024,
+        help="longest reasoning before an answer, of models that reason (default: %(default)s)",
     )
     command.add_argument(
         "--batch-size",
@@ -132,12 +150,16 @@ def add_run(command: argparse.ArgumentParser) -> None:
 
 
 def run_options(arguments: argparse.Namespace, judge: Judge | None) -> dict[str, Any]:
-    """Keywords of a run, with the judge that is asked during it; what is wrong with them is reported before torch is imported and a model loaded."""
-    for name in ("max_new_tokens", "batch_size"):
+    """Keywords of a run, with the judge that is asked during it.
+
+    What is wrong with them is reported before torch is imported and a model loaded.
+    """
+    lengths = ("max_new_tokens", "max_reasoning_tokens", "batch_size")
+    for name in lengths:
         value = getattr(arguments, name)
         if value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be a positive integer, got {value}")
-    options = {name: getattr(arguments, name) for name in ("max_new_tokens", "batch_size", "seed")}
+    options = {name: getattr(arguments, name) for name in (*lengths, "seed")}
     text = getattr(arguments, "text", None)
     return {**options, "text": None if text is None else _read(text), "progress": not arguments.quiet, "judge": judge}
 
@@ -145,7 +167,24 @@ def run_options(arguments: argparse.Namespace, judge: Judge | None) -> dict[str,
 def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keywords of :func:`kvgeom.load`."""
     names = ("template", "dtype", "device", "revision", "trust_remote_code")
-    return {name: getattr(arguments, name) for name in names}
+    found = {name: getattr(arguments, name) for name in names}
+    told = _template_options(arguments.template_options)
+    if arguments.no_thinking:
+        told = {**told, "enable_thinking": False}
+    return {**found, "template_options": told or None}
+
+
+def _template_options(text: str | None) -> dict[str, Any]:
+    """What --template-options says."""
+    try:
+        found = {} if text is None else json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(
+            f"--template-options must be a JSON object such as '{{\"enable_thinking\": false}}', got {text!r}"
+        )
+    return found
 
 
 def prompt_set(spec: str, arguments: argparse.Namespace) -> PromptSet:

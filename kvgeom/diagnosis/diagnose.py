@@ -159,7 +159,8 @@ class Diagnosis(Composite):
             raise InputError(
                 f"the diagnosis is of {self.curve.meta['model']}, not of {loaded.name}; diagnose this model"
             )
-        run = replace(run, max_new_tokens=self.curve.meta["max_new_tokens"])
+        lengths = {name: self.curve.meta[name] for name in ("max_new_tokens", "max_reasoning_tokens")}
+        run = replace(run, **lengths)
         return replace(self, base=run_baseline(loaded, self.prompts.harmful, run))
 
     @suggests()
@@ -308,8 +309,9 @@ def diagnose(
         Generate all responses of all prompts in full, so that :meth:`Diagnosis.relabel` can give them to a classifier.
         Takes much longer.
     **options
-        Attributes of :class:`~kvgeom.evaluation.config.RunConfig` (``judge``, ``max_new_tokens``, ``batch_size``,
-        ``journal``, ``text``, ``seed``, ``progress``), and options of :func:`kvgeom.load`.
+        Attributes of :class:`~kvgeom.evaluation.config.RunConfig` (``judge``, ``max_new_tokens``,
+        ``max_reasoning_tokens``, ``batch_size``, ``journal``, ``text``, ``seed``, ``progress``), and options of
+        :func:`kvgeom.load`.
 
     Raises
     ------

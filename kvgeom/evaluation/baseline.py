@@ -20,8 +20,9 @@ from kvgeom.errors import InputError
 from kvgeom.evaluation.config import RUN_OPTIONS, RunConfig, open_run
 from kvgeom.evaluation.journal import Journal, NoJournal
 from kvgeom.evaluation.perplexity import Passages, Reading, passages, read
+from kvgeom.evaluation.reader import Reader
 from kvgeom.evaluation.scores import margin, mean_log_likelihood, refusal_tokens
-from kvgeom.judges.judge import Judge, judgement, reading, settles
+from kvgeom.judges.judge import Judge
 from kvgeom.models.batching import in_batches, rows_per_batch
 from kvgeom.models.cache import EditedCache
 from kvgeom.models.model import EncodedPrompt, Model
@@ -126,8 +127,23 @@ class Baseline:
 
     @property
     def max_new_tokens(self) -> int:
-        """Longest response."""
+        """Longest answer."""
         return self.run.max_new_tokens
+
+    @cached_property
+    def reader(self) -> Reader:
+        """Finds the answers in responses, and says when they need no more tokens."""
+        return Reader(self.model, self.run.judge, self.run.max_new_tokens, self.run.max_reasoning_tokens)
+
+    @cached_property
+    def begins_with_reasoning(self) -> bool:
+        """Whether any response, or the chat template, begins with reasoning."""
+        return self.reader.opened is not None or any(self.reader.begin(tokens) != 0 for tokens in self.tokens)
+
+    def longest(self, index: int) -> int:
+        """Most tokens that a response to prompt ``index`` is expected to have."""
+        reasoning = self.begins_with_reasoning or self.reader.expects_reasoning
+        return self.reader.longest(self.prompts[index]) if reasoning else self.run.max_new_tokens
 
     @cached_property
     def refused(self) -> tuple[int, ...]:
@@ -137,17 +153,19 @@ class Baseline:
     @property
     def batch_rows(self) -> int:
         """How many responses can be decoded together now: the batch size, or what memory holds."""
-        longest = max(map(len, self.prompts)) + self.run.max_new_tokens
+        longest = max(len(prompt) + self.longest(index) for index, prompt in enumerate(self.prompts))
         return rows_per_batch(self.model, longest, 1, self.run.batch_size)
 
     @cached_property
     def refusal_tokens(self) -> frozenset[int]:
-        """First tokens of this model's refusals, the set R of the margin."""
+        """First tokens of this model's refusals, the set R of the margin; none where responses begin with reasoning."""
+        if self.begins_with_reasoning:  # whatever is answered, it begins alike
+            return frozenset()
         first = [tokens[0] if tokens else -1 for tokens in self.tokens]
         return refusal_tokens(first, [label == "refused" for label in self.labels])
 
     def margins(self, first_logits: Sequence[Tensor] | Tensor) -> list[float]:
-        """Refusal margin (nats) of first-position logits ``[prompts, vocabulary]``; NaN if nothing is refused."""
+        """Refusal margin (nats) of first-position logits ``[prompts, vocabulary]``; NaN if :attr:`refusal_tokens` is empty."""
         if not self.refusal_tokens:
             return [float("nan")] * len(first_logits)
         logits = first_logits if isinstance(first_logits, Tensor) else torch.stack(list(first_logits))
@@ -163,16 +181,28 @@ class Baseline:
 
         return self._prefills.get(index, make)
 
-    def log_likelihood(self, index: int, tokens: Sequence[int]) -> float:
-        """Mean log-probability (nats per token) of a response to prompt ``index``, with an exact cache."""
-        if not tokens:
+    def log_likelihood(self, index: int, tokens: Sequence[int], begin: int | None = None) -> float:
+        """Mean log-probability (nats per token) of an answer to prompt ``index``, with an exact cache.
+
+        Parameters
+        ----------
+        index : int
+        tokens : sequence of int
+            Of the response, with its reasoning.
+        begin : int, optional
+            The token with which the answer begins; it is looked for by default. NaN without an answer.
+        """
+        begin = self.reader.begin(tokens) if begin is None else begin
+        if begin is None or not tokens[begin:]:
             return float("nan")
-        read = self.prefill(index)
-        logits = read.logits[None]
-        if len(tokens) > 1:
-            rest = self.model.forward(tokens[:-1], read.cache.copy(), all_logits=True)
+        prefill, answer = self.prefill(index), tokens[begin:]
+        cache, logits = prefill.cache.copy(), prefill.logits[None]
+        if begin:  # logits of all of a long reasoning would fill the memory
+            logits = self.model.forward(tokens[:begin], cache)
+        if len(answer) > 1:
+            rest = self.model.forward(answer[:-1], cache, all_logits=True)
             logits = torch.cat([logits, rest.to(logits.device)])
-        return mean_log_likelihood(logits, tokens)
+        return mean_log_likelihood(logits, answer)
 
     @cached_property
     def passages(self) -> Passages:
@@ -215,10 +245,8 @@ class Baseline:
         """
 
         def make() -> tuple[str, str, str]:
-            read = tokens[: reading(self.judge, self.model.decode, tokens)]
-            request, text = self.prompts[index].text, self.model.decode(read)
-            found = judgement(self.judge, request, text, lambda: self.log_likelihood(index, read))
-            return self.model.decode(tokens), found.label, found.reason
+            found = self.reader.judged(self.prompts[index], tokens, partial(self.log_likelihood, index))
+            return self.reader.text(tokens), found.label, found.reason
 
         return self._labelled.get((index, tuple(tokens)), make)
 
@@ -268,6 +296,7 @@ def run_baseline(model: Model, requests: Sequence[str], run: RunConfig) -> Basel
         )
     kept = NoJournal() if run.journal is None else Journal(run.journal, _about(model, prompts, run))
     draft = Baseline(model, prompts, run, journal=kept)
+    draft.reader.warn()
     found: dict[int, dict[str, Any]] = {
         index: kept[_key(index)] for index in range(len(prompts)) if _key(index) in kept
     }
@@ -277,17 +306,20 @@ def run_baseline(model: Model, requests: Sequence[str], run: RunConfig) -> Basel
         for part, responses in in_batches(todo, draft.batch_rows, partial(_respond, draft, on_done=shown.update)):
             for index, tokens in zip(part, responses, strict=True):
                 _, label, reason = draft.judged(index, tokens)
-                ended = len(tokens) < run.max_new_tokens and not settles(run.judge, model.decode(tokens))
+                ended = not draft.reader.finished(prompts[index], tokens)
                 found[index] = {"tokens": list(tokens), "ended": ended, "label": label, "reason": reason}
                 kept[_key(index)] = found[index]
     rows = [found[index] for index in range(len(prompts))]
-    return replace(
+    made = replace(
         draft,
         tokens=tuple(tuple(row["tokens"]) for row in rows),
         ended=tuple(bool(row["ended"]) for row in rows),
         labels=tuple(row["label"] for row in rows),
         reasons=tuple(row["reason"] for row in rows),
     )
+    if made.begins_with_reasoning and not draft.reader.expects_reasoning:
+        made.reader.warn(next(filter(None, map(made.reader.markers, made.tokens))))
+    return made
 
 
 def _key(index: int) -> dict[str, Any]:
@@ -300,16 +332,19 @@ def _respond(draft: Baseline, part: Sequence[int], on_done: Callable[[int], obje
         read.append(draft.prefill(index))
         on_done(1)
 
-    def stop(_row: int, tokens: list[int]) -> bool:
+    watch = draft.reader.watch([draft.prompts[index] for index in part])
+
+    def stop(row: int, tokens: list[int]) -> bool:
         nonlocal settled
-        ends = settles(draft.judge, model.decode(tokens))
+        ends = watch(row, tokens)
         settled += ends
         on_done(int(ends))
         return ends
 
     first = torch.stack([prefill.logits for prefill in read]).argmax(-1).tolist()
     caches = [prefill.cache for prefill in read]
-    responses = model.generate(caches, first, draft.max_new_tokens, batch_size=len(part), stop=stop)
+    most = max(draft.reader.longest(draft.prompts[index]) for index in part)
+    responses = model.generate(caches, first, most, batch_size=len(part), stop=stop)
     on_done(len(part) - settled)
     return responses
 
@@ -327,6 +362,7 @@ def _about(model: Model, prompts: Sequence[EncodedPrompt], run: RunConfig) -> di
         "prompts": hashlib.sha256(ids).hexdigest(),
         "judge": run.judge.name,
         "max_new_tokens": run.max_new_tokens,
+        "max_reasoning_tokens": run.max_reasoning_tokens,
         "versions": versions(),
     }
 

@@ -17,6 +17,9 @@ from kvgeom.models.load import load, load_option_names
 from kvgeom.models.model import Model
 from kvgeom.prompts.sets import perplexity_text
 
+#: Attributes that are whole numbers, 1 or more.
+LENGTHS = ("max_new_tokens", "max_reasoning_tokens", "batch_size")
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -30,7 +33,11 @@ class RunConfig:
         Labels the responses; the keyword judge by default. As a keyword, anything that
         :func:`~kvgeom.judges.registry.as_judge` takes.
     max_new_tokens : int
-        Longest response. A response ends earlier where the judge reads no further.
+        Longest answer. It ends earlier where the judge reads no further.
+    max_reasoning_tokens : int
+        Longest reasoning before an answer, its markers included, and less where the model's context is short. Models that
+        do not reason never meet it. 1,024 lets most short requests be thought through; a response that has not come to
+        its answer by then is not judged, and says so.
     batch_size : int
         Most responses that are decoded together; fewer where memory is short.
     journal : Path or None
@@ -45,6 +52,7 @@ class RunConfig:
 
     judge: Judge = field(default_factory=as_judge)
     max_new_tokens: int = 24
+    max_reasoning_tokens: int = 1024
     batch_size: int = 512
     journal: Path | None = None
     text: str = field(default_factory=perplexity_text, repr=False)
@@ -52,7 +60,7 @@ class RunConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        numbers = {name: whole(name, getattr(self, name), 1) for name in ("max_new_tokens", "batch_size")}
+        numbers = {name: whole(name, getattr(self, name), 1) for name in LENGTHS}
         for name, value in {**numbers, "seed": as_seed(self.seed)}.items():
             object.__setattr__(self, name, value)  # an int, where a number of numpy was given
         if not isinstance(self.text, str):

@@ -69,7 +69,8 @@ def evaluate(
     refused_only : bool
         Only prompts refused with an exact cache; no others can flip.
     full_responses : bool
-        Generate every response in full. Costs, per recipe and prompt, one prefill and ``max_new_tokens`` decode steps.
+        Generate every response in full. Costs, per recipe and prompt, one prefill and ``max_new_tokens`` decode steps,
+        and those of its reasoning.
     **options
         Attributes of :class:`~kvgeom.evaluation.config.RunConfig`, and options of :func:`kvgeom.load`.
 
@@ -205,7 +206,7 @@ def _record(base: Baseline, answer: Answer, full_responses: bool) -> dict[str, A
 def _exact(base: Baseline, index: int) -> dict[str, Any]:
     tokens = base.tokens[index]
     return {
-        "text": base.model.decode(tokens),
+        "text": base.reader.text(tokens),
         "label": base.labels[index],
         "reason": base.reasons[index],
         "margin": base.exact_margin(index),
@@ -261,6 +262,8 @@ def _outcomes(
         "recipes": {name: str(each.recipe) for name, each in conditions.items() if name != EXACT},
         "judge": base.judge.name,
         "max_new_tokens": base.max_new_tokens,
+        "max_reasoning_tokens": base.run.max_reasoning_tokens,
+        "begins_with_reasoning": base.begins_with_reasoning,
         "asked": len(base.prompts),
         "full_responses": full_responses,
         "seed": base.run.seed,

@@ -52,6 +52,7 @@ def made_with(model: Model, harmful: Iterable[str], harmless: Iterable[str] = ()
         "model": model.name,
         "fingerprint": model.fingerprint,
         "weights": model.weights,
+        **({"template_options": dict(options)} if (options := getattr(model, "template_options", None)) else {}),
         "prompt_set": fingerprint(harmful, harmless),
         "versions": versions(),
     }

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvgeom.errors import InputError, unknown
 from kvgeom.evaluation.condition import COORDINATES, EXACT
-from kvgeom.judges.judge import LABELS, Label
+from kvgeom.judges.judge import LABELS, UNENDED_REASON, Label
 from kvgeom.results import Result
 from kvgeom.stats import wilson
 from kvgeom.words import counted
@@ -23,11 +23,27 @@ if TYPE_CHECKING:
 #: What may become of a refusal.
 LOST: tuple[Label, ...] = tuple(label for label in LABELS if label != "refused")
 #: What ``meta`` of a result has from the outcomes that it is drawn from.
-SHARED = ("model", "fingerprint", "weights", "prompt_set", "judge", "max_new_tokens", "seed", "versions")
+SHARED = (
+    *(
+        "model",
+        "fingerprint",
+        "weights",
+        "template_options",
+        "prompt_set",
+        "judge",
+        "max_new_tokens",
+        "max_reasoning_tokens",
+    ),
+    *("begins_with_reasoning", "seed", "versions"),
+)
 #: What ``meta`` of outcomes that are joined must agree on.
-ALIKE = ("model", "fingerprint", "judge", "max_new_tokens", "full_responses")
+ALIKE = ("model", "fingerprint", "judge", "max_new_tokens", "max_reasoning_tokens", "full_responses")
 #: What a recipe or prompt that both have must have the same of.
 SAME = {"recipe": (*COORDINATES, "placement"), "prompt": ("request",)}
+#: Why a model whose responses begin with reasoning has no margins.
+NO_MARGIN = (
+    "Refusal margins are not measured: responses begin with reasoning, whose first token says nothing of refusal."
+)
 #: Both parts have all variables and agree on what they share.
 CONCAT: dict[str, Any] = {"data_vars": "minimal", "coords": "minimal", "compat": "equals", "join": "exact"}
 
@@ -42,12 +58,12 @@ class Outcomes(Result):
     variables are
 
     - ``label``, ``reason`` (why this label) and ``text``: the response as far as the judge reads, or in full where
-      ``meta["full_responses"]``;
+      ``meta["full_responses"]``, with reasoning between ``<think>`` and ``</think>`` whatever the model's own markers are;
     - ``tokens``: how many tokens that is, and ``divergence``: the first of them that is not that of the exact cache
       (-1: none);
-    - ``margin`` (nats; NaN where the model refuses nothing) and ``kl`` (nats, of the rounded from the exact
-      distribution), both at the first response position;
-    - ``likelihood`` (nats per token, mean): of the response with an exact cache; NaN where it was not
+    - ``margin`` (nats; NaN where the model refuses nothing, or its responses begin with reasoning) and ``kl`` (nats, of
+      the rounded from the exact distribution), both at the first response position;
+    - ``likelihood`` (nats per token, mean): of the answer with an exact cache; NaN where it was not
       measured.
 
     ``meta["asked"]`` is how many prompts the model with an exact cache was asked, not all of which need be here.
@@ -135,7 +151,7 @@ class Outcomes(Result):
     def _check_alike(self, other: Outcomes) -> None:
         """Check that all that both have stands for the same in both."""
         for name in ALIKE:
-            mine, theirs = self.meta[name], other.meta[name]
+            mine, theirs = self.meta.get(name), other.meta.get(name)
             if mine != theirs:
                 raise InputError(f"outcomes cannot be joined: {name} is {mine!r} in one and {theirs!r} in the other")
         for dim, columns in SAME.items():
@@ -170,6 +186,10 @@ class Outcomes(Result):
         """How many prompts have each label."""
         labels = self.data.label.sel(recipe=recipe).values
         return {label: int((labels == label).sum()) for label in LABELS}
+
+    def unended(self, recipe: str = EXACT) -> int:
+        """How many responses ended inside their reasoning, and are neither refusal nor compliance."""
+        return sum(str(reason).startswith(UNENDED_REASON) for reason in self.data.reason.sel(recipe=recipe).values)
 
     def flipped(self, recipe: str, to: Label | None = None) -> NDArray[np.bool_]:
         """Which prompts refused with an exact cache are labelled otherwise (as ``to``, if given) under ``recipe``."""
@@ -257,4 +277,10 @@ class Outcomes(Result):
             counted(self.data.sizes["prompt"], "prompt"),
             counted(self.data.sizes["recipe"] - 1, "recipe"),
         )
-        return f"{prompts} under {recipes}, with an exact cache {self.counts()}"
+        unended = sum(self.unended(str(name)) for name in self.data.recipe.values)
+        parts = [
+            f"{prompts} under {recipes}, with an exact cache {self.counts()}",
+            *([f"{counted(unended, 'response')} ended inside the reasoning"] if unended else []),
+            *(["no margins, as responses begin with reasoning"] if self.meta.get("begins_with_reasoning") else []),
+        ]
+        return "; ".join(parts)

@@ -16,7 +16,6 @@ import torch
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.respond import respond
 from kvgeom.evaluation.scores import kl_divergence
-from kvgeom.judges.judge import settles
 from kvgeom.models.batching import in_batches, rows_per_batch
 from kvgeom.models.cache import EditedCache
 from kvgeom.quant.placement import Placement
@@ -26,6 +25,8 @@ from kvgeom.quant.recipe import Recipe
 #: So many tokens of a draft are checked in the pass over its prompt. Recipes that round the whole cache have mostly left
 #: it by then; single layers mostly never do, and the second pass costs them nothing but reading the weights once more.
 OPENING = 4
+#: The rest is checked in pieces of so many tokens: reasoning is long, and the logits of all of it would fill the memory.
+PIECE = 256
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class PartialResponse:
-    """A response to be finished: its tokens so far, the next one, and the cache of all before that."""
+    """A response to prompt number ``prompt``: its tokens so far, the next one, and the cache of all before that."""
 
+    prompt: int
     tokens: Sequence[int]
     next_token: int
     cache: EditedCache
@@ -118,13 +120,14 @@ def _verify_prompt(
 
 
 def _stages(base: Baseline, index: int, placement: Placement) -> list[Sequence[int]]:
-    """Prompt and draft in the pieces in which they are run: up to the opening's last check, and the rest."""
+    """Prompt and draft in the pieces in which they are run: up to the opening's last check, and what is left of the draft."""
     prompt, draft = base.prompts[index].ids, base.tokens[index]
     # The last token of a draft is only read where one more argmax, the end, is to be checked.
     ids = [*prompt, *(draft if base.ended[index] else draft[:-1])]
     # An engine whose prefill reads exact values rounds after it: prompt and response are two calls there.
     cut = len(prompt) + (0 if placement.prefill_reads == "exact" else OPENING - 1)
-    return [part for part in (ids[:cut], ids[cut:]) if part]
+    rest = [ids[begin : begin + PIECE] for begin in range(cut, len(ids), PIECE)]
+    return [ids[:cut], *rest]
 
 
 def _verify_batch(
@@ -163,7 +166,7 @@ def _verify_batch(
                 found.append(answer)
             else:
                 left = cache.row(place + 1, prompt_tokens + at)
-                found.append(_Diverged(answer, PartialResponse(answer.tokens, token, left)))
+                found.append(_Diverged(answer, PartialResponse(index, answer.tokens, token, left)))
         alive, checked = [alive[place] for place in agree], checked + last
         if not alive:
             break
@@ -203,22 +206,19 @@ def complete(base: Baseline, partial: Sequence[PartialResponse]) -> Iterator[tup
     """Whole responses, each until its label is settled; as many are decoded together as memory holds."""
 
     def run(part: Sequence[PartialResponse]) -> list[list[int]]:
+        prompts = [base.prompts[row.prompt] for row in part]
+        watch = base.reader.watch(prompts)
         return base.model.generate(
             [row.cache for row in part],
             [row.next_token for row in part],
-            base.max_new_tokens,
+            max(base.reader.longest(prompt) for prompt in prompts),
             batch_size=len(part),
-            stop=lambda row, tokens: _settled(base, [*part[row].tokens, *tokens]),
+            stop=lambda row, tokens: watch(row, [*part[row].tokens, *tokens]),
         )
 
     for part, responses in in_batches(partial, base.batch_rows, run):
         for row, tokens in zip(part, responses, strict=True):
             yield (*row.tokens, *tokens)
-
-
-def _settled(base: Baseline, tokens: Sequence[int]) -> bool:
-    """Whether a response needs no more tokens."""
-    return len(tokens) >= base.max_new_tokens or settles(base.judge, base.model.decode(tokens))
 
 
 def generated(
@@ -234,18 +234,18 @@ def generated(
     With ``full`` to the end, else until the label is settled.
     """
     model, rows = base.model, base.batch_rows
-    stop = None if full else lambda _row, tokens: _settled(base, tokens)
     for name in recipes:
         chosen = [index for index, names in work.items() if name in names]
         for begin in range(0, len(chosen), rows):
             part = chosen[begin : begin + rows]
+            prompts = [base.prompts[index] for index in part]
             found = respond(
                 model,
-                [base.prompts[index] for index in part],
-                base.max_new_tokens,
+                prompts,
+                max(base.reader.longest(prompt) for prompt in prompts),
                 caches=[model.new_cache(Quantizer(recipes[name], placement)) for _ in part],
                 batch_size=rows,
-                stop=stop,
+                stop=base.reader.watch(prompts, to_end=full),
             )
             margins = base.margins(found.first_logits)
             for row, (index, tokens) in enumerate(zip(part, found.tokens, strict=True)):

@@ -20,7 +20,7 @@ from kvgeom.evaluation.respond import respond
 from kvgeom.evaluation.scores import kl_divergence, margin, refusal_tokens
 from kvgeom.geometry.estimators import defined_at, difference_of_means
 from kvgeom.geometry.fitted import FittedSpace
-from kvgeom.geometry.steering import ablate, add, label_responses
+from kvgeom.geometry.steering import ablate, add, label_openings
 from kvgeom.judges.judge import Judge
 from kvgeom.judges.registry import as_judge
 from kvgeom.models.model import EncodedPrompt, Model
@@ -374,5 +374,5 @@ def opening_tokens(
     model, prompts = opened(model, prompts, load_options, progress)
     with shown(progress), bar("what refusals begin with", 2 * len(prompts)) as drawn:
         found = respond(model, prompts, max_new_tokens, on_done=drawn.update)
-    labels = label_responses(model, prompts, found, as_judge(judge))
+    labels = label_openings(model, prompts, found, as_judge(judge))
     return refusal_tokens(found.first_logits.argmax(-1).tolist(), [label == "refused" for _, label in labels])

@@ -18,9 +18,10 @@ from kvgeom.checks import suggests, whole
 from kvgeom.errors import InputError
 from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.evaluation.inputs import as_encoded, made_with, opened
+from kvgeom.evaluation.reader import Reader
 from kvgeom.evaluation.respond import Responses, respond
 from kvgeom.evaluation.scores import mean_log_likelihood
-from kvgeom.judges.judge import LABELS, Judge, judgement
+from kvgeom.judges.judge import LABELS, Judge
 from kvgeom.judges.registry import as_judge
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import bar, shown
@@ -142,6 +143,7 @@ def steer(
     scale: float = 1.0,
     judge: Judge | str | None = None,
     max_new_tokens: int = 24,
+    max_reasoning_tokens: int = 1024,
     progress: bool = True,
     **load_options: Any,
 ) -> Steering:
@@ -160,6 +162,9 @@ def steer(
         Multiplies what is added.
     judge : Judge or str, optional
     max_new_tokens : int
+        Longest answer.
+    max_reasoning_tokens : int
+        Longest reasoning before it, of models that reason.
     **load_options
         Of :func:`kvgeom.load`.
 
@@ -175,6 +180,7 @@ def steer(
     model, harmful = opened(model, harmful, load_options, progress)
     harmless = as_encoded(model, _harmless(harmless))
     labeller, layer = as_judge(judge), whole("layer", layer, 0, model.geometry.layers - 1)
+    reader = Reader(model, labeller, max_new_tokens, whole("max_reasoning_tokens", max_reasoning_tokens, 1))
     r = torch.from_numpy(np.asarray(direction, dtype=np.float32))
     if r.shape != (model.geometry.d_model,) or not 0 < float(r.norm()) < math.inf:
         raise InputError(
@@ -192,9 +198,16 @@ def steer(
     total = 2 * sum(len(asked) for _, asked, _ in runs)
     with shown(progress), bar("responses with the direction", total) as drawn:
         for number, (name, asked, edit) in enumerate(runs):
-            found = respond(model, asked, max_new_tokens, edit_resid=edit, on_done=drawn.update)
+            found = respond(
+                model,
+                asked,
+                max(map(reader.longest, asked), default=max_new_tokens),
+                edit_resid=edit,
+                stop=reader.watch(asked, to_end=True),
+                on_done=drawn.update,
+            )
             first = len(harmful) if name == "add" else 0
-            for index, (text, label) in enumerate(label_responses(model, asked, found, labeller), start=first):
+            for index, (text, label) in enumerate(label_responses(reader, asked, found), start=first):
                 labels[number, index], texts[number, index] = label, text
     dims = ("intervention", "prompt")
     data = xr.Dataset(
@@ -212,6 +225,7 @@ def steer(
         "scale": scale,
         "judge": labeller.name,
         "max_new_tokens": max_new_tokens,
+        "max_reasoning_tokens": reader.max_reasoning_tokens,
     }
     return Steering(data, meta)
 
@@ -226,17 +240,33 @@ def _harmless(given: Any) -> Any:
     return found.harmless
 
 
-def label_responses(
-    model: Model, prompts: Sequence[EncodedPrompt], responses: Responses, judge: Judge
-) -> list[tuple[str, str]]:
+def label_responses(reader: Reader, prompts: Sequence[EncodedPrompt], responses: Responses) -> list[tuple[str, str]]:
     """Text and label of each response. The judge may ask for its likelihood under the model without intervention."""
     found: list[tuple[str, str]] = []
     for prompt, tokens in zip(prompts, responses.tokens, strict=True):
-        text = model.decode(tokens)
 
-        def likelihood(prompt: EncodedPrompt = prompt, tokens: list[int] = tokens) -> float:
-            logits = model.forward([*prompt.ids, *tokens[:-1]], all_logits=True)[len(prompt) - 1 :]
-            return mean_log_likelihood(logits, tokens)
+        def likelihood(read: Sequence[int], begin: int, prompt: EncodedPrompt = prompt) -> float:
+            logits = reader.model.forward([*prompt.ids, *read[:-1]], all_logits=True)[len(prompt) - 1 + begin :]
+            return mean_log_likelihood(logits, read[begin:])
 
-        found.append((text, judgement(judge, prompt.text, text, likelihood).label))
+        found.append((reader.text(tokens), reader.judged(prompt, tokens, likelihood).label))
     return found
+
+
+def label_openings(
+    model: Model, prompts: Sequence[EncodedPrompt], responses: Responses, judge: Judge
+) -> list[tuple[str, str]]:
+    """Text and label of responses whose first tokens are to stand for their labels.
+
+    Raises
+    ------
+    InputError
+        If responses begin with reasoning: their first tokens say nothing of refusal.
+    """
+    reader = Reader(model, judge, max(map(len, responses.tokens), default=1), 1)
+    if any(reader.begin(tokens) != 0 for tokens in responses.tokens):
+        raise InputError(
+            f"responses of {model.name} begin with reasoning, whose first token says nothing of refusal; load the model so that "
+            "it does not reason (template_options), or give tokens"
+        )
+    return label_responses(reader, prompts, responses)

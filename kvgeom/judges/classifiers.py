@@ -13,6 +13,7 @@ from kvgeom.judges.guard_model import GuardModel, check_access, load_guard
 from kvgeom.judges.guards import Guard, guards, recognise
 from kvgeom.judges.judge import Judgement, Label
 from kvgeom.judges.keyword import KeywordJudge
+from kvgeom.judges.reasoning import answer_of
 from kvgeom.judges.registry import register_family
 from kvgeom.models.device import device_and_dtype
 from kvgeom.models.hub import check_folder
@@ -225,8 +226,14 @@ class ClassifierJudge:
         show: bool,
         on_label: Callable[[int, Judgement], None] | None = None,
     ) -> list[Judgement]:
+        answers = [answer_of(response) for response in responses]
         judgements = [self.keyword.label(*row) for row in zip(requests, responses, likelihoods, strict=True)]
-        open_ = [index for index, judgement in enumerate(judgements) if judgement.label != "degenerate"]
+        responses = [answer or "" for answer in answers]
+        open_ = [
+            index
+            for index, judgement in enumerate(judgements)
+            if judgement.label != "degenerate" and answers[index] is not None
+        ]
         tell = on_label or (lambda index, judgement: None)
         for index in {*range(len(judgements))} - {*open_}:
             tell(index, judgements[index])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvgeom.checks import suggests
-from kvgeom.judges.judge import Judgement
+from kvgeom.judges.judge import Judgement, of_answer
 from kvgeom.judges.loops import letter_loop_share, loop_share, packed, words_of
 from kvgeom.judges.phrases import (
     ASKS_FOR_TEXT,
@@ -100,6 +100,7 @@ class KeywordJudge:
             f"opening {self.opening})"
         )
 
+    @of_answer
     def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Judgement:
         """Label one response; see the class."""
         answer = answer_of(response)

@@ -94,8 +94,9 @@ def is_random(rule: str) -> bool:
 def layer_orders(base: Baseline, recipe: Recipe, placement: Placement) -> dict[str, list[int]]:
     """Every layer by every rule of :class:`LayerSelection`, best first.
 
-    Margins are those of the first response token. Under a placement whose prompt reads exact values they could not
-    change, so they are measured there as if it read rounded ones.
+    Margins are those of the first response token. Where it says nothing of refusal (no R), the divergence of its distribution
+    stands for them. Under a placement whose prompt reads exact values they could not change, so they are measured there as if
+    it read rounded ones.
 
     Costs, per refused prompt, two passes and half a pass for every layer.
     """
@@ -112,7 +113,8 @@ def layer_orders(base: Baseline, recipe: Recipe, placement: Placement) -> dict[s
             placement=placement,
             title="layers by margin lost",
         )
-        return [float(drop) for drop in patched.margin_drop.mean(("prompt", "scheme")).values]
+        lost = patched.margin_drop if base.refusal_tokens else patched.data.kl
+        return [float(drop) for drop in lost.mean(("prompt", "scheme")).values]
 
     key = {"measure": "margin lost by layer", "recipe": recipe.record(), "placement": str(placement)}
     drop = np.array(base.journal.remember(key, measure))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kvgeom.checks import suggests
 from kvgeom.errors import InputError, unknown
 from kvgeom.evaluation.baseline import opened
-from kvgeom.evaluation.config import RUN_OPTIONS, split_options
+from kvgeom.evaluation.config import RUN_OPTIONS, RunConfig, split_options
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import opened_on
 from kvgeom.mitigation.layers import LayerSelection
@@ -67,7 +67,8 @@ class Plan:
     selection : LayerSelection
     judge : str
         That labelled the responses.
-    max_new_tokens : int
+    max_new_tokens, max_reasoning_tokens : int
+        Longest answer, and longest reasoning before it.
     calibration : tuple of str
         Hashes of the requests that chose it.
     verified : dict or None
@@ -90,6 +91,7 @@ class Plan:
     max_new_tokens: int
     calibration: tuple[str, ...] = field(repr=False)
     verified: dict[str, Any] | None = field(default=None, repr=False)
+    max_reasoning_tokens: int = RunConfig.max_reasoning_tokens
 
     @property
     def unmitigated(self) -> Candidate:
@@ -164,8 +166,8 @@ class Plan:
         controls : int
             Draws of random directions for every cache but the paper's; 0 for none.
         **options
-            Attributes of :class:`~kvgeom.evaluation.config.RunConfig` (but for ``max_new_tokens``, which is that of the
-            plan), and options of :func:`kvgeom.load`. ``judge`` is the one that the plan was made with. Harmless prompts
+            Attributes of :class:`~kvgeom.evaluation.config.RunConfig` (but for ``max_new_tokens`` and
+            ``max_reasoning_tokens``, which are those of the plan), and options of :func:`kvgeom.load`. ``judge`` is the one that the plan was made with. Harmless prompts
             have a journal of their own beside ``journal``, ``*-harmless.jsonl``.
 
         Raises
@@ -174,9 +176,10 @@ class Plan:
             If model or judge is another one, there are no harmful prompts, one of the prompts chose the plan, or an
             option is unknown.
         """
-        if "max_new_tokens" in options:
-            raise InputError(f"a plan is verified with the response length it was made with, {self.max_new_tokens}")
-        run, loading = split_options({**options, "max_new_tokens": self.max_new_tokens})
+        lengths = {name: getattr(self, name) for name in ("max_new_tokens", "max_reasoning_tokens")}
+        for name in lengths.keys() & options.keys():
+            raise InputError(f"a plan is verified with the {name} it was made with, {lengths[name]}; leave it out")
+        run, loading = split_options({**options, **lengths})
         proving = held_out() if prompts is None else as_prompt_set(prompts)
         if run.judge.name != self.judge:
             raise InputError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvgeom.errors import InputError
+from kvgeom.evaluation.config import RunConfig
 from kvgeom.mitigation.candidates import Candidate
 from kvgeom.mitigation.layers import LayerSelection
 from kvgeom.mitigation.search import Search
@@ -61,6 +62,7 @@ def written(plan: Mapping[str, Any], overhead: Callable[[Candidate], float]) -> 
         "verified": plan["verified"],
         "judge": plan["judge"],
         "max_new_tokens": plan["max_new_tokens"],
+        "max_reasoning_tokens": plan["max_reasoning_tokens"],
         "candidates": [as_json(candidate) for candidate in plan["candidates"]],
         "search": {"meta": plan["search"].meta, "records": plan["search"].records()},
         "selection": plan["selection"] and {"meta": plan["selection"].meta, "records": plan["selection"].records()},
@@ -102,6 +104,7 @@ def _attributes(record: dict[str, Any]) -> dict[str, Any]:
     model, search, selection = record["model"], record["search"], record["selection"]
     return {
         **{name: record[name] for name in ("scheme", "mode", "paper_mode", "judge", "max_new_tokens", "verified")},
+        "max_reasoning_tokens": record.get("max_reasoning_tokens", RunConfig.max_reasoning_tokens),
         "model": model["name"],
         "identity": model["identity"],
         "geometry": KVGeometry(**{field.name: model[field.name] for field in dataclasses.fields(KVGeometry)}),

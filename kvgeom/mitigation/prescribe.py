@@ -102,6 +102,7 @@ def prescribe(
         selection=selection,
         judge=base.judge.name,
         max_new_tokens=base.max_new_tokens,
+        max_reasoning_tokens=base.run.max_reasoning_tokens,
         calibration=tuple(request_hash(text) for text in (*diagnosis.prompts.harmful, *harmless)),
     )
 

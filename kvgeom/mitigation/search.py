@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan
 from typing import Any, ClassVar
 
 import numpy as np
@@ -166,4 +167,5 @@ def recovery_columns(outcomes: Outcomes, names: Sequence[str]) -> dict[str, list
 
 def preference(row: Mapping[str, Any]) -> tuple[float, float, float]:
     """Sorts records of candidates, best first: fewest flips; of equals fewest bytes, then least margin lost."""
-    return row["flips"], row["bytes_per_token"], row["margin_drop"]
+    lost = row["margin_drop"]
+    return row["flips"], row["bytes_per_token"], 0.0 if isnan(lost) else lost

@@ -44,7 +44,8 @@ def register_backend(
         must be cheap and must not fail.
     make : callable (object, tokenizer, *, name, template) -> Model
         Makes a :class:`~kvgeom.models.model.Model` of an object that it ``wraps``, or of a loaded transformers model.
-        ``tokenizer``, ``name`` (str) and ``template`` (Jinja text) may be None where the object has its own.
+        ``tokenizer``, ``name`` (str) and ``template`` (Jinja text) may be None where the object has its own. Where a user
+        gives ``template_options`` they are a keyword too; one that does not take it serves users who give none.
     remote : bool
         Whether ``make`` also takes ``remote``, which says where the model runs.
 

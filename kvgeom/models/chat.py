@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateSyntaxError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kvgeom.errors import InputError, ModelError
 from kvgeom.models.model import EncodedPrompt
@@ -12,6 +17,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _REQUEST_MARK = "\u2063kvgeom-request\u2063"
+#: Options with which templates are told whether the model shall reason.
+SWITCHES = ("enable_thinking", "thinking")
+#: What transformers hands to every template.
+_ALWAYS = frozenset(
+    {
+        *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
+        *("raise_exception", "strftime_now"),
+        *(f"{token}_token" for token in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")),
+    }
+)
+_JINJA = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+#: A tag that transformers adds to Jinja.
+_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 
 
 class ChatTemplate:
@@ -27,21 +45,31 @@ class ChatTemplate:
         Of the model, for messages.
     max_context : int
         Tokens that the model can read.
+    options : mapping, optional
+        Variables that are handed to the template, such as ``{"enable_thinking": False}``.
 
     Attributes
     ----------
     text : str
         Jinja text of the template.
+    options : dict
 
     Raises
     ------
     InputError
-        If the tokenizer is something else.
+        If the tokenizer is something else, or the template does not use an option.
     ModelError
         If there is no template, it fails, or it does not show a request exactly once; or if the tokenizer is slow.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None, name: str, max_context: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str | None,
+        name: str,
+        max_context: int,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         if not hasattr(tokenizer, "apply_chat_template"):
             raise InputError(
                 f"the tokenizer of {name} must be one of transformers, got {tokenizer!r}; load it with "
@@ -55,8 +83,28 @@ class ChatTemplate:
         if not tokenizer.is_fast:
             raise ModelError(f"the tokenizer of {name} is a slow one; kvgeom needs a fast tokenizer")
         self.text = str(own)
+        self.options = dict(options or {})
         self._tokenizer, self._name, self._max_context = tokenizer, name, max_context
-        self._prefix, self._suffix = self._render(_REQUEST_MARK).split(_REQUEST_MARK)
+        _check_options(self.options, self.text, name)
+        self._prefix, self._suffix = self._render(_REQUEST_MARK, self.options).split(_REQUEST_MARK)
+        # Found now: what keeps a lock to find it later (cached_property of Python 3.11) cannot be sent with a model.
+        #: The option that would switch off reasoning, which the template now asks for or leaves to the model.
+        self.reasoning_switch = self._switch()
+
+    @property
+    def suffix(self) -> str:
+        """What a prompt has after the request."""
+        return self._suffix
+
+    @property
+    def signature(self) -> str:
+        """What tells templates apart: text and options."""
+        return signature(self.text, self.options)
+
+    def _switch(self) -> str | None:
+        whole, known = self._prefix + _REQUEST_MARK + self._suffix, template_variables(self.text)
+        off = {name: {**self.options, name: False} for name in SWITCHES if name in known}
+        return next((name for name in off if self._render(_REQUEST_MARK, off[name]) != whole), None)
 
     def encode(self, requests: Sequence[str]) -> list[EncodedPrompt]:
         """Put each request into the template and find its tokens; see :meth:`kvgeom.models.model.Model.encode`."""
@@ -79,7 +127,7 @@ class ChatTemplate:
         inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start and b > a]
         return EncodedPrompt(text=request, ids=tuple(ids), instruction=slice(inside[0], inside[-1] + 1))
 
-    def _render(self, request: str) -> str:
+    def _render(self, request: str, options: Mapping[str, Any]) -> str:
         try:
             rendered = str(
                 self._tokenizer.apply_chat_template(
@@ -87,6 +135,7 @@ class ChatTemplate:
                     chat_template=self.text,
                     tokenize=False,
                     add_generation_prompt=True,
+                    **options,
                 )
             )
         except Exception as error:  # a template is a program of the user's; whatever it raises is bad input
@@ -96,3 +145,28 @@ class ChatTemplate:
                 f"the chat template of {self._name} shows a request {rendered.count(request)} times; it must show it once"
             )
         return rendered
+
+
+def signature(text: str, options: Mapping[str, Any]) -> str:
+    """Text and options of a template as one text, which without options is the template's."""
+    return text + ("\n" + json.dumps(dict(options), sort_keys=True, default=str) if options else "")
+
+
+def template_variables(text: str) -> frozenset[str]:
+    """Variables that a chat template reads and does not set before, without those that every template is given.
+
+    Empty for one that Jinja cannot read.
+    """
+    try:
+        found = meta.find_undeclared_variables(_JINJA.parse(_GENERATION.sub("", text)))
+    except TemplateSyntaxError:
+        return frozenset()
+    return frozenset(found) - _ALWAYS - _JINJA.globals.keys()
+
+
+def _check_options(options: Mapping[str, Any], text: str, name: str) -> None:
+    known = sorted(template_variables(text))
+    for option in options:
+        if option not in known:
+            uses = f"it uses {', '.join(known)}" if known else "it uses none"
+            raise InputError(f"the chat template of {name} does not use the template option {option!r}; {uses}")

@@ -72,7 +72,13 @@ def fold(model: Model, recipe: Recipe, sites: Collection[Site] = ("k", "v")) -> 
             if scheme is not None and scheme.transform != "none":
                 _fold_site(edited, recipe, layer, site, scheme)
     _load_biases(edited.hf_model, model.name)
-    folded = HFModel(edited.hf_model, edited.tokenizer, name=edited.name, template=edited.template)
+    folded = HFModel(
+        edited.hf_model,
+        edited.tokenizer,
+        name=edited.name,
+        template=edited.template,
+        template_options=edited.template_options,
+    )
     _check_same(model, folded)
     return folded
 

@@ -30,7 +30,13 @@ def copied(model: Model, name: str | None = None) -> Model:
     Call it once more after the last edit: a model's fingerprint is taken when it is made.
     """
     own = editable(model)
-    return HFModel(copy.deepcopy(own.hf_model), own.tokenizer, name=name or own.name, template=own.template)
+    return HFModel(
+        copy.deepcopy(own.hf_model),
+        own.tokenizer,
+        name=name or own.name,
+        template=own.template,
+        template_options=own.template_options,
+    )
 
 
 def editable(model: Model) -> HFModel:

@@ -49,9 +49,13 @@ class HFModel:
         How results and reports call the model.
     template : str, optional
         A Jinja chat template, for models without one of their own (or to replace it).
+    template_options : mapping, optional
+        Variables that are handed to the template, such as ``{"enable_thinking": False}``.
 
     Raises
     ------
+    InputError
+        If the template does not use an option.
     ModelError
         If the model has no decoder layers or no cache that kvgeom can reach, or no chat template.
     """
@@ -60,7 +64,13 @@ class HFModel:
     branches_late = True
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, template: str | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.hf_model: Any = model
         self.hf_model.train(False)
@@ -69,10 +79,11 @@ class HFModel:
         self._config: Any = model.config.get_text_config()
         self._layers = decoder_layers(model, int(self._config.num_hidden_layers), name)
         self.max_context = int(getattr(self._config, "max_position_embeddings", None) or 2**31)
-        self._chat = ChatTemplate(tokenizer, template, name, self.max_context)
-        self.template = self._chat.text
+        self._chat = ChatTemplate(tokenizer, template, name, self.max_context, template_options)
+        self.template, self.template_options = self._chat.text, self._chat.options
+        self._suffix = self._chat.suffix
         self.geometry = read_geometry(model, self._config, self._layers, name)
-        self.fingerprint = weights_fingerprint(model, self.template)
+        self.fingerprint = weights_fingerprint(model, self._chat.signature)
         self.identity = weights_identity(model)
         self.weights = weights_stored(model)
         self.vocabulary = int(self._config.vocab_size)
@@ -107,6 +118,17 @@ class HFModel:
 
     def tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def written(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    @property
+    def prompt_end(self) -> str:
+        return self._suffix
+
+    @property
+    def reasoning_switch(self) -> str | None:
+        return self._chat.reasoning_switch
 
     def decode(self, ids: Sequence[int]) -> str:
         # Many files cannot hold a NUL.
@@ -313,8 +335,16 @@ class HFModel:
             yield
 
 
-def _make(model: Any, tokenizer: Any, *, name: str | None, template: str | None) -> HFModel:
-    return HFModel(model, tokenizer, name=name or model_name(model), template=template)
+def _make(
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str | None,
+    template: str | None,
+    template_options: Mapping[str, Any] | None = None,
+) -> HFModel:
+    own = name or model_name(model)
+    return HFModel(model, tokenizer, name=own, template=template, template_options=template_options)
 
 
 register_backend("hf", wraps=lambda model: isinstance(model, PreTrainedModel), make=_make)

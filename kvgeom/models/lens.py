@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from kvgeom.errors import InputError, ModelError
 from kvgeom.models.backends import from_package, register_backend
+from kvgeom.models.chat import signature
 from kvgeom.models.hf import HFModel
 from kvgeom.models.modules import model_name, weights_fingerprint, weights_identity
 
@@ -22,7 +24,7 @@ class LensModel(HFModel):
     Parameters
     ----------
     bridge : TransformerBridge
-    name, template
+    name, template, template_options
         As in :class:`~kvgeom.models.hf.HFModel`; the bridge's own name by default.
     tokenizer : PreTrainedTokenizerBase, optional
         The bridge's own by default.
@@ -31,7 +33,13 @@ class LensModel(HFModel):
     backend = "lens"
 
     def __init__(
-        self, bridge: Any, *, name: str | None = None, tokenizer: Any = None, template: str | None = None
+        self,
+        bridge: Any,
+        *,
+        name: str | None = None,
+        tokenizer: Any = None,
+        template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.bridge = bridge
         super().__init__(
@@ -39,10 +47,19 @@ class LensModel(HFModel):
             tokenizer or bridge.tokenizer,
             name=name or str(bridge.cfg.model_name),
             template=template,
+            template_options=template_options,
         )
 
     @classmethod
-    def around(cls, hf_model: Any, tokenizer: Any, *, name: str, template: str | None = None) -> LensModel:
+    def around(
+        cls,
+        hf_model: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> LensModel:
         """Put a bridge around a transformers model, which it changes: modules are replaced, attention becomes eager."""
         try:
             from transformer_lens.model_bridge import TransformerBridge
@@ -53,7 +70,9 @@ class LensModel(HFModel):
         if not getattr(hf_model.config, "architectures", None):  # models that were not loaded from a checkpoint
             hf_model.config.architectures = [type(hf_model).__name__]
         # Before the bridge splits fused projections, so that a model has one fingerprint on all backends.
-        fingerprint = weights_fingerprint(hf_model, template or tokenizer.chat_template or "")
+        fingerprint = weights_fingerprint(
+            hf_model, signature(template or tokenizer.chat_template or "", template_options or {})
+        )
         identity = weights_identity(hf_model)
         # The bridge makes a tokenizer with a BOS token out of the one it gets, which must know its own name for that.
         theirs = copy.deepcopy(tokenizer)
@@ -62,7 +81,7 @@ class LensModel(HFModel):
             bridge = TransformerBridge.boot_transformers(name, hf_model=hf_model, tokenizer=theirs)
         except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
             raise ModelError(f"TransformerLens cannot wrap {name} ({error}); use backend='hf'") from error
-        model = cls(bridge, name=name, tokenizer=tokenizer, template=template)
+        model = cls(bridge, name=name, tokenizer=tokenizer, template=template, template_options=template_options)
         model.fingerprint, model.identity = fingerprint, identity
         return model
 
@@ -71,14 +90,22 @@ class LensModel(HFModel):
         return logits
 
 
-def _make(model: Any, tokenizer: Any, *, name: str | None, template: str | None) -> LensModel:
+def _make(
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str | None,
+    template: str | None,
+    template_options: Mapping[str, Any] | None = None,
+) -> LensModel:
+    chat: dict[str, Any] = {"template": template, "template_options": template_options}
     if not of_transformer_lens(model):
-        return LensModel.around(model, tokenizer, name=name or model_name(model), template=template)
+        return LensModel.around(model, tokenizer, name=name or model_name(model), **chat)
     if not hasattr(model, "original_model"):
         raise InputError(
             f"a {type(model).__name__} is no TransformerBridge; of TransformerLens, kvgeom takes only that"
         )
-    return LensModel(model, tokenizer=tokenizer, name=name, template=template)
+    return LensModel(model, tokenizer=tokenizer, name=name, **chat)
 
 
 of_transformer_lens = from_package("transformer_lens")

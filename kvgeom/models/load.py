@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
@@ -53,6 +56,7 @@ class LoadOptions(PretrainedOptions, total=False):
     backend: str | None
     remote: bool | Literal["local"]
     template: str | Path | None
+    template_options: Mapping[str, Any] | None
     dtype: torch.dtype | str | None
     device: str | None
     revision: str | None
@@ -76,6 +80,7 @@ def load(
     backend: str | None = None,
     remote: bool | Literal["local"] = False,
     template: str | Path | None = None,
+    template_options: Mapping[str, Any] | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | None = None,
     revision: str | None = None,
@@ -108,6 +113,9 @@ def load(
         Where an nnsight model runs; see :class:`~kvgeom.models.nnsight.NNsightModel`.
     template : str or Path, optional
         Chat template, as Jinja text or a file with it, for models without one of their own.
+    template_options : mapping, optional
+        Variables that the chat template reads, such as ``{"enable_thinking": False}``, which keeps Qwen3 and others from
+        reasoning before they answer. They are part of the model's fingerprint.
     dtype : torch.dtype or str, optional
         By default float32 on a CPU, where comparisons are exact, and the checkpoint's own on an accelerator.
     device : str, optional
@@ -124,7 +132,8 @@ def load(
     Raises
     ------
     InputError
-        If there is no model there, or not a whole one; if an option is unknown, or does not apply to a loaded model.
+        If there is no model there, or not a whole one; if an option is unknown, does not apply to a loaded model, or is not
+        one of its chat template's.
     ModelError
         If it loads but lacks what is needed, such as a chat template.
     """
@@ -140,7 +149,13 @@ def load(
         "trust_remote_code": trust_remote_code or None,
         **options,
     }
-    wrapping = {"tokenizer": tokenizer, "name": name, "template": template, "remote": remote or None}
+    wrapping = {
+        "tokenizer": tokenizer,
+        "name": name,
+        "template": template,
+        "template_options": _checked_options(template_options),
+        "remote": remote or None,
+    }
     with shown(progress):
         if not isinstance(model, str | Path):
             _refuse(given, model, "it is loaded already")
@@ -170,12 +185,16 @@ def _make(backend: Backend, model: Any, wrapping: dict[str, Any]) -> Model:
     if remote and not backend.remote:
         able = ", ".join(repr(found.name) for found in backends().values() if found.remote)
         raise InputError(f"remote={remote!r} needs backend {able}, got {backend.name!r}")
+    options = wrapping["template_options"]
+    if options and "template_options" not in signature(backend.make).parameters:
+        raise InputError(f"backend {backend.name!r} takes no template_options; give a template that needs none")
     return backend.make(
         model,
         wrapping["tokenizer"],
         name=wrapping["name"],
         template=_read_template(wrapping["template"]),
         **({"remote": remote} if backend.remote else {}),
+        **({"template_options": options} if options else {}),
     )
 
 
@@ -241,6 +260,20 @@ def _locate(given: str, revision: str | None, options: PretrainedOptions) -> tup
         local_only=options.get("local_files_only", False),
     )
     return given, given, None
+
+
+def _checked_options(options: Any) -> dict[str, Any] | None:
+    """Options of the chat template, None if there are none. Results write them down as JSON."""
+    try:
+        written = isinstance(options, Mapping | None) and json.loads(json.dumps(options and dict(options))) == options
+    except (TypeError, ValueError):
+        written = False
+    if not written:
+        raise InputError(
+            f"template_options must be a mapping such as {{'enable_thinking': False}}, with values that JSON "
+            f"knows, got {options!r}"
+        )
+    return dict(options) if options else None
 
 
 def _read_template(template: str | Path | None) -> str | None:

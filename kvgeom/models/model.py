@@ -128,7 +128,7 @@ class Model(Protocol):
         Whether a branch may join a pass above layer 0 (:meth:`forward_branches`).
     geometry : KVGeometry
     fingerprint : str
-        Hash of the weights in their present dtype, and of the chat template.
+        Hash of the weights in their present dtype, of the chat template and of its options.
     identity : str
         Hash of the weights that is the same in all floating-point types.
     weights : str
@@ -143,6 +143,12 @@ class Model(Protocol):
         Of the weights as the model computes with them.
     attention_kernel : str
         Which attention implementation runs. Kernels differ in the last digits, which rounding amplifies.
+
+    Notes
+    -----
+    For models that reason there may also be ``written(ids) -> str``, which is :meth:`decode` with all special tokens;
+    ``prompt_end``, what the chat template puts after a request; ``template_options``, what it is told; and
+    ``reasoning_switch``, the option that would switch reasoning off, or None.
     """
 
     name: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,7 +37,7 @@ class NNsightModel(HFModel):
         :meth:`forward` with cache edits, residual stream and rotary angles is remote; what needs hooks inside modules
         (rounding at the projection, queries, residual edits, suffix reuse) and derivatives is refused.
         ``"local"`` is nnsight's rehearsal of a remote run.
-    name, tokenizer, template
+    name, tokenizer, template, template_options
         As in :class:`~kvgeom.models.lens.LensModel`.
     """
 
@@ -51,6 +51,7 @@ class NNsightModel(HFModel):
         name: str | None = None,
         tokenizer: Any = None,
         template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.nnsight_model = model
         self.remote: Remote = remote
@@ -65,6 +66,7 @@ class NNsightModel(HFModel):
             tokenizer or model.tokenizer,
             name=name or model_name(module),
             template=template,
+            template_options=template_options,
         )
         paths = {id(module): path for path, module in module.named_modules()}
         self._envoys = [_envoy(model, paths[id(layer)]) for layer in self._layers]
@@ -76,7 +78,14 @@ class NNsightModel(HFModel):
 
     @classmethod
     def around(
-        cls, hf_model: Any, tokenizer: Any, *, name: str, template: str | None = None, remote: Remote = False
+        cls,
+        hf_model: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        remote: Remote = False,
     ) -> NNsightModel:
         """Wrap a transformers model."""
         try:
@@ -86,7 +95,14 @@ class NNsightModel(HFModel):
                 f"backend 'nnsight' needs nnsight, which cannot be imported ({error}); pip install 'kvgeom[nnsight]'"
             ) from error
         wrapped = TransformersModel(hf_model, tokenizer=tokenizer, task="text-generation")
-        return cls(wrapped, remote=remote, name=name, tokenizer=tokenizer, template=template)
+        return cls(
+            wrapped,
+            remote=remote,
+            name=name,
+            tokenizer=tokenizer,
+            template=template,
+            template_options=template_options,
+        )
 
     def gradients(self, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`kvgeom.models.model.Model.gradients`; not with ``remote=True``."""
@@ -169,11 +185,17 @@ def _take_over(cache: EditedCache, filled: Any) -> None:
 
 
 def _make(
-    model: Any, tokenizer: Any, *, name: str | None, template: str | None, remote: Remote = False
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str | None,
+    template: str | None,
+    template_options: Mapping[str, Any] | None = None,
+    remote: Remote = False,
 ) -> NNsightModel:
+    chat: dict[str, Any] = {"template": template, "template_options": template_options}
     if not of_nnsight(model):
-        around = NNsightModel.around
-        return around(model, tokenizer, name=name or model_name(model), template=template, remote=remote)
+        return NNsightModel.around(model, tokenizer, name=name or model_name(model), remote=remote, **chat)
     from transformers import PreTrainedModel
 
     if not isinstance(getattr(model, "_module", None), PreTrainedModel):
@@ -181,7 +203,7 @@ def _make(
             f"a {type(model).__name__} is no loaded language model; of nnsight, kvgeom takes a TransformersModel or "
             "LanguageModel (with dispatch=True if it was named by its hub id)"
         )
-    return NNsightModel(model, tokenizer=tokenizer, name=name, template=template, remote=remote)
+    return NNsightModel(model, tokenizer=tokenizer, name=name, remote=remote, **chat)
 
 
 of_nnsight = from_package("nnsight")

@@ -115,7 +115,7 @@ class Reach:
             for row, (name, token) in enumerate(zip(named, logits.argmax(-1).tolist(), strict=True)):
                 if token not in base.refusal_tokens | model.stop_tokens:
                     tried.append((name, index))
-                    begun.append(PartialResponse((), token, cache.row(row + 1, len(prompt))))
+                    begun.append(PartialResponse(index, (), token, cache.row(row + 1, len(prompt))))
         complied = dict.fromkeys(named, 0)
         for (name, index), tokens in zip(tried, complete(base, begun), strict=True):
             complied[name] += base.judged(index, tokens)[1] == "complied"

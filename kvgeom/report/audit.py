@@ -268,6 +268,8 @@ def _about(model: Model, prompts: PromptSet, found: Diagnosis, seconds: float) -
             "scan_placement": found.scan.meta["placement"],
             "perplexity_text": meta["perplexity_text"],
             "max_new_tokens": meta["max_new_tokens"],
+            "max_reasoning_tokens": meta["max_reasoning_tokens"],
+            "template_options": meta.get("template_options") or {},
             "judge": meta["judge"],
             "seed": found.seed,
             "seconds": round(seconds, 1),

@@ -234,7 +234,7 @@ def fix(
     )
     plan = found.prescribe(memory=memory, scheme=config)
     verifying = run.with_journal(None if folder is None else folder / "verify.jsonl").options()
-    del verifying["max_new_tokens"]  # that of the plan
+    del verifying["max_new_tokens"], verifying["max_reasoning_tokens"]  # those of the plan
     proof = plan.verify(loaded, proving, also=plan.runners_up, controls=controls, **verifying)
     settings = {
         "calibration": chosen.described(),
@@ -247,6 +247,7 @@ def fix(
         "placement": str(config.placement),
         "geometry": geometry,
         "max_new_tokens": run.max_new_tokens,
+        "max_reasoning_tokens": run.max_reasoning_tokens,
         "memory": memory,
         "controls": controls,
         "seed": run.seed,

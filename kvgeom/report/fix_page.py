@@ -144,6 +144,10 @@ def _provenance(plan: Plan, settings: Mapping[str, Any]) -> list[tuple[str, str]
         ("budget", f"{100 * settings['memory']:.3g} % more memory than unmitigated"),
         ("chosen on", prompts_text(settings["calibration"])),
         ("proven on", prompts_text(settings["verification"])),
-        ("responses", f"greedy, at most {plan.max_new_tokens} tokens; judge: {plan.judge}"),
+        (
+            "responses",
+            f"greedy, at most {plan.max_new_tokens} tokens after at most {plan.max_reasoning_tokens} of reasoning, if any; judge: "
+            f"{plan.judge}",
+        ),
         ("made", made_text(settings)),
     ]

@@ -251,6 +251,13 @@ def _provenance(audit: AuditPage) -> list[tuple[str, str]]:
             f"{settings['scan_scheme']}; {settings['scan_placement']}",
         ),
         ("perplexity", settings["perplexity_text"]),
-        ("responses", f"greedy, at most {settings['max_new_tokens']} tokens; judge: {settings['judge']}"),
+        ("responses", f"greedy, {_lengths(settings)}; judge: {settings['judge']}"),
         ("made", made_text(settings)),
     ]
+
+
+def _lengths(settings: dict[str, Any]) -> str:
+    """How long responses may be, and what the chat template was told."""
+    told = ", ".join(f"{name}={value!r}" for name, value in settings["template_options"].items())
+    reasoning = f" after at most {settings['max_reasoning_tokens']} of reasoning, if any"
+    return f"at most {settings['max_new_tokens']} tokens{reasoning}" + (f"; chat template with {told}" if told else "")
