@@ -39,7 +39,7 @@ from kvgeom.diagnosis.taxonomy import FIXABLE, pattern_of, published_mode
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline, opened, run_baseline
-from kvgeom.evaluation.config import RUN_OPTIONS, open_run
+from kvgeom.evaluation.config import LENGTHS, RUN_OPTIONS, open_run
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.geometry.sensitivity import Sensitivity
 from kvgeom.prompts.load import as_prompt_set
@@ -159,7 +159,7 @@ class Diagnosis(Composite):
             raise InputError(
                 f"the diagnosis is of {self.curve.meta['model']}, not of {loaded.name}; diagnose this model"
             )
-        lengths = {name: self.curve.meta[name] for name in ("max_new_tokens", "max_reasoning_tokens")}
+        lengths = {name: self.curve.meta[name] for name in LENGTHS}
         run = replace(run, **lengths)
         return replace(self, base=run_baseline(loaded, self.prompts.harmful, run))
 

@@ -17,8 +17,8 @@ from kvgeom.models.load import load, load_option_names
 from kvgeom.models.model import Model
 from kvgeom.prompts.sets import perplexity_text
 
-#: Attributes that are whole numbers, 1 or more.
-LENGTHS = ("max_new_tokens", "max_reasoning_tokens", "batch_size")
+#: Longest answer, and longest reasoning before it: what responses depend on beside model, prompt and cache.
+LENGTHS = ("max_new_tokens", "max_reasoning_tokens")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class RunConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        numbers = {name: whole(name, getattr(self, name), 1) for name in LENGTHS}
+        numbers = {name: whole(name, getattr(self, name), 1) for name in (*LENGTHS, "batch_size")}
         for name, value in {**numbers, "seed": as_seed(self.seed)}.items():
             object.__setattr__(self, name, value)  # an int, where a number of numpy was given
         if not isinstance(self.text, str):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kvgeom.errors import InputError, unknown
 from kvgeom.evaluation.condition import COORDINATES, EXACT
+from kvgeom.evaluation.config import LENGTHS
 from kvgeom.judges.judge import LABELS, UNENDED_REASON, Label
 from kvgeom.results import Result
 from kvgeom.stats import wilson
@@ -24,20 +25,11 @@ if TYPE_CHECKING:
 LOST: tuple[Label, ...] = tuple(label for label in LABELS if label != "refused")
 #: What ``meta`` of a result has from the outcomes that it is drawn from.
 SHARED = (
-    *(
-        "model",
-        "fingerprint",
-        "weights",
-        "template_options",
-        "prompt_set",
-        "judge",
-        "max_new_tokens",
-        "max_reasoning_tokens",
-    ),
+    *("model", "fingerprint", "weights", "template_options", "prompt_set", "judge", *LENGTHS),
     *("begins_with_reasoning", "seed", "versions"),
 )
 #: What ``meta`` of outcomes that are joined must agree on.
-ALIKE = ("model", "fingerprint", "judge", "max_new_tokens", "max_reasoning_tokens", "full_responses")
+ALIKE = ("model", "fingerprint", "judge", *LENGTHS, "full_responses")
 #: What a recipe or prompt that both have must have the same of.
 SAME = {"recipe": (*COORDINATES, "placement"), "prompt": ("request",)}
 #: Why a model whose responses begin with reasoning has no margins.

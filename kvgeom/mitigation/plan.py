@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kvgeom.checks import suggests
 from kvgeom.errors import InputError, unknown
 from kvgeom.evaluation.baseline import opened
-from kvgeom.evaluation.config import RUN_OPTIONS, RunConfig, split_options
+from kvgeom.evaluation.config import LENGTHS, RUN_OPTIONS, RunConfig, split_options
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import opened_on
 from kvgeom.mitigation.layers import LayerSelection
@@ -176,7 +176,7 @@ class Plan:
             If model or judge is another one, there are no harmful prompts, one of the prompts chose the plan, or an
             option is unknown.
         """
-        lengths = {name: getattr(self, name) for name in ("max_new_tokens", "max_reasoning_tokens")}
+        lengths = {name: getattr(self, name) for name in LENGTHS}
         for name in lengths.keys() & options.keys():
             raise InputError(f"a plan is verified with the {name} it was made with, {lengths[name]}; leave it out")
         run, loading = split_options({**options, **lengths})

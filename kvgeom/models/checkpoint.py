@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 from kvgeom.errors import InputError, ModelError
 from kvgeom.models import edits
-from kvgeom.models.hf import HFModel
 from kvgeom.models.model import Model
 from kvgeom.models.quiet import quiet_transformers
 from kvgeom.quant.recipe import Recipe, Site
@@ -72,13 +71,7 @@ def fold(model: Model, recipe: Recipe, sites: Collection[Site] = ("k", "v")) -> 
             if scheme is not None and scheme.transform != "none":
                 _fold_site(edited, recipe, layer, site, scheme)
     _load_biases(edited.hf_model, model.name)
-    folded = HFModel(
-        edited.hf_model,
-        edited.tokenizer,
-        name=edited.name,
-        template=edited.template,
-        template_options=edited.template_options,
-    )
+    folded = edits.rewrapped(edited, edited.hf_model)
     _check_same(model, folded)
     return folded
 

@@ -30,8 +30,13 @@ def copied(model: Model, name: str | None = None) -> Model:
     Call it once more after the last edit: a model's fingerprint is taken when it is made.
     """
     own = editable(model)
+    return rewrapped(own, copy.deepcopy(own.hf_model), name)
+
+
+def rewrapped(own: HFModel, hf_model: Any, name: str | None = None) -> HFModel:
+    """A transformers model with the tokenizer and the chat template of another; its fingerprint is taken now."""
     return HFModel(
-        copy.deepcopy(own.hf_model),
+        hf_model,
         own.tokenizer,
         name=name or own.name,
         template=own.template,

@@ -14,7 +14,7 @@ from typing import Any
 
 from kvgeom.errors import InputError, reason
 from kvgeom.models.quiet import quiet_transformers
-from kvgeom.paths import cache_dir
+from kvgeom.paths import cache_dir, write_whole
 from kvgeom.progress import bar
 
 _CHUNK = 1 << 24
@@ -74,6 +74,17 @@ def gguf_stored(path: Path) -> str:
     return f"{_FLOATS.get(kind, kind)} (GGUF)"
 
 
+def kept_stored(path: Path, folder: Path) -> str:
+    """What :func:`gguf_stored` says of a file, kept in the folder with its conversion.
+
+    Reading the header takes some ten seconds where the vocabulary is large.
+    """
+    kept = folder / "kvgeom-stored.txt"
+    if not kept.is_file():
+        write_whole(kept, gguf_stored(path))
+    return kept.read_text(encoding="utf-8")
+
+
 def converted_gguf(path: Path) -> Path:
     """A folder with the model and tokenizer of a GGUF file as safetensors, in float32.
 
@@ -82,10 +93,10 @@ def converted_gguf(path: Path) -> Path:
     """
     from filelock import FileLock
 
-    check_gguf(path)
     folder = cache_dir("gguf") / _sha256(path)[:32]
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
+            check_gguf(path)
             convert(path, folder)
     return folder
 

@@ -246,9 +246,10 @@ def _locate(given: str, revision: str | None, options: PretrainedOptions) -> tup
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"{given} is a single file that is not .gguf; for a checkpoint give its folder")
-        from kvgeom.models.gguf import converted_gguf, gguf_stored
+        from kvgeom.models.gguf import converted_gguf, kept_stored
 
-        return str(converted_gguf(path)), path.name, gguf_stored(path)
+        folder = converted_gguf(path)
+        return str(folder), path.name, kept_stored(path, folder)
     if given.startswith((".", "~", os.sep)) or given.endswith(".gguf") or given.count("/") != 1:
         known = ", ".join(DEMOS)
         raise InputError(f"no such file or folder: {given}; give one, a hub id (owner/name), or one of: {known}")

@@ -17,7 +17,7 @@ from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import resolve, widths
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import versions
-from kvgeom.evaluation.config import RUN_OPTIONS, split_options
+from kvgeom.evaluation.config import LENGTHS, RUN_OPTIONS, split_options
 from kvgeom.mitigation.plan import Plan
 from kvgeom.mitigation.search import check_budget
 from kvgeom.mitigation.verify import Verification
@@ -233,8 +233,10 @@ def fix(
         **run.with_journal(None if folder is None else folder / "journal.jsonl").options(),
     )
     plan = found.prescribe(memory=memory, scheme=config)
-    verifying = run.with_journal(None if folder is None else folder / "verify.jsonl").options()
-    del verifying["max_new_tokens"], verifying["max_reasoning_tokens"]  # those of the plan
+    proving_run = run.with_journal(None if folder is None else folder / "verify.jsonl")
+    verifying = {
+        name: value for name, value in proving_run.options().items() if name not in LENGTHS
+    }  # the plan has them
     proof = plan.verify(loaded, proving, also=plan.runners_up, controls=controls, **verifying)
     settings = {
         "calibration": chosen.described(),

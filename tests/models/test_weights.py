@@ -43,6 +43,20 @@ def test_a_gguf_file(
         assert kvgeom.load(path, progress=False).weights == loaded
 
 
+def test_the_header_of_a_converted_file_is_read_once(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a large vocabulary that takes as long as all else of a load."""
+    write_tiny_gguf(tmp_path / "tiny.gguf", "Q8_0")
+    first = kvgeom.load(tmp_path / "tiny.gguf", progress=False).weights
+
+    def never(*_: object) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(gguf, "GGUFReader", never)
+    assert kvgeom.load(tmp_path / "tiny.gguf", progress=False).weights == first
+
+
 def test_a_gguf_file_in_another_number_format(tmp_path: Path, own_cache: Path) -> None:
     write_tiny_gguf(tmp_path / "tiny.gguf", "Q8_0")
     model = kvgeom.load(tmp_path / "tiny.gguf", dtype="bfloat16", progress=False)
