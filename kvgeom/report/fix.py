@@ -234,9 +234,8 @@ def fix(
     )
     plan = found.prescribe(memory=memory, scheme=config)
     proving_run = run.with_journal(None if folder is None else folder / "verify.jsonl")
-    verifying = {
-        name: value for name, value in proving_run.options().items() if name not in LENGTHS
-    }  # the plan has them
+    # The plan has the lengths that it was made with.
+    verifying = {name: value for name, value in proving_run.options().items() if name not in LENGTHS}
     proof = plan.verify(loaded, proving, also=plan.runners_up, controls=controls, **verifying)
     settings = {
         "calibration": chosen.described(),
