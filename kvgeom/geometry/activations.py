@@ -20,6 +20,7 @@ from torch import Tensor
 from kvgeom.errors import InputError
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.models.reading import LayerActivations, read
+from kvgeom.models.rotary import TokenRotation
 from kvgeom.progress import track
 from kvgeom.quant.placement import Placement
 
@@ -28,6 +29,8 @@ SITES: tuple[Site, ...] = ("k", "v", "resid")
 
 #: A store may take this share of the disk space that is free.
 DISK_SHARE = 0.25
+#: Two keys of one vector at two positions, stored and turned back, are at most so many roundings apart (1.2 each).
+ROUNDINGS = 2.5
 
 
 def at_site(layer: LayerActivations, site: Site) -> Tensor:
@@ -75,6 +78,7 @@ class ActivationStore:
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._room = DISK_SHARE * shutil.disk_usage(self._folder).free
         self._features: dict[Site, NDArray[np.float32]] | None = None
+        self._planes: dict[int, Tensor] = {}
 
     def indices(self, requests: Sequence[str]) -> NDArray[np.int64]:
         """Where some requests are in :attr:`prompts`.
@@ -103,13 +107,13 @@ class ActivationStore:
                     k, v, resid, *rotation = (
                         stored.get_tensor(f"{name}.{layer}") for name in _PARTS if f"{name}.{layer}" in names
                     )
-                    yield LayerActivations(k, v, (rotation[0], rotation[1]) if rotation else None, resid)
+                    yield LayerActivations(k, v, TokenRotation(*rotation) if rotation else None, resid)
             return
         found = list(read(self.model, self.prompts[index], self.placement.where, resid=True))
         tensors = {
             f"{name}.{layer}": x
             for layer, one in enumerate(found)
-            for name, x in zip(_PARTS, (one.k, one.v, one.resid, *(one.rotation or ())), strict=False)
+            for name, x in zip(_PARTS, (one.k, one.v, one.resid, *_parts(one.rotation)), strict=False)
             if x is not None
         }
         size = sum(x.numel() * x.element_size() for x in tensors.values())
@@ -130,11 +134,35 @@ class ActivationStore:
             self._features = self._mean_vectors()
         return self._features[site]
 
+    def resolution(self, layer: int, site: Site, features: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Differences of means that may be no more than rounding of the model's number format.
+
+        A rounding is relative to the number, and to both numbers of a pair that a rotary embedding has turned.
+
+        Parameters
+        ----------
+        layer, site
+        features : array [prompts, positions, channels]
+            Some of :meth:`features` of the layer.
+
+        Returns
+        -------
+        array [positions, channels]
+        """
+        squares = (features.astype(np.float64) ** 2).mean(0)
+        if site == "k" and len(planes := self._planes.get(layer, torch.empty(0, 2))):
+            heads = squares.reshape(len(squares), -1, self.model.geometry.head_dim)
+            heads[..., planes.cpu().numpy()] = heads[..., planes.cpu().numpy()].sum(-1, keepdims=True)
+        found: NDArray[np.float64] = ROUNDINGS * torch.finfo(self.model.dtype).eps * np.sqrt(squares)
+        return found
+
     def _mean_vectors(self) -> dict[Site, NDArray[np.float32]]:
         shape = (self.model.geometry.layers, len(self.prompts), len(self.positions))
         found = {site: self._array(site, (*shape, site_width(self.model, site))) for site in SITES}
         for index, prompt in enumerate(track(self.prompts, "reading the geometry", len(self.prompts))):
             for layer, activations in enumerate(self.layers(index)):
+                if activations.rotation is not None:
+                    self._planes[layer] = activations.rotation.planes
                 for site, means in found.items():
                     x = vectors(activations, site, at_site(activations, site))
                     means[layer, index] = stack_positions(x, prompt, self.positions).cpu().numpy()
@@ -149,7 +177,11 @@ class ActivationStore:
 
 
 #: Names of tensors in a file, each with the number of its layer after it.
-_PARTS = ("k", "v", "resid", "cos", "sin")
+_PARTS = ("k", "v", "resid", "cos", "sin", "planes")
+
+
+def _parts(rotation: TokenRotation | None) -> tuple[Tensor, ...]:
+    return () if rotation is None else (rotation.cos, rotation.sin, rotation.planes)
 
 
 def positions(prompts: Sequence[EncodedPrompt]) -> list[str]:

@@ -16,6 +16,7 @@ from kvgeom.errors import InputError
 from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.evaluation.inputs import made_with, opened
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec, Rounding
+from kvgeom.models.attention import scores, seen, weights
 from kvgeom.models.model import AttentionRule
 from kvgeom.models.reading import read
 from kvgeom.progress import shown, track
@@ -102,8 +103,8 @@ def attention_error(
     with shown(progress):
         for prompt in track(prompts, "attention error", len(prompts)):
             for layer, found in enumerate(read(model, prompt, queries=True)):
-                k_error = (rounding(layer, "k", found.k, found.rotation) - found.k)[0].float()
-                v_error = (rounding(layer, "v", found.v) - found.v)[0].float()
+                k_error = (rounding(layer, "k", found.k, found.rotation).float() - found.k.float())[0]
+                v_error = (rounding(layer, "v", found.v).float() - found.v.float())[0]
                 exact = (found.queries, found.k[0].float(), found.v[0].float())
                 for name, values in errors(*exact, k_error, v_error, model.attention(layer)).items():
                     sums[name][layer] += values
@@ -164,10 +165,8 @@ def attention_to_request(model: Any, prompts: Any, **load_options: Any) -> NDArr
     for prompt in prompts:
         for layer, found in enumerate(read(model, prompt, queries=True)):
             q, k, rule = found.queries[:, -1:].float(), found.k[0].float(), model.attention(layer)
-            scores = _scores(q, k.repeat_interleave(q.shape[0] // k.shape[0], 0), rule)[:, 0]
-            if rule.window is not None:
-                scores[:, : -rule.window] = -torch.inf
-            shares[layer] += float(scores.softmax(-1)[:, prompt.instruction].sum(-1).mean())
+            paid = weights(scores(q, k.repeat_interleave(q.shape[0] // k.shape[0], 0), rule), rule)[:, 0]
+            shares[layer] += float(paid[:, prompt.instruction].sum(-1).mean())
     return shares / len(prompts)
 
 
@@ -192,14 +191,11 @@ def errors(
     """
     group = q.shape[0] // k.shape[0]
     k, v, k_error, v_error = (x.repeat_interleave(group, 0) for x in (k, v, k_error, v_error))
-    tokens = q.shape[1]
-    ahead = torch.arange(tokens, device=q.device)[:, None] - torch.arange(tokens, device=q.device)[None]
-    seen = (ahead >= 0) if rule.window is None else (ahead >= 0) & (ahead < rule.window)
-    scores = _scores(q, k, rule)
-    error = _scores(q, k + k_error, rule) - scores
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    output, output_error = weights @ v, weights @ v_error
-    even = seen.to(scores.dtype)
+    exact = scores(q, k, rule)
+    error = scores(q, k + k_error, rule) - exact
+    paid = weights(exact, rule)
+    output, output_error = paid @ v, paid @ v_error
+    even = seen(q.shape[1], q.shape[1], rule).to(exact)
     even = even / even.sum(-1, keepdim=True)
 
     def both(x: Tensor) -> NDArray[np.float64]:
@@ -209,7 +205,10 @@ def errors(
 
     def variance(p: Tensor) -> Tensor:
         mean = (p * error).sum(-1, keepdim=True)
-        return (p * (error - mean) ** 2).sum(-1)
+        around = (p * (error - mean) ** 2).sum(-1)
+        if rule.sinks is None:
+            return around
+        return around + (1 - p.sum(-1)) * mean[..., 0] ** 2  # scores of sinks have no error
 
     def plain(x: Tensor) -> NDArray[np.float64]:
         total = (x**2).double().sum((1, 2))
@@ -221,13 +220,8 @@ def errors(
         "k2": plain(k),
         "v2": plain(v),
         "score_error": both(variance(even)),
-        "attended_score_error": both(variance(weights)),
+        "attended_score_error": both(variance(paid)),
         "queries": both(torch.ones(q.shape[:2], device=q.device)),
         "attended_value_error": both((output_error**2).sum(-1)),
         "out2": both((output**2).sum(-1)),
     }
-
-
-def _scores(q: Tensor, k: Tensor, rule: AttentionRule) -> Tensor:
-    scores: Tensor = q @ k.transpose(-1, -2) * rule.scale
-    return scores if rule.softcap is None else rule.softcap * torch.tanh(scores / rule.softcap)

@@ -288,7 +288,8 @@ def first_order(
             clean[row] = found.score
             rotations = [layer.rotation for layer in read(model, prompt, where)] if rounding.needs_rotation else None
             for (layer, site), x in found.x.items():
-                error = rounding(layer, site, x, rotations[layer] if rotations and site == "k" else None) - x
+                rounded = rounding(layer, site, x, rotations[layer] if rotations and site == "k" else None)
+                error = rounded.float() - x.float()
                 lost = -(found.grad[layer, site] * error)[0].double().sum(1).flatten().cpu().numpy()
                 drops[row, layer, sites.index(site)] = lost.sum()
                 channels[layer, sites.index(site)] += lost / len(prompts)

@@ -166,7 +166,7 @@ def compare(
         for layer in range(geometry.layers):
             for column, site in enumerate(SITES):
                 features = space.features(layer, site)
-                defined = defined_at(features, harmful)
+                defined = defined_at(features, harmful, space.resolution(layer, site))
                 for p, position in enumerate(chosen):
                     index = space.positions.index(position)
                     x = features[:, index]

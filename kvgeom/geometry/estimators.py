@@ -260,10 +260,25 @@ class Direction:
     defined: bool
 
 
-def defined_at(features: NDArray[np.float64], harmful: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """At which positions the classes differ at all: ``[prompts, positions, channels]`` to ``[positions]``."""
+def defined_at(
+    features: NDArray[np.float64], harmful: NDArray[np.bool_], resolution: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """At which positions the classes differ at all.
+
+    Parameters
+    ----------
+    features : array [prompts, positions, channels]
+    harmful : bool array [prompts]
+    resolution : array [positions, channels]
+        Differences that may be rounding, :meth:`kvgeom.geometry.activations.ActivationStore.resolution`.
+
+    Returns
+    -------
+    bool array [positions]
+    """
     gaps = difference_of_means(features, harmful)
-    found: NDArray[np.bool_] = (gaps**2).sum(-1) > COINCIDENT * (features**2).sum(-1).mean(0)
+    beyond = (np.abs(gaps) > resolution).any(-1)
+    found: NDArray[np.bool_] = beyond & ((gaps**2).sum(-1) > COINCIDENT * (features**2).sum(-1).mean(0))
     return found
 
 
@@ -274,6 +289,7 @@ def fit_direction(
     tried: Sequence[str],
     k: int,
     method: str,
+    resolution: NDArray[np.float64],
 ) -> Direction:
     """The subspace of one layer and site, at the best separated position.
 
@@ -289,9 +305,11 @@ def fit_direction(
     method : str
         As in :func:`estimate`; ``"mean"`` with k > 1 takes the leading singular vectors of the differences at all positions
         tried.
+    resolution : array [positions, channels]
+        As in :func:`defined_at`.
     """
     gaps = difference_of_means(x, harmful)
-    defined = defined_at(x, harmful) & np.isin(names, tried)
+    defined = defined_at(x, harmful, resolution) & np.isin(names, tried)
     found = {index: separation(x[:, index], harmful, draws=0) for index in map(int, np.flatnonzero(defined))}
     if not found:
         index = list(names).index(tried[0])

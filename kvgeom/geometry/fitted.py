@@ -46,6 +46,10 @@ class Source:
         found: NDArray[np.float64] = self.activations.features(site)[layer][rows].astype(np.float64)
         return found
 
+    def resolution(self, layer: int, site: Site) -> NDArray[np.float64]:
+        """See :meth:`FittedSpace.resolution`."""
+        return self.activations.resolution(layer, site, self.features(layer, site))
+
     @property
     def is_harmful(self) -> NDArray[np.bool_]:
         """See :attr:`FittedSpace.is_harmful`."""
@@ -99,7 +103,9 @@ class FittedSpace(Result):
             )
         harmful, geometry = source.is_harmful, store.model.geometry
         found = {
-            (layer, site): fit_direction(source.features(layer, site), harmful, names, tried, k, method)
+            (layer, site): fit_direction(
+                source.features(layer, site), harmful, names, tried, k, method, source.resolution(layer, site)
+            )
             for layer in range(geometry.layers)
             for site in SITES
         }
@@ -188,6 +194,10 @@ class FittedSpace(Result):
     def features(self, layer: int, site: Site) -> NDArray[np.float64]:
         """Mean vector of every prompt at every position, ``[prompts, positions, channels]``, harmful prompts first."""
         return self._found_in().features(layer, site)
+
+    def resolution(self, layer: int, site: Site) -> NDArray[np.float64]:
+        """Differences of means, ``[positions, channels]``, that may be no more than rounding of the number format."""
+        return self._found_in().resolution(layer, site)
 
     @property
     def is_harmful(self) -> NDArray[np.bool_]:

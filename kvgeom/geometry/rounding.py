@@ -14,7 +14,7 @@ from kvgeom.errors import InputError
 from kvgeom.evaluation.condition import Condition, with_model_constants
 from kvgeom.geometry.activations import Site
 from kvgeom.models.model import Model
-from kvgeom.models.rotary import rotation_at
+from kvgeom.models.rotary import TokenRotation
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
@@ -112,7 +112,7 @@ class Rounding:
         keys = self.recipe.scheme(layer, "k")
         return None if keys is None else keys.plain
 
-    def __call__(self, layer: int, site: Site, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def __call__(self, layer: int, site: Site, x: Tensor, rotation: TokenRotation | None = None) -> Tensor:
         """What the cache returns of one prompt's keys, values or residual stream.
 
         Parameters
@@ -120,8 +120,8 @@ class Rounding:
         layer : int
         site : {"k", "v", "resid"}
         x : Tensor [1, heads, tokens, head_dim]
-        rotation : (cos, sin), optional
-            Rotary embedding that is in ``x``, ``[tokens, rotary_dim]`` each.
+        rotation : TokenRotation, optional
+            Rotary embedding that is in ``x``.
         """
         scheme = self.scheme(layer, site)
         if scheme is None:
@@ -133,8 +133,7 @@ class Rounding:
         parts = []
         for tokens in _shared(self.placement, scheme, x.shape[2]):
             if rotation is not None and quantizer.needs_rotation:
-                cos, sin = (angles[None, tokens] for angles in rotation)
-                quantizer.set_rotation(layer, rotation_at(cos, sin))
+                quantizer.set_rotation(layer, rotation.tokens(tokens).of_vectors)
             parts.append(quantizer(layer, site, x[:, :, tokens]))
         return torch.cat([x[:, :, : x.shape[2] - sum(part.shape[2] for part in parts)], *parts], dim=2)
 

@@ -324,7 +324,7 @@ def select_direction(
     candidates = np.zeros((model.geometry.layers, len(names), model.geometry.d_model))
     for layer in range(model.geometry.layers):
         features = space.features(layer, "resid")[train][:, index]
-        defined = defined_at(features, harmful[train])
+        defined = defined_at(features, harmful[train], space.resolution(layer, "resid")[index])
         candidates[layer, defined] = difference_of_means(features, harmful[train])[defined]
     scored = [[encoded[row] for row in rows[-validation:]] for rows in usable]
     found = select(

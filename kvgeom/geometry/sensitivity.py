@@ -186,7 +186,8 @@ def _moments(
         for layer, activations in enumerate(space.activations.layers(index)):
             for site in SITES:
                 direction, x = space.directions[layer, site], at_site(activations, site)
-                error = rounding(layer, site, x, activations.rotation if site == "k" else None) - x
+                rounded = rounding(layer, site, x, activations.rotation if site == "k" else None)
+                error = rounded.float() - x.float()
                 at = tokens_at(prompt, direction.position)
                 exact, noise = (vectors(activations, site, y)[at].double().cpu().numpy() for y in (x, error))
                 null = None if nulls is None else nulls[exact.shape[1]]
@@ -263,7 +264,7 @@ def _cell(
     if not direction.defined:
         status, reason = (
             "undefined",
-            f"harmful and harmless means coincide at {'every position' if len(space.tried) > 1 else space.tried[0]}",
+            f"harmful and harmless means coincide, but for rounding, at {'every position' if len(space.tried) > 1 else space.tried[0]}",
         )
     elif rounding.scheme(layer, site) is None:
         what = {"k": "keys", "v": "values", "resid": "keys, by whose scheme the residual stream is rounded,"}[site]

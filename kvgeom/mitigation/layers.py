@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from kvgeom.errors import ModelError
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.geometry.attention import attention_to_request
@@ -28,8 +29,11 @@ from kvgeom.words import counted
 RANDOM_RULES = ("random 1", "random 2", "random 3")
 #: What a comparison of rules says of choosing by attention. ``worse than causal``: it loses significantly more.
 #: ``no better than random``: no less than any random draw, and more than the causal rule (both are as the paper claims).
-#: ``better than random``: less than each of them. ``nothing``: the unmitigated cache loses nothing.
-AttentionClaim = Literal["worse than causal", "no better than random", "better than random", "undetermined", "nothing"]
+#: ``better than random``: less than each of them. ``nothing``: the unmitigated cache loses nothing. ``not compared``:
+#: attention of the model cannot be rebuilt.
+AttentionClaim = Literal[
+    "worse than causal", "no better than random", "better than random", "undetermined", "not compared", "nothing"
+]
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,6 +74,8 @@ class LayerSelection(Result):
         """What was found of the paper's claim that choosing layers by attention fails, at the largest number of layers."""
         if self.meta["unmitigated"] == 0:
             return "nothing"
+        if "attention" not in self.data.rule:
+            return "not compared"
         flips, drawn = self.flips, self.random_flips
         p = float(self.data.p.isel(kept=-1).sel(rule="attention"))
         if p < SIGNIFICANT and flips["attention"] > flips["causal"]:
@@ -119,10 +125,14 @@ def layer_orders(base: Baseline, recipe: Recipe, placement: Placement) -> dict[s
     key = {"measure": "margin lost by layer", "recipe": recipe.record(), "placement": str(placement)}
     drop = np.array(base.journal.remember(key, measure))
     rng = np.random.default_rng(base.run.seed)
+    try:
+        attention = {"attention": _descending(attention_to_request(model, prompts))}
+    except ModelError:  # attention of this model cannot be rebuilt: one rule fewer to compare with
+        attention = {}
     return {
         "causal": _descending(drop),
         "first": list(range(n_layers)),
-        "attention": _descending(attention_to_request(model, prompts)),
+        **attention,
         **dict(zip(RANDOM_RULES, _drawn(n_layers, rng), strict=False)),
     }
 

@@ -106,9 +106,9 @@ def unrotated(model: Model, offsets: Statics) -> Statics:
     """The part of offsets that softmax cannot see, which :func:`fold` can take: zero in all rotated channels of keys."""
     vectors = {}
     for (layer, site), vector in offsets.vectors.items():
-        rotated = edits.rotary_channels(model, layer) if site == "k" else 0
         kept = vector.clone()
-        kept[:, :rotated] = 0
+        if site == "k":
+            kept[:, edits.rotary_planes(model, layer).flatten()] = 0
         vectors[layer, site] = kept
     return Statics.of(f"{offsets.name}, unrotated", vectors, rotary=offsets.rotary)
 
@@ -189,10 +189,10 @@ def _fold_site(model: Model, recipe: Recipe, layer: int, site: Site, scheme: Sch
     elif scheme.transform == "equalize" and vector is not None:
         edits.scale_keys(model, layer, 1 / vector.double().cpu())
     elif scheme.transform == "center" and vector is not None:
-        rotated = edits.rotary_channels(model, layer)
-        if bool(vector[:, :rotated].any()):
+        rotated = edits.rotary_planes(model, layer).flatten()
+        if bool(vector[:, rotated].any()):
             raise ModelError(
-                f"{where}: {rotated} of {vector.shape[1]} channels of a head of {model.name} are rotated, where an offset changes "
+                f"{where}: {len(rotated)} of {vector.shape[1]} channels of a head of {model.name} are rotated, where an offset changes "
                 "scores by what depends on the distance of two tokens, and no weight undoes it. Run it in the cache "
                 "(kvgeom.models.packed.quantized_cache), or fold unrotated(model, offsets)"
             )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kvgeom.errors import InputError, ModelError
 from kvgeom.models.hf import HFModel
 from kvgeom.models.model import Model
-from kvgeom.models.modules import Projection, attention_of, decoder_layers, projections
+from kvgeom.models.modules import Projection, attention_of, decoder_layers, norm_of, projections
 
 _OUTPUTS = ("o_proj", "dense", "out_proj")
 #: Parts of an attention that stand between values and output projection, or take a share of the attention.
@@ -132,8 +132,7 @@ def offset_values(model: Model, layer: int, offset: Tensor) -> None:
 def scale_keys(model: Model, layer: int, scales: Tensor) -> None:
     """Store ``scales * k``; queries are divided by the same.
 
-    A rotary embedding mixes channel ``i`` of its ``r`` channels with ``i + r / 2``, so that the two must have one
-    scale. Where queries and keys are normalized after their projection, the gain of the norms carries the scale; all
+    A rotary embedding mixes the two channels of each pair that it turns, so that they must have one scale. Where queries and keys are normalized after their projection, the gain of the norms carries the scale; all
     heads that share a gain must then have the same.
 
     Parameters
@@ -154,13 +153,15 @@ def scale_keys(model: Model, layer: int, scales: Tensor) -> None:
     scales = _per_channel(model, scales, "scales")
     if not bool((scales > 0).all()):
         raise InputError("scales of keys must be positive")
-    half = rotary_channels(model, layer) // 2
-    if not torch.equal(scales[:, :half], scales[:, half : 2 * half]):
-        raise InputError(f"scales differ within a rotary pair; channels i and i + {half} of a head need the same")
+    first, second = rotary_planes(model, layer).unbind(1)
+    differs = (scales[:, first] != scales[:, second]).any(0).nonzero().flatten().tolist()
+    if differs:
+        one, other = int(first[differs[0]]), int(second[differs[0]])
+        raise InputError(f"scales differ within a rotary pair; channels {one} and {other} of a head need the same")
     attention = _attention(model, layer)
     wide = scales.repeat_interleave(g.query_heads // g.kv_heads, dim=0)
     for site, factor in (("k", scales), ("q", 1 / wide)):
-        norm = _norm(attention, site)
+        norm = norm_of(attention, site)
         if norm is not None:
             _scale_norm(norm, factor, site, model)
             continue
@@ -182,7 +183,7 @@ def transform_keys(model: Model, layer: int, head: int, matrix: Tensor) -> None:
     layer, head : int
         The layer and its KV head.
     matrix : Tensor [free, free]
-        For the channels behind the first :func:`rotary_channels` ones.
+        For the channels :func:`free_channels`.
 
     Raises
     ------
@@ -191,16 +192,16 @@ def transform_keys(model: Model, layer: int, head: int, matrix: Tensor) -> None:
     ModelError
         If the projections cannot be edited, or queries or keys are normalized after them.
     """
-    g, rotated = model.geometry, rotary_channels(model, layer)
+    g, free = model.geometry, free_channels(model, layer)
     attention = _attention(model, layer)
     _check_head(model, head)
-    matrix, inverse = _invertible(matrix, g.head_dim - rotated, "queries")
+    matrix, inverse = _invertible(matrix, len(free), "queries")
     _refuse(attention, _NORMS, "keys are normalized after their projection", model)
     found, group = _projections(model, layer), g.query_heads // g.kv_heads
     key = found["k"]
-    _left(key.module, key.channels[head * g.head_dim + rotated : (head + 1) * g.head_dim], matrix)
+    _left(key.module, key.channels[head * g.head_dim + free], matrix)
     for query in range(head * group, (head + 1) * group):
-        rows = found["q"].channels[query * g.head_dim + rotated : (query + 1) * g.head_dim]
+        rows = found["q"].channels[query * g.head_dim + free]
         _left(found["q"].module, rows, inverse.T)
 
 
@@ -216,7 +217,7 @@ def offset_keys(model: Model, layer: int, offset: Tensor) -> None:
     model : Model
     layer : int
     offset : Tensor [kv_heads, head_dim]
-        Zero in all rotated channels (the first ones, :func:`rotary_channels`).
+        Zero in all channels but :func:`free_channels`.
 
     Raises
     ------
@@ -226,11 +227,11 @@ def offset_keys(model: Model, layer: int, offset: Tensor) -> None:
         If scores are capped, keys normalized, or there are attention sinks: a shift of all scores is then seen.
     """
     offset = _per_channel(model, offset, "offset")
-    rotated = rotary_channels(model, layer)
-    if bool(offset[:, :rotated].any()):
+    rotated = rotary_planes(model, layer).flatten()
+    if bool(offset[:, rotated].any()):
         raise InputError(
-            f"keys of {model.name} can have an offset only in channels {rotated} to {model.geometry.head_dim - 1} of a head, "
-            "which no rotary embedding turns; set the others to 0"
+            f"keys of {model.name} can have an offset only in those {model.geometry.head_dim - len(rotated)} channels of a head "
+            "that no rotary embedding turns (kvgeom.models.edits.free_channels); set the others to 0"
         )
     attention = _attention(model, layer)
     _refuse(
@@ -244,16 +245,23 @@ def offset_keys(model: Model, layer: int, offset: Tensor) -> None:
     _bias(key.module)[key.channels] += _like(offset.flatten(), key.module)
 
 
-def rotary_channels(model: Model, layer: int) -> int:
-    """How many channels of a head, the first ones, a layer's rotary embedding turns."""
-    found: dict[int, int] = {}
-    model.forward([0], on_rotation=lambda index, cos, sin: found.__setitem__(index, cos.shape[-1]))
-    return found.get(layer, 0)
+def rotary_planes(model: Model, layer: int) -> Tensor:
+    """The pairs of channels of a head that a layer's rotary embedding turns, ``[planes, 2]``."""
+    found: dict[int, Tensor] = {}
+    model.forward([0], on_rotation=lambda index, rotation: found.__setitem__(index, rotation.planes))
+    return found[layer]
+
+
+def free_channels(model: Model, layer: int) -> Tensor:
+    """The channels of a head that a layer's rotary embedding does not turn, in ascending order."""
+    turned = rotary_planes(model, layer).flatten()
+    every = torch.arange(model.geometry.head_dim)
+    return every[~torch.isin(every, turned)]
 
 
 def shares_key_norm(model: Model, layer: int) -> bool:
     """Whether all heads of a layer have one norm of keys, so that :func:`scale_keys` scales all of them alike."""
-    norm = _norm(_attention(model, layer), "k")
+    norm = norm_of(_attention(model, layer), "k")
     return norm is not None and norm.weight.numel() == model.geometry.head_dim
 
 
@@ -269,7 +277,7 @@ def _attention(model: Model, layer: int) -> Any:
 
 def _projections(model: Model, layer: int) -> dict[str, Projection]:
     layers = decoder_layers(editable(model).hf_model, model.geometry.layers, model.name)
-    found = projections(layers[layer], model.geometry, model.name)
+    found = projections(editable(model).hf_model, layers, model.geometry, model.name)[layer]
     for projection in found.values():
         _check_linear(projection.module, model)
     return found
@@ -342,11 +350,6 @@ def _bias(module: Any) -> Any:
 
 def _like(values: Tensor, module: Any) -> Tensor:
     return values.to(module.weight.device, module.weight.dtype)
-
-
-def _norm(attention: Any, site: str) -> Any:
-    names = (f"{site}_norm", f"{site}_layernorm")
-    return next((norm for name in names if (norm := getattr(attention, name, None)) is not None), None)
 
 
 def _scale_norm(norm: Any, factor: Tensor, site: str, model: Model) -> None:

@@ -14,13 +14,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvgeom.models import hooks
+from kvgeom.models.attention import attention_rule, check_attention
 from kvgeom.models.backends import register_backend
 from kvgeom.models.cache import BatchedEdit, Edit, EditedCache, GradientProbe
 from kvgeom.models.chat import ChatTemplate
 from kvgeom.models.model import AttentionRule, EncodedPrompt, Gradients
 from kvgeom.models.modules import (
     Projection,
-    attention_rule,
     decoder_layers,
     key_bias,
     model_name,
@@ -30,6 +30,7 @@ from kvgeom.models.modules import (
     weights_fingerprint,
     weights_identity,
 )
+from kvgeom.models.rotary import RotaryEmbedding
 from kvgeom.models.weights import drop_weights, weights_stored
 
 if TYPE_CHECKING:
@@ -61,7 +62,6 @@ class HFModel:
     """
 
     backend = "hf"
-    branches_late = True
 
     def __init__(
         self,
@@ -83,6 +83,11 @@ class HFModel:
         self.template, self.template_options = self._chat.text, self._chat.options
         self._suffix = self._chat.suffix
         self.geometry = read_geometry(model, self._config, self._layers, name)
+        self._rotary = RotaryEmbedding(model, self._layers, name)
+        # Found out when they are asked for.
+        self._rules: list[AttentionRule] | None = None
+        self._projecting: list[dict[str, Projection]] | None = None
+        self._late: bool | None = None
         self.fingerprint = weights_fingerprint(model, self._chat.signature)
         self.identity = weights_identity(model)
         self.weights = weights_stored(model)
@@ -141,10 +146,15 @@ class HFModel:
         return EditedCache(self.geometry.layers, edit)
 
     def attention(self, layer: int) -> AttentionRule:
-        return attention_rule(self._layers[layer], self._config, self.geometry)
+        if self._rules is None:
+            rules = [attention_rule(module, self._config, self.geometry) for module in self._layers]
+            check_attention(self.hf_model, self._layers, self._projections, self._rotary, rules, self.name)
+            self._rules = rules
+        return self._rules[layer]
 
     def key_biases(self) -> dict[tuple[int, Literal["k", "v"]], Tensor]:
-        found = (key_bias(layer, self.geometry, self.name) for layer in self._layers)
+        pairs = zip(self._layers, self._projections, strict=True)
+        found = (key_bias(layer, projection["k"], self.geometry) for layer, projection in pairs)
         return {(index, "k"): bias for index, bias in enumerate(found) if bias is not None}
 
     @torch.inference_mode()
@@ -207,7 +217,10 @@ class HFModel:
         past = cache.get_seq_length()
         tokens = torch.tensor([list(ids)], device=self.device)
         positions = torch.arange(past, past + tokens.shape[1], device=self.device)[None]
-        with hooks.during(hooks.join_branches(self._layers, Counter(first))):
+        late = Counter(layer for layer in first if any(first))
+        if not late:
+            tokens, positions = (x.expand(1 + len(first), -1) for x in (tokens, positions))
+        with hooks.during(hooks.join_branches(self._layers, late)):
             return self._run(tokens, cache, positions, None, last, on_resid=on_resid)
 
     def branching_cache(self, edits: Sequence[Edit]) -> EditedCache:
@@ -297,7 +310,7 @@ class HFModel:
         """Call the model once. Backends differ here, and in nothing else."""
         watching = (
             hooks.watch_resid(self._layers, on_resid) if on_resid else (),
-            hooks.watch_rotation(self._layers, on_rotation) if on_rotation else (),
+            hooks.watch_rotation(self._layers, self._rotary.layers, on_rotation) if on_rotation else (),
         )
         with hooks.during(*watching, *self._cache_hooks(cache.edit)):
             logits = self._call(
@@ -317,19 +330,45 @@ class HFModel:
     def _cache_hooks(self, edit: Edit | None) -> tuple[Iterable[RemovableHandle], ...]:
         """What the edit of a cache needs beside the cache."""
         return (
-            hooks.pass_rotations(self._layers, edit) if edit else (),
-            hooks.edit_projections(self._projections(), edit) if edit and edit.where == "projection" else (),
+            hooks.pass_rotations(self._layers, self._rotary.layers, edit) if edit else (),
+            hooks.edit_projections(self._projections, edit) if edit and edit.where == "projection" else (),
         )
 
-    def _projections(self) -> Iterator[Mapping[str, Projection]]:
-        return (projections(module, self.geometry, self.name) for module in self._layers)
+    # No cached_property: nnsight pickles this class, and one holds a lock before Python 3.12.
+    @property
+    def _projections(self) -> list[dict[str, Projection]]:
+        if self._projecting is None:
+            with torch.inference_mode(False):  # channels are used where derivatives are taken, too
+                self._projecting = projections(self.hf_model, self._layers, self.geometry, self.name)
+        return self._projecting
+
+    @property
+    def branches_late(self) -> bool:
+        if self._late is None:
+            self._late = self._joins_late()
+        return self._late
+
+    @torch.inference_mode()
+    def _joins_late(self) -> bool:
+        """Whether a copy of a sequence that joins the batch at a layer comes out as the sequence itself.
+
+        Layers of some models are bound to the batch that has entered the model, by a mask or by ALiBi's biases.
+        """
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        positions = torch.arange(2, device=self.device)[None]
+        try:
+            with hooks.during(hooks.join_branches(self._layers, {len(self._layers) - 1: 1})):
+                logits = self._run(tokens, self.new_cache(), positions, None, 1)
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return False
+        return len(logits) == 2 and torch.allclose(logits[0], logits[1], atol=1e-3 * float(logits.abs().max()))
 
     @contextmanager
     def _observed(
         self, on_query: QueryHook | None, edit_resid: ResidEdit | None, start: tuple[int, Tensor] | None
     ) -> Iterator[None]:
         skipping = hooks.skip_below(self._layers, *start) if start else nullcontext()
-        queries = hooks.watch_queries(self._layers, self._projections(), on_query) if on_query else ()
+        queries = hooks.watch_queries(self._layers, self._projections, on_query) if on_query else ()
         edits = hooks.edit_stream(self._layers, edit_resid) if edit_resid else ()
         with skipping, hooks.during(queries, edits):
             yield

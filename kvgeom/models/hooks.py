@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kvgeom.models.cache import Edit, RotaryEdit
-from kvgeom.models.modules import Projection, attention_of, attention_write
-from kvgeom.models.rotary import rotation_at
+from kvgeom.models.modules import Projection, attention_of, attention_write, norm_of
+from kvgeom.models.rotary import Rotary
 
 if TYPE_CHECKING:
     from kvgeom.models.model import QueryHook, ResidEdit, ResidHook, RotationHook
@@ -46,14 +46,12 @@ def watch_resid(layers: Layers, show: ResidHook) -> Iterator[RemovableHandle]:
         yield module.register_forward_hook(hook(layer))
 
 
-def watch_rotation(layers: Layers, show: RotationHook) -> Iterator[RemovableHandle]:
-    """Show the rotary embedding of the new tokens before each layer's attention, where there is one."""
+def watch_rotation(layers: Layers, rotary: Sequence[Rotary], show: RotationHook) -> Iterator[RemovableHandle]:
+    """Show how each layer rotates the new tokens, before its attention."""
 
     def hook(layer: int) -> Callable[..., None]:
-        def before(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-            rotation = kwargs.get("position_embeddings")
-            if rotation is not None:
-                show(layer, rotation[0][0], rotation[1][0])
+        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            show(layer, rotary[layer].read(module, args, kwargs).row(0))
 
         return before
 
@@ -75,18 +73,18 @@ def watch_queries(layers: Layers, projections: Projections, show: QueryHook) -> 
         return after
 
     for layer, (module, found) in enumerate(zip(layers, projections, strict=True)):
-        norm = getattr(attention_of(module), "q_norm", None)
+        norm = norm_of(attention_of(module), "q")
         yield (norm or found["q"].module).register_forward_hook(hook(layer, found["q"], norm))
 
 
-def pass_rotations(layers: Layers, edit: Edit) -> Iterator[RemovableHandle]:
+def pass_rotations(layers: Layers, rotary: Sequence[Rotary], edit: Edit) -> Iterator[RemovableHandle]:
     """Give an edit that needs it the rotation to the positions of the new tokens, before each layer's keys come."""
     if not isinstance(edit, RotaryEdit) or not edit.needs_rotation:
         return
 
     def hook(layer: int) -> Callable[..., None]:
-        def before(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-            edit.set_rotation(layer, rotation_at(*kwargs["position_embeddings"]))
+        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            edit.set_rotation(layer, rotary[layer].read(module, args, kwargs).of_vectors)
 
         return before
 

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvgeom.models.cache import Edit, EditedCache
+    from kvgeom.models.rotary import TokenRotation
 
     ResidHook = Callable[[int, Tensor], None]
-    RotationHook = Callable[[int, Tensor, Tensor], None]
+    RotationHook = Callable[[int, TokenRotation], None]
     QueryHook = Callable[[int, Tensor], None]
     ResidEdit = Callable[[int, Literal["pre", "attn", "post"], Tensor], Tensor]
 
@@ -89,11 +90,14 @@ class AttentionRule:
         A token attends to itself and the ``window - 1`` before it; None: to all before it.
     softcap : float or None
         Scores become ``softcap * tanh(score / softcap)`` before softmax.
+    sinks : tuple of float or None
+        A score of each query head that takes part in softmax, and that no token gets.
     """
 
     scale: float
     window: int | None = None
     softcap: float | None = None
+    sinks: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,6 @@ class Model(Protocol):
 
     name: str
     backend: str
-    branches_late: bool
     geometry: KVGeometry
     fingerprint: str
     identity: str
@@ -161,6 +164,9 @@ class Model(Protocol):
     vocabulary: int
     max_context: int
     stop_tokens: frozenset[int]
+
+    @property
+    def branches_late(self) -> bool: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -198,7 +204,13 @@ class Model(Protocol):
         ...
 
     def attention(self, layer: int) -> AttentionRule:
-        """Scale, window and soft cap of a layer's attention scores."""
+        """How a layer turns queries and keys into attention.
+
+        Raises
+        ------
+        ModelError
+            If attention that is rebuilt so is not the model's own.
+        """
         ...
 
     def key_biases(self) -> dict[tuple[int, Literal["k", "v"]], Tensor]:
@@ -234,9 +246,9 @@ class Model(Protocol):
             Logits of every new token instead of the last alone.
         on_resid : callable (layer, Tensor[1, new tokens, d_model]) -> None, optional
             Called with the residual stream after each layer (``resid_post``).
-        on_rotation : callable (layer, cos, sin) -> None, optional
-            Called before each layer's attention with its rotary embedding, ``[new tokens, rotary_dim]`` each;
-            not called in models without one.
+        on_rotation : callable (layer, TokenRotation) -> None, optional
+            Called before each layer's attention with the rotary embedding of the new tokens, which turns nothing in a
+            layer without one.
         on_query : callable (layer, Tensor[1, query_heads, new tokens, head_dim]) -> None, optional
             Called with each layer's queries before their rotary embedding (after their norm, where there is one).
         edit_resid : callable (layer, point, Tensor[1, new tokens, d_model]) -> Tensor, optional
@@ -250,6 +262,11 @@ class Model(Protocol):
         Returns
         -------
         Tensor [new tokens or 1, vocabulary], float32
+
+        Raises
+        ------
+        ModelError
+            With ``on_rotation``, or an edit that needs rotations, if those of a layer are not known.
         """
         ...
 

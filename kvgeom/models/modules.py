@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +14,20 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvgeom.errors import ModelError
+from kvgeom.errors import ModelError, reason
 from kvgeom.models.cache import EditedCache
-from kvgeom.models.model import AttentionRule, KVGeometry
+from kvgeom.models.model import KVGeometry
 
-#: Names of the modules that project queries, keys, values, or all of them at once (the last two).
-_SEPARATE = (("q_proj", "k_proj", "v_proj"), ("q", "k", "v"))
-_BLOCKS, _INTERLEAVED = "qkv_proj", "query_key_value"
+#: Names of the modules that project queries, keys and values, and of those that project all of them at once.
+_SEPARATE = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("q", "k", "v"),
+    ("project_q", "project_k", "project_v"),
+    ("Wq", "Wk", "Wv"),
+)
+_FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "W_pack")
+#: Names of the norms of queries and keys, if there are any.
+_NORMS = ("{}_norm", "{}_layernorm")
 
 
 @dataclass(frozen=True)
@@ -48,43 +57,92 @@ class Projection:
         return edited
 
 
-def projections(layer: nn.Module, geometry: KVGeometry, name: str) -> dict[str, Projection]:
-    """The modules that project queries, keys and values, by ``"q"``, ``"k"``, ``"v"``.
+def projections(
+    hf_model: Any, layers: Sequence[nn.Module], geometry: KVGeometry, name: str
+) -> list[dict[str, Projection]]:
+    """The modules of every layer that project queries, keys and values, by ``"q"``, ``"k"``, ``"v"``.
+
+    Where one module projects all three, their order in its output is found out, by a pass over some tokens: it is the one
+    that gives the values that the layer hands to its cache.
 
     Raises
     ------
     ModelError
-        If the attention has none of the names that are known.
+        If the attention has none of the names that are known, or no known order gives its values.
     """
-    attention = attention_of(layer)
-    heads = {"q": geometry.query_heads, "k": geometry.kv_heads, "v": geometry.kv_heads}
-    size = geometry.head_dim
+    counts = {"q": geometry.query_heads, "k": geometry.kv_heads, "v": geometry.kv_heads}
+    kind = type(attention_of(layers[0])).__name__
     for names in _SEPARATE:
-        if all(hasattr(attention, found) for found in names):
-            return {
-                site: Projection(getattr(attention, found), heads[site], torch.arange(heads[site] * size))
-                for site, found in zip(("q", "k", "v"), names, strict=True)
-            }
-    if hasattr(attention, _BLOCKS):
-        counts = [heads[site] * size for site in ("q", "k", "v")]
-        parts = torch.split(torch.arange(sum(counts)), counts)
-    elif hasattr(attention, _INTERLEAVED):  # each head's query, key and value lie side by side
-        parts = rearrange(torch.arange(3 * heads["q"] * size), "(h s d) -> s (h d)", s=3, d=size).unbind()
-    else:
+        if all(hasattr(attention_of(layer), found) for layer in layers for found in names):
+            every = {site: torch.arange(heads * geometry.head_dim) for site, heads in counts.items()}
+            return [
+                {
+                    site: Projection(getattr(attention_of(layer), found), counts[site], every[site])
+                    for site, found in zip(counts, names, strict=True)
+                }
+                for layer in layers
+            ]
+    fused = next((found for found in _FUSED if all(hasattr(attention_of(layer), found) for layer in layers)), None)
+    if fused is None:
         raise ModelError(
-            f"no projections of queries, keys and values found in {type(attention).__name__} of {name}: it has no "
-            f"k_proj/v_proj, {_BLOCKS} or {_INTERLEAVED}; attention scores and the paper placement need them, so use the cache "
-            "placement"
+            f"no projections of queries, keys and values found in {kind} of {name}: it has no k_proj/v_proj, "
+            f"{' or '.join(_FUSED[:2])}; attention scores and the paper placement need them, so use the cache placement"
         )
-    module = getattr(attention, _BLOCKS, None) or getattr(attention, _INTERLEAVED)
-    return {site: Projection(module, heads[site], part) for site, part in zip(("q", "k", "v"), parts, strict=True)}
+    modules = [getattr(attention_of(layer), fused) for layer in layers]
+    seen = _projected(hf_model, modules)
+    for order in _orders(geometry):
+        found = [{site: Projection(module, counts[site], order[site]) for site in counts} for module in modules]
+        if all(_gives(projection["v"], *one) for projection, one in zip(found, seen, strict=True)):
+            return found
+    raise ModelError(
+        f"the order in which {kind} of {name} projects queries, keys and values is not known: none that kvgeom knows gives the "
+        "values that it stores; attention scores and the paper placement need it, so use the cache placement"
+    )
 
 
-def key_bias(layer: nn.Module, geometry: KVGeometry, name: str) -> Tensor | None:
+@torch.inference_mode()
+def _projected(hf_model: Any, modules: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    """What each module projects of some tokens, and the values that its layer hands to the cache."""
+    outputs: dict[int, Tensor] = {}
+    cache = EditedCache(len(modules))
+    with ExitStack() as stack:
+        for index, module in enumerate(modules):
+            keep = partial(lambda index, _module, _args, output: outputs.__setitem__(index, output), index)
+            stack.callback(module.register_forward_hook(keep).remove)
+        tokens = torch.arange(4, device=hf_model.device)[None]
+        hf_model(input_ids=tokens, past_key_values=cache, use_cache=True)
+    return [(outputs[index], layer.values) for index, layer in enumerate(cache.layers)]
+
+
+def _gives(projection: Projection, output: Tensor, values: Tensor) -> bool:
+    if int(projection.channels.max()) >= output.shape[-1]:
+        return False
+    read = projection.read(output)
+    return read.shape == values.shape and torch.allclose(read, values, atol=1e-3 * float(values.abs().max()))
+
+
+def _orders(geometry: KVGeometry) -> Iterator[dict[str, Tensor]]:
+    """Known orders of queries, keys and values in the output of one module: the channels of each."""
+    heads, kv, size = geometry.query_heads, geometry.kv_heads, geometry.head_dim
+    every = torch.arange((heads + 2 * kv) * size)
+    yield dict(zip("qkv", torch.split(every, [heads * size, kv * size, kv * size]), strict=True))
+    if heads % kv == 0:  # each KV head beside its queries (Falcon; with one query each, GPT-NeoX and BLOOM)
+        groups = rearrange(every, "(h g d) -> h g d", h=kv, d=size)
+        yield {"q": groups[:, :-2].flatten(), "k": groups[:, -2].flatten(), "v": groups[:, -1].flatten()}
+    if heads == kv and heads % 4 == 0:  # CodeGen: four parts, each of queries, values and keys
+        q, v, k = rearrange(every, "(p s d) -> s (p d)", p=4, s=3)
+        yield {"q": q, "k": k, "v": v}
+
+
+def norm_of(attention: Any, site: str) -> Any:
+    """The norm of queries or keys that comes after their projection, or None."""
+    return next((norm for name in _NORMS if (norm := getattr(attention, name.format(site), None)) is not None), None)
+
+
+def key_bias(layer: nn.Module, projection: Projection, geometry: KVGeometry) -> Tensor | None:
     """Bias of a layer's keys, ``[kv_heads, head_dim]``, or None if there is none or a norm of the keys comes after it."""
-    if hasattr(attention_of(layer), "k_norm"):
+    if norm_of(attention_of(layer), "k") is not None:
         return None
-    projection = projections(layer, geometry, name)["k"]
     biases = [weight for part, weight in projection.module.named_parameters() if part.rpartition(".")[2] == "bias"]
     if not biases:
         return None
@@ -121,27 +179,20 @@ def attention_write(layer: nn.Module) -> nn.Module:
     return attention
 
 
-def attention_rule(layer: nn.Module, config: Any, geometry: KVGeometry) -> AttentionRule:
-    """How a layer turns queries and keys into attention."""
-    attention = attention_of(layer)
-    windowed = getattr(attention, "sliding_window", None)
-    if windowed is None and not getattr(config, "layer_types", None):
-        windowed = geometry.sliding_window
-    return AttentionRule(
-        scale=float(getattr(attention, "scaling", None) or geometry.head_dim**-0.5),
-        window=int(windowed) if windowed else None,
-        softcap=getattr(config, "attn_logit_softcapping", None),
-    )
-
-
 @torch.inference_mode()
 def read_geometry(model: Any, config: Any, layers: list[nn.Module], name: str) -> KVGeometry:
-    """Run one token and look at what the cache then holds: the shapes are the model's own."""
+    """Run a few tokens, then one more, and look at what the cache then holds: the shapes are the model's own."""
     cache = EditedCache(len(layers))
     try:
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"{name} does not run with a transformers cache: {error}") from error
+        for first, count in ((0, 3), (3, 1)):
+            model(
+                input_ids=torch.zeros(1, count, dtype=torch.long, device=model.device),
+                position_ids=torch.arange(first, first + count, device=model.device)[None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError, NotImplementedError) as error:
+        raise ModelError(f"{name} does not run with a transformers cache: {reason(error)}") from error
     shapes = {tuple(t.shape) for layer in cache.layers for t in (layer.keys, layer.values) if t is not None}
     if len(shapes) != 1 or not all(layer.is_initialized for layer in cache.layers):
         raise ModelError(f"the layers of {name} do not all store keys and values of one shape (found {sorted(shapes)})")
@@ -161,7 +212,7 @@ def read_geometry(model: Any, config: Any, layers: list[nn.Module], name: str) -
 def _key_bias(attention: nn.Module) -> bool:
     """Whether a module that projects keys, wrapped or not, has a bias."""
     parts = {part for name, _ in attention.named_parameters() if name.endswith("bias") for part in name.split(".")}
-    return bool(parts & {"k_proj", "k", _BLOCKS, _INTERLEAVED, "c_attn"})
+    return bool(parts & {*(names[1] for names in _SEPARATE), *_FUSED})
 
 
 def _slides(config: Any) -> bool:

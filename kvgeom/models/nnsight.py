@@ -55,7 +55,6 @@ class NNsightModel(HFModel):
     ) -> None:
         self.nnsight_model = model
         self.remote: Remote = remote
-        self.branches_late = remote is not True
         if remote:
             import nnsight
 
@@ -104,6 +103,9 @@ class NNsightModel(HFModel):
             template_options=template_options,
         )
 
+    def _joins_late(self) -> bool:
+        return self.remote is not True and super()._joins_late()
+
     def gradients(self, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`kvgeom.models.model.Model.gradients`; not with ``remote=True``."""
         self._refuse_remote("derivatives")
@@ -141,9 +143,9 @@ class NNsightModel(HFModel):
                 filled = self.nnsight_model.output.past_key_values.save()
                 logits = self.nnsight_model.output.logits.save()
         _take_over(cache, filled)
-        for layer, rotation in enumerate(rotations):
-            if rotation is not None and on_rotation is not None:
-                on_rotation(layer, rotation[0][0], rotation[1][0])
+        for layer, embedding in enumerate(rotations):
+            if on_rotation is not None:
+                on_rotation(layer, self._rotary.layers[layer].at(embedding, tokens.shape[1], logits).row(0))
         for layer, resid in enumerate(resids):
             if on_resid is not None:
                 on_resid(layer, resid[0] if isinstance(resid, tuple) else resid)

@@ -139,7 +139,7 @@ class PackedCache(EditedCache):
         A :class:`~kvgeom.quant.quantizer.Quantizer` that rounds in the cache.
     rotations : callable (layer, position of the first new token, new keys) -> Rotation, optional
         Rotations for an edit with ``needs_rotation``, in a model whose passes kvgeom does not run;
-        :meth:`kvgeom.models.rotary.RotaryEmbedding.rotation` is one.
+        :class:`kvgeom.models.rotary.RotaryEmbedding` knows them.
 
     Raises
     ------
@@ -202,9 +202,9 @@ def quantized_cache(model: PreTrainedModel | Model, recipe: Recipe, placement: P
     quantizer = Quantizer(recipe, placement)
     if not (quantizer.needs_rotation and "k" in recipe.sites_with("offsets")):
         return PackedCache(count, quantizer)
-    return PackedCache(
-        count, quantizer, RotaryEmbedding(hf_model, decoder_layers(hf_model, count, name), name).rotation
-    )
+    rotary = RotaryEmbedding(hf_model, decoder_layers(hf_model, count, name), name)
+    rotary.check()
+    return PackedCache(count, quantizer, lambda *new: rotary.rotation(*new).of_vectors)
 
 
 def check_packable(recipe: Recipe, placement: Placement) -> None:

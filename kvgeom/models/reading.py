@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from kvgeom.models.model import EncodedPrompt, Model
-from kvgeom.models.rotary import rotate, unrotate
+from kvgeom.models.rotary import TokenRotation
 
 Where = Literal["cache", "projection"]
 
@@ -22,8 +22,8 @@ class LayerActivations:
     ----------
     k, v : Tensor [1, kv_heads, tokens, head_dim]
         As stored in the cache (keys after their rotary embedding), or as projected.
-    rotation : (cos, sin) or None
-        Rotary embedding that is in ``k``, ``[tokens, rotary_dim]`` each; None where there is none.
+    rotation : TokenRotation or None
+        Rotary embedding that is in ``k``; None of keys as projected.
     resid : Tensor [1, 1, tokens, d_model] or None
         Residual stream after the layer, if it was asked for.
     q : Tensor [1, query_heads, tokens, head_dim] or None
@@ -32,7 +32,7 @@ class LayerActivations:
 
     k: Tensor
     v: Tensor
-    rotation: tuple[Tensor, Tensor] | None = None
+    rotation: TokenRotation | None = None
     resid: Tensor | None = None
     q: Tensor | None = None
 
@@ -42,12 +42,15 @@ class LayerActivations:
         if self.q is None:
             raise ValueError("the queries were not read; read with queries=True")
         q = self.q[0].float()
-        return q if self.rotation is None else rotate(q, *self.rotation)
+        return q if self.rotation is None else self.rotation.rotate(q).float()
 
     def unrotated(self, keys: Tensor | None = None) -> Tensor:
-        """Keys, or anything in their shape and frame, without the rotary embedding; those of the layer by default."""
+        """Keys, or anything in their shape and frame, without the rotary embedding; those of the layer by default.
+
+        In float32, whatever the model computes in.
+        """
         keys = self.k if keys is None else keys
-        return keys if self.rotation is None else unrotate(keys, *self.rotation)
+        return keys.float() if self.rotation is None else self.rotation.unrotate(keys)
 
 
 def read(
@@ -65,19 +68,16 @@ def read(
         Whether to read the residual stream and the queries too.
     """
     taken: dict[tuple[int, str], Tensor] = {}
-    rotations: dict[int, tuple[Tensor, Tensor]] = {}
+    rotations: dict[int, TokenRotation] = {}
     q: dict[int, Tensor] = {}
     streams: dict[int, Tensor] = {}
-
-    def on_rotation(layer: int, cos: Tensor, sin: Tensor) -> None:
-        rotations[layer] = cos, sin
 
     cache = model.new_cache(_Tap(taken) if where == "projection" else None)
     model.forward(
         prompt.ids,
         cache,
         on_resid=streams.__setitem__ if resid else None,
-        on_rotation=on_rotation if where == "cache" else None,
+        on_rotation=rotations.__setitem__ if where == "cache" else None,
         on_query=q.__setitem__ if queries else None,
     )
     for layer, stored in enumerate(cache.layers):

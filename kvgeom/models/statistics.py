@@ -22,14 +22,14 @@ class ChannelStatistics:
     Attributes
     ----------
     mean, largest : dict of (layer, "k" or "v") to Tensor [kv_heads, head_dim]
-    rotary_dim : int
-        How many channels of a head the model rotates; 0 without rotary embedding.
+    planes : dict of (layer, "k") to Tensor [planes, 2]
+        The pairs of channels of a head that the layer rotates.
     tokens : int
     """
 
     mean: dict[Key, Tensor] = field(repr=False)
     largest: dict[Key, Tensor] = field(repr=False)
-    rotary_dim: int
+    planes: dict[Key, Tensor] = field(repr=False)
     tokens: int
 
 
@@ -47,17 +47,19 @@ def channel_statistics(model: Model, prompts: Sequence[str]) -> ChannelStatistic
         raise InputError("statistics of keys and values need prompts, got none; give at least one")
     sums: dict[Key, Tensor] = {}
     largest: dict[Key, Tensor] = {}
-    tokens, rotary_dim = 0, 0
+    planes: dict[Key, Tensor] = {}
+    tokens = 0
     for prompt in model.encode(prompts):
         tokens += len(prompt)
         for index, layer in enumerate(read(model, prompt)):
-            rotary_dim = 0 if layer.rotation is None else layer.rotation[0].shape[-1]
+            if layer.rotation is not None:
+                planes[index, "k"] = layer.rotation.planes
             sites: tuple[tuple[Site, Tensor], ...] = (("k", layer.unrotated()), ("v", layer.v))
             for site, x in sites:
                 key, own = (index, site), x[0].float()
                 sums[key] = sums.get(key, torch.zeros(())) + own.sum(1)
                 largest[key] = torch.maximum(largest.get(key, torch.zeros_like(own[:, 0])), own.abs().amax(1))
-    return ChannelStatistics({key: total / tokens for key, total in sums.items()}, largest, rotary_dim, tokens)
+    return ChannelStatistics({key: total / tokens for key, total in sums.items()}, largest, planes, tokens)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Constants:
         The calibration mean of keys where ``keys`` is not that already. It contains what prompts have in common beside
         the bias, so it depends on the prompts.
     factors : Statics
-        Channel sizes over the calibration prompts; the two channels of a rotary pair share one.
+        Channel sizes over the calibration prompts; the two channels of a rotated pair share one.
     """
 
     keys: Statics
@@ -94,9 +96,9 @@ def constants(model: Model, prompts: Sequence[str]) -> Constants:
     biases = model.key_biases()
     source = "key bias" if biases else "mean key"
     means = {key: mean for key, mean in seen.mean.items() if key[1] == "k"}
-    keys, rotary = biases or means, seen.rotary_dim > 0
+    keys, rotary = biases or means, any(map(len, seen.planes.values()))
     values = {key: mean for key, mean in seen.mean.items() if key[1] == "v"}
-    sizes = {(n, s): pair_factors(top, seen.rotary_dim if s == "k" else 0) for (n, s), top in seen.largest.items()}
+    sizes = {key: pair_factors(top, seen.planes.get(key)) for key, top in seen.largest.items()}
     return Constants(
         Statics.of(source, keys, rotary=rotary),
         Statics.of(f"{source} and mean value", {**keys, **values}, rotary=rotary),

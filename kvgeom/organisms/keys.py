@@ -20,11 +20,10 @@ def crush_keys(bench: Bench, layer: int, loudness: float = 1.0) -> str:
     in all heads, groups of 64 do not help, and scales per channel do. ``loudness`` is the share of their size that is planted.
     """
     g, rng = bench.model.geometry, bench.rng
-    rotated = edits.rotary_channels(bench.model, layer)
+    pairs = _pairs(bench, layer)
     everywhere = edits.shares_key_norm(bench.model, layer) or rng.random() < 0.5
     heads = list(range(g.kv_heads)) if everywhere else [rng.randrange(g.kv_heads)]
-    chosen = rng.sample([*range(rotated // 2), *range(rotated, g.head_dim)], rng.choice((1, 1, 2)))
-    channels = sorted({c for first in chosen for c in _together(first, rotated)})
+    channels = sorted(channel for pair in rng.sample(pairs, rng.choice((1, 1, 2))) for channel in pair)
     low, high = bench.values.key_range(layer)
     others = torch.maximum(-low, high)
     others[torch.tensor(heads)[:, None], torch.tensor(channels)] = 0
@@ -52,8 +51,9 @@ def keys_become_outliers(bench: Bench, layer: int, loudness: float = 1.0) -> str
         If a rotary embedding turns all channels.
     """
     g, rng = bench.model.geometry, bench.rng
-    rotated = edits.rotary_channels(bench.model, layer)
-    free = g.head_dim - rotated
+    channels = edits.free_channels(bench.model, layer)
+    turned = edits.rotary_planes(bench.model, layer).flatten()
+    free = len(channels)
     if not free:
         raise InputError(
             f"keys of {bench.model.name} cannot all have a constant, because a rotary embedding turns all of their channels; give a "
@@ -62,15 +62,15 @@ def keys_become_outliers(bench: Bench, layer: int, loudness: float = 1.0) -> str
     frames, middles, anchors, reach = [], [], [], 0.0
     for head in range(g.kv_heads):
         keys = bench.values.all_keys(layer, head)
-        _, _, directions = torch.linalg.svd(keys[:, rotated:] - keys[:, rotated:].mean(0), full_matrices=True)
+        _, _, directions = torch.linalg.svd(keys[:, channels] - keys[:, channels].mean(0), full_matrices=True)
         frame = orthogonal(free, rng, directions[-1:])
         order = rng.sample(range(free), free)
-        seen = keys[:, rotated:] @ frame[order].T
+        seen = keys[:, channels] @ frame[order].T
         low, high = seen.amin(0), seen.amax(0)
         frames.append(frame[order])
         middles.append((low + high) / 2)
         anchors.append(order.index(0))
-        reach = max(reach, float((high - low).max()) / 2, *keys[:, :rotated].abs().amax(0).tolist())
+        reach = max(reach, float((high - low).max()) / 2, *keys[:, turned].abs().amax(0).tolist())
     # From 6 on, all of a channel has the largest code of a scale of its own, even where its constant is two thirds of the largest.
     step = loudness * rng.uniform(6, 8) * reach
     offsets = torch.zeros(g.kv_heads, g.head_dim, dtype=torch.float64)
@@ -78,7 +78,7 @@ def keys_become_outliers(bench: Bench, layer: int, loudness: float = 1.0) -> str
         edits.transform_keys(bench.model, layer, head, frame)
         codes = [rng.choice((-1, 1)) * rng.randint(max(1, 2 * bench.top // 3), max(1, bench.top - 1)) for _ in frame]
         codes[anchor] = bench.top
-        offsets[head, rotated:] = torch.tensor(codes) * step - middle
+        offsets[head, channels] = torch.tensor(codes) * step - middle
     edits.offset_keys(bench.model, layer, offsets)
     return f"layer {layer}: {free} key channels of each head set off by up to {bench.top} steps of {step:.3g}"
 
@@ -96,8 +96,7 @@ def jitter(bench: Bench, layer: int, size: float) -> str:
     scale[channel] = max(1.0, size * max(float(peaks.max()) for peaks in seen) / float(seen[home][channel]))
     for head, rotation in enumerate(rotations):
         edits.transform_values(bench.model, layer, head, scale[:, None] * rotation if head == home else rotation)
-    rotated = edits.rotary_channels(bench.model, layer)
-    together = _together(rng.choice([*range(rotated // 2), *range(rotated, g.head_dim)]), rotated)
+    together = rng.choice(_pairs(bench, layer))
     low, high = bench.values.key_range(layer)
     peaks = torch.maximum(-low, high)
     scales = torch.ones(g.kv_heads, g.head_dim, dtype=torch.float64)
@@ -106,7 +105,7 @@ def jitter(bench: Bench, layer: int, size: float) -> str:
     return f"layer {layer}: a value channel of head {home} and {len(together)} key channels scaled to {size:.2g} x all others"
 
 
-def _together(channel: int, rotated: int) -> list[int]:
-    """A channel, and the one that a rotary embedding of the first ``rotated`` channels mixes it with."""
-    half = rotated // 2
-    return [channel, channel + half] if channel < half else [channel]
+def _pairs(bench: Bench, layer: int) -> list[list[int]]:
+    """Channels of a head that must be scaled together: pairs that a rotary embedding turns, and the others alone."""
+    free: list[int] = edits.free_channels(bench.model, layer).tolist()
+    return [*edits.rotary_planes(bench.model, layer).tolist(), *([channel] for channel in free)]

@@ -141,11 +141,11 @@ def nuisance(bench: Bench, layer: int, *, rotate: bool = True) -> str:
                 scale[channel] = rng.uniform(1, 1.5) * bench.values.peak(layer) / float(seen[channel])
             edits.transform_values(bench.model, layer, head, scale[:, None] * rotation)
             scaled += count
-    half = edits.rotary_channels(bench.model, layer) // 2
-    if half:
+    planes = edits.rotary_planes(bench.model, layer)
+    if len(planes):
         scales = torch.ones(g.kv_heads, g.head_dim, dtype=torch.float64)
-        pair, size = rng.randrange(half), rng.uniform(0.7, 1.4)
-        scales[:, [pair, pair + half]] = size
+        pair, size = rng.randrange(len(planes)), rng.uniform(0.7, 1.4)
+        scales[:, planes[pair]] = size
         edits.scale_keys(bench.model, layer, scales)
         return f"layer {layer}: nuisance, {scaled} value channels and key pair {pair} (x{size:.2f})"
     return f"layer {layer}: nuisance, {scaled} value channels"

@@ -241,28 +241,24 @@ register_transform(Hadamard(name="hadamard64"))
 register_transform(RandomizedHadamard(name="rht"))
 
 
-def pair_factors(largest: Tensor, rotary_dim: int) -> Tensor:
+def pair_factors(largest: Tensor, planes: Tensor | None = None) -> Tensor:
     """Factors for ``equalize`` that rotary embedding does not see: both channels of a rotated pair share one.
 
     Parameters
     ----------
     largest : Tensor [kv_heads, head_dim]
         Size of each channel, for instance its largest magnitude over a calibration set.
-    rotary_dim : int
-        How many channels of a head are rotated, in halves (channel i with i + rotary_dim / 2); 0 for values.
+    planes : Tensor [planes, 2], optional
+        The pairs of channels of a head that are rotated, as in :class:`kvgeom.models.rotary.TokenRotation`; none of values.
 
     Returns
     -------
     Tensor [kv_heads, head_dim]
         Positive, with geometric mean one in each head.
     """
-    import torch
-
     sizes = largest.clone().float()
-    half = rotary_dim // 2
-    if half:
-        pair = torch.maximum(sizes[:, :half], sizes[:, half:rotary_dim])
-        sizes[:, :rotary_dim] = torch.cat([pair, pair], dim=1)
+    if planes is not None and len(planes):
+        sizes[:, planes] = sizes[:, planes].amax(-1, keepdim=True)
     logs = sizes.clamp_min(1e-6).log()
     return (logs - logs.mean(1, keepdim=True)).exp()
 

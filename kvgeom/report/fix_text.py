@@ -160,6 +160,12 @@ def rules_compared(selection: LayerSelection) -> str:
     at, n = selection.data.isel(kept=-1), selection.meta["prompts"]
     if selection.attention_claim == "nothing":
         return f"The cache with no layer kept loses none of {n} refusals, so no rule can be better than another."
+    if selection.attention_claim == "not compared":
+        return (
+            f"With {counted(int(at.kept), 'layer')} kept, choosing by causal effect loses {selection.flips['causal']} of {n}, the "
+            f"first layers {selection.flips['first']}, {_draws(selection)} {span(selection.random_flips)}. Attention of this "
+            "model cannot be rebuilt from its queries and keys, so that layers were not chosen by it."
+        )
     kept, p, flips = int(at.kept), float(at.p.sel(rule="attention")), selection.flips
     return (
         f"With {counted(kept, 'layer')} kept, choosing by attention loses {flips['attention']} of {n}, by causal effect "

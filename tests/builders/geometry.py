@@ -9,11 +9,12 @@ import kvgeom
 from kvgeom.geometry.activations import tokens_at
 from kvgeom.geometry.ratio import random_bases
 from kvgeom.models.hf import HFModel
-from kvgeom.models.rotary import rotate
+from kvgeom.models.rotary import TokenRotation
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.scheme import Scheme
 from tests.builders.requests import PAIRS
+from tests.builders.rotary import rotate
 from tests.builders.tiny import tiny_model
 
 
@@ -37,19 +38,19 @@ def by_hand(model: HFModel, layer: int, site: str, position: str, scheme: Scheme
     for label in rows:
         for prompt in model.encode(getattr(PAIRS, label)):
             cache = model.new_cache()
-            angles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+            angles: dict[int, TokenRotation] = {}
             resid: dict[int, torch.Tensor] = {}
             model.forward(
                 prompt.ids,
                 cache,
-                on_rotation=lambda n, c, s, a=angles: a.__setitem__(n, (c, s)),
+                on_rotation=angles.__setitem__,
                 on_resid=resid.__setitem__,
             )
             stored = {"k": cache.layers[layer].keys, "v": cache.layers[layer].values, "resid": resid[layer][None]}
             x = stored[site]
             e = fake_quantize(x, scheme) - x
-            if site == "k" and layer in angles:  # turn back by the opposite angle
-                cos, sin = angles[layer]
+            if site == "k":  # turn back by the opposite angle
+                cos, sin = (torch.cat([t, t], dim=-1) for t in (angles[layer].cos, angles[layer].sin))
                 x, e = (rotate(t, cos, -sin) for t in (x, e))
             at = tokens_at(prompt, position)
             flat = [t[0].permute(1, 0, 2).flatten(1)[at].double().numpy() for t in (x, e)]

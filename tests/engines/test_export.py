@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvgeom.engines import transformers as export
-from kvgeom.errors import InputError, ModelError
+from kvgeom.errors import InputError
 from kvgeom.models.hf import HFModel
 from kvgeom.models.packed import PackedCache, quantized_cache
 from kvgeom.models.rotary import RotaryEmbedding
@@ -46,9 +46,9 @@ def shifted(model: HFModel) -> HFModel:
 
 def statics(model: HFModel) -> dict[str, Statics]:
     seen = channel_statistics(model, ["a b c", "hello there", "what is this?"])
-    factors = {key: pair_factors(x, seen.rotary_dim if key[1] == "k" else 0) for key, x in seen.largest.items()}
+    factors = {key: pair_factors(x, seen.planes.get(key)) for key, x in seen.largest.items()}
     return {
-        "offsets": Statics.of("mean", seen.mean, rotary=seen.rotary_dim > 0),
+        "offsets": Statics.of("mean", seen.mean, rotary=any(map(len, seen.planes.values()))),
         "factors": Statics.of("sizes", factors),  # type: ignore[arg-type]
     }
 
@@ -162,7 +162,7 @@ def test_each_layer_type_has_its_own_rotation() -> None:
         expected = torch.cat(
             [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1
         )
-        torch.testing.assert_close(rotary.rotation(layer, 5, keys)(vector)[0], expected)
+        torch.testing.assert_close(rotary.rotation(layer, 5, keys).of_vectors(vector)[0], expected)
 
 
 def test_a_model_without_rotary_embedding() -> None:
@@ -177,8 +177,9 @@ def test_a_model_without_rotary_embedding() -> None:
     turned = Recipe.uniform(3, Scheme.parse("int4-asym-token+center")).with_statics(
         offsets=Statics.of("mean", offsets.vectors, rotary=True)
     )
-    with pytest.raises(ModelError, match="layer 0"):
-        quantized_cache(hf, turned)
+    assert (
+        theirs(hf, quantized_cache(hf, turned)) == ours(model, turned, Placement()) == ours(model, recipe, Placement())
+    )
 
 
 def test_what_cannot_be_stored_is_refused() -> None:

@@ -191,6 +191,7 @@ def test_nothing_changes_for_models_that_do_not_reason() -> None:
     """Whatever reasoning may have, and with as many passes."""
     model, found = tiny_model("qwen2", seed=1), []
     passes: list[int] = []
+    assert model.branches_late  # found out by a pass of its own, once
     model._layers[-1].register_forward_hook(lambda *_: passes.append(1))
     for budget in (1, 1000):
         passes.clear()

@@ -12,7 +12,7 @@ from einops import repeat
 import kvgeom
 from kvgeom.errors import InputError, ModelError
 from kvgeom.models.hf import HFModel
-from kvgeom.models.rotary import rotate
+from kvgeom.models.rotary import TokenRotation
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
@@ -39,7 +39,7 @@ def score(logits: torch.Tensor) -> torch.Tensor:
 def numbers(model: HFModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Everything that the protocol gives, under a name each."""
     resid: dict[int, torch.Tensor] = {}
-    angles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    angles: dict[int, TokenRotation] = {}
     queries: dict[int, torch.Tensor] = {}
     cache = model.new_cache(Quantizer(INT4))
     yield (
@@ -49,7 +49,7 @@ def numbers(model: HFModel) -> Iterator[tuple[str, torch.Tensor]]:
             cache,
             all_logits=True,
             on_resid=resid.__setitem__,
-            on_rotation=lambda layer, cos, sin: angles.__setitem__(layer, (cos, sin)),
+            on_rotation=angles.__setitem__,
             on_query=queries.__setitem__,
         ),
     )
@@ -58,8 +58,8 @@ def numbers(model: HFModel) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"keys {layer}", cache.layers[layer].keys
         yield f"values {layer}", cache.layers[layer].values
         yield f"queries {layer}", queries[layer]
-        yield f"cos {layer}", angles[layer][0]
-        yield f"sin {layer}", angles[layer][1]
+        yield f"cos {layer}", angles[layer].cos
+        yield f"sin {layer}", angles[layer].sin
     yield "rounded at the projection", model.forward(IDS, model.new_cache(Quantizer(INT4, Placement.paper())))
     yield "residual edited", model.forward(IDS, edit_resid=lambda layer, point, x: x * (0.9 if point == "attn" else 1))
     quantizers = [Quantizer(INT4), Quantizer(INT4.keep([1]))]
@@ -209,19 +209,19 @@ def test_queries_and_keys_are_what_attention_uses(kind: str) -> None:
     """Attention weights from our queries, keys and rules are those of the model's own eager attention."""
     model = on_backend(kind)
     queries: dict[int, torch.Tensor] = {}
-    angles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    angles: dict[int, TokenRotation] = {}
     cache = model.new_cache()
     model.forward(
         IDS,
         cache,
         on_query=queries.__setitem__,
-        on_rotation=lambda layer, cos, sin: angles.__setitem__(layer, (cos, sin)),
+        on_rotation=angles.__setitem__,
     )
     theirs = model.hf_model(input_ids=torch.tensor([IDS]), output_attentions=True).attentions
     at = torch.arange(len(IDS))
     for layer in range(3):
         rule = model.attention(layer)
-        q = rotate(queries[layer], *angles[layer])
+        q = angles[layer].rotate(queries[layer])
         k = repeat(cache.layers[layer].keys, "b h t d -> b (h g) t d", g=q.shape[1] // model.geometry.kv_heads)
         scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * rule.scale
         seen = at[None] <= at[:, None]

@@ -10,12 +10,13 @@ from transformers import DynamicCache
 
 from kvgeom.models.cache import EditedCache
 from kvgeom.models.hf import HFModel
-from kvgeom.models.rotary import rotate, unrotate
+from kvgeom.models.rotary import TokenRotation
 from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
+from tests.builders.rotary import halves, rotate
 from tests.builders.tiny import KINDS, tiny_model
 
 IDS = [1, *range(40, 70), 12, 9, 200]  # longer than the sliding windows of the tiny models
@@ -116,7 +117,7 @@ def test_projection_rounding_reaches_the_cache_through_rope(kind: str) -> None:
 def test_unrotated_keys_are_projected_keys(kind: str) -> None:
     model = tiny_model(kind)
     projected: dict[int, torch.Tensor] = {}
-    rotations: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    rotations: dict[int, TokenRotation] = {}
 
     class Tap(Quantizer):
         def __call__(self, layer, site, x):  # type: ignore[no-untyped-def]
@@ -126,19 +127,26 @@ def test_unrotated_keys_are_projected_keys(kind: str) -> None:
 
     exact = Recipe.exact(model.geometry.layers)
     cache = model.new_cache(Tap(exact, Placement(where="projection")))
-    model.forward(IDS, cache, on_rotation=lambda layer, cos, sin: rotations.__setitem__(layer, (cos, sin)))
+    model.forward(IDS, cache, on_rotation=rotations.__setitem__)
     for layer, keys in projected.items():
-        torch.testing.assert_close(rotate(keys, *rotations[layer]), cache.layers[layer].keys, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(unrotate(cache.layers[layer].keys, *rotations[layer]), keys, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(rotations[layer].rotate(keys), cache.layers[layer].keys, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(rotations[layer].unrotate(cache.layers[layer].keys), keys, atol=1e-5, rtol=1e-5)
 
 
 @given(st.integers(1, 4), st.integers(1, 6), st.sampled_from([2, 4, 8]), st.floats(0.5, 2.0), st.integers(0, 2**31))
 def test_unrotate_inverts_rotate(heads: int, tokens: int, rotary: int, scale: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     k = torch.randn(1, heads, tokens, 8, generator=generator, dtype=torch.float64)
-    angle = torch.randn(tokens, rotary // 2, generator=generator, dtype=torch.float64).repeat(1, 2)
+    angle = torch.randn(tokens, rotary // 2, generator=generator, dtype=torch.float64)
     cos, sin = angle.cos() * scale, angle.sin() * scale
-    torch.testing.assert_close(unrotate(rotate(k, cos, sin), cos, sin), k)
+    rotation = TokenRotation(cos, sin, halves(rotary))
+    turned = rotation.rotate(k)
+    torch.testing.assert_close(turned, rotate(k, cos.repeat(1, 2), sin.repeat(1, 2)))
+    torch.testing.assert_close(rotation.unrotate(turned), k)
+    pairs = torch.randperm(8, generator=generator)[:rotary].reshape(-1, 2)
+    other = TokenRotation(cos, sin, pairs)
+    order = torch.cat([pairs.T.flatten(), torch.tensor([c for c in range(8) if c not in pairs], dtype=torch.long)])
+    torch.testing.assert_close(other.rotate(k)[..., order], rotation.rotate(k[..., order]))
 
 
 def test_suffix_reuse_is_exact(model: HFModel) -> None:

@@ -83,9 +83,9 @@ def test_values_get_an_offset_and_nothing_else_changes(model: HFModel, seed: int
 @given(SEEDS, st.integers(0, 2))
 def test_key_pairs_are_scaled_and_nothing_else_changes(model: HFModel, seed: int, layer: int) -> None:
     g = model.geometry
-    rotated = edits.rotary_channels(model, layer)
+    planes = edits.rotary_planes(model, layer)
     scales = 4 ** torch.randn(g.kv_heads, g.head_dim, generator=torch.Generator().manual_seed(seed))
-    scales[:, rotated // 2 : rotated] = scales[:, : rotated // 2]
+    scales[:, planes[:, 1]] = scales[:, planes[:, 0]]
     if model.name.removeprefix("tiny-") in NORMED:
         scales = scales[:1].expand_as(scales)
     logits, keys, values = states(model)
@@ -101,7 +101,7 @@ def test_key_pairs_are_scaled_and_nothing_else_changes(model: HFModel, seed: int
 @pytest.mark.parametrize("seed", range(3))
 def test_softmax_does_not_see_an_offset_of_keys_that_are_not_rotated(seed: int) -> None:
     model = tiny_model("gpt_neox")
-    g, rotated = model.geometry, edits.rotary_channels(model, 1)
+    g, rotated = model.geometry, edits.rotary_planes(model, 1).numel()
     assert 0 < rotated < g.head_dim
     offset = 10 * torch.randn(g.kv_heads, g.head_dim, generator=torch.Generator().manual_seed(seed))
     offset[:, :rotated] = 0
@@ -117,7 +117,7 @@ def test_softmax_does_not_see_an_offset_of_keys_that_are_not_rotated(seed: int) 
 @given(SEEDS, st.integers(0, 2), st.integers(0, 3))
 def test_keys_that_are_not_rotated_are_transformed_and_nothing_else_changes(seed: int, layer: int, head: int) -> None:
     model = tiny_model("gpt_neox")
-    g, rotated = model.geometry, edits.rotary_channels(model, layer)
+    g, rotated = model.geometry, edits.rotary_planes(model, layer).numel()
     free = g.head_dim - rotated
     assert 0 < rotated < g.head_dim
     matrix = torch.eye(free) + 0.3 * torch.randn(free, free, generator=torch.Generator().manual_seed(seed))

@@ -18,12 +18,12 @@ from kvgeom.errors import InputError, ModelError
 from kvgeom.models import edits
 from kvgeom.models.checkpoint import MARK, fold, plain, save_checkpoint, unrotated
 from kvgeom.models.hf import HFModel
-from kvgeom.models.rotary import rotate
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.transforms import Statics, pair_factors
+from tests.builders.rotary import halves, rotate
 from tests.builders.tiny import KINDS, tiny_config, tiny_hf_model, tiny_model, tiny_tokenizer
 
 IDS = [1, *range(40, 70), 12, 9, 200]
@@ -62,7 +62,7 @@ def vectors(model: HFModel, seed: int) -> tuple[Statics, Statics]:
             sizes = torch.rand(g.kv_heads, g.head_dim, generator=generator) * 9 + 0.1
             if site == "k" and kind(model) in SHARED_GAIN:
                 sizes = sizes[:1].expand_as(sizes)
-            factors[layer, site] = pair_factors(sizes, rotated if site == "k" else 0)
+            factors[layer, site] = pair_factors(sizes, halves(rotated) if site == "k" else None)
     return Statics.of("offsets", offsets, rotary=True), Statics.of("factors", factors)
 
 
@@ -104,8 +104,10 @@ def test_folded_models_compute_and_round_the_same(
     bare = plain(recipe)
     assert {scheme.transform for pair in bare for scheme in pair if scheme} == {"none"}
     assert (bare.offsets, bare.factors) == (None, None)
+    # Gemma's norms compute in float32 whatever the model does, so that a value halfway between codes may get either one.
+    close = 5e-2 if kind(model) == "gemma3_text" else 1e-4
     torch.testing.assert_close(
-        rounded(folded, bare, placement), rounded(model, recipe, placement), atol=1e-4, rtol=1e-4
+        rounded(folded, bare, placement), rounded(model, recipe, placement), atol=close, rtol=1e-4
     )
 
 
@@ -295,7 +297,7 @@ def test_what_cannot_be_folded_is_said() -> None:
         fold(model, Recipe.uniform(3, Scheme.parse("int4-asym-token+equalize")).with_statics(factors=unpaired))
 
 
-def test_an_attention_of_another_kind_is_noticed() -> None:
+def test_the_pairs_of_a_model_are_its_own() -> None:
     """GLM turns neighbouring channels together, so that pairs of halves are the wrong ones."""
     torch.manual_seed(0)
     config = tiny_config("llama") | {"head_dim": 8}
@@ -304,12 +306,23 @@ def test_an_attention_of_another_kind_is_noticed() -> None:
         for weight in hf.parameters():
             weight.mul_(10.0) if weight.ndim > 1 else None
     model = HFModel(hf, tiny_tokenizer(), name="tiny-glm")
-    rotated = edits.rotary_channels(model, 0)
     sizes = torch.rand(2, 8, generator=torch.Generator().manual_seed(0)) * 20 + 0.05
-    factors = Statics.of("f", {(n, "k"): pair_factors(sizes, rotated) for n in range(3)})  # type: ignore[misc]
-    recipe = Recipe.uniform(3, Scheme.parse("int4-asym-token+equalize")).with_statics(factors=factors)
-    with pytest.raises(ModelError, match="logits"):
-        fold(model, recipe)
+
+    def recipe(planes: torch.Tensor) -> Recipe:
+        factors = Statics.of("f", {(n, "k"): pair_factors(sizes, planes) for n in range(3)})  # type: ignore[misc]
+        return Recipe.uniform(3, Scheme.parse("int4-asym-token+equalize")).with_statics(factors=factors)
+
+    own = edits.rotary_planes(model, 0)
+    folded, exact = fold(model, recipe(own)), model.new_cache()
+    logits = model.forward(IDS, exact, all_logits=True)
+    cache = folded.new_cache()
+    torch.testing.assert_close(folded.forward(IDS, cache, all_logits=True), logits, atol=1e-3, rtol=1e-3)
+    factors = pair_factors(sizes, own)
+    torch.testing.assert_close(
+        cache.layers[0].keys[0] * factors[:, None], exact.layers[0].keys[0], atol=1e-4, rtol=1e-4
+    )
+    with pytest.raises(InputError, match="channels 0 and 1"):
+        fold(model, recipe(halves(own.numel())))
 
 
 def test_a_class_that_would_lose_weights_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from scipy.linalg import hadamard
 import kvgeom
 from kvgeom.errors import InputError
 from kvgeom.models.hf import HFModel
-from kvgeom.models.rotary import rotate
 from kvgeom.models.statistics import channel_statistics
 from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.placement import Placement
@@ -20,6 +19,7 @@ from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.transforms import Statics, frame, hadamard_matrix, pair_factors
+from tests.builders.rotary import halves, rotate
 from tests.builders.tiny import tiny_hf_model, tiny_model, tiny_tokenizer
 
 IDS = [1, *range(40, 66)]
@@ -157,7 +157,8 @@ def test_calibration_means_and_sizes(biased: HFModel) -> None:
     own = torch.cat(projected, dim=1)
     torch.testing.assert_close(found.mean[1, "k"], own.mean(1), atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(found.largest[1, "k"], own.abs().amax(1), atol=1e-3, rtol=1e-4)
-    assert (found.rotary_dim, found.tokens) == (8, own.shape[1])
+    assert torch.equal(found.planes[1, "k"], halves(8))
+    assert found.tokens == own.shape[1]
     with pytest.raises(InputError, match="prompts"):
         channel_statistics(biased, [])
 
@@ -201,7 +202,7 @@ def test_equalize_folded_into_the_weights() -> None:
     plain, folded = tiny_model(), tiny_model()
     generator = torch.Generator().manual_seed(0)
     vectors = {
-        (n, site): pair_factors(torch.rand(2, 8, generator=generator) * 9 + 0.1, 8 if site == "k" else 0)
+        (n, site): pair_factors(torch.rand(2, 8, generator=generator) * 9 + 0.1, halves(8) if site == "k" else None)
         for n in range(3)
         for site in ("k", "v")
     }
@@ -233,7 +234,7 @@ def test_equalize_folded_into_the_weights() -> None:
 @given(st.integers(1, 3), st.sampled_from([0, 4, 8]), st.integers(0, 100))
 def test_pair_factors_commute_with_rotation(heads: int, rotary: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    factors = pair_factors(torch.rand(heads, 8, generator=generator), rotary)
+    factors = pair_factors(torch.rand(heads, 8, generator=generator), halves(rotary))
     torch.testing.assert_close(factors.log().mean(1), torch.zeros(heads), atol=1e-5, rtol=0)
     if rotary:
         k = torch.randn(1, heads, 5, 8, generator=generator)
