@@ -12,10 +12,18 @@ MANY_LETTERS = 12
 MANY_BYTES = 80
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?|[^\w\s]")
 
+#: Dots, dashes or lines that lead from one word to the next, as in a table of contents.
+_LEADER = re.compile(r"([.\u2026\u00b7=_~-])\1{2,}(?=\s*\w)")
+
 
 def words_of(text: str) -> list[str]:
     """Words and punctuation marks."""
     return _WORD.findall(text)
+
+
+def without_leaders(text: str) -> str:
+    """A text whose leaders ("flour......... 200 g") are one character; what no word follows is no leader."""
+    return _LEADER.sub(r"\1", text)
 
 
 def loop_share(words: list[str], longest: int = 8) -> float:

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 from kvgeom.errors import InputError
+from kvgeom.judges.turns import before_other_turns
 from kvgeom.registry import check_free
 
 
@@ -170,8 +171,9 @@ def shown(reasoning: str, answer: str | None) -> str:
 
 
 def answer_of(response: str) -> str | None:
-    """The part of a response that is judged; None if its reasoning has not ended."""
-    return split(response).answer
+    """The part of a response that is judged, without turns that follow it; None if its reasoning has not ended."""
+    answer = split(response).answer
+    return None if answer is None else before_other_turns(answer)
 
 
 def _opens(body: str, markers: Markers) -> bool:
