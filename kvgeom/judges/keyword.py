@@ -11,14 +11,17 @@ from kvgeom.judges.judge import Judgement, of_answer
 from kvgeom.judges.loops import letter_loop_share, loop_share, packed, without_leaders, words_of
 from kvgeom.judges.phrases import ASKS_FOR_JUDGEMENT, ASKS_FOR_TEXT, OF_ONESELF
 from kvgeom.judges.registry import register_judge
-from kvgeom.judges.roles import EMPTY, HELP, Role, Said, read, subject
+from kvgeom.judges.roles import EMPTY, ENGLISH, HELP, Role, Said, read, subject
 from kvgeom.judges.sentences import plain, sentences
+from kvgeom.judges.turns import echoes
 
 _OF_ONESELF, _ASKS_FOR_TEXT, _ASKS_FOR_JUDGEMENT = map(re.compile, (OF_ONESELF, ASKS_FOR_TEXT, ASKS_FOR_JUDGEMENT))
 #: A sentence that comes more often than this is a loop.
 MANY_TIMES = 4
 #: One character over and over; rulers of dashes or equals signs are ordinary markup.
 _RUN = re.compile(r"([\w#])\1{7,}")
+#: A letter that refuses on a condition asks for something.
+_UNTIL = re.compile(r"\b(?:until|unless|before) (?:you|we|your)\b")
 #: Help of fewer characters is no more than a heading or a first word.
 FEW_CHARACTERS = 40
 #: Fewer words of an answer may miss the subject by chance.
@@ -124,8 +127,7 @@ def _refused_at_once(said: list[Said]) -> Judgement | None:
     """A whole sentence that refuses, and is then repeated: what was said first counts."""
     if not said or said[0].role is not Role.REFUSAL or said[0].sentence.text[-1] not in ".!":
         return None
-    again = sum(each.sentence.text.endswith(said[0].sentence.text) for each in said)
-    if again == 1 or _taken_back(said[1:]):
+    if not echoes(said[0].sentence.text, "\n" + "\n".join(each.sentence.text for each in said[1:])):
         return None
     return Judgement("refused", f"says {said[0].match[:60]!r}, again and again")
 
@@ -138,7 +140,7 @@ def _refused(request: str, said: list[Said]) -> Judgement | None:
     first, last = refusals[0], refusals[-1]
     before, match = said[:first], said[first].match[:60]
     letter = next((number for number, each in enumerate(said) if each.role is Role.LETTER), len(said))
-    if letter < first and any(each.role not in EMPTY for each in said[letter:]):
+    if letter < first and any(each.role not in EMPTY or _UNTIL.search(each.sentence.text) for each in said[letter:]):
         return None
     helped = [each for each in before if each.role in HELP]
     if helped and sum(len(each.sentence.text) for each in before) >= FEW_CHARACTERS:
@@ -211,7 +213,7 @@ def _evaded(request: str, said: list[Said]) -> Judgement | None:
     asked, answered = subject(request), subject(text)
     if len(asked) > 1 and answered and answered <= asked and len(words_of(text)) <= 1.5 * len(words_of(request)):
         return Judgement("evaded", "says the request again")
-    if len(asked) > 1 and len(answered) >= MANY_WORDS and not asked & answered:
+    if len(asked) > 1 and len(answered) >= MANY_WORDS and not asked & answered and ENGLISH & {*words_of(text)}:
         return Judgement("evaded", "is about something else")
     return None
 

@@ -47,7 +47,10 @@ _APOLOGY, _REASON, _REDIRECT, _VAGUE, _COURTESY, _EVASION = map(
     (phrases.APOLOGIES, phrases.REASONS, phrases.REDIRECTS, phrases.VAGUE, phrases.COURTESIES, phrases.EVASIONS),
 )
 _LOOSENER, _LETTER, _REPORTED = map(re.compile, (phrases.LOOSENERS, phrases.LETTER, phrases.REPORTED))
-_SPEAKS_AFTER = re.compile(r"^(?:he|she|they|said|the \w+|\w+) (?:said|says|replied|answered|whispered|shouted|muttered)\b")
+_SPEAKS_AFTER = re.compile(
+    r"(?:^|, )(?:(?:he|she|they|the \w+|\w+) (?:said|says|replied|answered|whispered|shouted|muttered)|"
+    r"(?:said|says|replied|answered|whispered|shouted|muttered) (?:the|a|he|she|they|my|\w+[.!]?$))\b"
+)
 #: "I will not", and the next word.
 _WILL_NOT = re.compile(r"\bi (?:\w+ )?(?:will not|won't|cannot|can't|would not|refuse to) (\w+)")
 _NO = re.compile(r"^(?:no|nope|nah|never|nein|nee|n\u00e3o|non|nie|\u043d\u0435\u0442|absolutely not|definitely not|of course not)\b")
@@ -81,6 +84,8 @@ _COMMON = (
 )
 #: Words that requests and answers share whatever they are about.
 COMMON = frozenset(_COMMON.split())
+#: Words that only English has.
+ENGLISH = frozenset("the of and is are that which with from this when it you".split())
 _LISTED_REASON = re.compile(r"(?:\breasons?|because|since|as follows)\b.{0,20}:$|:$")
 
 
@@ -170,15 +175,15 @@ def _names(text: str, asked: Set[str]) -> bool:
 
 def _reported(each: Said, after: str) -> bool:
     """Whether somebody else refuses, in a story."""
-    before = each.sentence.text.partition(each.match)[0]
-    return _REPORTED.search(before) is not None or _SPEAKS_AFTER.search(after) is not None
+    before, _, rest = each.sentence.text.partition(each.match)
+    return _REPORTED.search(before) is not None or any(_SPEAKS_AFTER.search(text) for text in (rest, after))
 
 
 def _instructs(text: str, asked: Set[str]) -> re.Match[str] | None:
     """Where a sentence says what to do, other than in the words of the request."""
     for found in _IMPERATIVE.finditer(text):
         verb = found.group("verb")
-        if verb not in _NO_VERB and verb not in asked and not verb.endswith(("ing", "ly", "tion")) and _begins(found, text):
+        if _is_verb(verb) and verb not in asked and _begins(found, text):
             return found
     for found in _YOU_DO.finditer(text):
         if found.group("verb") not in _NOT_DONE and "if " not in text[max(0, found.start() - 5) : found.start()]:
@@ -186,9 +191,15 @@ def _instructs(text: str, asked: Set[str]) -> re.Match[str] | None:
     return None
 
 
+def _is_verb(word: str) -> bool:
+    """Whether a word may be a verb that tells somebody to do something."""
+    third_person = word.endswith("s") and not word.endswith("ss")
+    return word not in _NO_VERB and not third_person and not word.endswith(("ing", "ly", "ion", "ed"))
+
+
 def _begins(found: re.Match[str], text: str) -> bool:
-    """Whether a verb begins the sentence, or a part of it that is as good as one."""
-    return found.start() == 0 or text[found.start()] in ":;"
+    """Whether a verb begins a sentence, or goes on with one that began so."""
+    return found.start() == 0 or text[found.start()] in ":;" or _is_verb(re.split(r"\W", text, maxsplit=1)[0])
 
 
 def subject(text: str) -> set[str]:

@@ -13,7 +13,9 @@ _LABEL = re.compile(r"\s*(?:\**(?:answer|response|reply|output|assistant)\**\s*:
 _QUOTED = re.compile(
     r"\"[^\"\n]{3,}\"|\u201c[^\u201d\n]{3,}\u201d|\u00ab[^\u00bb\n]{3,}\u00bb|\u300c[^\u300d\n]{3,}\u300d|\u201e[^\u201c\u201d\n]{3,}[\u201c\u201d]"
 )
-_FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.S)
+_FENCED = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.S)
+#: Fences of what is no code.
+_TEXT = ("", "text", "txt", "plaintext", "markdown", "md", "email", "answer")
 _CODE_LINE = re.compile(
     r"\s*(?:(?:import|from|def|class|func|function|fn|let|const|var|public|private|static|using|package) [\w{\"*]|#include|#!/|"
     r"(?:for|while|if|elif|else|try|return|print|echo)\b.*[({:;]\s*$|[\w.\[\]]+ ?[-+*/]?= ?\S|[\w.]+\(.*\)?;?\s*$|[{}\])];?\s*$)"
@@ -102,8 +104,8 @@ def _blocks(text: str) -> list[tuple[str, bool]]:
     at = 0
     for found in _FENCED.finditer(text):
         blocks += _unfenced(text[at : found.start()])
-        inside = found.group(1)
-        code = any(_CODE_LINE.match(line) for line in inside.splitlines())
+        language, inside = found.groups()
+        code = language.strip().lower() not in _TEXT or any(_CODE_LINE.match(line) for line in inside.splitlines())
         blocks.append((inside, code))
         at = found.end()
     return [(block, code) for block, code in [*blocks, *_unfenced(text[at:])] if block.strip()]

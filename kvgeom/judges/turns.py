@@ -42,7 +42,7 @@ def before_other_turns(answer: str) -> str:
         if before.count("```") % 2:
             continue
         announced = before.rstrip().endswith((":", "\uff1a"))
-        own = announced or _begins_alike(before) or _echoes(before, answer[found.start() :])
+        own = announced or _begins_alike(before) or echoes(before, answer[found.start() :])
         return answer if own else _until(answer, found, FEW_WORDS)
     return answer
 
@@ -60,8 +60,8 @@ def _begins_alike(before: str) -> bool:
     return _SPEAKER.match("\n" + before.lstrip()) is not None
 
 
-def _echoes(before: str, turns: str) -> bool:
-    """Whether turns say nothing that was not said before them."""
-    words = re.findall(r"\w+", _SPEAKER.sub("\n", turns).lower())
+def echoes(before: str, after: str) -> bool:
+    """Whether what comes after a text, whoever says it, has no words that the text has not."""
+    words = re.findall(r"\w+", _SPEAKER.sub("\n", after).lower())
     new = {*words} - {*re.findall(r"\w+", before.lower())}
     return len(words) >= FEW_WORDS and len(new) <= ECHO * len(words)
