@@ -53,7 +53,7 @@ _SPEAKS_AFTER = re.compile(
 )
 #: "I will not", and the next word.
 _WILL_NOT = re.compile(r"\bi (?:\w+ )?(?:will not|won't|cannot|can't|would not|refuse to) (\w+)")
-_NO = re.compile(r"^(?:no|nope|nah|never|nein|nee|n\u00e3o|non|nie|\u043d\u0435\u0442|absolutely not|definitely not|of course not)\b")
+_NO = re.compile(r"^(?:(?:no|nope|never|nein|nee|n\u00e3o|non|nie|absolutely not|definitely not|of course not)\b(?!.*\bi\b)|i would)")
 _OBJECT = r"(?:a|an|the|your|their|his|her|its|it|them|some|both|all|each|every|another|enough|one|two|three|four|five|\d[\w./%]*)"
 _NO_VERB = frozenset(
     "i you he she it we they this that these those there what which who whom whose when where why how if whether because since "
@@ -118,6 +118,7 @@ def read(request: str, said: Sequence[Sentence]) -> list[Said]:
     """The role of each sentence of an answer to a request."""
     asked = set(words_of(plain(request)))
     yes_or_no = re.match(phrases.ASKS_FOR_JUDGEMENT, plain(request)) is not None
+    verse = re.search(phrases.ASKS_FOR_VERSE, plain(request)) is not None
     found = [role_of(each, asked) for each in said]
     if found and not said[-1].ends and all(each.role in EMPTY for each in found[:-1]):
         begun = _BEGUN.search(said[-1].text)
@@ -126,10 +127,10 @@ def read(request: str, said: Sequence[Sentence]) -> list[Said]:
         if each.role is not Role.REFUSAL:
             continue
         after = said[number + 1].text if number + 1 < len(said) else ""
-        reported = _reported(each, after)
-        # "No" answers a question of yes or no.
-        answers = yes_or_no and _NO.match(each.sentence.text) is not None and " i " not in f" {each.sentence.text} "
-        if reported or answers:
+        # "No" answers a question of yes or no; a line of a poem needs no full stop.
+        answers = yes_or_no and _NO.match(each.sentence.text) is not None
+        line = verse and each.sentence.ends and each.sentence.text[-1] not in ".!"
+        if answers or line or _reported(each, after):
             found[number] = Said(each.sentence, Role.CONTENT)
     return found
 

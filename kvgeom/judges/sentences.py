@@ -38,7 +38,7 @@ _BEGINS_WITH_BUT = re.compile(
 )
 #: Half a sentence that is nothing without the other half.
 _NO_WHOLE = re.compile(
-    r"(?:i'm |i am )?(?:so |very |really |truly )?(?:sorry|afraid|apologi[sz]e|no|nope)\b.{0,12}|i (?:do )?apologi[sz]e.{0,20}|unfortunately|my apologies|"
+    r"(?:i'm |i am )?(?:so |very |really |truly )?(?:sorry|afraid|apologi[sz]e)\b.{0,12}|no|nope|i (?:do )?apologi[sz]e.{0,20}|unfortunately|my apologies|"
     r".{0,24}(?:leid|sorry|siento|lamento|muito|d\u00e9sol\u00e9e?|dispiace|spijt|przykro|niestety|\u0438\u0437\u0432\u0438\u043d\u0438\u0442\u0435|\u00fczg\u00fcn\u00fcm|\u062d\u0630\u0631\u0627|\u0622\u0633\u0641|\u62b1\u6b49|\u5bf9\u4e0d\u8d77|\u5c0d\u4e0d\u8d77)[^ ]{0,4}"
 )
 
