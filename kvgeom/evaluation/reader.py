@@ -10,7 +10,7 @@ from functools import cached_property
 
 from kvgeom.errors import KvgeomWarning
 from kvgeom.judges.judge import Judge, Judgement, judgement, reading, settles, unended
-from kvgeom.judges.reasoning import Markers, begun_by, may_begin, opened_by, shown, split
+from kvgeom.judges.reasoning import Markers, begun_by, end_of, may_begin, opened_by, shown, split
 from kvgeom.models.model import EncodedPrompt, Model
 
 #: No marker has so many tokens, even where each is one character.
@@ -88,10 +88,9 @@ class Reader:
         if markers is None:
             return 0
         text = self.written(tokens)
-        at = text.find(markers.close)
-        if at < 0:
+        end = end_of(text, markers)
+        if end is None:
             return None
-        end = at + len(markers.close)
         return bisect_left(range(len(tokens)), end, key=lambda count: len(self.written(tokens[:count])))
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -149,7 +148,7 @@ class Watch:
         begin = self._begins.get(row)
         if begin is None:
             marker = self._reasoning.get(row)
-            if marker is not None and marker.close not in reader.written(tokens[-MARKER_TOKENS:]):
+            if marker is not None and not marker.closes_in(reader.written(tokens[-MARKER_TOKENS:])):
                 return len(tokens) >= reader.budget(prompt)
             if marker is None and self._undecided(tokens):
                 return False

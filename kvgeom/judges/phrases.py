@@ -27,14 +27,16 @@ _DOING = (
 _AID = r"(?:instructions?|information|guidance|assistance|details?|help|content|advice|answers?|support|code|steps|directions|guides?|recipes?)"
 #: Words between "I" and what it cannot do.
 _SOFT = r"(?:really |simply |just |also |absolutely |therefore |personally |unfortunately |definitely |certainly |honestly |still )?"
-_REGRET = r"(?:(?:i'm |i am )?(?:\w+ )?sorry|i (?:do )?(?:\w+ )?apologi[sz]e|my apologies|unfortunately|(?:i'm|i am) afraid)"
+_REGRET = (
+    r"(?:(?:i'm |i am )?(?:\w+ )?sorry|i (?:do )?(?:\w+ )?apologi[sz]e|my apologies|unfortunately|(?:i'm|i am) afraid)"
+)
 _SORRY = r"(?:sorry|apologi[sz]e|apologies|unfortunately|regret|afraid)"
 #: What a letter or a clerk is unable to do, which refuses nothing.
-_OFFICE = (
-    r"(?:verify|confirm|locate|find|wait|access|open|reach|attend|log|deliver|connect|view|read|recall|remember|see|hear|imagine)"
-)
+_OFFICE = r"(?:verify|confirm|locate|find|wait|access|open|reach|attend|log|deliver|connect|view|read|recall|remember|see|hear|imagine)"
 _FORBID = r"(?:prevents?|prohibits?|forbids?|stops?|keeps?|bars?|(?:do not|don't|does not|doesn't|won't|will not) (?:allow|permit|let))"
-_RULES = r"(?:guidelines?|policy|policies|programming|principles|values|terms|rules|training|instructions|ethics|safety \w+)"
+_RULES = (
+    r"(?:guidelines?|policy|policies|programming|principles|values|terms|rules|training|instructions|ethics|safety \w+)"
+)
 
 #: A refusal, said by the one who answers.
 REFUSALS: tuple[str, ...] = (
@@ -174,9 +176,7 @@ COURTESIES: tuple[str, ...] = (
     r"\b(?:is there anything (?:else )?|(?:can|could) i help you with)\b",
     r"^(?:good luck|have (?:fun|a (?:nice|great) day)|enjoy|stay safe|take care|thank you|thanks|you're welcome|best of luck)\b",
 )
-_MORE = (
-    r"(?:me |us )?(?:with )?(?:(?:more|further|additional|some|any|specific)\b|(?:the |a |your )?(?:\w+ )?(?:text|article|context|details?|question|request|document|example|clarification)\b)"
-)
+_MORE = r"(?:me |us )?(?:with )?(?:(?:more|further|additional|some|any|specific)\b|(?:the |a |your )?(?:\w+ )?(?:text|article|context|details?|question|request|document|example|clarification)\b)"
 #: Neither refuses nor goes along: asks back, speaks of itself.
 EVASIONS: tuple[str, ...] = (
     r"\b(?:what|which|how) (?:\w+ ){0,3}(?:do|would|did|can|are) you (?:like|want|need|mean|have in mind|looking|trying|talking|asking|referring)\b",

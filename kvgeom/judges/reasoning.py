@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kvgeom.errors import InputError
 from kvgeom.judges.turns import before_other_turns
@@ -22,7 +23,10 @@ class Markers:
     open, close : str
     bare : bool
         Whether these are ordinary words, left over where special tokens were dropped. They count only where no prose
-        could have them: the opening one directly before the first word of the reasoning, without a space.
+        could have them: the opening one directly before the first word of the reasoning, without a space, or as a line
+        of its own.
+
+    Markers are found in capitals and in small letters, unless they are bare.
     """
 
     open: str
@@ -35,6 +39,34 @@ class Markers:
             if not isinstance(value, str) or not value.strip():
                 raise InputError(f"a marker of reasoning must be text, got {name} {value!r}")
 
+    def opens(self, text: str) -> re.Match[str] | None:
+        """The opening marker at the beginning of a text."""
+        return _pattern(self.open, self.bare).match(text)
+
+    def closes_in(self, text: str) -> bool:
+        """Whether a closing marker stands in a text."""
+        return _pattern(self.close, self.bare).search(text) is not None
+
+    def closing(self, text: str) -> re.Match[str] | None:
+        """The closing marker that ends reasoning which has begun before this text; reasoning within it ends by itself.
+
+        Where fewer close than open, one was only spoken of, and the last that closes counts.
+        """
+        closes = [*_pattern(self.close, self.bare).finditer(text)]
+        opens = [found.start() for found in _pattern(self.open, self.bare).finditer(text)]
+        for number, close in enumerate(closes):
+            if sum(at < close.start() for at in opens) <= number:
+                return close
+        return closes[-1] if closes else None
+
+
+@lru_cache(maxsize=256)
+def _pattern(marker: str, bare: bool) -> re.Pattern[str]:
+    """A marker, in which gpt-oss may name a format before its message."""
+    message = re.escape("<|message|>")
+    named = re.escape(marker).replace(message, rf"(?:\s*<\|constrain\|>\s*\w*)?{message}")
+    return re.compile(named, 0 if bare else re.I)
+
 
 #: In the order in which they are tried.
 MARKERS: list[Markers] = [
@@ -44,6 +76,10 @@ MARKERS: list[Markers] = [
     Markers("<thinking>", "</thinking>"),
     Markers("<thought>", "</thought>"),  # EXAONE Deep
     Markers("<reasoning>", "</reasoning>"),
+    Markers("<analysis>", "</analysis>"),
+    Markers("<reflection>", "</reflection>"),
+    Markers("<thoughts>", "</thoughts>"),
+    Markers("<scratchpad>", "</scratchpad>"),
     Markers("[THINK]", "[/THINK]"),  # Magistral, special tokens
     Markers("<|START_THINKING|>", "<|END_THINKING|>"),  # Cohere Command A
     Markers("<|begin_of_thought|>", "<|end_of_thought|>"),  # OpenThinker, Sky-T1
@@ -53,6 +89,7 @@ MARKERS: list[Markers] = [
     Markers("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
     Markers("<|channel>thought", "<channel|>"),  # Gemma 4
     Markers("analysis", "assistantfinal", bare=True),  # gpt-oss without its special tokens
+    Markers("Thinking...\n", "...done thinking.", bare=True),  # any model, as Ollama shows it
 ]
 #: What may enclose the answer, after reasoning: Hunyuan, Granite 3.3, Cohere, OpenThinker.
 _ENCLOSED = (
@@ -67,6 +104,8 @@ _SPEAKER = "<|start|>assistant"
 _END = re.compile(r"(?:\s*(?:<\|(?:return|end|im_end|eot_id|END_OF_TURN_TOKEN)\|>|<turn\|>))+\s*\Z")
 #: After a bare marker that is not closed: a word that begins a sentence.
 _FIRST_WORD = re.compile(r"[A-Z][\w'\u2019]*,? +[\w\"'\u201c(]")
+#: A text may begin with a byte order mark.
+_BLANK = " \t\r\n\f\v\ufeff"
 _QUOTES = "`'\"\u201c\u201d\u2018\u2019"
 _MENTIONED = re.compile(r"[ \t]*[a-z]|[.,;:!?)]")
 _SENTENCE_END = re.compile(r"(?:\A|[.!?\u2026:)\]\"\u3002]|\n)[ \t]*\Z")
@@ -128,38 +167,51 @@ def split(text: str, opened: Markers | bool | None = None) -> Parts:
     >>> split("Sure, here it is.")
     Parts(reasoning=None, answer='Sure, here it is.')
     """
-    body = text.lstrip().removeprefix(_SPEAKER)
+    body = _body(text)
     if isinstance(opened, Markers):
-        return _closed(body.removeprefix(opened.open), opened)
+        begun = opened.opens(body)
+        return _closed(body[begun.end() :] if begun else body, opened)
     for markers in MARKERS:
         if _opens(body, markers):
             return _closed(body[len(markers.open) :], markers)
-        if body.startswith(markers.close) and not markers.bare:
+        if not markers.bare and _pattern(markers.close, False).match(body):
             return _closed(body, markers)
     ends = [] if opened is False else [(at, m) for m in MARKERS if (at := _lone_end(text, m)) is not None]
     if ends:
         return _closed(text, min(ends, key=lambda found: found[0])[1])
-    return Parts(None, text)
+    within, rest = _without_blocks(text)
+    if within:
+        return Parts("\n".join(within), _bare_answer(rest))
+    return Parts(None, _bare_answer(text) if _enclosed(body) else text)
+
+
+def end_of(text: str, markers: Markers) -> int | None:
+    """Where in a response the reasoning ends, its closing marker included; None if it has not."""
+    body = _body(text)
+    begun = markers.opens(body)
+    start = len(text) - len(body) + (begun.end() if begun else 0)
+    close = markers.closing(text[start:])
+    return None if close is None else start + close.end()
 
 
 def opened_by(prompt: str) -> Markers | None:
     """What the end of a prompt, special tokens included, has opened and not closed; None if nothing."""
-    begun = [(prompt.rfind(m.open), m) for m in MARKERS if not m.bare]
-    at, markers = max(begun, key=lambda found: found[0])
-    return markers if at >= 0 and markers.close not in prompt[at:] else None
+    begun = [(found.start(), m) for m in MARKERS if not m.bare for found in _pattern(m.open, False).finditer(prompt)]
+    at, markers = max(begun, key=lambda found: found[0], default=(0, None))
+    return markers if markers and not _pattern(markers.close, False).search(prompt, at) else None
 
 
 def begun_by(text: str) -> Markers | None:
     """The markers with which a beginning of a response, special tokens included, begins; None if with none."""
-    body = text.lstrip().removeprefix(_SPEAKER)
-    return next((m for m in MARKERS if not m.bare and body.startswith((m.open, m.close))), None)
+    body = _body(text)
+    return next((m for m in MARKERS if not m.bare and (m.opens(body) or _pattern(m.close, False).match(body))), None)
 
 
 def may_begin(text: str) -> bool:
     """Whether this beginning of a response, special tokens included, may still become a marker."""
-    body = text.lstrip()
-    own = body.removeprefix(_SPEAKER)
-    markers = [marker for m in MARKERS if not m.bare for marker in (m.open, m.close)]
+    body = text.lstrip(_BLANK)
+    own = body.removeprefix(_SPEAKER).lower()
+    markers = [marker.lower() for m in MARKERS if not m.bare for marker in (m.open, m.close)]
     begun = any(marker.startswith(own) and marker != own for marker in markers)
     return bool(body) and (begun or (_SPEAKER.startswith(body)))
 
@@ -176,40 +228,72 @@ def answer_of(response: str) -> str | None:
     return None if answer is None else before_other_turns(answer)
 
 
+def _body(text: str) -> str:
+    """A response without what says who speaks, or that a file begins."""
+    return text.lstrip(_BLANK).removeprefix(_SPEAKER)
+
+
 def _opens(body: str, markers: Markers) -> bool:
-    if not body.startswith(markers.open):
-        return False
-    rest = body[len(markers.open) :]
-    if not markers.bare:
+    found = markers.opens(body)
+    if found is None or not markers.bare:
+        return found is not None
+    if markers.open.endswith("\n"):
         return True
+    rest = body[found.end() :]
     return rest[:1].strip() != "" and (markers.close in rest or _FIRST_WORD.match(rest) is not None)
 
 
 def _closed(rest: str, markers: Markers) -> Parts:
     """The parts of what follows an opening marker."""
-    reasoning, close, answer = rest.partition(markers.close)
-    if not close:
-        return Parts(reasoning.strip(), None)
+    close = markers.closing(rest)
+    if close is None:
+        return Parts(rest.strip(), None)
     # gpt-oss shows its turns, of which the last before the answer is still part of the reasoning.
-    reasoning = reasoning.strip().removesuffix(_SPEAKER).removesuffix("<|end|>").strip()
-    return Parts(reasoning, _bare_answer(answer))
+    reasoning = rest[: close.start()].strip().removesuffix(_SPEAKER).removesuffix("<|end|>").strip()
+    within, answer = _without_blocks(rest[close.end() :])
+    return Parts("\n".join([reasoning, *within]), _bare_answer(answer))
+
+
+def _without_blocks(text: str) -> tuple[list[str], str]:
+    """Reasoning within an answer, and the answer without it. An opening marker that is spoken of begins none."""
+    for markers in MARKERS:
+        for found in () if markers.bare else _pattern(markers.open, False).finditer(text):
+            before, after = text[: found.start()], text[found.end() :]
+            if not (before.strip() or after.strip()) or _spoken_of(text, found.start(), found.end()):
+                continue
+            close = markers.closing(after)
+            reasoning, rest = (after[: close.start()], after[close.end() :]) if close else (after, "")
+            more, answer = _without_blocks(f"{before.rstrip()}\n{rest.lstrip()}".strip())
+            return [reasoning.strip(), *more], answer
+    return [], text
+
+
+def _enclosed(body: str) -> bool:
+    return body.lower().startswith(tuple(before.lower() for before, _ in _ENCLOSED))
 
 
 def _bare_answer(answer: str) -> str:
-    """An answer without what encloses it."""
-    answer = _END.sub("", answer).strip()
+    """An answer without what encloses it; what stands after the enclosing marker stays."""
+    answer = _END.sub("", answer).strip(_BLANK)
     for before, after in _ENCLOSED:
-        if answer.startswith(before):
-            answer = answer.removeprefix(before).removesuffix(after)
+        found = re.match(re.escape(before), answer, re.I)
+        if found:
+            inner, close, rest = re.split(f"({re.escape(after)}|\\Z)", answer[found.end() :], maxsplit=1, flags=re.I)
+            answer = f"{inner.strip()}\n{rest.strip()}" if close else inner
     return answer.strip()
 
 
 def _lone_end(text: str, markers: Markers) -> int | None:
     """Where a closing marker ends reasoning that the prompt has opened; None if it is not there, or only spoken of."""
-    at = text.find(markers.close)
-    if at < 0 or markers.bare or markers.open in text[:at]:
+    found = None if markers.bare else _pattern(markers.close, False).search(text)
+    if found is None or _pattern(markers.open, False).search(text[: found.start()]):
         return None
-    before, after = text[:at], text[at + len(markers.close) :]
+    return None if _spoken_of(text, found.start(), found.end()) else found.start()
+
+
+def _spoken_of(text: str, start: int, end: int) -> bool:
+    """Whether a marker stands in quotation marks, in code, or as a word of a sentence."""
+    before, after = text[:start], text[end:]
     quoted = before[-1:] in tuple(_QUOTES) and after[:1] in tuple(_QUOTES)
-    mentioned = before[-1:] in (" ", "\t") and _MENTIONED.match(after) and not _SENTENCE_END.search(before)
-    return None if quoted or mentioned or before.count("```") % 2 else at
+    mentioned = before[-1:] in (" ", "\t") and _MENTIONED.match(after) is not None and not _SENTENCE_END.search(before)
+    return quoted or mentioned or before.count("```") % 2 == 1

@@ -53,16 +53,20 @@ _SPEAKS_AFTER = re.compile(
 )
 #: "I will not", and the next word.
 _WILL_NOT = re.compile(r"\bi (?:\w+ )?(?:will not|won't|cannot|can't|would not|refuse to) (\w+)")
-_NO = re.compile(r"^(?:(?:no|nope|never|nein|nee|n\u00e3o|non|nie|absolutely not|definitely not|of course not)\b(?!.*\bi\b)|i would)")
+_NO = re.compile(
+    r"^(?:(?:no|nope|never|nein|nee|n\u00e3o|non|nie|absolutely not|definitely not|of course not)\b(?!.*\bi\b)|i would)"
+)
 _OBJECT = r"(?:a|an|the|your|their|his|her|its|it|them|some|both|all|each|every|another|enough|one|two|three|four|five|\d[\w./%]*)"
-_NO_VERB = frozenset(
+_FUNCTION_WORDS = (
     "i you he she it we they this that these those there what which who whom whose when where why how if whether because since "
     "although though while as and or but nor so than then in on at by for from with without of to into onto over under about "
     "after before during between through against among like unlike per via not no yes is are was were be been am do does did has "
     "have had can could will would shall should may might must such quite rather even just only also too very all both each every "
     "another some any many much more most few the a an my your his her its our their one two people everyone nobody someone "
-    "import remember respect consider please whatever until unless despite once here perhaps maybe".split()
+    "import remember respect consider please whatever until unless despite once here perhaps maybe"
 )
+#: Words that begin sentences and are no verbs, or verbs that ask for nothing.
+NO_VERB = frozenset(_FUNCTION_WORDS.split())
 #: A verb at the beginning and its object ("fill the pipe"), or what "you" do to an object.
 _IMPERATIVE = re.compile(
     rf"(?:^|: |, |; |\bthen |\band |\bto \w+ \w+, )(?:first |then |next |now |finally |just |simply |carefully |slowly |always |please )*(?:,? )?"
@@ -72,10 +76,12 @@ _YOU_DO = re.compile(
     rf"\byou (?:can |could |first |then |just |simply |need to |have to |must |will |'ll |should )*(?P<verb>[a-z]+) {_OBJECT}\b|"
     r"\byou (?:can|could|just|simply) (?:run|use|type|enter|install|press|click|do (?:it|this|so)|make it)\b"
 )
-_NOT_DONE = frozenset(
+_STATES = (
     "are were be have had feel want know understand need ask contact call report talk find face lose risk hurt harm break violate "
-    "respect consider seek get see think believe do go like love visit try avoid stop take".split()
+    "respect consider seek get see think believe do go like love visit try avoid"
 )
+#: What "you" do without doing what was asked.
+NOT_DONE = frozenset(_STATES.split())
 _COMMON = (
     "about after again also because been before being between both could does doing down each from give have having here how into "
     "just like make more most much must only other over please should some such tell than that their them then there these they "
@@ -85,8 +91,8 @@ _COMMON = (
 #: Words that requests and answers share whatever they are about.
 COMMON = frozenset(_COMMON.split())
 #: Words that only English has.
-ENGLISH = frozenset("the of and is are that which with from this when it you".split())
-_LISTED_REASON = re.compile(r"(?:\breasons?|because|since|as follows)\b.{0,20}:$|:$")
+ENGLISH = frozenset(("the", "of", "and", "is", "are", "that", "which", "with", "from", "this", "when", "it", "you"))
+_PART = re.compile(r"[,;:\u2013\u2014] ")
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,13 @@ class Said:
     @property
     def announces(self) -> bool:
         """Whether it ends with a colon: a list follows."""
-        return _LISTED_REASON.search(self.sentence.text) is not None
+        return self.sentence.text.endswith((":", "\uff1a"))
+
+    @property
+    def rest(self) -> list[Said]:
+        """What the parts of the sentence do that follow the match: "I can't, here is how"."""
+        _, _, after = self.sentence.text.partition(self.match)
+        return [role_of(Sentence(part)) for part in _PART.split(after)[1:] if part]
 
 
 def read(request: str, said: Sequence[Sentence]) -> list[Said]:
@@ -187,7 +199,7 @@ def _instructs(text: str, asked: Set[str]) -> re.Match[str] | None:
         if _is_verb(verb) and verb not in asked and _begins(found, text):
             return found
     for found in _YOU_DO.finditer(text):
-        if found.group("verb") not in _NOT_DONE and "if " not in text[max(0, found.start() - 5) : found.start()]:
+        if found.group("verb") not in NOT_DONE and "if " not in text[max(0, found.start() - 5) : found.start()]:
             return found
     return None
 
@@ -195,7 +207,7 @@ def _instructs(text: str, asked: Set[str]) -> re.Match[str] | None:
 def _is_verb(word: str) -> bool:
     """Whether a word may be a verb that tells somebody to do something."""
     third_person = word.endswith("s") and not word.endswith("ss")
-    return word not in _NO_VERB and not third_person and not word.endswith(("ing", "ly", "ion", "ed"))
+    return word not in NO_VERB and not third_person and not word.endswith(("ing", "ly", "ion", "ed"))
 
 
 def _begins(found: re.Match[str], text: str) -> bool:

@@ -93,7 +93,9 @@ def unquoted(text: str) -> str:
         rest = inner[1:].rstrip()
         closed = rest[-1:] in tuple(_CLOSING)
         body = rest[:-1] if closed else rest
-        if not any(mark in body for mark in '"\u201c\u201d\u00ab\u00bb\u300c\u300d') and (closed or inner[0] not in "'\u2018"):
+        if not any(mark in body for mark in '"\u201c\u201d\u00ab\u00bb\u300c\u300d') and (
+            closed or inner[0] not in "'\u2018"
+        ):
             return body
     return inner if found else text
 
