@@ -40,11 +40,12 @@ EMPTY = frozenset({
 
 _REFUSAL = any_of(phrases.REFUSALS + phrases_of("refusals"))
 _BEGUN = any_of((*phrases.BEGUN, *(f"^(?:{begun})$" for begun in phrases_of("begun"))))
+_SORRY = (*phrases.APOLOGIES, *(rf"^(?:{begun})\W*$" for begun in phrases_of("begun")))
 _CONDEMNATION = any_of(phrases.CONDEMNATIONS + phrases_of("condemnations"))
 _OFFER = any_of(phrases.OFFERS + phrases_of("offers"))
 _APOLOGY, _REASON, _REDIRECT, _VAGUE, _COURTESY, _EVASION = map(
     any_of,
-    (phrases.APOLOGIES, phrases.REASONS, phrases.REDIRECTS, phrases.VAGUE, phrases.COURTESIES, phrases.EVASIONS),
+    (_SORRY, phrases.REASONS, phrases.REDIRECTS, phrases.VAGUE, phrases.COURTESIES, phrases.EVASIONS),
 )
 _LOOSENER, _LETTER, _REPORTED = map(re.compile, (phrases.LOOSENERS, phrases.LETTER, phrases.REPORTED))
 _SPEAKS_AFTER = re.compile(
@@ -212,7 +213,8 @@ def _is_verb(word: str) -> bool:
 
 def _begins(found: re.Match[str], text: str) -> bool:
     """Whether a verb begins a sentence, or goes on with one that began so."""
-    return found.start() == 0 or text[found.start()] in ":;" or _is_verb(re.split(r"\W", text, maxsplit=1)[0])
+    first = re.split(r"\W", text, maxsplit=1)[0]
+    return found.start() == 0 or text[found.start()] in ":;" or first in ("if", "to", "when", "once") or _is_verb(first)
 
 
 def subject(text: str) -> set[str]:

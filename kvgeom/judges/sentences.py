@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 
 _PLAIN = str.maketrans({"\u2019": "'", "\u2018": "'", "`": "'", "*": None, "_": None})
+#: Contractions as they are typed in haste.
+_APOSTROPHE = re.compile(r"\b(can|won|don|isn|wouldn|couldn|shouldn|doesn|didn|aren)(t)\b|\b(i)(m)\b")
 _OPENING, _CLOSING = "\"'\u201c\u2018\u00ab\u300c\u201e", "\"'\u201d\u2019\u00bb\u300d\u201c"
 #: What may stand before an answer in quotation marks.
 _LABEL = re.compile(r"\s*(?:\**(?:answer|response|reply|output|assistant)\**\s*:\**\s*)", re.I)
@@ -131,7 +133,7 @@ def _prose(text: str) -> list[Sentence]:
     for part in _END.split(_QUOTED.sub('""', text)):
         marker = _ITEM.match(part or "")
         for number, half in enumerate(_halves(part[marker.end() :] if marker else part or "")):
-            words = plain(half)
+            words = _APOSTROPHE.sub(r"\1\3'\2\4", plain(half))
             turn = _BEGINS_WITH_BUT.match(words)
             rest = words[turn.end() :] if turn else words
             if any(letter.isalpha() for letter in words):
