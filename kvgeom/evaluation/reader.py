@@ -10,7 +10,7 @@ from functools import cached_property
 
 from kvgeom.errors import KvgeomWarning
 from kvgeom.judges.judge import Judge, Judgement, judgement, reading, settles, unended
-from kvgeom.judges.reasoning import Markers, begun_by, end_of, may_begin, opened_by, shown, split
+from kvgeom.judges.reasoning import Markers, begun_by, may_begin, opened_by, shown, split
 from kvgeom.models.model import EncodedPrompt, Model
 
 #: No marker has so many tokens, even where each is one character.
@@ -87,8 +87,7 @@ class Reader:
         markers = self.markers(tokens)
         if markers is None:
             return 0
-        text = self.written(tokens)
-        end = end_of(text, markers)
+        end = markers.first_end(self.written(tokens))
         if end is None:
             return None
         return bisect_left(range(len(tokens)), end, key=lambda count: len(self.written(tokens[:count])))
@@ -98,7 +97,7 @@ class Reader:
         begin = self.begin(tokens)
         if begin == 0:
             return self.model.decode(tokens)
-        reasoning = split(self.written(tokens), self.opened or False).reasoning or ""
+        reasoning = split(self.written(tokens[:begin]), self.opened or False).reasoning or ""
         answer = None if begin is None else self.model.decode(tokens[begin:])
         return shown(reasoning.replace("\0", "\ufffd"), answer)
 
@@ -148,7 +147,7 @@ class Watch:
         begin = self._begins.get(row)
         if begin is None:
             marker = self._reasoning.get(row)
-            if marker is not None and not marker.closes_in(reader.written(tokens[-MARKER_TOKENS:])):
+            if marker is not None and marker.first_end(reader.written(tokens[-MARKER_TOKENS:])) is None:
                 return len(tokens) >= reader.budget(prompt)
             if marker is None and self._undecided(tokens):
                 return False

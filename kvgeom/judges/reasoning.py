@@ -43,9 +43,10 @@ class Markers:
         """The opening marker at the beginning of a text."""
         return _pattern(self.open, self.bare).match(text)
 
-    def closes_in(self, text: str) -> bool:
-        """Whether a closing marker stands in a text."""
-        return _pattern(self.close, self.bare).search(text) is not None
+    def first_end(self, text: str) -> int | None:
+        """Where the first closing marker of a text ends; None if there is none."""
+        found = _pattern(self.close, self.bare).search(text)
+        return None if found is None else found.end()
 
     def closing(self, text: str) -> re.Match[str] | None:
         """The closing marker that ends reasoning which has begun before this text; reasoning within it ends by itself.
@@ -183,15 +184,6 @@ def split(text: str, opened: Markers | bool | None = None) -> Parts:
     if within:
         return Parts("\n".join(within), _bare_answer(rest))
     return Parts(None, _bare_answer(text) if _enclosed(body) else text)
-
-
-def end_of(text: str, markers: Markers) -> int | None:
-    """Where in a response the reasoning ends, its closing marker included; None if it has not."""
-    body = _body(text)
-    begun = markers.opens(body)
-    start = len(text) - len(body) + (begun.end() if begun else 0)
-    close = markers.closing(text[start:])
-    return None if close is None else start + close.end()
 
 
 def opened_by(prompt: str) -> Markers | None:
