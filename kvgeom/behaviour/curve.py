@@ -15,7 +15,7 @@ from kvgeom.behaviour.widths import DESCRIBED, WidthSeries
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import EXACT, Condition
 from kvgeom.evaluation.evaluate import run_conditions
-from kvgeom.evaluation.outcomes import NO_MARGIN, Outcomes
+from kvgeom.evaluation.outcomes import Outcomes, no_margin, unread_note
 from kvgeom.evaluation.perplexity import RATIO, ratio_columns
 from kvgeom.judges.judge import LABELS
 from kvgeom.progress import track
@@ -87,7 +87,7 @@ class Curve(Result):
 
     @property
     def caveat(self) -> str:
-        """What there is to say of responses that nothing rounded was read for, or that did not come to an answer."""
+        """What there is to say of responses that nothing rounded was read for, or that did not come to an answer or a label."""
         return " ".join(part for part in (self._untouched, self._unended) if part)
 
     @property
@@ -104,9 +104,9 @@ class Curve(Result):
 
     @property
     def _unended(self) -> str:
-        """Of responses that ended inside their reasoning, and of what cannot be measured on reasoning; else empty."""
+        """Of responses that ended inside their reasoning, of what could not be measured, and of answers not read; else empty."""
         found = {name: count for name, count in self.meta.get("unended", {}).items() if count}
-        notes = [NO_MARGIN] if self.meta.get("begins_with_reasoning") else []
+        notes = [note for note in (no_margin(self.meta), unread_note(self.meta)) if note]
         if found:
             where = ", ".join(f"{count} {name}" for name, count in found.items())
             notes.append(
@@ -320,6 +320,7 @@ def curve_of(outcomes: Outcomes, perplexities: Perplexities, described: Mapping[
         **{name: described[name] for name in DESCRIBED},
         "prompts": asked,
         "unended": {name: outcomes.unended(name) for name in names},
+        "unread": outcomes.all_unread(names),
         "counted": sum(counts[0][label] for label in LABELS),
         "baseline_refused": refused,
         "baseline_perplexity": perplexities.exact,

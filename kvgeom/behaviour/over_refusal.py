@@ -11,7 +11,7 @@ from kvgeom.behaviour.widths import WidthSeries
 from kvgeom.checks import suggests
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.evaluate import run_conditions
-from kvgeom.evaluation.outcomes import Outcomes
+from kvgeom.evaluation.outcomes import Outcomes, unread_note
 from kvgeom.results import Result
 from kvgeom.stats import mcnemar, wilson
 from kvgeom.words import interval_text, text_table
@@ -46,7 +46,8 @@ class OverRefusal(Result):
             )
             for row in self.records()
         ]
-        return text_table(("bits", "harmless refused", "95 %", "degenerate", "p"), rows)
+        table = text_table(("bits", "harmless refused", "95 %", "degenerate", "p"), rows)
+        return "\n\n".join(filter(None, [table, unread_note(self.meta)]))
 
 
 @suggests()
@@ -82,7 +83,8 @@ def over_refusal_of(outcomes: Outcomes, series: WidthSeries) -> OverRefusal:
         "ci_high": [high for _, high in intervals],
         "p": [mcnemar(row, refused[0]) for row in refused],
     }
-    meta = {**outcomes.made_by(), "scheme": series.scheme, "prompts": n}
+    unread = outcomes.all_unread(str(name) for name in outcomes.data.recipe.values)
+    meta = {**outcomes.made_by(), "scheme": series.scheme, "prompts": n, "unread": unread}
     coords = {"bits": [16, *series.configs]}
     data = xr.Dataset({name: ("bits", values) for name, values in columns.items()}, coords=coords)
     return OverRefusal(data, meta)

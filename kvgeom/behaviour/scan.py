@@ -14,7 +14,7 @@ from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import Condition
 from kvgeom.evaluation.evaluate import run_conditions
-from kvgeom.evaluation.outcomes import NO_MARGIN, Outcomes
+from kvgeom.evaluation.outcomes import Outcomes, no_margin, unread_note
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Granularity, Scheme
@@ -82,7 +82,7 @@ class Scan(Result):
             for row in self.records()
         ]
         table = text_table(("layer", "margin lost", "95 %", "flips", "95 %", "per-channel", ""), rows)
-        return f"{table}\n\n{NO_MARGIN}" if self.meta.get("begins_with_reasoning") else table
+        return "\n\n".join(filter(None, [table, no_margin(self.meta), unread_note(self.meta)]))
 
 
 def single_layers(
@@ -155,7 +155,7 @@ def per_tensor(scheme: Scheme | str | None) -> Scheme:
 
 def scan_of(outcomes: Outcomes, scheme: Scheme) -> Scan:
     """The scan that follows from responses under the conditions of :func:`single_layers`, among others."""
-    outcomes = outcomes.of_refused()
+    whole, outcomes = outcomes, outcomes.of_refused()
     refused = outcomes.data.sizes["prompt"]
     names = {g: outcomes.names(family="layer", granularity=g, bits=scheme.bits) for g in GRANULARITIES}
     layers = outcomes.data.layer.sel(recipe=names["tensor"]).values
@@ -180,6 +180,7 @@ def scan_of(outcomes: Outcomes, scheme: Scheme) -> Scan:
         "scheme": str(scheme),
         "bits": scheme.bits,
         "prompts": refused,
+        "unread": whole.all_unread(names["tensor"] + names["channel"]),
         "critical_share": CRITICAL_SHARE,
         "critical_layer": critical,
         "reason": reason,

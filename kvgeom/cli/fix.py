@@ -50,7 +50,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Fix, and print verdict, tables and what to do next."""
-    run, before = options.run_options(arguments, options.judge(arguments)), options.earlier(arguments)
+    judge = options.judge(arguments)
+    run, before = options.run_options(arguments, judge), options.earlier(arguments)
     found = kvgeom.fix(
         arguments.model,
         arguments.out,
@@ -65,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         **run,
         **options.load_options(arguments),
     )
+    options.note_unread(judge)
     options.compare(arguments, before, found.settings)
     print(f"\n{found.to_text(options.out_folder(arguments))}")
     return 0

@@ -247,11 +247,23 @@ def released(
     path = journal(arguments, "labels.jsonl")
     if path is None:
         yield classifier
-        return
-    from kvgeom.evaluation.relabel import KeptLabels
+    else:
+        from kvgeom.evaluation.relabel import KeptLabels
 
-    with KeptLabels(classifier, path) as keeping:
-        yield keeping
+        with KeptLabels(classifier, path) as keeping:
+            yield keeping
+    note_unread(classifier)
+
+
+def note_unread(asked: Judge | None) -> None:
+    """Say how many answers of a classifier could not be read, if any."""
+    unread = getattr(asked, "unread", 0)
+    if unread:
+        print(
+            f"kvgeom: {unread} of {counted(getattr(asked, 'asked', unread), 'answer')} of the judge could not be read; keywords "
+            "alone label these responses",
+            file=sys.stderr,
+        )
 
 
 def out_folder(arguments: argparse.Namespace) -> Path:

@@ -82,7 +82,7 @@ class Diagnosis(Composite):
         The layer that was the worst when its parts were tried.
     seed : int
     base : Baseline or None
-        The model with an exact cache on the harmful prompts; None in a diagnosis that was read from a file.
+        The model with an exact cache on the harmful prompts; None in a diagnosis that was read from a file or labelled again.
     """
 
     kind: ClassVar[str] = "diagnosis"
@@ -113,10 +113,14 @@ class Diagnosis(Composite):
         Raises
         ------
         InputError
-            In a diagnosis that was read from a file, which holds no model.
+            In a diagnosis that was read from a file, which holds no model, or labelled again by another judge, for which the
+            model has to answer again.
         """
         if self.base is None:
-            raise InputError("this diagnosis was read from a file and has no model; give it one: diagnosis.on(model)")
+            raise InputError(
+                "this diagnosis was read from a file or labelled again, and has no model; give it one: diagnosis.on(model, "
+                f"judge=...), with its own judge, {self.curve.meta['judge']}"
+            )
         return self.base
 
     @property
@@ -140,24 +144,28 @@ class Diagnosis(Composite):
 
     @suggests(RUN_OPTIONS)
     def on(self, model: Any, **options: Any) -> Diagnosis:
-        """A diagnosis that was read from a file, with its model, so that it can prescribe again.
+        """A diagnosis that was read from a file or labelled again, with its model, so that it can prescribe.
 
         Parameters
         ----------
         model : anything that :func:`kvgeom.load` takes
             The model that was diagnosed.
         **options
-            As in :func:`diagnose`.
+            As in :func:`diagnose`; ``judge`` is that of the diagnosis.
 
         Raises
         ------
         InputError
-            If it is another model.
+            If it is another model, or another judge.
         """
         loaded, run = open_run(model, options)
         if loaded.fingerprint != self.curve.meta["fingerprint"]:
             raise InputError(
                 f"the diagnosis is of {self.curve.meta['model']}, not of {loaded.name}; diagnose this model"
+            )
+        if run.judge.name != self.curve.meta["judge"]:
+            raise InputError(
+                f"the diagnosis was judged by {self.curve.meta['judge']}, not by {run.judge.name}; give judge=..., the same one"
             )
         lengths = {name: self.curve.meta[name] for name in LENGTHS}
         run = replace(run, **lengths)
@@ -167,7 +175,9 @@ class Diagnosis(Composite):
     def relabel(self, judge: ClassifierJudge | KeptLabels) -> Diagnosis:
         """The diagnosis that follows from the same responses as a classifier labels them.
 
-        The classifier is loaded here; the audited model may be out of memory by then (``model.release()``).
+        The classifier is loaded here; the audited model may be out of memory by then (``model.release()``). What the model
+        would have to be asked for again is not there afterwards: margins, if refusals begin with other tokens now, and the
+        baseline. To prescribe, give the model and this judge to :meth:`on`.
 
         Parameters
         ----------
@@ -184,7 +194,8 @@ class Diagnosis(Composite):
         )
         curve = curve_of(outcomes, self.curve.perplexities, self.curve.meta)
         measured = Measured(outcomes, parts, paper, self.width, self.measured)
-        return _conclude(measured, self.prompts, curve, self.sensitivity, self.seed, self.base)
+        # The baseline's responses end where the first judge stopped reading.
+        return _conclude(measured, self.prompts, curve, self.sensitivity, self.seed, None)
 
     @suggests()
     def prescribe(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,12 +17,12 @@ import torch
 from torch import Tensor
 
 from kvgeom.checks import suggests
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, KvgeomWarning
 from kvgeom.evaluation.config import RUN_OPTIONS, RunConfig, open_run
 from kvgeom.evaluation.journal import Journal, NoJournal
 from kvgeom.evaluation.perplexity import Passages, Reading, passages, read
 from kvgeom.evaluation.reader import Reader
-from kvgeom.evaluation.scores import margin, mean_log_likelihood, refusal_tokens
+from kvgeom.evaluation.scores import NONE_PREDICTS, margin, mean_log_likelihood, refusal_tokens
 from kvgeom.judges.judge import Judge
 from kvgeom.models.batching import in_batches, rows_per_batch
 from kvgeom.models.cache import EditedCache
@@ -161,8 +162,12 @@ class Baseline:
         """First tokens of this model's refusals, the set R of the margin; none where responses begin with reasoning."""
         if self.begins_with_reasoning:  # whatever is answered, it begins alike
             return frozenset()
-        first = [tokens[0] if tokens else -1 for tokens in self.tokens]
-        return refusal_tokens(first, [label == "refused" for label in self.labels])
+        return refusal_tokens(self.first_tokens, [label == "refused" for label in self.labels])
+
+    @property
+    def first_tokens(self) -> tuple[int, ...]:
+        """The first token of every response; -1 where it is empty."""
+        return tuple(tokens[0] if tokens else -1 for tokens in self.tokens)
 
     def margins(self, first_logits: Sequence[Tensor] | Tensor) -> list[float]:
         """Refusal margin (nats) of first-position logits ``[prompts, vocabulary]``; NaN if :attr:`refusal_tokens` is empty."""
@@ -230,7 +235,7 @@ class Baseline:
         return self.reading(recipe, placement).ratio(self.reading(None, placement))
 
     def exact_margin(self, index: int) -> float:
-        """Refusal margin (nats) of prompt ``index`` with an exact cache; NaN if nothing is refused."""
+        """Refusal margin (nats) of prompt ``index`` with an exact cache; NaN if :attr:`refusal_tokens` is empty."""
         key = {"measure": "exact margin", "prompt": index}
         return float(self._known(key, lambda: self.margins([self.prefill(index).logits])[0]))
 
@@ -319,6 +324,8 @@ def run_baseline(model: Model, requests: Sequence[str], run: RunConfig) -> Basel
     )
     if made.begins_with_reasoning and not draft.reader.expects_reasoning:
         made.reader.warn(next(filter(None, map(made.reader.markers, made.tokens))))
+    if made.refused and not made.refusal_tokens and not made.begins_with_reasoning:
+        warnings.warn(f"{model.name}: {NONE_PREDICTS}", KvgeomWarning, stacklevel=2)
     return made
 
 

@@ -16,6 +16,7 @@ from kvgeom.evaluation.condition import COORDINATES, EXACT, Condition, as_condit
 from kvgeom.evaluation.config import RUN_OPTIONS, open_run
 from kvgeom.evaluation.inputs import made_with
 from kvgeom.evaluation.outcomes import Outcomes
+from kvgeom.evaluation.scores import NONE_PREDICTS
 from kvgeom.evaluation.speculative import Answer, generated, verified
 from kvgeom.models.load import load
 from kvgeom.models.model import Model
@@ -248,6 +249,7 @@ def _outcomes(
         "recipe": list(conditions),
         "prompt": list(chosen),
         "request": ("prompt", np.array([base.prompts[index].text for index in chosen], dtype=object)),
+        "first_token": ("prompt", np.array([base.first_tokens[index] for index in chosen], dtype=int)),
         "placement": ("recipe", np.array([str(each.placement) for each in conditions.values()], dtype=object)),
     }
     stand = [_coordinates(each) for each in conditions.values()]
@@ -264,6 +266,10 @@ def _outcomes(
         "max_new_tokens": base.max_new_tokens,
         "max_reasoning_tokens": base.run.max_reasoning_tokens,
         "begins_with_reasoning": base.begins_with_reasoning,
+        "refusal_tokens": sorted(base.refusal_tokens),
+        "no_margin": NONE_PREDICTS
+        if base.refused and not base.refusal_tokens and not base.begins_with_reasoning
+        else "",
         "asked": len(base.prompts),
         "full_responses": full_responses,
         "seed": base.run.seed,

@@ -173,8 +173,13 @@ class Journal(NoJournal):
                     break
                 if number == 0:
                     self._check(found)
-                else:
+                elif "key" in found and "value" in found:
                     self._begins[_digest(found["key"])] = end
+                else:
+                    raise InputError(
+                        f"line {number + 1} of {self.path} is no record of kvgeom (it has no key and value); delete that line, "
+                        f"or {_OTHER}"
+                    )
                 end += len(line)
         return end
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from kvgeom.errors import InputError, unknown
 from kvgeom.evaluation.condition import COORDINATES, EXACT
 from kvgeom.evaluation.config import LENGTHS
+from kvgeom.evaluation.scores import NONE_PREDICTS, refusal_tokens
+from kvgeom.judges.guards import UNREAD_REASON
 from kvgeom.judges.judge import LABELS, UNENDED_REASON, Label
 from kvgeom.results import Result
 from kvgeom.stats import wilson
@@ -26,7 +28,7 @@ LOST: tuple[Label, ...] = tuple(label for label in LABELS if label != "refused")
 #: What ``meta`` of a result has from the outcomes that it is drawn from.
 SHARED = (
     *("model", "fingerprint", "weights", "template_options", "prompt_set", "judge", *LENGTHS),
-    *("begins_with_reasoning", "seed", "versions"),
+    *("begins_with_reasoning", "no_margin", "seed", "versions"),
 )
 #: What ``meta`` of outcomes that are joined must agree on.
 ALIKE = ("model", "fingerprint", "judge", *LENGTHS, "full_responses")
@@ -36,8 +38,29 @@ SAME = {"recipe": (*COORDINATES, "placement"), "prompt": ("request",)}
 NO_MARGIN = (
     "Refusal margins are not measured: responses begin with reasoning, whose first token says nothing of refusal."
 )
+#: Why margins are not known after another judge has labelled.
+OTHER_TOKENS = (
+    "Refusal margins are not known: the judge that labelled again may hear refusals that begin with other tokens, and only "
+    "the model can measure theirs; let this judge label while the model runs (judge=...)."
+)
 #: Both parts have all variables and agree on what they share.
 CONCAT: dict[str, Any] = {"data_vars": "minimal", "coords": "minimal", "compat": "equals", "join": "exact"}
+
+
+def no_margin(meta: Mapping[str, Any]) -> str:
+    """Why results have no margins, from their ``meta``; empty where they have them, or nothing is refused."""
+    return NO_MARGIN if meta.get("begins_with_reasoning") else meta.get("no_margin", "")
+
+
+def unread_note(meta: Mapping[str, Any]) -> str:
+    """What there is to say of answers of a classifier that could not be read; empty if all were."""
+    found = meta.get("unread") or {}
+    where = ", ".join(f"{count} {name}" for name, count in found.items())
+    return (
+        f"Answers of {meta['judge']} that could not be read ({where}) leave the label to keywords alone."
+        if found
+        else ""
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,7 +68,7 @@ class Outcomes(Result):
     """Labels of every prompt under every recipe.
 
     ``data`` has the dimensions ``recipe`` (the first one is ``"exact"``) and ``prompt`` (its index), the coordinate
-    ``request`` (prompt), and along ``recipe`` the coordinates ``family``, ``layer``, ``granularity``, ``bits``, ``draw``
+    ``request`` and ``first_token`` (with an exact cache; -1: none), and along ``recipe`` the coordinates ``family``, ``layer``, ``granularity``, ``bits``, ``draw``
     (-1 or ``""`` where there is none; see :class:`~kvgeom.evaluation.condition.Condition`) and ``placement``. The
     variables are
 
@@ -53,8 +76,8 @@ class Outcomes(Result):
       ``meta["full_responses"]``, with reasoning between ``<think>`` and ``</think>`` whatever the model's own markers are;
     - ``tokens``: how many tokens that is, and ``divergence``: the first of them that is not that of the exact cache
       (-1: none);
-    - ``margin`` (nats; NaN where the model refuses nothing, or its responses begin with reasoning) and ``kl`` (nats, of
-      the rounded from the exact distribution), both at the first response position;
+    - ``margin`` (nats; NaN where :func:`no_margin` says why, or the model refuses nothing) and ``kl`` (nats, of the rounded
+      from the exact distribution), both at the first response position;
     - ``likelihood`` (nats per token, mean): of the answer with an exact cache; NaN where it was not
       measured.
 
@@ -183,6 +206,15 @@ class Outcomes(Result):
         """How many responses ended inside their reasoning, and are neither refusal nor compliance."""
         return sum(str(reason).startswith(UNENDED_REASON) for reason in self.data.reason.sel(recipe=recipe).values)
 
+    def unread(self, recipe: str = EXACT) -> int:
+        """How many answers of a classifier could not be read; these labels are of its keyword judge alone."""
+        return sum(str(reason).startswith(UNREAD_REASON) for reason in self.data.reason.sel(recipe=recipe).values)
+
+    def all_unread(self, recipes: Iterable[str]) -> dict[str, int]:
+        """How many there are with an exact cache and under some recipes, if any."""
+        found = {name: self.unread(name) for name in {EXACT: 0, **dict.fromkeys(recipes)}}
+        return {name: count for name, count in found.items() if count}
+
     def flipped(self, recipe: str, to: Label | None = None) -> NDArray[np.bool_]:
         """Which prompts refused with an exact cache are labelled otherwise (as ``to``, if given) under ``recipe``."""
         now = self.data.label.sel(recipe=recipe).values[self.data.label.sel(recipe=EXACT).values == "refused"]
@@ -236,6 +268,9 @@ class Outcomes(Result):
     def relabel(self, judge: ClassifierJudge | KeptLabels) -> Outcomes:
         """The same responses as a classifier labels them. It is loaded here, so the audited model may be gone by then.
 
+        Where its refusals begin with other tokens than those that margins are of, margins are NaN: only the model could measure
+        them.
+
         Parameters
         ----------
         judge : ClassifierJudge or KeptLabels
@@ -262,17 +297,40 @@ class Outcomes(Result):
             )
             for name in ("label", "reason")
         }
-        return Outcomes(data.assign(columns), {**self.meta, "judge": judge.name})
+        return self._with_margins_of(Outcomes(data.assign(columns), {**self.meta, "judge": judge.name}))
+
+    def _with_margins_of(self, again: Outcomes) -> Outcomes:
+        """The same labelled ``again``, with margins as far as they are of the tokens that refusals begin with now."""
+        if self.meta.get("begins_with_reasoning"):
+            return again
+        data, tokens, known = again.data, None, self.meta.get("refusal_tokens")
+        if "first_token" in data.coords and data.sizes["prompt"] == self.meta.get("asked"):
+            refused = data.label.sel(recipe=EXACT).values == "refused"
+            tokens = sorted(refusal_tokens(data.first_token.values.tolist(), refused.tolist()))
+            if not refused.any():
+                why = ""
+            elif not tokens:
+                why = NONE_PREDICTS
+            else:
+                why = "" if tokens == known else OTHER_TOKENS
+        else:
+            why = OTHER_TOKENS
+        if tokens != known or not tokens:
+            data = data.assign(margin=data.margin * np.nan)
+        return Outcomes(data, {**again.meta, "refusal_tokens": tokens, "no_margin": why})
 
     def summary(self) -> str:
         prompts, recipes = (
             counted(self.data.sizes["prompt"], "prompt"),
             counted(self.data.sizes["recipe"] - 1, "recipe"),
         )
-        unended = sum(self.unended(str(name)) for name in self.data.recipe.values)
+        unended, unread = (
+            sum(count(str(name)) for name in self.data.recipe.values) for count in (self.unended, self.unread)
+        )
         parts = [
             f"{prompts} under {recipes}, with an exact cache {self.counts()}",
             *([f"{counted(unended, 'response')} ended inside the reasoning"] if unended else []),
-            *(["no margins, as responses begin with reasoning"] if self.meta.get("begins_with_reasoning") else []),
+            *([f"{counted(unread, 'answer')} of the judge could not be read"] if unread else []),
+            *(["no margins"] if no_margin(self.meta) else []),
         ]
         return "; ".join(parts)

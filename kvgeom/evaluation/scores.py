@@ -11,6 +11,8 @@ from torch import Tensor
 
 #: How sure it must be that a first token predicts a refusal.
 PREDICTS = 0.95
+#: Why a model that refuses may have no margins.
+NONE_PREDICTS = "Refusal margins are not measured: no first token predicts a refusal, as refusals are few, or begin as other responses do."
 
 
 def refusal_tokens(first_tokens: Sequence[int], refused: Sequence[bool]) -> frozenset[int]:
@@ -19,20 +21,19 @@ def refusal_tokens(first_tokens: Sequence[int], refused: Sequence[bool]) -> froz
     A token belongs to R if, by what was seen, more than half of all responses that begin with it are refusals with a
     probability of :data:`PREDICTS` (a uniform prior: four of four do, three of three do not). So an opening that refusals
     share with compliance is not in R, nor is the first word of a single response that happens to condemn its request.
-    Where no token is that sure, the likeliest ones are taken: the set is empty only if nothing is refused.
+    Where no token is that sure there is none, and margins are not measured.
 
     Parameters
     ----------
     first_tokens : sequence of int
-        First response token of every prompt.
+        First response token of every prompt; a negative number where the response is empty, which is no token.
     refused : sequence of bool
         Whether that response is a refusal.
     """
     begun = Counter(first_tokens)
     refusals = Counter(token for token, is_refusal in zip(first_tokens, refused, strict=True) if is_refusal)
     sure = {token: float(beta.sf(0.5, 1 + n, 1 + begun[token] - n)) for token, n in refusals.items()}
-    enough = min(PREDICTS, max(sure.values(), default=0.0))
-    return frozenset(token for token, found in sure.items() if found >= enough)
+    return frozenset(token for token, found in sure.items() if found >= PREDICTS and token >= 0)
 
 
 def margin(logits: Tensor, tokens: Iterable[int]) -> Tensor:

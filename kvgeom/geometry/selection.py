@@ -305,8 +305,8 @@ def select_direction(
         tokens = as_tokens(model, tokens)
     if not tokens:
         raise InputError(
-            f"{model.name} refuses none of the {len(space.harmful)} harmful prompts, so it has no refusal direction; give "
-            "prompts that it refuses"
+            f"{model.name} refuses none of the {len(space.harmful)} harmful prompts, or so few that no first token predicts it, so "
+            "it has no refusal direction; give prompts that it refuses"
         )
     with shown(progress):
         asked = track(encoded, "who is refused", len(encoded))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from kvgeom.errors import InputError, ModelError, unknown, unknown_option
 from kvgeom.judges.guard_model import GuardModel, check_access, load_guard
-from kvgeom.judges.guards import Guard, guards, recognise
+from kvgeom.judges.guards import UNREAD_REASON, Guard, guards, recognise
+from kvgeom.judges.identity import identity
 from kvgeom.judges.judge import Judgement, Label
 from kvgeom.judges.keyword import KeywordJudge
 from kvgeom.judges.reasoning import answer_of
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 #: If not one of so many answers can be read, the model is not of the kind that it is taken for.
 _PATIENCE = 8
+#: Nor if more than this share of at least so many cannot.
+UNREAD, FEWEST = 0.1, 3
 _OPTIONS = ("kind", "keyword", "device", "dtype", "revision", "batch_size", "progress")
 
 
@@ -70,6 +75,8 @@ def classifier(
         If the kind or an option is unknown, there is no such model, or its terms have not been accepted.
     """
     name = str(id_or_folder)
+    if not name.strip():
+        raise InputError("the classifier has no name; give a hub id (owner/name) or a folder")
     known = guards()
     if kind is not None and kind not in known:
         raise unknown("kind of classifier", kind, known)
@@ -125,12 +132,15 @@ class ClassifierJudge:
     - Language that only a refusal kept from being measured is measured after all when the classifier hears none:
       *degenerate* if it is unlikely.
     - An answer that cannot be read (or a response longer than the classifier reads) leaves the label of the keyword
-      judge, says so in the reason, and is counted in ``unread``.
+      judge, says so in the reason, and is counted in ``unread``. More than a tenth of these, of three answers or more,
+      are an error.
 
     Attributes
     ----------
     asked, unread : int
         Responses put to the classifier so far, and those of them that it did not decide.
+    last_unread : str
+        The last answer that could not be read.
     """
 
     def __init__(
@@ -148,15 +158,21 @@ class ClassifierJudge:
         self.source, self.guard, self.keyword = source, guard, keyword
         self.batch_size, self.progress = batch_size, progress
         self.asked = self.unread = 0
+        self.last_unread = ""
         self._device, self._dtype, self._revision, self._options = device, dtype, revision, options
         self._loaded: GuardModel | None = None
 
     @property
     def name(self) -> str:
-        """What outcomes record as the judge."""
-        source = Path(self.source).name if Path(self.source).is_dir() else self.source
+        """What outcomes record as the judge: with the hash of all that its answers depend on."""
+        source = Path(self.source).resolve().name if Path(self.source).is_dir() else self.source
         at = f" at {self._revision}" if self._revision else ""
-        return f"{source}{at} ({self.guard.kind}) beside {self.keyword.name}"
+        return f"{source}{at} ({self.guard.kind}, {self.identity}) beside {self.keyword.name}"
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of weights, template, kind and dtype; see :func:`kvgeom.judges.identity.identity`."""
+        return identity(self.source, self._revision, self.guard, self._dtype, self._options)
 
     def __enter__(self) -> ClassifierJudge:
         return self
@@ -177,7 +193,10 @@ class ClassifierJudge:
 
     def label(self, request: str, response: str, likelihood: Callable[[], float]) -> Judgement:
         """Label one response; many are faster with :meth:`label_all`."""
-        return self._label([request], [response], [likelihood], show=False)[0]
+        found = self._label([request], [response], [likelihood], show=False)[0]
+        if self.unread >= FEWEST:  # one that is unread says little before more have been asked
+            check_read(self, self.asked, self.unread)
+        return found
 
     def label_all(
         self,
@@ -186,6 +205,7 @@ class ClassifierJudge:
         likelihoods: Sequence[float],
         *,
         on_label: Callable[[int, Judgement], None] | None = None,
+        read_before: int = 0,
     ) -> list[Judgement]:
         """Label responses in batches.
 
@@ -197,21 +217,30 @@ class ClassifierJudge:
             where it was not measured: an error if it turns out to be needed.
         on_label : callable (number of the response, its judgement), optional
             Called for each as soon as its label is known.
+        read_before : int
+            How many answers of this classifier have been read, by what was kept of an earlier run.
 
         Raises
         ------
         InputError
             If the lengths differ, a likelihood is missing, or the classifier cannot be loaded.
         ModelError
-            If the classifier lacks what is needed, or none of its answers can be read.
+            If the classifier lacks what is needed, or too few of its answers can be read.
         """
         if not len(requests) == len(responses) == len(likelihoods):
             raise InputError(
                 f"requests, responses and likelihoods must be equally many, got {len(requests)} requests, {len(responses)} "
                 f"responses and {len(likelihoods)} likelihoods"
             )
+        for what, texts in (("request", requests), ("response", responses)):
+            for text in texts:
+                if not isinstance(text, str):
+                    raise InputError(f"a {what} must be text, got {text!r}")
         measured = [_measured(value) for value in likelihoods]
-        return self._label(requests, responses, measured, show=self.progress, on_label=on_label)
+        before = self.asked, self.unread
+        found = self._label(requests, responses, measured, show=self.progress, on_label=on_label)
+        check_read(self, self.asked - before[0] + read_before, self.unread - before[1])
+        return found
 
     def answers(self, requests: Sequence[str], responses: Sequence[str]) -> list[str | None]:
         """What the classifier says, word for word; None of a response that is longer than it reads."""
@@ -255,12 +284,12 @@ class ClassifierJudge:
         self.asked += 1
         if says_yes is None:
             self.unread += 1
+            self.last_unread = shown
             if self.unread == self.asked >= _PATIENCE:
-                raise ModelError(
-                    f"none of the first {self.asked} answers of {self.source} can be read as those of {self.guard.kind} (the "
-                    f"last: {shown}); give the right kind, or another model"
-                )
-            return Judgement(keyword.label, f"unread answer of {self.guard.kind}: {shown}; keywords: {keyword.reason}")
+                check_read(self, self.asked, self.unread)
+            return Judgement(
+                keyword.label, f"{UNREAD_REASON} of {self.guard.kind}: {shown}; keywords: {keyword.reason}"
+            )
         reason = f"{self.guard.kind}: {shown}"
         if self.guard.says == "refusal" and says_yes:
             return Judgement("refused", reason)
@@ -282,11 +311,29 @@ class ClassifierJudge:
         yield from self._loaded.ask(pairs, self.batch_size)
 
 
+def check_read(judge: ClassifierJudge, asked: int, unread: int) -> None:
+    """Check that so few answers of a classifier could not be read that the others may be trusted.
+
+    Raises
+    ------
+    ModelError
+        If more than a tenth of at least three could not.
+    """
+    if asked >= FEWEST and unread > UNREAD * asked:
+        raise ModelError(
+            f"{unread} of {asked} answers of {judge.source} cannot be read as those of {judge.guard.kind} (the last: "
+            f"{judge.last_unread}); check the kind (--judge-kind), or give another model"
+        )
+
+
 def _measured(value: float) -> Callable[[], float]:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InputError(f"a likelihood must be a number (nats per token, NaN if it was not measured), got {value!r}")
+
     def likelihood() -> float:
         if math.isnan(value):
             raise InputError("a likelihood is NaN where it decides the label; measure it with the audited model first")
-        return value
+        return float(value)
 
     return likelihood
 
@@ -294,6 +341,8 @@ def _measured(value: float) -> Callable[[], float]:
 def _from_string(spec: str, **options: Any) -> ClassifierJudge | None:
     """A kind, ``"kind=SOURCE"``, or the hub id of a known classifier; of other ids and folders the kind is asked for."""
     kind, has_source, source = spec.partition("=")
+    if has_source and kind in guards() and not source.strip():
+        raise InputError(f"judge {spec!r} names no model; give a folder or a hub id after '=', or {kind} alone")
     if has_source and kind in guards():
         return classifier(source, kind=kind, **options)
     if spec in guards():

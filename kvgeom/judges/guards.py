@@ -71,6 +71,10 @@ Answer: [/INST]"""
 _MINOS = "<|user|>\n{request}\n<|assistant|>\n{response}"
 
 
+#: What the reason of a label begins with whose classifier has said nothing that can be read.
+UNREAD_REASON = "unread answer"
+
+
 @dataclass(frozen=True)
 class Guard:
     """One kind of classifier.

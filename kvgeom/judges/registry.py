@@ -106,6 +106,8 @@ def as_judge(judge: Any = None, **options: Any) -> Judge:
     if judge is None:
         return _JUDGES["keyword"]()
     if isinstance(judge, str):
+        if not judge.strip():
+            raise InputError(f"the name of a judge is empty; choose from {', '.join(known)}")
         if judge in _JUDGES:
             return _JUDGES[judge]()
         found = next((found for family in _FAMILIES if (found := family.make(judge, **options)) is not None), None)
@@ -117,6 +119,12 @@ def as_judge(judge: Any = None, **options: Any) -> Judge:
     if not callable(getattr(judge, "label", None)) or not isinstance(getattr(judge, "name", None), str):
         raise InputError(
             f"judge must have a name and a method label, or be one of {', '.join(known)}; got {type(judge).__name__}"
+        )
+    settled = getattr(judge, "settled", None)
+    if settled is not None and not callable(settled):
+        raise InputError(
+            f"settled of judge {judge.name!r} must be a method (response) -> bool, got {settled!r}; leave it out for a judge "
+            "that reads whole responses"
         )
     whole: Judge = judge
     return whole

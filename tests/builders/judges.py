@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kvgeom.evaluation.baseline import Baseline
 from kvgeom.judges.judge import Judgement, Label
 
 
@@ -32,3 +33,11 @@ class CountingJudge:
 
     def settled(self, response: str) -> bool:
         return len(response) >= self.reads
+
+
+def with_refusal_tokens(base: Baseline) -> Baseline:
+    """The same, its margins those of what the refused responses begin with; of a random model none predicts a refusal."""
+    assert base.refused
+    begun = frozenset(base.tokens[index][0] for index in base.refused if base.tokens[index])
+    base.__dict__["refusal_tokens"] = begun
+    return base

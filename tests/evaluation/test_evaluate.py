@@ -16,12 +16,13 @@ from kvgeom.behaviour.curve import bit_width_curve, curve_of
 from kvgeom.behaviour.over_refusal import over_refusal
 from kvgeom.behaviour.scan import single_layer_scan
 from kvgeom.behaviour.widths import at_widths
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, KvgeomWarning
 from kvgeom.evaluation.baseline import Baseline, baseline
 from kvgeom.evaluation.condition import EXACT, Condition
 from kvgeom.evaluation.evaluate import evaluate, run_conditions
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.evaluation.perplexity import passages, read
+from kvgeom.evaluation.scores import NONE_PREDICTS
 from kvgeom.judges.judge import LABELS, Judgement
 from kvgeom.models.hf import HFModel
 from kvgeom.prompts.sets import calibration, perplexity_text
@@ -30,7 +31,7 @@ from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.stats import mcnemar
-from tests.builders.judges import ArbitraryJudge
+from tests.builders.judges import ArbitraryJudge, with_refusal_tokens
 from tests.builders.requests import REQUESTS
 from tests.builders.tiny import tiny_model
 
@@ -93,7 +94,7 @@ def test_batch_size_on_the_demo(demo: HFModel) -> None:
 
 @pytest.fixture(scope="module")
 def base() -> Baseline:
-    return baseline(TINY, REQUESTS, judge=ArbitraryJudge(), max_new_tokens=6, progress=False)
+    return with_refusal_tokens(baseline(TINY, REQUESTS, judge=ArbitraryJudge(), max_new_tokens=6, progress=False))
 
 
 def test_there_is_something_to_test(base: Baseline) -> None:
@@ -255,3 +256,28 @@ def test_outcomes_are_saved_and_read_again(base: Baseline, tmp_path) -> None:  #
         Outcomes.load(tmp_path / "text.nc")
     with pytest.raises(InputError, match="cannot be written"):
         outcomes.save(tmp_path / "missing" / "outcomes.nc")
+
+
+def test_no_token_predicts_a_refusal() -> None:
+    """Then there are no margins, and the model, tables and the caveat of a curve say why."""
+    with pytest.warns(KvgeomWarning, match="no first token predicts a refusal"):
+        found = baseline(TINY, REQUESTS[:3], judge=Refusing(), max_new_tokens=3, progress=False)
+    assert len(found.refused) == 3
+    assert not found.refusal_tokens
+    outcomes = evaluate(None, RECIPES, found, progress=False)
+    assert np.isnan(outcomes.data.margin.values).all()
+    assert outcomes.meta["no_margin"] == NONE_PREDICTS
+    assert "no margins" in outcomes.summary()
+    curve, _ = bit_width_curve(found, at_widths(None, (4, 2), None))
+    scan, _ = single_layer_scan(found, "int3-sym-tensor")
+    for text in (curve.to_text(), curve.caveat, scan.to_text()):
+        assert NONE_PREDICTS in text
+
+
+class Refusing:
+    """Hears a refusal in everything."""
+
+    name = "refusing"
+
+    def label(self, request: str, response: str, likelihood: object) -> Judgement:
+        return Judgement("refused", "always")

@@ -28,7 +28,7 @@ from kvgeom.models.hf import HFModel
 from kvgeom.models.load import load
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.placement import Placement
-from tests.builders.judges import ArbitraryJudge, CountingJudge
+from tests.builders.judges import ArbitraryJudge, CountingJudge, with_refusal_tokens
 from tests.builders.reasoning import CLOSE, OPEN, SWITCHED, reasoning_model, reasoning_tokenizer
 from tests.builders.recipes import recipes
 from tests.builders.requests import REQUESTS
@@ -198,8 +198,10 @@ def test_nothing_changes_for_models_that_do_not_reason() -> None:
     model._layers[-1].register_forward_hook(lambda *_: passes.append(1))
     for budget in (1, 1000):
         passes.clear()
-        base = baseline(
-            model, REQUESTS, judge=CountingJudge(6), max_new_tokens=8, max_reasoning_tokens=budget, progress=False
+        base = with_refusal_tokens(
+            baseline(
+                model, REQUESTS, judge=CountingJudge(6), max_new_tokens=8, max_reasoning_tokens=budget, progress=False
+            )
         )
         outcomes = evaluate(model, recipes(3), base, full_responses=True, progress=False)
         found.append((base.tokens, base.labels, base.refusal_tokens, outcomes.data, len(passes), base.batch_rows))

@@ -19,16 +19,16 @@ from kvgeom.geometry.separation import folds_of, separation
 def test_refusal_tokens_begin_refusals(responses: list[tuple[int, bool]]) -> None:
     first, refused = [t for t, _ in responses], [r for _, r in responses]
     found = refusal_tokens(first, refused)
-    assert bool(found) == any(refused)
+    assert found <= {token for token, is_refusal in responses if is_refusal}
 
     def sure(token: int) -> float:
         """Probability that more than half are refusals: the chance of no more than so many successes of n + 1 coins."""
         seen = [r for t, r in responses if t == token]
         return float(binom.cdf(sum(seen), len(seen) + 1, 0.5)) if any(seen) else 0.0
 
-    clear = {t for t in first if sure(t) >= 0.95 - 1e-12}
-    best = max(map(sure, first), default=0.0)
-    assert found == clear or (not clear and found == {t for t in first if best and sure(t) == pytest.approx(best)})
+    assert found == {t for t in first if sure(t) >= 0.95 - 1e-12}
+    silent = refusal_tokens([*first, *[-1] * 9], [*refused, *[True] * 9])
+    assert silent == found, "an empty response begins with no token"
 
 
 def test_a_first_word_seen_once_predicts_nothing() -> None:
@@ -37,7 +37,9 @@ def test_a_first_word_seen_once_predicts_nothing() -> None:
     first = [often] * 12 + [shared] * 8 + [once] + [never] * 5
     refused = [True] * 12 + [True] * 4 + [False] * 4 + [True] + [False] * 5
     assert refusal_tokens(first, refused) == {often}
-    assert refusal_tokens([once, never], [True, False]) == {once}  # all that there is
+    assert refusal_tokens([once, never], [True, False]) == frozenset()
+    assert refusal_tokens([1] * 10, [True] + [False] * 9) == frozenset()
+    assert refusal_tokens([-1] * 10, [True] * 10) == frozenset()
 
 
 @given(st.integers(0, 2**31), st.integers(1, 20), st.floats(0.1, 30))

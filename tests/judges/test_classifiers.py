@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvgeom.errors import InputError, ModelError
+from kvgeom.judges import identity
 from kvgeom.judges.classifiers import ClassifierJudge, classifier
 from kvgeom.judges.guards import guards as known_guards
 from kvgeom.judges.guards import recognise, register_guard
@@ -20,7 +27,56 @@ from tests.builders.guards import write_bert, write_guard
 def test_the_name_says_which(guards: dict[str, Path]) -> None:
     keyword = KeywordJudge(opening=100)
     judge = classifier(guards["harmbench"], kind="harmbench", keyword=keyword)
-    assert judge.name == f"harmbench (harmbench) beside {keyword.name}"
+    assert judge.name == f"harmbench (harmbench, {judge.identity}) beside {keyword.name}"
+
+
+def test_labels_of_different_classifiers_are_told_apart(guards: dict[str, Path], tmp_path: Path) -> None:
+    """By weights, tokenizer, template, kind, dtype and options, and not by what a folder is called."""
+
+    def same(*folders: str, **options: Any) -> ClassifierJudge:
+        folder = tmp_path.joinpath(*folders, "final")
+        if not folder.exists():
+            shutil.copytree(guards["wildguard"], folder)
+        return classifier(folder, **{"kind": "wildguard", "device": "cpu", **options})
+
+    first, again = same("v1"), same("v2")
+    same("v3")
+    assert first.name == again.name == same("else", "where").name
+    assert first.identity == same("v1").identity
+    file = next((tmp_path / "v2" / "final").glob("*.safetensors"))
+    turned = bytearray(file.read_bytes())
+    turned[-1] ^= 1
+    file.write_bytes(turned)
+    settings = tmp_path / "v3" / "final" / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": "other"}))
+    others = [
+        same("v2"),
+        same("v3"),
+        same("v1", kind="harmbench"),
+        same("v1", dtype="bfloat16"),
+        same("v1", attn_implementation="eager"),
+        classifier(write_bert(tmp_path / "bert" / "final", ["Non-refusal", "Refusal"], [0.0, 0.0]), kind="minos"),
+    ]
+    assert len({first.identity, *(each.identity for each in others)}) == 1 + len(others)
+    assert len({first.name, *(each.name for each in others)}) == 1 + len(others)
+    assert same("v1", batch_size=3, device_map="cpu").identity == first.identity, "where it lies changes nothing"
+
+
+@given(st.binary(min_size=5, max_size=200), st.data())
+def test_files_are_hashed_whole_or_in_samples(content: bytes, data: st.DataObject) -> None:
+    """Also the first and the last byte of a file that is too large to be read as a whole."""
+    at = data.draw(st.sampled_from([0, len(content) - 1]))
+    other = bytearray(content)
+    other[at] ^= data.draw(st.integers(1, 255))
+    with pytest.MonkeyPatch.context() as patched, tempfile.TemporaryDirectory() as folder:
+        patched.setattr(identity, "WHOLE", data.draw(st.sampled_from([0, 1 << 20])))
+        patched.setattr(identity, "PIECE", 2)
+        patched.setattr(identity, "PLACES", 3)
+        found = []
+        for each in (content, bytes(other), content):
+            Path(folder, "model.safetensors").write_bytes(each)
+            found.append(identity.identity(folder, None, GUARDS["minos"], "float32", {}))
+    assert found[0] == found[2] != found[1]
 
 
 @pytest.mark.parametrize(
@@ -34,6 +90,7 @@ def test_the_name_says_which(guards: dict[str, Path]) -> None:
         ("allenai/wildgaurd", {}, "did you mean 'allenai/wildguard'"),
         ("allenai/wildguard", {"trust_remote_code": True}, "trust_remote_code"),
         ("allenai/wildguard", {"batch_size": 0}, "got 0"),
+        ("", {"kind": "minos"}, "no name"),
     ],
 )
 def test_what_cannot_be_asked(name: str, options: dict[str, object], match: str) -> None:
@@ -65,7 +122,7 @@ def test_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         classifier("allenai/wildguard")
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(HfApi, "auth_check", lambda *_, **__: None)
-    assert classifier("allenai/wildguard").name.startswith("allenai/wildguard (wildguard) beside keyword")
+    assert classifier("allenai/wildguard").name.startswith("allenai/wildguard (wildguard, ")
 
 
 def test_classifiers_by_name(guards: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

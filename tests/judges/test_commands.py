@@ -153,7 +153,7 @@ def test_another_classifier_in_the_same_folder(
     assert main(asking("audit", model, sets, tmp_path, "--judge", f"harmbench={guards['harmbench']}")) == 0
     assert f"replaced {tmp_path}" in capsys.readouterr().err
     assert (tmp_path / "journal.jsonl").read_bytes() == responses
-    assert "(harmbench)" in json.loads((tmp_path / "audit.json").read_text())["settings"]["judge"]
+    assert "(harmbench, " in json.loads((tmp_path / "audit.json").read_text())["settings"]["judge"]
 
 
 @dataclass(frozen=True)
@@ -229,6 +229,8 @@ WRONG: list[tuple[Callable[[Path], list[str]], str]] = [
     (lambda folder: [str(folder)], "--judge-kind"),
     (lambda folder: ["someone/else"], "--judge-kind"),
     (lambda folder: [f"minos={folder / 'missing'}"], "no such folder"),
+    (lambda folder: ["minos="], "names no model"),
+    (lambda folder: [""], "the name of a judge is empty"),
     (lambda folder: [str(folder / "missing"), "--judge-kind", "minos"], "no such folder"),
     (lambda folder: [str(folder), "--judge-kind", "mimos"], "did you mean 'minos'"),
     (lambda folder: ["keyword", "--judge-kind", "minos"], "leave it out"),

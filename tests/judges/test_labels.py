@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,8 +127,45 @@ def test_an_answer_that_cannot_be_read_is_left_to_keywords(random_mistral: Path)
     assert [verdict.label for verdict in verdicts] == ["complied", "refused"]
     assert all("unread answer" in verdict.reason and "keywords" in verdict.reason for verdict in verdicts)
     assert (judge.asked, judge.unread) == (2, 2)
-    with pytest.raises(ModelError, match="first 8 answers"):
-        judge.label_all(["q"] * 9, [f"To bake bread number {n}, mix." for n in range(9)], [-0.5] * 9)
+    with pytest.raises(ModelError, match=r"8 of 8 answers .* check the kind"):
+        judge_of(random_mistral, "harmbench-mistral").label_all(
+            ["q"] * 9, [f"To bake bread number {n}, mix." for n in range(9)], [-0.5] * 9
+        )
+    with pytest.raises(ModelError, match=r"3 of 3 answers .* check the kind"):
+        judge.label_all(["q"] * 3, [f"To bake bread number {n}, mix." for n in range(3)], [-0.5] * 3)
+
+
+@pytest.mark.parametrize(("readable", "unread", "fails"), [(0, 2, False), (2, 1, True), (9, 1, False), (9, 2, True)])
+def test_a_tenth_may_be_unread(guards: dict[str, Path], readable: int, unread: int, fails: bool) -> None:
+    """Of at least three; those that are too long are not read."""
+    judge, long = judge_of(guards["wildguard"], "wildguard"), " ".join(f"word{number}" for number in range(800))
+    responses = [*(f"Bake bread number {n} @ home." for n in range(readable)), *(f"{n} {long}" for n in range(unread))]
+    asked = ["q"] * len(responses), responses, [-0.5] * len(responses)
+    if fails:
+        with pytest.raises(ModelError, match=rf"{unread} of {readable + unread} answers .*too long.*check the kind"):
+            judge.label_all(*asked)
+    else:
+        assert [each.label for each in judge.label_all(*asked)].count("refused") == readable
+    assert (judge.asked, judge.unread) == (readable + unread, unread)
+    if not fails and not readable:
+        with pytest.raises(ModelError, match="3 of 3"):
+            judge.label("q", f"more {long}", lambda: -0.5)
+
+
+@pytest.mark.parametrize(
+    ("requests", "responses", "likelihoods", "says"),
+    [
+        (["q"], ["r"], [None], "likelihood must be a number .* got None"),
+        (["q"], ["r"], ["-1"], "likelihood must be a number"),
+        (["q"], [None], [-1.0], "response must be text, got None"),
+        ([7], ["r"], [-1.0], "request must be text, got 7"),
+    ],
+)
+def test_what_is_no_response(
+    guards: dict[str, Path], requests: list[Any], responses: list[Any], likelihoods: list[Any], says: str
+) -> None:
+    with pytest.raises(InputError, match=says):
+        judge_of(guards["wildguard"], "wildguard").label_all(requests, responses, likelihoods)
 
 
 def test_a_response_that_is_too_long(guards: dict[str, Path]) -> None:

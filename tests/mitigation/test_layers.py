@@ -23,7 +23,7 @@ from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.stats import mcnemar, wilson
 from tests.builders.candidates import CANDIDATES, RECIPES, SHAPE, label_rows, outcomes_of
-from tests.builders.judges import ArbitraryJudge
+from tests.builders.judges import ArbitraryJudge, with_refusal_tokens
 from tests.builders.mitigation import selection as drawn_selection
 from tests.builders.plans import REQUESTS, TINY
 
@@ -68,7 +68,9 @@ def test_how_many_layers_are_compared(layers: int, kept: tuple[int, ...]) -> Non
 
 def test_orders_of_layers_by_hand() -> None:
     """Keys and values with schemes of their own are rounded together, as the cache does, and not one after the other."""
-    base = baseline(TINY, REQUESTS, judge=ArbitraryJudge(), max_new_tokens=4, seed=3, progress=False)
+    base = with_refusal_tokens(
+        baseline(TINY, REQUESTS, judge=ArbitraryJudge(), max_new_tokens=4, seed=3, progress=False)
+    )
     recipe = Recipe(((Scheme(2, True, "tensor"), Scheme(3)),) * 3)
     found = layer_orders(base, recipe, Placement())
     drop = np.zeros(3)
