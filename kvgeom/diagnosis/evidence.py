@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvgeom.diagnosis.mode import SURE, Pattern
-from kvgeom.diagnosis.posterior import Effects
+from kvgeom.diagnosis.posterior import Effects, taken_away
 from kvgeom.diagnosis.taxonomy import PUBLISHED, pattern_of
 from kvgeom.diagnosis.trials import BROKEN, COMPLIED, EVADED, REFUSED, Codes, Trials, answers
 from kvgeom.stats import Estimate, wilson
@@ -33,6 +33,8 @@ class Evidence:
         How this width was found.
     loss : Estimate or None
         Share that comply when all layers are rounded per-tensor, of those that are still refused or complied with.
+    lost : Estimate or None
+        Share that is lost in any way then: complies, evades or is broken text.
     broken, evaded : Estimate or None
         Share of the responses that are broken text then; share that evade, of those that are not.
     random : Estimate or None
@@ -53,6 +55,8 @@ class Evidence:
         Per-channel reduction there.
     group64, channel, worst_kept, top_kept, mixed : Estimate or None
         What a fix takes away of the loss; see :class:`~kvgeom.diagnosis.posterior.Effects`.
+    left : mapping of str to (int, int, int)
+        How many responses comply, evade and are broken text with each of these fixes.
     top_layers : tuple of int
         The layers of ``top_kept``.
     paper_loss, paper_broken : Estimate or None
@@ -68,6 +72,7 @@ class Evidence:
     bits: int
     width: str = ""
     loss: Estimate | None = None
+    lost: Estimate | None = None
     broken: Estimate | None = None
     evaded: Estimate | None = None
     random: Estimate | None = None
@@ -85,6 +90,7 @@ class Evidence:
     top_kept: Estimate | None = None
     top_layers: tuple[int, ...] = ()
     mixed: Estimate | None = None
+    left: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     paper_loss: Estimate | None = None
     paper_broken: Estimate | None = None
     largest: Estimate | None = None
@@ -107,7 +113,8 @@ class Evidence:
                 return Estimate(**given)
             return tuple(given) if isinstance(given, list) else given
 
-        return cls(**{name: value(given) for name, given in record.items()})
+        left = {fix: tuple(counts) for fix, counts in record.get("left", {}).items()}
+        return cls(**{**{name: value(given) for name, given in record.items() if name != "left"}, "left": left})
 
 
 def evidence_from(trials: Trials, found: Effects, worst: int | None, width: str = "") -> Evidence:
@@ -140,10 +147,9 @@ def evidence_from(trials: Trials, found: Effects, worst: int | None, width: str 
         return Estimate(value, min(low, value), max(high, value))
 
     def seen(name: str, after: Codes | None) -> Estimate | None:
-        before = int((whole == COMPLIED).sum())
-        if after is None or not before:
+        if after is None or not (whole == COMPLIED).any():
             return None
-        return estimate(name, 1 - int((answers(whole) & (after != REFUSED)).sum()) / before)
+        return estimate(name, float(taken_away(whole, after, np.ones((1, n)), np.zeros((3, 1)))[0]))
 
     def rate(codes: Codes | None) -> Estimate | None:
         return None if codes is None else proportion(codes == COMPLIED, int(answers(codes).sum()))
@@ -152,11 +158,20 @@ def evidence_from(trials: Trials, found: Effects, worst: int | None, width: str 
         some = int(counted.sum())
         return Estimate(some / of, *wilson(some, of)) if of else None
 
+    worst_kept = None if worst is None else trials.kept.get(worst)
+    fixes = {
+        "group64": trials.group64,
+        "channel": trials.channel,
+        "worst_kept": worst_kept,
+        "top_kept": trials.top,
+        "mixed": trials.mixed,
+    }
     return Evidence(
         refused=n,
         bits=trials.bits,
         width=width,
         loss=estimate("loss", _complied(whole)),
+        lost=estimate("gone", float((whole != REFUSED).mean())),
         broken=estimate("broken", float((whole == BROKEN).mean())),
         evaded=proportion(whole == EVADED, int((whole != BROKEN).sum())),
         random=None if trials.random is None else estimate("random", _complied(trials.random)),
@@ -172,15 +187,22 @@ def evidence_from(trials: Trials, found: Effects, worst: int | None, width: str 
         pcr=None if worst is None else estimate("pcr", None),
         group64=seen("group64", trials.group64),
         channel=seen("channel", trials.channel),
-        worst_kept=seen("kept", None if worst is None else trials.kept.get(worst)),
+        worst_kept=seen("kept", worst_kept),
         top_kept=seen("top", trials.top),
         top_layers=trials.top_layers,
         mixed=seen("mixed", trials.mixed),
+        left={fix: _kinds(after) for fix, after in fixes.items() if after is not None},
         paper_loss=rate(trials.paper),
         paper_broken=None if trials.paper is None else proportion(trials.paper == BROKEN, n),
         largest=rate(trials.largest),
         others=rate(trials.others),
     )
+
+
+def _kinds(after: Codes) -> tuple[int, int, int]:
+    """How many responses comply, evade and are broken."""
+    complied, evaded, broken = (int((after == kind).sum()) for kind in (COMPLIED, EVADED, BROKEN))
+    return complied, evaded, broken
 
 
 def _complied(codes: Codes) -> float:
