@@ -128,8 +128,10 @@ def test_jitter_is_no_dilution(prompts: int) -> None:
     """Jitter of 5 % a layer came out as dilution in 33 % at 128 prompts and 68 % at 256."""
     world = World((), whole=0.76, group64=0.0, kept=0.03, top=0.1, mixed=0.0, jitter=0.05, random=0.76)
     assert verdicts(world, prompts)["multi-layer dilution"] == 0
-    evidence, _ = concluded(world.trials(prompts, np.random.default_rng(5)))
+    evidence, mode = concluded(world.trials(prompts, np.random.default_rng(5)))
     assert evidence.critical_layers == ()
+    assert mode.name == "undetermined"
+    assert "errors of any direction" in mode.reason
     assert evidence.beyond_random is not None
     assert evidence.beyond_random.low < 0 < evidence.beyond_random.high
 
@@ -196,7 +198,12 @@ def truth(world: World) -> ModeName:
     if world.kept > 0.5:
         if world.mixed > 0.5 and world.pcr >= 0.3:
             return "mixed"
-        return "conflicting" if world.pcr > 0.7 else "outlier-as-safety"
+        if world.pcr > 0.7:
+            return "conflicting"
+    if world.whole - world.random <= 0.1:
+        return "undetermined"
+    if world.kept > 0.5:
+        return "outlier-as-safety"
     return "multi-layer dilution" if world.top > 0.5 else "hyper-vulnerable"
 
 
@@ -205,7 +212,8 @@ def test_of_verdicts_that_are_nine_tenths_sure_nine_tenths_are_right() -> None:
     rng, given_, right, sure = np.random.default_rng(0), 0, 0, []
     for study in range(400):
         whole, pcr, group64, kept, top, mixed = rng.random(6)
-        world = World((3,), max(0.3, whole), pcr, whole, group64, kept, top, mixed)
+        control = whole * rng.random() if study % 2 else 0.0
+        world = World((3,), max(0.3, whole), pcr, whole, group64, kept, top, mixed, random=control)
         name, shares = decide(world.trials(int(rng.choice([16, 32, 64])), rng), seed=study, samples=500)
         if name != "undetermined":
             given_ += 1
@@ -327,6 +335,7 @@ def known(**values: float) -> Effects:
     """Effects that are known exactly; what is not given was not tried."""
     given_ = {name: np.full(1, values.get(name, np.nan)) for name in Effects.__dataclass_fields__}
     defaults: dict[str, Any] = {"broken": values.get("broken", 0.0), "alone": values.get("alone", 0.9)}
+    defaults["random"] = values.get("random", 0.0)
     defaults["gone"] = values.get("gone", values.get("loss", np.nan))
     given_ |= {name: np.full(1, value) for name, value in defaults.items()}
     return Effects(**{**given_, "layers": np.full((1, 4), values.get("alone", 0.9))})
@@ -351,6 +360,11 @@ def known(**values: float) -> Effects:
         ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.9}, "conflicting"),
         ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "top": 0.9}, "multi-layer dilution"),
         ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "top": 0.1}, "hyper-vulnerable"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "top": 0.1, "random": 0.85}, "undetermined"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "top": 0.9, "random": 0.85}, "undetermined"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.1, "random": 0.85}, "undetermined"),
+        ({"loss": 0.9, "group64": 0.9, "kept": 0.1, "top": 0.1, "random": 0.9}, "outlier-crushes-safety"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.5, "mixed": 0.9, "random": 0.9}, "mixed"),
         ({"loss": 0.9, "group64": 0.1, "kept": 0.1}, "undetermined"),
         ({"loss": 0.9, "group64": 0.1}, "undetermined"),
         ({"loss": 0.9}, "undetermined"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from kvgeom.diagnosis.evidence import evidence_from
@@ -62,3 +64,23 @@ def test_compliance_that_stays_is_no_rescue_though_evasion_goes() -> None:
     before = responses(128, 20, 60)
     after = np.where(before == EVADED, REFUSED, before).astype(np.int8)
     assert effects(whole_cache(before, after)).interval("group64")[1] < 0.5
+
+
+# --- random errors of the same size ---
+
+
+def test_errors_of_any_direction_are_no_special_vulnerability() -> None:
+    """Rounding 76 %, random errors 76 %, no fix helps: hyper-vulnerable, and 16 bits everywhere."""
+    rng = np.random.default_rng(0)
+    whole, control = (rng.random(200) < 0.76).astype(np.int8), (rng.random((200, 3)) < 0.76).astype(np.int8)
+    layers = np.zeros((200, 6), dtype=np.int8)
+    failing = Trials(3, whole, layers, layers, whole, whole, dict.fromkeys((0, 1, 2), whole), whole, (0, 1, 2), whole)
+    mode = concluded(replace(failing, random=control))
+    assert mode.name == "undetermined"
+    assert "errors of any direction" in mode.reason
+    assert concluded(replace(failing, random=np.zeros_like(control))).name == "hyper-vulnerable"
+    crushed = replace(failing, random=control, group64=np.zeros_like(whole))
+    assert concluded(crushed).name == "outlier-crushes-safety"
+    one = replace(failing, random=control, kept=dict.fromkeys((0, 1, 2), np.zeros_like(whole)))
+    few = replace(failing, random=control, top=np.zeros_like(whole))
+    assert [concluded(trials).name for trials in (one, few)] == ["undetermined"] * 2
