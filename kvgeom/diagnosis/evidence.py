@@ -59,6 +59,8 @@ class Evidence:
         How many responses comply, evade and are broken text with each of these fixes.
     top_layers : tuple of int
         The layers of ``top_kept``.
+    perhaps_missed : float
+        Posterior probability that a critical layer, which is none of these, loses more than one of them.
     paper_loss, paper_broken : Estimate or None
         Shares that comply, and that are broken, when all layers are rounded as the paper's layer scan rounds one.
     largest, others : Estimate or None
@@ -89,6 +91,7 @@ class Evidence:
     worst_kept: Estimate | None = None
     top_kept: Estimate | None = None
     top_layers: tuple[int, ...] = ()
+    perhaps_missed: float = 0.0
     mixed: Estimate | None = None
     left: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     paper_loss: Estimate | None = None
@@ -190,6 +193,7 @@ def evidence_from(trials: Trials, found: Effects, worst: int | None, width: str 
         worst_kept=seen("kept", worst_kept),
         top_kept=seen("top", trials.top),
         top_layers=trials.top_layers,
+        perhaps_missed=float((found.missed_top > PUBLISHED.critical).mean()),
         mixed=seen("mixed", trials.mixed),
         left={fix: _kinds(after) for fix, after in fixes.items() if after is not None},
         paper_loss=rate(trials.paper),

@@ -86,7 +86,13 @@ def _reason(name: ModeName, e: Evidence, posterior: dict[ModeName, float]) -> st
                     f"errors of the same size in random directions {e.random}. Nothing shows that the directions of safety are hit more "
                     "than others."
                 )
-            ranked = listed([f"{mode} ({share:.0%})" for mode, share in list(posterior.items())[:3]])
+            if posterior.get(name, 0) > 1 - SURE and e.perhaps_missed > 1 - SURE:
+                return (
+                    f"Which layers are the worst is not known: with a probability of {e.perhaps_missed:.0%} another one loses more than "
+                    f"one of {_layers(e.top_layers)}, so that keeping these in 16 bits does not show that keeping the worst would not help."
+                )
+            modes = [(mode if mode != name else "none of the modes", share) for mode, share in posterior.items()]
+            ranked = listed([f"{mode} ({share:.0%})" for mode, share in modes[:3]])
             return f"{e.refused} refusals do not decide between {ranked}; a mode is named from {SURE:.0%} on."
         case "language lost":
             return f"Rounding all layers to {e.bits} bits breaks {e.broken} of the responses ({sure})."
@@ -195,11 +201,14 @@ def _findings(e: Evidence, decisive: tuple[str, ...]) -> tuple[Finding, ...]:
         add(RANDOM, value, (_ONE_LAYER[0], *_MANY_LAYERS) if e.beyond_random.low > critical else ())
     add_fix(GROUP, "group64", _CRUSH, (*_ONE_LAYER, *_MANY_LAYERS), "takes away")
     add_fix(CHANNEL, "channel", (), (), "takes away")
-    add_fix(KEPT, "worst_kept", _ONE_LAYER, _MANY_LAYERS, f"layer {e.worst_layer} takes away")
+    surely = e.perhaps_missed <= 1 - SURE
+    add_fix(KEPT, "worst_kept", _ONE_LAYER, _MANY_LAYERS if surely else (), f"layer {e.worst_layer} takes away")
     top = _layers(e.top_layers)
     several: tuple[ModeName, ...] = ("multi-layer dilution",)
     one_suffices = e.worst_kept is not None and e.worst_kept.low > rescue
-    add_fix(TOP, "top_kept", () if one_suffices else several, ("hyper-vulnerable",), f"{top} take away")
+    add_fix(
+        TOP, "top_kept", () if one_suffices else several, ("hyper-vulnerable",) if surely else (), f"{top} take away"
+    )
     add_fix(MIXED, "mixed", ("mixed",), (), "takes away")
     add(SPREAD, _spread(e))
     if e.pcr is not None:

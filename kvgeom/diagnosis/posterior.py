@@ -9,6 +9,7 @@ that may happen to a prompt under two conditions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +44,9 @@ class Effects:
         What a fix takes away of the loss, of whatever kind it takes least of (:func:`taken_away`). Group-64 scales
         everywhere, per-channel scales everywhere, the worst layer in 16 bits, the most critical layers in 16 bits,
         per-channel scales at the worst layer with group-64 elsewhere.
+    missed, missed_top : array
+        Share that the worst layer alone loses, where it is none of those kept one by one, or not among the most critical ones
+        kept; 0 where it is. With several kept, the worst of the others counts, if it loses more than one of them.
     layers : array [samples, layers]
         Share that each layer alone loses, per-tensor.
     random_layer : array
@@ -62,6 +66,8 @@ class Effects:
     kept: Draws
     top: Draws
     mixed: Draws
+    missed: Draws
+    missed_top: Draws
     layers: Draws
     random_layer: Draws
     alone: Draws
@@ -119,6 +125,8 @@ def effects(trials: Trials, *, samples: int = 4000, seed: int = 0) -> Effects:
         kept=_kept(trials, shares, weights, rng),
         top=_reduction(whole, trials.top, weights, rng),
         mixed=_reduction(whole, trials.mixed, weights, rng),
+        missed=_missed(shares, sorted(trials.kept), 1),
+        missed_top=_missed(shares, trials.top_layers, len(trials.top_layers)),
         layers=shares,
         random_layer=_random(trials.random_layer, weights, rng),
         alone=alone,
@@ -219,3 +227,14 @@ def _kept(trials: Trials, shares: Draws, weights: Draws, rng: np.random.Generato
     reductions = np.stack([_reduction(trials.whole, trials.kept[layer], weights, rng) for layer in layers], axis=1)
     chosen: Draws = reductions[np.arange(len(weights)), shares[:, layers].argmax(1)]
     return chosen
+
+
+def _missed(shares: Draws, tried: Sequence[int], count: int) -> Draws:
+    """What the worst layer that was not tried loses alone, where it is one of the ``count`` worst; else 0."""
+    others = [layer for layer in range(shares.shape[1]) if layer not in tried]
+    if not tried or not others:
+        return np.zeros(len(shares))
+    worst = shares[:, others].max(1)
+    last = np.sort(shares[:, list(tried)], axis=1)[:, -count]
+    missed: Draws = np.where(worst > last, worst, 0.0)
+    return missed

@@ -102,6 +102,10 @@ def mode_of_each(found: Effects, at: Thresholds = PUBLISHED) -> NDArray[np.int64
       neither group-64 nor per-channel scales at the layer help, or PCR is low and group-64 scales help;
     - *undetermined* where a condition that decides was not tried.
 
+    The layers to keep are chosen by the same few prompts, so that they may be others than those that truly lose most. Keeping
+    some helps whichever they are; that it does not help counts only where no layer that loses more, and more than ``critical``,
+    was left out.
+
     PCR has a say only where the worst layer is critical: where it loses more than errors of the same size in random
     directions do, by more than ``critical``.
     """
@@ -113,6 +117,8 @@ def mode_of_each(found: Effects, at: Thresholds = PUBLISHED) -> NDArray[np.int64
     counts = found.alone - np.nan_to_num(found.random_layer) > at.critical
     high, low = counts & (found.pcr > at.pcr_high), counts & (found.pcr < at.pcr_low)
     (group, no_group), (one, no_one), (few, no_few) = map(works, (found.group64, found.kept, found.top))
+    no_one &= found.missed <= at.critical
+    no_few &= found.missed_top <= at.critical
     scales = (found.mixed > at.rescue) & ~low
     beyond = found.beyond_random > at.critical
     lost = (found.broken > 0.5) | ((found.broken > at.critical) & (found.loss <= at.critical))

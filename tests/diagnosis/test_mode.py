@@ -335,6 +335,7 @@ def known(**values: float) -> Effects:
     """Effects that are known exactly; what is not given was not tried."""
     given_ = {name: np.full(1, values.get(name, np.nan)) for name in Effects.__dataclass_fields__}
     defaults: dict[str, Any] = {"broken": values.get("broken", 0.0), "alone": values.get("alone", 0.9)}
+    defaults |= {name: values.get(name, 0.0) for name in ("missed", "missed_top")}
     defaults["random"] = values.get("random", 0.0)
     defaults["gone"] = values.get("gone", values.get("loss", np.nan))
     given_ |= {name: np.full(1, value) for name, value in defaults.items()}
@@ -365,6 +366,11 @@ def known(**values: float) -> Effects:
         ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.1, "random": 0.85}, "undetermined"),
         ({"loss": 0.9, "group64": 0.9, "kept": 0.1, "top": 0.1, "random": 0.9}, "outlier-crushes-safety"),
         ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.5, "mixed": 0.9, "random": 0.9}, "mixed"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "top": 0.1, "missed_top": 0.5}, "undetermined"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "top": 0.9, "missed_top": 0.5}, "multi-layer dilution"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "top": 0.9, "missed": 0.5}, "undetermined"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.1, "missed": 0.5}, "outlier-as-safety"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "top": 0.1, "missed_top": 0.05}, "hyper-vulnerable"),
         ({"loss": 0.9, "group64": 0.1, "kept": 0.1}, "undetermined"),
         ({"loss": 0.9, "group64": 0.1}, "undetermined"),
         ({"loss": 0.9}, "undetermined"),

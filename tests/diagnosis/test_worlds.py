@@ -84,3 +84,42 @@ def test_errors_of_any_direction_are_no_special_vulnerability() -> None:
     one = replace(failing, random=control, kept=dict.fromkeys((0, 1, 2), np.zeros_like(whole)))
     few = replace(failing, random=control, top=np.zeros_like(whole))
     assert [concluded(trials).name for trials in (one, few)] == ["undetermined"] * 2
+
+
+# --- layers that were chosen by the same prompts ---
+
+
+def twelve_layers(rng: np.random.Generator, prompts: int = 64) -> Trials:
+    """Three layers lose 50 % alone, five 45 %; keeping the first three rescues 90 %, any others 5 to 30 %."""
+    alone = np.array([0.5] * 3 + [0.45] * 5 + [0.02] * 4)
+    layers = (rng.random((prompts, 12)) < alone).astype(np.int8)
+    top = tuple(int(layer) for layer in sorted(np.argsort(-layers.sum(0), kind="stable")[:3]))
+    whole = (rng.random(prompts) < 0.9).astype(np.int8)
+
+    def with_fix(rescued: float) -> Codes:
+        return (whole & (rng.random(prompts) >= rescued)).astype(np.int8)
+
+    rescued = 0.9 if top == (0, 1, 2) else rng.uniform(0.05, 0.3)
+    kept = {layer: with_fix(0.05) for layer in top}
+    none = np.zeros((prompts, 3), dtype=np.int8)
+    trials = Trials(3, whole, layers, layers, with_fix(0.05), with_fix(0.05), kept, with_fix(rescued), top)
+    return replace(trials, mixed=with_fix(0.05), random=none, random_layer=none)
+
+
+def test_layers_that_may_not_be_the_worst_exclude_nothing() -> None:
+    """The dilution of this world came out as hyper-vulnerable in 36 of 40 studies."""
+    names = []
+    for study in range(40):
+        mode = concluded(twelve_layers(np.random.default_rng(study)))
+        names.append(mode.name)
+        assert mode.name != "undetermined" or "Which layers are the worst is not known" in mode.reason
+    assert set(names) <= {"undetermined", "multi-layer dilution"}
+
+
+def test_layers_that_are_surely_the_worst_do() -> None:
+    rng = np.random.default_rng(0)
+    alone = np.array([0.8] * 3 + [0.05] * 9)
+    layers = (rng.random((64, 12)) < alone).astype(np.int8)
+    whole, none = np.ones(64, dtype=np.int8), np.zeros((64, 3), dtype=np.int8)
+    trials = Trials(3, whole, layers, layers, whole, whole, dict.fromkeys((0, 1, 2), whole), whole, (0, 1, 2), whole)
+    assert concluded(replace(trials, random=none, random_layer=none)).name == "hyper-vulnerable"
