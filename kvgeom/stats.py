@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 Interval = tuple[float, float]
+_Name = TypeVar("_Name", bound=Hashable)
 #: How often a family of tests may be wrong.
 WRONG = 0.05
 
@@ -222,6 +223,27 @@ def mcnemar(one: ArrayLike, other: ArrayLike) -> float:
     if only_one + only_other == 0:
         return 1.0
     return float(binomtest(only_one, only_one + only_other).pvalue)
+
+
+def against(flips: Mapping[_Name, ArrayLike], reference: _Name) -> NDArray[np.float64]:
+    """Exact McNemar p-values of several recipes against one of them, adjusted by :func:`holm`; 1 for that one.
+
+    Parameters
+    ----------
+    flips : mapping of name to bool array [prompts]
+        Whether each prompt flips under each recipe.
+    reference : name
+
+    Examples
+    --------
+    >>> many, none = [True] * 8, [False] * 8
+    >>> against({"all": many, "first": none, "last": many, "keys": many}, "all")
+    array([1.        , 0.0234375, 1.        , 1.        ])
+    """
+    others = [name for name in flips if name != reference]
+    adjusted = holm([mcnemar(flips[name], flips[reference]) for name in others])
+    found = dict(zip(others, adjusted, strict=True))
+    return np.array([found.get(name, 1.0) for name in flips])
 
 
 @dataclass(frozen=True)

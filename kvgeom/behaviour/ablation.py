@@ -22,7 +22,7 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Site
 from kvgeom.quant.scheme import Scheme
 from kvgeom.results import Result
-from kvgeom.stats import mcnemar
+from kvgeom.stats import against
 from kvgeom.words import interval_text, text_table
 
 #: The condition of :func:`whole_cache` that the others are compared with, and that of :func:`channel_subsets`.
@@ -40,7 +40,7 @@ class Ablation(Result):
     ``data`` has the dimension ``recipe`` and the variables ``family``, ``flips`` (of the prompts refused
     with an exact cache) with ``flips_complied``, ``flips_evaded`` and ``flips_degenerate``, ``flip_rate`` with its Wilson interval
     ``ci_low``, ``ci_high``, ``margin_drop`` (nats, mean), and ``p``: exact McNemar p-value against the reference
-    recipe.
+    recipe, adjusted for the number of recipes (:func:`~kvgeom.stats.holm`).
 
     ``meta`` holds ``reference``, ``prompts``, ``placement`` and what the families are about.
     """
@@ -111,7 +111,7 @@ def ablation_of(outcomes: Outcomes, families: Sequence[str], *, reference: str) 
         "family": outcomes.data.family.sel(recipe=names).values,
         **outcomes.flip_columns(names),
         "margin_drop": drops.mean(0) if n else np.full(len(names), np.nan),
-        "p": [mcnemar(flipped[name], flipped[reference]) for name in names],
+        "p": against(flipped, reference),
     }
     data = xr.Dataset({k: ("recipe", v) for k, v in columns.items()}, coords={"recipe": names})
     return Ablation(data, {**outcomes.made_by(names), "reference": reference, "prompts": n})

@@ -13,7 +13,7 @@ from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.evaluate import run_conditions
 from kvgeom.evaluation.outcomes import Outcomes, unread_note
 from kvgeom.results import Result
-from kvgeom.stats import mcnemar, wilson
+from kvgeom.stats import against, wilson
 from kvgeom.words import interval_text, text_table
 
 
@@ -23,7 +23,8 @@ class OverRefusal(Result):
 
     ``data`` has the dimension ``bits`` (descending; 16 is the model with an exact cache) and the variables ``refused``
     and ``degenerate`` (counts), ``rate`` (refused / prompts) with its Wilson interval ``ci_low``, ``ci_high``, and
-    ``p`` (exact McNemar p-value against the model with an exact cache). ``meta`` holds ``scheme``, ``placement`` and
+    ``p`` (exact McNemar p-value against the model with an exact cache, adjusted for the number of widths by
+    :func:`~kvgeom.stats.holm`). ``meta`` holds ``scheme``, ``placement`` and
     ``prompts``.
     """
 
@@ -81,7 +82,7 @@ def over_refusal_of(outcomes: Outcomes, series: WidthSeries) -> OverRefusal:
         "rate": refused.mean(1),
         "ci_low": [low for low, _ in intervals],
         "ci_high": [high for _, high in intervals],
-        "p": [mcnemar(row, refused[0]) for row in refused],
+        "p": against(dict(enumerate(refused)), 0),
     }
     unread = outcomes.all_unread(str(name) for name in outcomes.data.recipe.values)
     meta = {**outcomes.made_by(), "scheme": series.scheme, "prompts": n, "unread": unread}

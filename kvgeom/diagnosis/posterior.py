@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from kvgeom.behaviour.scan import CRITICAL_SHARE
 from kvgeom.diagnosis.trials import BROKEN, COMPLIED, EVADED, REFUSED, Codes, Trials, answers
+from kvgeom.stats import WRONG, holm
 
 Draws = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -85,6 +86,16 @@ class Effects:
         """Which layers alone lose more than ``share`` beyond what random errors lose, ``[samples, layers]``."""
         beyond: Mask = self.layers - np.nan_to_num(self.random_layer)[:, None] > share
         return beyond
+
+    def surely_critical(self, share: float) -> Mask:
+        """Which layers surely are: any of them wrongly in no more than 5 % of studies, ``[layers]``.
+
+        The posterior probability of the contrary, adjusted for the number of layers by Holm's method, is below 5 %.
+        """
+        contrary = ~self.critical(share)
+        # One more of each: no number of draws shows that something cannot be.
+        sure: Mask = holm((contrary.sum(0) + 1) / (len(contrary) + 1)) <= WRONG
+        return sure
 
     @property
     def beyond_random(self) -> Draws:

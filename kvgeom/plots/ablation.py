@@ -16,7 +16,7 @@ def ablation_bars(ablation: Plottable) -> go.Figure:
 
     How to read it: each row rounds a part of the cache. The bar is the share of the refusals with an exact cache that
     is lost, with its Wilson 95 % interval. The reference (red, dotted line) rounds everything: a part that comes near
-    it matters. Grey rows cannot be told from the reference (exact McNemar p above 5 %).
+    it matters. Grey rows cannot be told from the reference (exact McNemar p, adjusted for their number, above 5 %).
 
     Parameters
     ----------
