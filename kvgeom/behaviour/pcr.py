@@ -35,7 +35,8 @@ class PCR(Result):
 
     - ``value``: undefined where per-tensor rounding loses nothing; ``low``, ``high``: its 95 % interval, paired by prompt
       (:func:`~kvgeom.stats.reduction_posterior`). In a diagnosis, which chooses the layer by the same prompts, both come from
-      prompts that did not choose it (:func:`~kvgeom.diagnosis.posterior.effects`);
+      prompts that did not choose it (:func:`~kvgeom.diagnosis.posterior.effects`), those of the paper's setting too
+      (:func:`~kvgeom.diagnosis.posterior.pcr_at_one_layer`);
     - ``flips_tensor``, ``flips_channel``: lost under per-tensor and per-channel rounding of this layer alone, and
       ``prompts``: all that were tried under both and are not broken per-tensor;
     - ``bootstrap_low``, ``bootstrap_high``: percentile interval of a bootstrap over prompts in pairs, for comparison: it

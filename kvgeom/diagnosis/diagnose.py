@@ -29,6 +29,7 @@ from kvgeom.diagnosis.measure import (
     RANDOM,
     Measured,
     measure,
+    paper_draws,
     sensitivity_of,
     trials_of,
     with_geometry,
@@ -356,7 +357,7 @@ def _conclude(
     scan = scan_of(parts, tensor)
     worst = scan.critical_layer
     trials = trials_of(parts, tensor.bits, worst)
-    found = effects(trials, seed=seed)
+    found, tried = effects(trials, seed=seed), worst if worst == measured.worst else None
     evidence = with_geometry(evidence_from(trials, found, worst, str(measured.width)), sensitivity, worst)
     return Diagnosis(
         mode=mode_of(evidence, found),
@@ -365,7 +366,7 @@ def _conclude(
         ablation=ablation_of(parts, [*WHOLE_CACHE, FIXES, RANDOM, PAPER_SETTING], reference=ALL_LAYERS),
         channels=ablation_of(parts, ["channels"], reference=EVERY_CHANNEL),
         pcr=pcr_of(parts, worst, tensor.bits, draws=found.pcr),
-        pcr_paper=pcr_of(paper, worst if worst == measured.worst else None, SCAN_SCHEME.bits),
+        pcr_paper=pcr_of(paper, tried, SCAN_SCHEME.bits, draws=paper_draws(trials, paper, tried, seed)),
         outcomes=measured.outcomes,
         scan_outcomes=parts,
         paper_outcomes=paper,

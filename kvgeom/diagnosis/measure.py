@@ -9,8 +9,9 @@ import numpy as np
 
 from kvgeom.behaviour.ablation import channel_magnitudes, channel_subsets, whole_cache
 from kvgeom.behaviour.matched import ScanWidth
-from kvgeom.behaviour.scan import SCAN_SCHEME, scan_of, single_layers
+from kvgeom.behaviour.scan import GRANULARITIES, SCAN_SCHEME, scan_of, single_layers
 from kvgeom.diagnosis.evidence import Evidence
+from kvgeom.diagnosis.posterior import Draws, pcr_at_one_layer
 from kvgeom.diagnosis.trials import Codes, Trials, codes
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import Condition
@@ -197,6 +198,16 @@ def trials_of(outcomes: Outcomes, bits: int, worst: int | None) -> Trials:
     if worst is None:
         return table
     return replace(table, largest=under("largest"), others=under("all but the largest"))
+
+
+def paper_draws(trials: Trials, paper: Outcomes, layer: int | None, seed: int) -> Draws | None:
+    """Draws of PCR as the paper simulates it, at a layer that the scan chose; None where it was not tried there."""
+    if layer is None or not trials.prompts:
+        return None
+    paper = paper.of_refused()
+    names = [paper.name(family="layer", layer=layer, granularity=g, bits=SCAN_SCHEME.bits) for g in GRANULARITIES]
+    tensor, channel = (codes(paper.data.label.sel(recipe=name).values) for name in names)
+    return pcr_at_one_layer(trials.layers, layer, tensor, channel, seed=seed)
 
 
 def sensitivity_of(

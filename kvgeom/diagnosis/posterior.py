@@ -124,7 +124,7 @@ def effects(trials: Trials, *, samples: int = 4000, seed: int = 0) -> Effects:
     weights = rng.exponential(size=(samples, trials.prompts))
     whole, everyone = trials.whole, np.ones(trials.prompts, dtype=bool)
     shares = _layer_shares(trials, weights, rng)
-    alone, pcr = _worst_layer(trials, weights, rng)
+    alone, pcr = _worst_layer(trials.layers, trials.layers, trials.layers_channel, weights, rng)
     prior = rng.exponential(size=(samples, 2))
     return Effects(
         loss=_share(whole == COMPLIED, answers(whole), weights, prior),
@@ -211,13 +211,39 @@ def _layer_shares(trials: Trials, weights: Draws, rng: np.random.Generator) -> D
     return share
 
 
-def _worst_layer(trials: Trials, weights: Draws, rng: np.random.Generator) -> tuple[Draws, Draws]:
+def pcr_at_one_layer(
+    layers: Codes, layer: int, tensor: Codes, channel: Codes, *, samples: int = 4000, seed: int = 0
+) -> Draws:
+    """Draws of PCR at the worst layer under conditions that were tried at one layer alone, ``[samples]``.
+
+    The layer is chosen as in :func:`effects`, anew in each draw and by prompts that do not measure it. A half of the prompts
+    whose layer is another one than that which was tried says nothing.
+
+    Parameters
+    ----------
+    layers : array [prompts, layers]
+        Each layer alone, as in :class:`~kvgeom.diagnosis.trials.Trials`: these choose.
+    layer : int
+        The one that was tried.
+    tensor, channel : array [prompts]
+        This layer alone, per-tensor and per-channel, under the other conditions.
+    """
+    rng = np.random.default_rng(seed)
+    weights = rng.exponential(size=(samples, len(layers)))
+    both = np.full((2, *layers.shape), BROKEN, dtype=np.int8)  # broken text is counted nowhere
+    both[:, :, layer] = tensor, channel
+    return _worst_layer(layers, both[0], both[1], weights, rng)[1]
+
+
+def _worst_layer(
+    chosen_by: Codes, tensor: Codes, channel: Codes, weights: Draws, rng: np.random.Generator
+) -> tuple[Draws, Draws]:
     """Loss and per-channel reduction at the worst layer, each half of the prompts measured where the other chooses."""
-    complied, decided = trials.layers == COMPLIED, answers(trials.layers)
-    after = decided & (trials.layers_channel != REFUSED)
+    loses, complied, decided = chosen_by == COMPLIED, tensor == COMPLIED, answers(tensor)
+    after = decided & (channel != REFUSED)
     rows, half = np.arange(len(weights)), rng.random(weights.shape) < 0.5
     halves = [weights * half, weights * ~half]
-    lost = [w @ complied for w in halves]
+    lost = [w @ loses for w in halves]
     measured = np.zeros((3, len(weights)))
     for chooses, counts in ((0, 1), (1, 0)):
         # Equal layers, mostly those that lose nothing, are chosen among at random.

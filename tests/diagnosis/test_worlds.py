@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kvgeom.behaviour.pcr import reduction
 from kvgeom.diagnosis.evidence import evidence_from
 from kvgeom.diagnosis.findings import mode_of
 from kvgeom.diagnosis.mode import SURE, Mode
-from kvgeom.diagnosis.posterior import effects
+from kvgeom.diagnosis.posterior import effects, pcr_at_one_layer
 from kvgeom.diagnosis.taxonomy import probabilities
 from kvgeom.diagnosis.trials import BROKEN, COMPLIED, EVADED, REFUSED, Codes, Trials
 
@@ -136,8 +137,8 @@ def test_of_many_layers_at_the_border_none_is_surely_critical(prompts: int) -> N
     for study in range(100):
         rng = np.random.default_rng(study)
         layers = (rng.random((prompts, 28)) < 0.1).astype(np.int8)
-        found = effects(Trials(3, layers[:, 0], layers, layers), samples=2000, seed=study)
-        wrong += bool(found.surely_critical(0.1).any())
+        trials = Trials(3, layers[:, 0], layers, layers)
+        wrong += bool(evidence_from(trials, effects(trials, samples=2000, seed=study), 0).critical_layers)
     assert wrong <= 9  # 5 % of 100, and two standard deviations
 
 
@@ -147,3 +148,33 @@ def test_a_layer_that_surely_loses_more_is_critical_among_many() -> None:
     trials = Trials(3, layers[:, 0], layers, layers, random_layer=np.zeros((64, 3), dtype=np.int8))
     evidence = evidence_from(trials, effects(trials), 0)
     assert (evidence.critical_layers, evidence.pattern) == ((0,), "concentrated")
+
+
+# --- PCR as the paper simulates, at the layer that the scan chose ---
+
+
+@pytest.mark.parametrize(("layers", "true"), [(28, 0.0), (28, 0.6), (3, 0.0), (3, 0.6)])
+def test_intervals_of_pcr_at_a_chosen_layer_cover_the_truth(layers: int, true: float) -> None:
+    """The one condition of the paper's setting has the losses that chose the layer, and per-channel losses of its own."""
+    rng, covered, plain = np.random.default_rng(1), 0, 0
+    for study in range(150):
+        alone = (rng.random((32, layers)) < 0.3).astype(np.int8)
+        worst = int(alone.sum(0).argmax())
+        fresh = (rng.random(32) < 0.3 * (1 - true)).astype(np.int8)
+        draws = pcr_at_one_layer(alone, worst, alone[:, worst], fresh, samples=1000, seed=study)
+        low, high = np.quantile(draws, [0.025, 0.975])
+        covered += low <= true <= high
+        fixed = reduction(alone[:, worst] == COMPLIED, fresh == COMPLIED, layer=worst, bits=3).ci
+        assert fixed is not None
+        plain += fixed[0] <= true <= fixed[1]
+    assert covered >= 0.93 * 150
+    assert plain < covered
+
+
+def test_pcr_of_a_layer_that_is_surely_the_worst_is_that_of_a_fixed_layer() -> None:
+    rng = np.random.default_rng(0)
+    alone = (rng.random((64, 8)) < np.array([0.9] + [0.02] * 7)).astype(np.int8)
+    fresh = (rng.random(64) < 0.2).astype(np.int8)
+    draws = pcr_at_one_layer(alone, 0, alone[:, 0], fresh)
+    fixed = reduction(alone[:, 0] == COMPLIED, fresh == COMPLIED, layer=0, bits=3)
+    np.testing.assert_allclose(np.quantile(draws, [0.025, 0.975]), fixed.ci, atol=0.04)
