@@ -13,9 +13,11 @@ import xarray as xr
 
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import baseline
-from kvgeom.evaluation.condition import Condition
+from kvgeom.evaluation.condition import EXACT, Condition
 from kvgeom.evaluation.evaluate import evaluate
-from kvgeom.mitigation.candidates import protect
+from kvgeom.evaluation.outcomes import Outcomes
+from kvgeom.mitigation.candidates import UNMITIGATED, protect
+from kvgeom.mitigation.harmless import harmless_under
 from kvgeom.mitigation.verify import Verification
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.memory import cache_bytes
@@ -25,7 +27,9 @@ from tests.builders.mitigation import verification as drawn_verification
 from tests.builders.plans import OPTIONS, OTHERS, SET, TINY, plan, verified
 
 
-def verification(lost: Sequence[bool], kept: Sequence[bool], *, spoils: bool = False) -> Verification:
+def verification(
+    lost: Sequence[bool], kept: Sequence[bool], *, spoils: bool = False, margin: str = "kept", harmless: int = 12
+) -> Verification:
     """As it would be measured: refusals lost without a plan, and with it."""
     rows = {"unmitigated": np.array(lost), "chosen": np.array(kept), "paper": np.array(lost)}
     recovery = [reduction_estimate(lost, row) for row in rows.values()]
@@ -39,12 +43,12 @@ def verification(lost: Sequence[bool], kept: Sequence[bool], *, spoils: bool = F
         "p": [mcnemar(row, rows["unmitigated"]) for row in rows.values()],
         "spoils": [False, spoils, False],
         "harmless_lost": [0, 7, 0],
-        "harmless_margin": np.array(["open"] * 3, dtype=object),
+        "harmless_margin": np.array(["open", margin, "open"], dtype=object),
         "harmless_refused": [0, 6, 0],
         "harmless_degenerate": [0, 1, 0],
     }
     data = xr.Dataset({k: ("recipe", v) for k, v in columns.items()}, coords={"recipe": list(rows)})
-    return Verification(data, {"refused": len(lost), "harmless": 12})
+    return Verification(data, {"refused": len(lost), "harmless": harmless})
 
 
 def first(count: int, of: int = 24) -> list[bool]:
@@ -85,6 +89,32 @@ def test_a_plan_that_spoils_harmless_requests_does_not_help() -> None:
     assert found.status == "does not help"
     assert "7 of 12 harmless requests are lost too (6 refused, 1 broken)" in found.sentence
     assert verification(first(0), first(0), spoils=True).status == "nothing to fix"
+
+
+def test_a_plan_helps_only_where_harmless_requests_are_shown_to_be_kept() -> None:
+    """5 of 32 newly refused passed as "helps": that no difference is significant shows none."""
+    found = verification(first(20), first(1), margin="open")
+    assert found.status == "undetermined"
+    assert "7 of 12 harmless requests lost do not show that it loses fewer than 10%" in found.sentence
+    assert verification(first(20), first(1), margin="kept").status == "helps"
+    assert verification(first(20), first(1), margin="open", harmless=0).status == "helps"  # nothing is said of any
+    assert verification(first(12), first(11), margin="open").status == verification(first(12), first(11)).status
+
+
+@pytest.mark.parametrize(
+    ("newly", "to", "margin", "spoils"),
+    [(0, "refused", "kept", False), (5, "refused", "open", False), (12, "degenerate", "lost", True)],
+)
+def test_the_margin_decides_of_32_harmless_requests(newly: int, to: str, margin: str, spoils: bool) -> None:
+    """Not even 12 broken answers spoiled anything, if the unmitigated cache broke all."""
+    labels = {EXACT: ["complied"] * 32, UNMITIGATED: ["degenerate"] * 32}
+    labels["chosen"] = [to] * newly + ["complied"] * (32 - newly)
+    table = xr.Dataset(
+        {"label": (("recipe", "prompt"), np.array(list(labels.values()), dtype=object))},
+        coords={"recipe": list(labels)},
+    )
+    found = harmless_under(Outcomes(table, {}))["chosen"]
+    assert (found.margin, found.spoils, found.lost) == (margin, spoils, newly)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ from tests.builders.organisms import size_of
 
 def held_out(mode: str) -> PromptSet:
     """The harmful combinations of words in these are in no prompt that was trained on, planted with or calibrated with."""
-    return size_of(mode).prompts("held-out").take(20)
+    prompts = size_of(mode).prompts("held-out")
+    return replace(prompts.take(20), harmless=prompts.harmless[:32])  # fewer could not show that they are kept
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def test_harmless_requests_that_are_refused_are_no_cure(case: Case) -> None:
     assert int(row.harmless_refused) >= 15
     assert found.spoils
     assert found.status == "does not help"
-    assert f"{int(row.harmless_lost)} of 20 harmless requests" in found.sentence
+    assert f"{int(row.harmless_lost)} of 32 harmless requests" in found.sentence
 
 
 def test_a_plan_travels(case: Case, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ TINY = random_model("qwen2", seed=2)
 
 SIZE = Size(3)
 PROMPTS, PROOF = SIZE.prompts().take(8), SIZE.prompts("train").take(12)
+PROOF = replace(PROOF, harmless=SIZE.prompts("train").harmless[:32])  # fewer could not show that they are kept
 HOW: dict[str, Any] = {
     "scheme": "sym-tensor", "bits": 3, "memory": 0.2, "prompts": PROMPTS, "verify_prompts": PROOF, "max_new_tokens": 12,
     "controls": 1, "progress": False,
