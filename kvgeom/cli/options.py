@@ -94,7 +94,7 @@ def add_scan_bits(command: argparse.ArgumentParser) -> None:
         "--scan-bits",
         metavar="B",
         type=int,
-        help="width of layers, fixes, PCR (default: the fewest at which the model still writes language)",
+        help="width of layers, fixes, PCR (default: the fewest before the model stops writing language)",
     )
 
 

@@ -308,7 +308,7 @@ def diagnose(
         Widths of the curve; see :func:`~kvgeom.behaviour.widths.at_widths`.
     scan_bits : int, optional
         Of layer scan, fixes and PCR, which round symmetric per-tensor as the paper's released code does. By default the fewest
-        bits at which the model still writes language (:func:`~kvgeom.behaviour.matched.scan_width`).
+        bits before the model stops writing language (:func:`~kvgeom.behaviour.matched.scan_width`).
     placement : Placement, "cache" or "paper", optional
         Decode-faithful by default; for the curve that of the preset, if it is one.
     geometry : bool

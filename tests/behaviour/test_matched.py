@@ -1,4 +1,4 @@
-"""The width of a scan: the fewest bits, from 8 down without a gap, at which perplexity hardly grows."""
+"""The width of a scan: the fewest bits, from 8 down without a gap, before perplexity grows."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline, baseline
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
+from kvgeom.stats import Estimate
 from tests.builders.judges import ArbitraryJudge
 from tests.builders.requests import REQUESTS
 from tests.builders.tiny import tiny_model
@@ -47,7 +48,7 @@ def test_the_width_is_the_last_before_perplexity_grows(
     ("bits", "ratio", "matched", "undecided", "said"),
     [
         (3, (1.2, 1.15, 1.3), False, (), "3 bits as asked, at 1.20x [1.15, 1.30] the perplexity"),
-        (5, (1.04, 1.02, 1.06), True, (), "5 bits, the fewest at which perplexity grows to no more than 1.1x, at 1.04x [1.02, 1.06]"),
+        (5, (1.04, 1.02, 1.06), True, (), "5 bits, the fewest before perplexity first grows beyond 1.1x, tested downwards from 8, at 1.04x [1.02, 1.06]"),
         (5, (1.08, 1.04, 1.13), True, (5, 4), "at 1.08x [1.04, 1.13]; at 5 and 4 bits the interval does not decide it"),
         (8, (1.12, 1.08, 1.2), True, (8,), "even at 8 bits perplexity grows to 1.12x [1.08, 1.20], more than 1.1x; at 8 bits the"),
     ],
@@ -56,6 +57,47 @@ def test_a_width_says_where_the_interval_does_not_decide(
     bits: int, ratio: tuple[float, float, float], matched: bool, undecided: tuple[int, ...], said: str
 ) -> None:
     assert said in str(ScanWidth(Scheme(bits, True, "tensor"), *ratio, matched, undecided))
+
+
+NAN = (float("nan"),) * 3
+
+
+@pytest.mark.parametrize(
+    ("ratios", "bits", "said"),
+    [
+        ({8: (1.0, 0.9, 1.05), 7: (1.2, 1.15, 1.3), 6: (1.05, 1.0, 1.08)}, 8, "first grows beyond 1.1x, tested downwards from 8"),
+        ({8: NAN, 7: (1.0, 0.9, 1.05)}, 8, "cannot be measured at 8 bits (it is not a number), so that no width is known"),
+        ({8: (1.0, 0.9, 1.05), 7: NAN, 6: (1.0, 0.9, 1.05)}, 8, "8 bits, tested downwards from 8, at 1.00x [0.90, 1.05] the perplexity; at 7 bits it cannot be measured"),
+        (dict.fromkeys(range(2, 9), (1.0, 0.9, 1.05)), 2, "2 bits, the fewest there are: tested downwards from 8, perplexity never"),
+        ({8: (1.0, *NAN[:2]), 7: (1.2, 1.15, 1.3)}, 8, "at 8 bits the interval does not decide it"),
+    ],
+    ids=["not monotone", "nothing measured", "a gap", "never grows", "no interval"],
+)  # fmt: skip
+def test_a_width_claims_only_what_was_measured(
+    base: Baseline,
+    ratios: dict[int, tuple[float, float, float]],
+    bits: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ratios are dictated: no tiny model has such curves."""
+    tried = []
+
+    def dictated(_: Baseline, recipe: Recipe, placement: object = None) -> Estimate:
+        tried.append(recipe.layers[0][0].bits)  # type: ignore[union-attr]
+        return Estimate(*ratios[tried[-1]])
+
+    monkeypatch.setattr(Baseline, "perplexity_ratio", dictated)
+    found = scan_width(base)
+    assert found.scheme.bits == bits
+    assert said in str(found)
+    assert "nan" not in str(found)
+    assert tried == list(range(8, min(tried) - 1, -1))
+    again = ScanWidth.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert (str(again), again.unmeasured) == (str(found), found.unmeasured)
+    if bits == 8:
+        given = str(scan_width(base, 8))
+        assert ("cannot be measured" in given) == (ratios[8] == NAN)
 
 
 def test_a_width_that_is_given(base: Baseline) -> None:
