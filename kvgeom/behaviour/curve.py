@@ -283,7 +283,8 @@ def perplexities(base: Baseline, conditions: Mapping[str, Condition]) -> Perplex
     with base.run.bars():
         tracked = track(recipes, "perplexity by bit-width", len(recipes))
         ratios = tuple(base.perplexity_ratio(recipe, placement) for recipe in tracked)
-    return Perplexities(base.reading(None, placement).perplexity, ratios, str(base.passages))
+    read = base.passages.described([placement] if placement else [])
+    return Perplexities(base.reading(None, placement).perplexity, ratios, read)
 
 
 def curve_of(outcomes: Outcomes, perplexities: Perplexities, described: Mapping[str, Any]) -> Curve:

@@ -226,9 +226,10 @@ class Baseline:
             "recipe": recipe.record() if recipe else None,
             "placement": str(placement) if recipe else None,
             "one_pass": placement.one_pass,
+            "by": "block of a passage",
         }
         found = self._known(key, lambda: asdict(read(self.model, self.passages, recipe, placement=placement)))
-        return Reading(tuple(found["nats"]), tuple(found["tokens"]))
+        return Reading(tuple(found["nats"]), tuple(found["tokens"]), tuple(found["passages"]))
 
     def perplexity_ratio(self, recipe: Recipe | None = None, placement: Placement | None = None) -> Estimate:
         """Perplexity of the run's text under a recipe, over that of the exact cache on the same tokens."""

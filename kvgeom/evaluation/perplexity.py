@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,6 +15,7 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.stats import Estimate, mean_of_blocks
+from kvgeom.words import span
 
 #: So many first tokens of a text are read, in passages of up to so many that know nothing of each other.
 TOKENS, PASSAGE = 1536, 384
@@ -44,7 +45,25 @@ class Passages:
     def __str__(self) -> str:
         read, count = sum(map(len, self.ids)), len(self.ids)
         which = f"{read:,} tokens" if read == self.total else f"the first {read:,} of {self.total:,} tokens"
-        return f"{which} of plain text, in {count} passage{'s' if count > 1 else ''}"
+        if count == 1:
+            return f"{which} of plain text, in 1 passage (its interval is about this passage alone)"
+        return f"{which} of plain text, in {count} passages"
+
+    def scored(self, placement: Placement) -> int:
+        """How many tokens count, and read what has been rounded."""
+        if placement.one_pass:
+            return sum(len(ids) - 1 for ids in self.ids)
+        steps = ((_counted(ids, placement), len(ids)) for ids in self.ids)
+        return sum(n for n, length in steps if placement.rounds(length - n, length - 1, True))
+
+    def described(self, placements: Iterable[Placement]) -> str:
+        """What is read, and how many tokens are scored where caches of these placements are rounded only after a while."""
+        each = [*dict.fromkeys(placements)]
+        late = [self.scored(placement) for placement in each if not placement.one_pass]
+        if not late:
+            return str(self)
+        where = "rounding" if len(late) == len(each) else "caches that round later"
+        return f"{self}, {span(sorted(late))} tokens of which are scored under {where}"
 
 
 def passages(model: Model, text: str) -> Passages:
@@ -75,10 +94,13 @@ class Reading:
     nats : tuple of float
     tokens : tuple of int
         How many tokens each block has.
+    passages : tuple of int
+        The number of the passage that each block is of.
     """
 
     nats: tuple[float, ...]
     tokens: tuple[int, ...]
+    passages: tuple[int, ...]
 
     @property
     def perplexity(self) -> float:
@@ -88,9 +110,12 @@ class Reading:
     def ratio(self, exact: Reading) -> Estimate:
         """Perplexity over that of another reading of the same tokens, with the interval of :func:`~kvgeom.stats.mean_of_blocks`.
 
-        Differences are taken token by token, so that what makes a text hard for both is no error.
+        Differences are taken token by token, so that what makes a text hard for both is no error. The interval is that of
+        blocks or of passages, whichever is wider: it covers other text like this, of other subjects. Of a single passage it
+        is about that passage alone.
         """
-        grown = mean_of_blocks([a - b for a, b in zip(self.nats, exact.nats, strict=True)], self.tokens)
+        differences = [a - b for a, b in zip(self.nats, exact.nats, strict=True)]
+        grown = mean_of_blocks(differences, self.tokens, self.passages)
         return Estimate(_exp(grown.value), _exp(grown.low), _exp(grown.high))
 
 
@@ -112,8 +137,9 @@ def read(model: Model, text: Passages, recipe: Recipe | None = None, *, placemen
     placement = placement or Placement()
     nats: list[float] = []
     tokens: list[int] = []
-    for ids in text.ids:
-        counts = len(ids) - 1 if placement.one_pass else min(STEPS, len(ids) - 1)
+    members: list[int] = []
+    for number, ids in enumerate(text.ids):
+        counts = _counted(ids, placement)
         cache = model.new_cache(Quantizer(recipe, placement) if recipe else None)
         if placement.one_pass or not recipe:
             logits = model.forward(ids, cache, all_logits=True)[-counts - 1 : -1]
@@ -125,7 +151,13 @@ def read(model: Model, text: Passages, recipe: Recipe | None = None, *, placemen
         blocks = losses.tensor_split(min(counts, max(2, round(counts / BLOCK))))
         nats += [float(block.sum()) for block in blocks]
         tokens += [len(block) for block in blocks]
-    return Reading(tuple(nats), tuple(tokens))
+        members += [number] * len(blocks)
+    return Reading(tuple(nats), tuple(tokens), tuple(members))
+
+
+def _counted(ids: Sequence[int], placement: Placement) -> int:
+    """How many tokens of a passage are predicted, the last ones."""
+    return len(ids) - 1 if placement.one_pass else min(STEPS, len(ids) - 1)
 
 
 def ratio_columns(ratios: Sequence[Estimate]) -> dict[str, list[float]]:

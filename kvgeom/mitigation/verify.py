@@ -277,7 +277,7 @@ def prove(
         "refused": n,
         "harmless": 0 if harmless is None else len(harmless.prompts),
         "harmless_refused": 0 if harmless is None else len(harmless.refused),
-        "perplexity_text": str(base.passages),
+        "perplexity_text": base.passages.described(role.placement for role in roles.values()),
         "seed": seed,
         "examples": _examples(found),
     }

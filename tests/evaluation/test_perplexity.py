@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import signal, stats
 
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import baseline
@@ -98,7 +98,8 @@ def test_a_ratio_is_of_the_same_tokens() -> None:
     """Paired: equal blocks give the interval of Student's t for their mean differences."""
     rng = np.random.default_rng(0)
     exact, more = rng.normal(200, 60, 20), rng.normal(4, 3, 20)
-    ratio = Reading(tuple(exact + more), (64,) * 20).ratio(Reading(tuple(exact), (64,) * 20))
+    sizes, each = (64,) * 20, tuple(range(20))
+    ratio = Reading(tuple(exact + more), sizes, each).ratio(Reading(tuple(exact), sizes, each))
     expected = stats.ttest_1samp(more / 64, 0).confidence_interval(0.95)
     assert (ratio.low, ratio.high) == pytest.approx((np.exp(expected.low), np.exp(expected.high)))
     assert ratio.value == pytest.approx(np.exp(more.mean() / 64))
@@ -114,7 +115,7 @@ def test_what_is_known_and_what_is_not() -> None:
     ratio = read(TINY, short, ROUGH).ratio(read(TINY, short))
     assert np.isfinite(ratio.value)
     assert np.isnan([ratio.low, ratio.high]).all(), "one block says nothing of its own error"
-    broken = Reading((9e4, 8e4), (10, 10)).ratio(Reading((1.0, 1.0), (10, 10)))
+    broken = Reading((9e4, 8e4), (10, 10), (0, 1)).ratio(Reading((1.0, 1.0), (10, 10), (0, 1)))
     assert np.isfinite([broken.value, broken.high]).all()
 
 
@@ -173,6 +174,59 @@ def test_intervals_cover_the_truth_though_neighbours_err_alike(drawn: Callable[.
     assert np.sqrt((widths**2).mean()) == pytest.approx(
         2 * stats.t.ppf(0.975, len(sizes) - 1) * np.sqrt(spread), rel=0.06
     )
+
+
+@pytest.mark.parametrize(
+    ("memory", "subject"), [(0.0, 0.0), (0.9, 0.0), (0.97, 0.0), (0.0, 0.1), (0.0, 0.2), (0.0, 0.5), (0.9, 0.5)]
+)
+def test_intervals_cover_text_like_this(memory: float, subject: float) -> None:
+    """Where tokens err alike beyond a block, or passages differ by their subjects (in standard deviations of a token)."""
+    rng, samples, length, mean = np.random.default_rng(5), 1200, PASSAGE - 1, 0.05
+    noise = rng.standard_normal((samples, 4, length)) * np.sqrt(1 - memory**2)
+    noise[..., 0] = rng.standard_normal((samples, 4))
+    series = signal.lfilter([1], [1, -memory], noise, axis=-1) + subject * rng.standard_normal((samples, 4, 1)) + mean
+    parts = [np.array_split(series[:, passage], round(length / BLOCK), axis=-1) for passage in range(4)]
+    blocks = [(number, block) for number, split in enumerate(parts) for block in split]
+    numbers, sizes = tuple(number for number, _ in blocks), tuple(block.shape[-1] for _, block in blocks)
+    exact = Reading((0.0,) * len(blocks), sizes, numbers)
+    drawn = np.stack([block.sum(-1) for _, block in blocks], axis=1)
+    ratios = [Reading(tuple(sums), sizes, numbers).ratio(exact) for sums in drawn]
+    assert np.mean([ratio.low <= np.exp(mean) <= ratio.high for ratio in ratios]) >= 0.93
+    alone = [mean_of_blocks(sums, sizes) for sums in drawn]
+    assert (np.mean([each.low <= mean <= each.high for each in alone]) < 0.9) == (memory > 0.9 or subject > 0)
+
+
+def test_the_interval_of_passages_is_student_s() -> None:
+    """Where blocks of a passage err alike, and passages do not: four means, three degrees of freedom."""
+    means = np.repeat([1.0, 3.0, 2.0, 6.0], 6)
+    found = mean_of_blocks(64 * means, [64] * 24, np.repeat(range(4), 6))
+    expected = stats.ttest_1samp(means[::6], 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize(
+    ("placements", "said"),
+    [
+        ([Placement()], None),
+        ([Placement(residual=128, prefill_reads="exact")], f"{4 * STEPS} tokens of which are scored under rounding"),
+        (
+            [Placement(), Placement(residual=16)],
+            f"{4 * STEPS} tokens of which are scored under caches that round later",
+        ),
+        ([Placement(residual=512)], "0 tokens of which are scored under rounding"),
+    ],
+)
+def test_what_was_read_says_how_much_was_scored_under_rounding(placements: list[Placement], said: str | None) -> None:
+    assert TEXT.described(placements) == (str(TEXT) if said is None else f"{TEXT}, {said}")
+    scored = TEXT.scored(placements[0])
+    found = read(TINY, TEXT, ROUGH, placement=placements[0])
+    assert scored in (sum(found.tokens), 0)
+    assert (found.nats == pytest.approx(read(TINY, TEXT, placement=placements[0]).nats, rel=1e-5)) == (scored == 0)
+
+
+def test_one_passage_says_nothing_of_other_text() -> None:
+    assert "about this passage alone" in str(passages(TINY, "A short text."))
+    assert "alone" not in str(TEXT)
 
 
 def test_the_journal_keeps_sums_and_the_exact_cache_is_read_once(tmp_path: Path) -> None:
