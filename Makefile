@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-real test-all lint docs organisms clean
+.PHONY: demo test test-real test-all lint docs organisms certificate clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/kvgeom audit demo --out audit-demo
@@ -28,9 +28,13 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Plants failure modes, diagnoses them, and writes the confusion matrix into docs/organisms.md.
+# Plants failure modes, diagnoses them, and writes what came out into docs/organisms.md and the README.
 organisms: $(VENV)/.dev
-	$(BIN)/python benchmarks/organisms.py
+	$(BIN)/python -m benchmarks.organisms
+
+# The same text again, from the rows that were measured.
+certificate: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.certificate
 
 docs: $(VENV)/.dev
 	$(PIP) --editable '.[docs]'

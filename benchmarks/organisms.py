@@ -1,6 +1,6 @@
 """The certificate of the diagnosis: blind organisms, diagnosed on few prompts, and what is true of them on many.
 
-Run:  make organisms        (or: python benchmarks/organisms.py [--count 60] [--seed 20261126] [--out docs/organisms.json])
+Run:  make organisms     (or: python -m benchmarks.organisms [--count 60] [--seed 20261126] [--out docs/organisms.json])
 
 Tiny models of four architectures, trained from several seeds, get outliers in keys, in values or in both: beside what carries
 the request or in it, in one layer or several, of one kind or mixed, from too weak to notice to total; others get errors without an
@@ -9,28 +9,26 @@ planting asked for is not what came out, and decides nothing here. The diagnosis
 96 others: which fixes work there, by the definitions of docs/taxonomy.md. The seed is the day's unless it is given, and stands in
 every row.
 
-Written: every row as JSON, and what came of what was planted, a calibration curve, a confusion matrix and what errors cost, as
-tables in docs/organisms.md, where a test compares the two.
+Written: every row as JSON, and what it says, by :mod:`benchmarks.certificate`, in docs/organisms.md and the README, where a test
+compares the two.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import itertools
 import json
 import random
-import re
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import kvgeom
+from benchmarks.certificate import ALWAYS, OURS, ROWS, SEARCHED, write
 from kvgeom.diagnosis.diagnose import Diagnosis
-from kvgeom.diagnosis.mode import MODES, SURE
+from kvgeom.diagnosis.mode import SURE
 from kvgeom.diagnosis.taxonomy import FIXABLE
 from kvgeom.engines.registry import resolve
 from kvgeom.errors import KvgeomError
@@ -44,9 +42,7 @@ from kvgeom.organisms.observed import NEW_TOKENS
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
-from kvgeom.stats import wilson
 
-PAGE = Path(__file__).parents[1] / "docs" / "organisms.md"
 #: What is planted in: a size, and the seed that it was trained from. In the first two, values alone carry the request.
 BASES = (
     (Size(3, 2, 64), 0),
@@ -62,18 +58,13 @@ BASES = (
 PLANTED_FOR, ROUNDED_TO = 3, (3, 3, 3, 4)
 #: Requests that plant, and that are diagnosed; what is true is measured on all others.
 PLANTING, SEEN = 24, 24
-#: Caches that are tried whatever the mode.
-ALWAYS = {"always group-64": "sym-group64", "always per-channel": "sym-channel", "always center": "sym-tensor+center"}
-OURS, SEARCHED = "what the mode prescribes", "measured search"
-#: Borders of the bins of the calibration curve, and of loudness.
-BINS, LOUD = (0.0, 0.5, 0.7, 0.9, 0.99, 1.0), (0.125, 0.25, 0.5, 1.0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=60, help="organisms (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=int(datetime.date.today().strftime("%Y%m%d")))
-    parser.add_argument("--out", type=Path, default=PAGE.with_suffix(".json"))
+    parser.add_argument("--out", type=Path, default=ROWS)
     asked = parser.parse_args()
     print(f"seed {asked.seed}", flush=True)
     rows = []
@@ -81,11 +72,8 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
         asked.out.write_text(json.dumps(rows, indent=1) + "\n")
-    print(tables(rows))
-    if asked.out == PAGE.with_suffix(".json"):
-        begin, end = "<!-- certificate: begin -->", "<!-- certificate: end -->"
-        text = f"{begin}\n{tables(rows)}\n{end}"
-        PAGE.write_text(re.sub(f"{begin}.*{end}", lambda _: text, PAGE.read_text(), flags=re.S))
+    if asked.out == ROWS:
+        write(rows)
 
 
 def strength(rng: random.Random) -> float:
@@ -237,108 +225,6 @@ def _recoveries(found: Diagnosis, truth: Diagnosis, bits: int) -> dict[str, floa
     left = {rule: int((outcomes.flipped(rule) & speaks).sum()) for rule in caches}
     found_ = {rule: round(1 - count / before, 3) for rule, count in left.items() if rule != UNMITIGATED}
     return {OURS: None, **found_}
-
-
-def tables(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Calibration curve, confusion matrix and what errors cost, in Markdown."""
-    made = [row for row in rows if "error" not in row]
-    known = [row for row in made if row["true"] is not None]
-    seeds = ", ".join(sorted({str(row["seed"]) for row in rows}))
-    opening = (
-        f"Seed {seeds}: {len(rows)} organisms, of which {len(rows) - len(made)} could not be planted and {len(made) - len(known)} "
-        f"are on a border even on the unseen prompts. What came of what was planted, and whether the diagnosis named it:"
-    )
-    about = f"How sure the diagnosis was, and how often it was right, for the {len(known)} of which the truth is known:"
-    parts = [opening, _planted(made), _grades(made), about, _calibration(known), _confusion(known), _costs(known)]
-    return "\n\n".join(parts)
-
-
-def _planted(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What was planted, what is true of it, and what was said."""
-    lines = ["| planted | organisms | true | named, rightly | named, wrongly |", "|---|---:|---|---:|---:|"]
-    for kind in KINDS:
-        own = [row for row in rows if row["planted"] == kind]
-        true = Counter(row["true"] or "on a border" for row in own)
-        said = [row for row in own if row["true"] and row["found"] != "undetermined"]
-        right = sum(row["found"] == row["true"] for row in said)
-        what = ", ".join(f"{name} {count}" for name, count in true.most_common())
-        if own:
-            lines.append(f"| {kind} | {len(own)} | {what} | {right} | {len(said) - right} |")
-    return "\n".join(lines)
-
-
-def _grades(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What organisms of outliers lose of the unseen requests, by the loudest outlier in them."""
-    lines = [
-        "| loudest outlier | organisms | at most a tenth comply or break | in between | more than nine tenths |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    loud = [
-        (
-            max(part["loudness"] for part in row["parts"]),
-            row.get("broken", 0) + row.get("loss", 0) * (1 - row.get("broken", 0)),
-        )
-        for row in rows
-        if row["parts"] and row["parts"][0]["change"] != "jitter"
-    ]
-    for low, high in itertools.pairwise(LOUD):
-        lost = [share for size, share in loud if low <= size < high or size == high == LOUD[-1]]
-        few, most = sum(share <= 0.1 for share in lost), sum(share > 0.9 for share in lost)
-        if lost:
-            lines.append(f"| {low:g} to {high:g} | {len(lost)} | {few} | {len(lost) - few - most} | {most} |")
-    return "\n".join(lines)
-
-
-def _calibration(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| probability of the likeliest mode | organisms | it is the true one | 95 % |", "|---|---:|---:|---|"]
-    for low, high in itertools.pairwise(BINS):
-        chosen = [row for row in rows if low <= max(row["posterior"].values()) < (high if high < 1 else 2)]
-        right = sum(max(row["posterior"], key=row["posterior"].get) == row["true"] for row in chosen)
-        if chosen:
-            ci = wilson(right, len(chosen))
-            lines.append(f"| {low:.0%} to {high:.0%} | {len(chosen)} | {right} | {ci[0]:.0%} to {ci[1]:.0%} |")
-    return "\n".join(lines)
-
-
-def _confusion(rows: Sequence[Mapping[str, Any]]) -> str:
-    names = [name for name in MODES if any(name in (row["true"], row["found"]) for row in rows)]
-    lines = [
-        "| true | " + " | ".join(names) + " | right where one is named | 95 % |",
-        "|---|" + "---:|" * (len(names) + 1) + "---|",
-    ]
-    for true in names:
-        found = [row["found"] for row in rows if row["true"] == true]
-        named = [name for name in found if name != "undetermined"]
-        if found:
-            counts = " | ".join(str(found.count(name)) for name in names)
-            lines.append(f"| {true} ({len(found)}) | {counts} | {_share(named.count(true), len(named))} |")
-    return "\n".join(lines)
-
-
-def _share(some: int, of: int) -> str:
-    """A count of some, and its interval, as two cells."""
-    if not of:
-        return "0 of 0 | "
-    low, high = wilson(some, of)
-    return f"{some} of {of} | {low:.0%} to {high:.0%}"
-
-
-def _costs(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How often the cache that a rule chooses takes away more than half of the loss, where there is one to take away."""
-    lossy = [row for row in rows if "recovery" in row]
-    lines = [
-        "| cache | tried | takes away more than half of the loss | 95 % | less than nothing |",
-        "|---|---:|---:|---|---:|",
-    ]
-    for rule in (OURS, *ALWAYS, SEARCHED):
-        found = [row["recovery"][rule] for row in lossy if row["recovery"].get(rule) is not None]
-        works = sum(value > 0.5 for value in found)
-        if found:
-            ci = wilson(works, len(found))
-            lines.append(
-                f"| {rule} | {len(found)} of {len(lossy)} | {works} | {ci[0]:.0%} to {ci[1]:.0%} | {sum(v < 0 for v in found)} |"
-            )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from benchmarks.certificate import tables
 from kvgeom.errors import InputError, ModelError
 from kvgeom.evaluation.baseline import baseline
 from kvgeom.models.edits import copied
@@ -217,4 +218,4 @@ def test_the_certificate_has_a_row_for_each_organism(certificate: ModuleType, mo
     assert [row.get("error") for row in rows] == [None]
     assert rows[0]["true"] == "robust"
     assert rows[0]["refused"] == certificate.SEEN
-    assert "robust (1)" in certificate.tables(rows)
+    assert "robust (1)" in tables(rows)

@@ -1,0 +1,1 @@
+"""Measurements that take long, and what is written of them."""
