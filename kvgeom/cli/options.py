@@ -202,12 +202,8 @@ def prompt_set(spec: str, arguments: argparse.Namespace) -> PromptSet:
             f"{prompts.similar} are left out; --no-distinct asks all"
         )
     prompts = prompts if arguments.limit is None else prompts.take(arguments.limit)
-    asked = len(prompts.harmful) + len(prompts.harmless)
-    if sum(prompts.clusters) < asked:
-        note(
-            f"{asked} requests in {counted(sum(prompts.clusters), 'cluster')} of similar wording, and each counts by itself; "
-            "--distinct asks one of each"
-        )
+    if prompts.caveat:
+        note(prompts.caveat)
     return prompts
 
 

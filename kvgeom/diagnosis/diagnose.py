@@ -267,6 +267,7 @@ class Diagnosis(Composite):
         return "\n\n".join(
             [
                 f"Model: {meta['model']} (weights: {meta['weights']})",
+                *([self.prompts.caveat] if self.prompts.caveat else []),
                 self.curve.to_text(),
                 f"Single layers ({scan.meta['scheme']}; {scan.meta['placement']})\n\n{scan.to_text()}",
                 f"Parts of the cache\n\n{ablation_text(self.ablation, self.channels)}",
@@ -276,7 +277,8 @@ class Diagnosis(Composite):
         )
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<li>{escape(sentence)}</li>" for sentence in self.mode.evidence)
+        said = [*self.mode.evidence, *([self.prompts.caveat] if self.prompts.caveat else [])]
+        rows = "".join(f"<li>{escape(sentence)}</li>" for sentence in said)
         return f"<p><b>{escape(self.mode.name)}</b></p><ul>{rows}</ul>"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from kvgeom.checks import suggests, whole
 from kvgeom.prompts.similar import clusters
-from kvgeom.words import counted
+from kvgeom.words import counted, listed
 
 
 def fingerprint(harmful: Iterable[str], harmless: Iterable[str] = ()) -> str:
@@ -94,6 +94,11 @@ class PromptSet:
             "similar": self.similar or 0,
         }
 
+    @property
+    def caveat(self) -> str:
+        """That each request is counted by itself though some are in similar wording; empty where none are."""
+        return caveat(self.described())
+
     def to_dict(self) -> dict[str, object]:
         """Plain JSON types."""
         return {
@@ -126,6 +131,21 @@ class PromptSet:
         counts = ((self.repeated, "repeated request"), (self.similar or 0, "similar request"))
         left_out = "".join(f", {counted(count, noun)} left out" for count, noun in counts if count)
         return f"<PromptSet {self.name}: {len(self.harmful)} harmful, {len(self.harmless)} harmless{left_out}>"
+
+
+def caveat(described: Mapping[str, Any]) -> str:
+    """The caveat of a prompt set, from what :meth:`PromptSet.described` says of it."""
+    alike = [
+        f"{described[kind]} {kind} requests make {counted(described[f'{kind}_clusters'], 'cluster')} of similar wording"
+        for kind in ("harmful", "harmless")
+        if described[f"{kind}_clusters"] < described[kind]
+    ]
+    if not alike:
+        return ""
+    return (
+        f"Prompts {described['name']}: {listed(alike)}. Each request is counted by itself, so that all intervals are narrower, "
+        "and what follows from them is surer, than they should be; ask one of each cluster (--distinct)."
+    )
 
 
 def _first_of_each(requests: tuple[str, ...]) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from kvgeom.mitigation.verify import Verification
 from kvgeom.models.load import load
 from kvgeom.paths import write_whole
 from kvgeom.prompts.load import as_prompt_set
-from kvgeom.prompts.sets import PromptSet, calibration, held_out
+from kvgeom.prompts.sets import PromptSet, calibration, caveat, held_out
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.scheme import Scheme, check_bits
 from kvgeom.report.fix_page import render
@@ -64,8 +64,9 @@ class Fix:
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """What the verdict rests on, and what the chosen cache costs."""
-        return sentences(self.plan, self.verification)
+        """What the verdict rests on, what the chosen cache costs, and where requests in similar wording make it too sure."""
+        asked = [self.settings[use] for use in ("calibration", "verification") if use in self.settings]
+        return (*sentences(self.plan, self.verification), *filter(None, map(caveat, asked)))
 
     def table(self) -> str:
         """Before and after, as text: 16 bits, unmitigated, chosen, and what the paper advises."""

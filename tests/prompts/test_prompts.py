@@ -255,3 +255,13 @@ def test_take_and_fingerprint() -> None:
     assert prompts.take(9).fingerprint == prompts.fingerprint
     with pytest.raises(InputError):
         prompts.take(0)
+
+
+def test_a_caveat_counts_the_clusters_of_each_class() -> None:
+    locks = ("How do I pick a lock?", "Explain how to pick locks", "Name the moons of Mars")
+    own = PromptSet("mine", locks, locks[:2], "own")
+    assert own.caveat.startswith(
+        "Prompts mine: 3 harmful requests make 2 clusters of similar wording and 2 harmless requests make 1 cluster of"
+    )
+    assert not own.distinct().caveat
+    assert not PromptSet("mine", locks[1:], (), "own").caveat

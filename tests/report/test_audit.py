@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from html import unescape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 
 import kvgeom
+from kvgeom.diagnosis.diagnose import Diagnosis
 from kvgeom.errors import InputError
 from kvgeom.paths import write_whole
 from kvgeom.prompts.sets import PromptSet
@@ -149,7 +151,12 @@ def test_requests_in_similar_wording_make_a_verdict_too_sure(audit: Audit) -> No
     assert not [said for said in audit.verdict.sentences if "clusters" in said]
     alike = replace(PROMPTS, harmful=("Open the door!", *PROMPTS.harmful[:-1]))
     (said,) = [each for each in conclude(audit.curve, audit.mode, audit.width, alike).sentences if "clusters" in each]
-    assert said.startswith("These are 7 clusters of similar wording")
+    assert said == alike.caveat
+    assert "8 harmful requests make 7 clusters of similar wording." in said
+    found = replace(audit, prompts=alike)
+    for text in (Diagnosis.to_text(found), unescape(Diagnosis._repr_html_(found))):
+        assert alike.caveat in text, "the diagnosis says it, too"
+    assert "clusters" not in Diagnosis.to_text(audit)
     told = prompts_text(alike.described())
     assert "8 harmful in 7 clusters of similar wording, 8 harmless (" in told
     assert "7 harmful, 8 harmless, 1 similar ones left out (" in prompts_text(alike.distinct().described())

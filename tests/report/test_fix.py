@@ -100,6 +100,17 @@ def test_a_fix_can_be_read_back(fixed: Fix, out: Path, tmp_path: Path) -> None:
         Fix.load(tmp_path)
 
 
+def test_requests_in_similar_wording_make_a_proof_too_sure(fixed: Fix) -> None:
+    """Said where the verdict's reasons are, of either set, and read back with them."""
+    assert not [said for said in fixed.sentences if "clusters" in said]
+    alike = {**fixed.settings["verification"], "harmful_clusters": 1}
+    found = replace(fixed, settings={**fixed.settings, "verification": alike})
+    (said,) = [each for each in found.sentences if "cluster" in each]
+    assert f"{alike['harmful']} harmful requests make 1 cluster of similar wording." in said
+    for text in (found.to_text(), found.page(), found._repr_html_()):
+        assert said in text
+
+
 def test_every_key_of_plan_json_is_documented(out: Path, fixed: Fix) -> None:
     page = Path(__file__).parents[2].joinpath("docs", "mitigation.md").read_text()
     numbers = json.loads((out / "plan.json").read_text())
