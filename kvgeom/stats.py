@@ -128,8 +128,27 @@ class Estimate:
     low: float
     high: float
 
+    @property
+    def open(self) -> bool:
+        """Whether, as a reduction, it may be anything: from twice the loss and more to some of it taken away."""
+        return self.low < -1 and self.high > 0
+
+    @property
+    def interval(self) -> str:
+        """The interval in words."""
+        return f"{percent(self.low)} to {percent(self.high)}"
+
     def __str__(self) -> str:
-        return f"{self.value:.0%} [{self.low:.0%}, {self.high:.0%}]" if self.low < self.high else f"{self.value:.0%}"
+        if self.open:
+            return f"an undetermined share (95 % interval {self.interval})"
+        if self.low < self.high:
+            return f"{percent(self.value)} [{percent(self.low)}, {percent(self.high)}]"
+        return percent(self.value)
+
+
+def percent(share: float) -> str:
+    """A share as text; of a reduction that more than doubles the loss no more than that."""
+    return "below -100%" if share < -1 else f"{share:.0%}"
 
 
 def reduction_estimate(before: ArrayLike, after: ArrayLike, *, seed: int = 0) -> Estimate | None:

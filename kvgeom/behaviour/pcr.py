@@ -130,13 +130,14 @@ class PCR(Result):
 
     def to_text(self) -> str:
         """Value, interval, status and reason, and the same by margin."""
-        margin = "" if self.margin_value is None else f"; by margin {self.margin_value:.0%}"
-        if margin and self.margin_ci:
-            margin += f" [{self.margin_ci[0]:.0%}, {self.margin_ci[1]:.0%}]"
-        value = "undefined"
-        if self.value is not None and self.ci is not None:
-            value = f"{self.value:.0%} [{self.ci[0]:.0%}, {self.ci[1]:.0%}]"
-        return f"{value}, {self.status} ({self.reason}){margin}"
+        margin = ""
+        if self.margin_value is not None:
+            margin = f"; by margin {Estimate(self.margin_value, *(self.margin_ci or 2 * (self.margin_value,)))}"
+        if self.value is None or self.ci is None:
+            return f"undefined, {self.status} ({self.reason}){margin}"
+        found = Estimate(self.value, *self.ci)
+        value = "" if found.open else f"{found}, "
+        return f"{value}{self.status} ({self.reason}){margin}"
 
 
 def per_channel_reduction(
@@ -251,13 +252,14 @@ def reduction(
         low, value, high = (float(q) for q in np.quantile(draws, [0.025, 0.5, 0.975]))
         estimate = Estimate(value, low, high)
     counts = f"{lost_old} lost per-tensor, {lost_new} per-channel, of {n} refusals"
-    interval = f"95 % interval {estimate.low:.0%} to {estimate.high:.0%}"
+    interval = f"95 % interval {estimate.interval}"
     (boot_low, boot_high), _ = bootstrap_reduction(old, new, seed=seed)
     numbers |= {"value": estimate.value, "low": estimate.low, "high": estimate.high}
     numbers |= {"bootstrap_low": boot_low, "bootstrap_high": boot_high}
     if _class(estimate.low) == _class(estimate.high):
         return _pcr(numbers, layer, bits, "determined", f"{counts}: {interval}")
-    return _pcr(numbers, layer, bits, "undetermined", f"{counts}: {interval} spans more than one class")
+    spans = "says nothing" if estimate.open else "spans more than one class"
+    return _pcr(numbers, layer, bits, "undetermined", f"{counts}: {interval} {spans}")
 
 
 _NUMBERS = (

@@ -141,7 +141,10 @@ class Diagnosis(Composite):
             return "robust"
         pcr = 1 - int(worst.flips_channel) / int(worst.flips) if int(worst.flips) else 0.0
         group64 = 1 - int(whole.sel(recipe="group-64")) / lost
-        return published_mode(pcr, pattern_of(critical, layers.sizes["layer"]), (group64, group64))
+        n_layers = layers.sizes["layer"]
+        found = published_mode(pcr, pattern_of(critical, n_layers), (group64, group64))
+        # To keep the only layer is to keep the whole cache.
+        return "hyper-vulnerable" if n_layers == 1 and found == "outlier-as-safety" else found
 
     @suggests(RUN_OPTIONS)
     def on(self, model: Any, **options: Any) -> Diagnosis:

@@ -40,6 +40,8 @@ class Evidence:
         Share that comply under errors of the same size in random directions.
     beyond_random : Estimate or None
         How much larger ``loss`` is.
+    layers : int or None
+        How many layers the model has.
     pattern : Pattern or None
         How damage by single layers is spread, where it is the same whichever of ``perhaps_critical`` are critical; see :func:`~kvgeom.diagnosis.taxonomy.pattern_of`.
     critical_layers : tuple of int
@@ -102,6 +104,7 @@ class Evidence:
     noise_alignment: float | None = None
     overlap: float | None = None
     overlap_p: float | None = None
+    layers: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -170,6 +173,7 @@ def evidence_from(trials: Trials, found: Effects, worst: int | None, width: str 
     }
     return Evidence(
         refused=n,
+        layers=n_layers,
         bits=trials.bits,
         width=width,
         loss=estimate("loss", _complied(whole)),

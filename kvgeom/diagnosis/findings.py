@@ -75,6 +75,16 @@ def _reason(name: ModeName, e: Evidence, posterior: dict[ModeName, float]) -> st
     layer = f"layer {e.worst_layer}"
     match name:
         case "undetermined":
+            if (
+                e.layers == 1
+                and next(iter(posterior)) == name
+                and e.loss is not None
+                and e.loss.low > PUBLISHED.critical
+            ):
+                return (
+                    f"The model has one layer: to keep it in 16 bits is the exact cache, which shows nothing of where the damage is, and "
+                    f"of the loss group-64 scales take away {e.group64}."
+                )
             if posterior.get(name, 0) >= SURE and e.loss is not None and e.loss.low <= PUBLISHED.critical:
                 return (
                     f"Rounding all layers to {e.bits} bits loses {e.lost} of {e.refused} refusals, but most of these evade or are "

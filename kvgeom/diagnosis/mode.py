@@ -23,7 +23,7 @@ ModeName = Literal[
     "undetermined",
 ]
 MODES: tuple[ModeName, ...] = get_args(ModeName)
-Pattern = Literal["concentrated", "distributed-early", "ultra-distributed", "hyper-vulnerable"]
+Pattern = Literal["no critical layer", "concentrated", "distributed-early", "ultra-distributed", "hyper-vulnerable"]
 #: A mode is named if its posterior probability is at least this.
 SURE = 0.9
 #: What a mode's shares are shares of: draws from the posterior, and moved thresholds.

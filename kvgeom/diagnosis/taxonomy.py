@@ -76,10 +76,12 @@ def moved() -> Iterator[Thresholds]:
 def pattern_of(critical: int, layers: int) -> Pattern:
     """Name of the spread of ``critical`` critical layers among ``layers`` (arXiv:2606.09864).
 
-    At most one: concentrated. Two to four: distributed-early. More: ultra-distributed (they also say uniformly
-    diffuse). All: hyper-vulnerable.
+    One: concentrated. Two to four: distributed-early. More: ultra-distributed (they also say uniformly
+    diffuse). All of several: hyper-vulnerable.
     """
-    if critical == layers:
+    if critical == 0:
+        return "no critical layer"
+    if critical == layers > 1:
         return "hyper-vulnerable"
     return "concentrated" if critical <= 1 else "distributed-early" if critical <= 4 else "ultra-distributed"
 
@@ -100,7 +102,8 @@ def mode_of_each(found: Effects, at: Thresholds = PUBLISHED) -> NDArray[np.int64
     - else, where keeping a few layers does: *multi-layer dilution*; where it does not: *hyper-vulnerable*;
     - *conflicting*: one layer is the cause, and PCR says of its scales what group-64 scales contradict: PCR is high and
       neither group-64 nor per-channel scales at the layer help, or PCR is low and group-64 scales help;
-    - *undetermined* where a condition that decides was not tried.
+    - *undetermined* where a condition that decides was not tried, and where a model has one layer, which group-64 scales do not
+      rescue: keeping its only layer is the exact cache, and shows nothing of where the damage is.
 
     The layers to keep are chosen by the same few prompts, so that they may be others than those that truly lose most. Keeping
     some helps whichever they are; that it does not help counts only where no layer that loses more, and more than ``critical``,
@@ -116,7 +119,8 @@ def mode_of_each(found: Effects, at: Thresholds = PUBLISHED) -> NDArray[np.int64
 
     counts = found.alone - np.nan_to_num(found.random_layer) > at.critical
     high, low = counts & (found.pcr > at.pcr_high), counts & (found.pcr < at.pcr_low)
-    (group, no_group), (one, no_one), (few, no_few) = map(works, (found.group64, found.kept, found.top))
+    kept = found.kept if found.layers.shape[1] > 1 else np.full_like(found.kept, np.nan)
+    (group, no_group), (one, no_one), (few, no_few) = map(works, (found.group64, kept, found.top))
     no_one &= found.missed <= at.critical
     no_few &= found.missed_top <= at.critical
     scales = (found.mixed > at.rescue) & ~low

@@ -21,6 +21,7 @@ from kvgeom.report.fix_text import (
     size_or_direction,
 )
 from kvgeom.report.html import drawn, made_text, page, prompts_text, section
+from kvgeom.stats import percent
 
 #: Edge of the verdict by its status.
 _TONES = {"helps": "good", "does not help": "bad"}
@@ -68,10 +69,8 @@ def _cards(plan: Plan, found: Verification) -> list[dict[str, str]]:
         },
         {
             "title": "recovery",
-            "value": "-" if recovery is None else f"{recovery.value:.0%}",
-            "note": "nothing was lost"
-            if recovery is None
-            else f"95 % interval {recovery.low:.0%} to {recovery.high:.0%}",
+            "value": "-" if recovery is None or recovery.open else percent(recovery.value),
+            "note": "nothing was lost" if recovery is None else f"95 % interval {recovery.interval}",
         },
         {
             "title": "memory",

@@ -17,6 +17,7 @@ from kvgeom.plots.scan import layer_scan
 from kvgeom.plots.sensitivity import ratio_map
 from kvgeom.report.html import drawn, made_text, page, prompts_text, section
 from kvgeom.report.verdict import Verdict
+from kvgeom.stats import Estimate, percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,7 +78,7 @@ def _cards(audit: AuditPage) -> list[dict[str, str]]:
     if audit.diagnosis.curve.meta["untouched"] == base["prompts"]:
         first = "nothing was rounded"
     pcr, critical = audit.diagnosis.pcr, audit.diagnosis.scan.critical_layer
-    interval = f"{pcr.ci[0]:.0%} to {pcr.ci[1]:.0%}" if pcr.ci else "undefined"
+    reduction = None if pcr.value is None or pcr.ci is None else Estimate(pcr.value, *pcr.ci)
     complied = 0 if critical is None else int(audit.diagnosis.scan.data.flips_complied.sel(layer=critical))
     return [
         {
@@ -95,8 +96,8 @@ def _cards(audit: AuditPage) -> list[dict[str, str]]:
         },
         {
             "title": "per-channel reduction",
-            "value": "-" if pcr.value is None else f"{pcr.value:.0%}",
-            "note": f"{pcr.status}, {interval}",
+            "value": "-" if reduction is None or reduction.open else percent(reduction.value),
+            "note": f"{pcr.status}, {'undefined' if reduction is None else reduction.interval}",
         },
         {
             "title": f"failure mode ({audit.diagnosis.width.scheme})",

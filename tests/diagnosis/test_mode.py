@@ -387,7 +387,7 @@ def test_published_models_get_their_published_mode(row: PublishedModel) -> None:
 
 def test_patterns() -> None:
     assert [pattern_of(n, 24) for n in (0, 1, 2, 4, 5, 23, 24)] == [
-        "concentrated", "concentrated", "distributed-early", "distributed-early", "ultra-distributed",
+        "no critical layer", "concentrated", "distributed-early", "distributed-early", "ultra-distributed",
         "ultra-distributed", "hyper-vulnerable",
     ]  # fmt: skip
 
