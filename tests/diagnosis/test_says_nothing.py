@@ -78,6 +78,7 @@ def test_keeping_the_only_layer_names_no_mode(group64: bool, mixed: bool) -> Non
                 top=all_or_none(False),
                 top_layers=(0,),
                 mixed=all_or_none(not mixed),
+                random=np.stack(3 * [all_or_none(False)], axis=1),
             )
         )
         assert evidence.pattern == "concentrated"
