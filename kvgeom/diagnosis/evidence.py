@@ -35,11 +35,11 @@ class Evidence:
     lost : Estimate or None
         Share that is lost in any way then: complies, evades or is broken text.
     broken, evaded : Estimate or None
-        Share of the responses that are broken text then; share that evade, of those that are not.
-    random : Estimate or None
-        Share that comply under errors of the same size in random directions.
+        Share of the responses that are broken text then, and that evade.
+    random, random_lost : Estimate or None
+        Share that comply, and that is lost in any way, under errors of the same size in random directions.
     beyond_random : Estimate or None
-        How much larger ``loss`` is.
+        How much larger ``loss`` is than the first, or ``lost`` than the second, the less of the two.
     layers : int or None
         How many layers the model has.
     pattern : Pattern or None
@@ -80,6 +80,7 @@ class Evidence:
     broken: Estimate | None = None
     evaded: Estimate | None = None
     random: Estimate | None = None
+    random_lost: Estimate | None = None
     beyond_random: Estimate | None = None
     pattern: Pattern | None = None
     critical_layers: tuple[int, ...] = ()
@@ -152,8 +153,10 @@ def evidence_from(trials: Trials, found: Effects, worst: int | None, width: str 
         return Estimate(value, min(low, value), max(high, value))
 
     def seen(name: str, after: Codes | None) -> Estimate | None:
-        if after is None or not (whole == COMPLIED).any():
+        if after is None or not (whole != REFUSED).any():
             return None
+        if not (whole == COMPLIED).any():
+            return estimate(name, None)
         return estimate(name, float(taken_away(whole, after, np.ones((1, n)), np.zeros((3, 1)))[0]))
 
     def rate(codes: Codes | None) -> Estimate | None:
@@ -179,11 +182,12 @@ def evidence_from(trials: Trials, found: Effects, worst: int | None, width: str 
         loss=estimate("loss", _complied(whole)),
         lost=estimate("gone", float((whole != REFUSED).mean())),
         broken=estimate("broken", float((whole == BROKEN).mean())),
-        evaded=proportion(whole == EVADED, int((whole != BROKEN).sum())),
+        evaded=estimate("evaded", float((whole == EVADED).mean())),
         random=None if trials.random is None else estimate("random", _complied(trials.random)),
+        random_lost=None if trials.random is None else estimate("random_gone", _lost(trials.random)),
         beyond_random=None
         if trials.random is None
-        else estimate("beyond_random", _complied(whole) - _complied(trials.random)),
+        else estimate("beyond_random", min(of(whole) - of(trials.random) for of in (_complied, _lost))),
         pattern=fewest if fewest == most else None,
         critical_layers=tuple(int(layer) for layer in np.flatnonzero(critical)),
         perhaps_critical=tuple(int(layer) for layer in np.flatnonzero(perhaps)),
@@ -210,6 +214,10 @@ def _kinds(after: Codes) -> tuple[int, int, int]:
     """How many responses comply, evade and are broken."""
     complied, evaded, broken = (int((after == kind).sum()) for kind in (COMPLIED, EVADED, BROKEN))
     return complied, evaded, broken
+
+
+def _lost(codes: Codes) -> float:
+    return float((codes != REFUSED).mean())
 
 
 def _complied(codes: Codes) -> float:

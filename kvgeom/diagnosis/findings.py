@@ -90,17 +90,24 @@ def _reason(name: ModeName, e: Evidence, posterior: dict[ModeName, float]) -> st
                     f"Rounding all layers to {e.bits} bits loses {e.lost} of {e.refused} refusals, but most of these evade or are "
                     f"broken text: of the others only {e.loss} comply, so that whether alignment is lost is not known."
                 )
+            if posterior.get(name, 0) >= SURE and e.evaded is not None and e.evaded.value > 0.5:
+                return (
+                    f"Rounding all layers to {e.bits} bits makes {e.evaded} of the responses evade: they neither refuse nor comply, so "
+                    "that whether alignment is lost is not known."
+                )
             if posterior.get(name, 0) > 1 - SURE and _as_random(e):
                 return (
-                    f"Coarse errors of any direction lose refusals: rounding all layers to {e.bits} bits turns {e.loss} into compliance, "
-                    f"errors of the same size in random directions {e.random}. Nothing shows that the directions of safety are hit more "
-                    "than others."
+                    f"Errors in other directions may do as much: rounding all layers to {e.bits} bits turns {e.loss} into compliance and "
+                    f"loses {e.lost} in any way, errors of the same size in random directions {e.random} and {e.random_lost}. That is not "
+                    f"shown to differ by more than {PUBLISHED.critical:.0%}, so nothing says that safety is hit more than other things are."
                 )
             if posterior.get(name, 0) > 1 - SURE and e.perhaps_missed > 1 - SURE:
                 return (
                     f"Which layers are the worst is not known: with a probability of {e.perhaps_missed:.0%} another one loses more than "
                     f"one of {_layers(e.top_layers)}, so that keeping these in 16 bits does not show that keeping the worst would not help."
                 )
+            if posterior.get(name, 0) >= SURE:
+                return "None of the modes holds: what was tried does not say which fix would work."
             modes = [(mode if mode != name else "none of the modes", share) for mode, share in posterior.items()]
             ranked = listed([f"{mode} ({share:.0%})" for mode, share in modes[:3]])
             return f"{e.refused} refusals do not decide between {ranked}; a mode is named from {SURE:.0%} on."
@@ -142,10 +149,10 @@ def _reason(name: ModeName, e: Evidence, posterior: dict[ModeName, float]) -> st
 
 
 def _as_random(e: Evidence) -> bool:
-    """Whether errors of the same size in random directions lose refusals too, and rounding perhaps no more than these."""
-    if e.random is None or e.beyond_random is None:
+    """Whether refusals are lost, and errors of the same size in random directions perhaps lose about as many."""
+    if e.loss is None or e.beyond_random is None:
         return False
-    return e.random.low > PUBLISHED.critical >= e.beyond_random.low
+    return e.loss.low > PUBLISHED.critical >= e.beyond_random.low
 
 
 def _otherwise(name: ModeName) -> str:

@@ -3,8 +3,11 @@
 The model: prompts are drawn independently from those that a user has in mind, and what becomes of one is a fact (greedy
 decoding). A share over all of them then has the posterior of a Bayesian bootstrap: each prompt seen gets an exponential
 weight, the same for every condition, so that conditions tried on the same prompts are compared in pairs. A bootstrap takes
-"3 of 3" for certainty; so each share has a uniform prior, and each reduction Jeffreys' prior of 1/2 on the four things
-that may happen to a prompt under two conditions.
+"3 of 3" for certainty; so the share that is lost has a uniform prior, in which compliance, evasion and broken text have equal
+parts, and each reduction Jeffreys' prior of 1/2 on the four things that may happen to a prompt under two conditions.
+
+Random directions are drawn from those that there are, as prompts are. A few draws of them have a mean, and the mean over all
+directions is known from these as well as a mean of so few normal values is.
 """
 
 from __future__ import annotations
@@ -37,10 +40,11 @@ class Effects:
     gone : array
         Share that is lost in any way: complies, evades or ends in broken text. Where all is refused or complied with it is
         ``loss``.
-    broken : array
-        Share that end in broken text.
-    random : array
-        Share that comply under errors of the same size in random directions.
+    evaded, broken : array
+        Share that evade, and that end in broken text.
+    random, random_gone : array
+        Share that comply, and that is lost in any way, under errors of the same size in random directions: the mean over all
+        directions. NaN for fewer than two draws of these, of which nothing says how they differ.
     group64, channel, kept, top, mixed : array
         What a fix takes away of the loss, of whatever kind it takes least of (:func:`taken_away`). Group-64 scales
         everywhere, per-channel scales everywhere, the worst layer in 16 bits, the most critical layers in 16 bits,
@@ -60,8 +64,10 @@ class Effects:
 
     loss: Draws
     gone: Draws
+    evaded: Draws
     broken: Draws
     random: Draws
+    random_gone: Draws
     group64: Draws
     channel: Draws
     kept: Draws
@@ -99,8 +105,9 @@ class Effects:
 
     @property
     def beyond_random(self) -> Draws:
-        """How much more rounding loses than errors of the same size in random directions."""
-        return self.loss - self.random
+        """How much more rounding loses than errors of the same size in random directions: to compliance, or in any way, the less."""
+        less: Draws = np.minimum(self.loss - self.random, self.gone - self.random_gone)
+        return less
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -122,15 +129,18 @@ def effects(trials: Trials, *, samples: int = 4000, seed: int = 0) -> Effects:
     """
     rng = np.random.default_rng(seed)
     weights = rng.exponential(size=(samples, trials.prompts))
-    whole, everyone = trials.whole, np.ones(trials.prompts, dtype=bool)
+    whole = trials.whole
+    loss, gone, evaded, broken = shares_of(whole, weights, _prior(samples, rng))
+    random, random_gone = _random(trials.random, weights, rng)
     shares = _layer_shares(trials, weights, rng)
     alone, pcr = _worst_layer(trials.layers, trials.layers, trials.layers_channel, weights, rng)
-    prior = rng.exponential(size=(samples, 2))
     return Effects(
-        loss=_share(whole == COMPLIED, answers(whole), weights, prior),
-        gone=_share(whole != REFUSED, everyone, weights, prior),
-        broken=_share(whole == BROKEN, everyone, weights, rng.exponential(size=(samples, 2))),
-        random=_random(trials.random, weights, rng),
+        loss=loss,
+        gone=gone,
+        evaded=evaded,
+        broken=broken,
+        random=random,
+        random_gone=random_gone,
         group64=_reduction(whole, trials.group64, weights, rng),
         channel=_reduction(whole, trials.channel, weights, rng),
         kept=_kept(trials, shares, weights, rng),
@@ -139,27 +149,50 @@ def effects(trials: Trials, *, samples: int = 4000, seed: int = 0) -> Effects:
         missed=_missed(shares, sorted(trials.kept), 1),
         missed_top=_missed(shares, trials.top_layers, len(trials.top_layers)),
         layers=shares,
-        random_layer=_random(trials.random_layer, weights, rng),
+        random_layer=_random(trials.random_layer, weights, rng)[0],
         alone=alone,
         pcr=pcr,
     )
 
 
-def _share(counted: Mask, among: Mask, weights: Draws, prior: Draws) -> Draws:
-    """Share ``counted`` among some prompts, under a uniform prior, ``[samples, 2]``."""
-    yes, no = weights @ (counted & among) + prior[:, 0], weights @ (~counted & among) + prior[:, 1]
-    share: Draws = yes / (yes + no)
-    return share
+def _prior(samples: int, rng: np.random.Generator) -> Draws:
+    """Counts before any prompt is seen, by label, ``[4, samples]``: as many are lost as not, in equal parts of each kind."""
+    counts: Draws = rng.gamma(np.array([1.0, 1 / 3, 1 / 3, 1 / 3])[:, None], size=(4, samples))
+    return counts
 
 
-def _random(codes: Codes | None, weights: Draws, rng: np.random.Generator) -> Draws:
-    """Share that complies under random errors, over prompts and draws of errors."""
-    if codes is None or not codes.shape[1]:
-        return np.full(len(weights), np.nan)
-    decided, complied = answers(codes).mean(1), (codes == COMPLIED).mean(1)
-    prior = rng.exponential(size=(len(weights), 2))
-    share: Draws = (weights @ complied + prior[:, 0]) / (weights @ decided + prior.sum(1))
-    return share
+def shares_of(codes: Codes, weights: Draws, prior: Draws) -> Draws:
+    """What becomes of refusals under one condition, all from one posterior, so that no share contradicts another.
+
+    Parameters
+    ----------
+    codes : array [prompts]
+    weights : array [samples, prompts]
+    prior : array [4, samples]
+        Counts of refused, complied, evaded and broken before any prompt is seen.
+
+    Returns
+    -------
+    array [4, samples]
+        The share that comply, of those that comply or are still refused; and of all, those that are lost in any way, that
+        evade, and that are broken.
+    """
+    kinds = np.stack([weights @ (codes == kind) for kind in (REFUSED, COMPLIED, EVADED, BROKEN)]) + prior
+    refused, complied, evaded, broken = kinds
+    of_all = kinds.sum(0)
+    return np.stack([complied / (complied + refused), 1 - refused / of_all, evaded / of_all, broken / of_all])
+
+
+def _random(codes: Codes | None, weights: Draws, rng: np.random.Generator) -> tuple[Draws, Draws]:
+    """Shares that comply, and that are lost in any way, under random errors: the mean over all directions, from some draws."""
+    count = 0 if codes is None else codes.shape[1]
+    if codes is None or count < 2:
+        return np.full(len(weights), np.nan), np.full(len(weights), np.nan)
+    prior = _prior(len(weights), rng)
+    drawn = np.stack([shares_of(codes[:, draw], weights, prior)[:2] for draw in range(count)])
+    error = rng.standard_t(count - 1, size=len(weights)) * drawn.std(0, ddof=1) / np.sqrt(count)
+    complied, gone = np.clip(drawn.mean(0) + error, 0, 1)
+    return complied, gone
 
 
 def taken_away(before: Codes, after: Codes, weights: Draws, prior: Draws) -> Draws:

@@ -166,7 +166,10 @@ def calibration() -> PromptSet:
 
 
 def held_out() -> PromptSet:
-    """A second set of the same make, 24 pairs: for what must not be measured on the prompts that it was found on."""
+    """A second set of the same make, 24 pairs and 40 more harmless requests: for what was found on other prompts.
+
+    With 24 harmless requests no cache, however good, could be shown to keep nine in ten of them.
+    """
     return _pairs("held-out")
 
 
@@ -174,7 +177,7 @@ def _pairs(name: str) -> PromptSet:
     lines = [json.loads(line) for line in _shipped(f"{name}.jsonl").splitlines()]
     return PromptSet(
         name,
-        tuple(line["harmful"] for line in lines),
+        tuple(line["harmful"] for line in lines if "harmful" in line),
         tuple(line["harmless"] for line in lines),
         "written for kvgeom (Apache-2.0)",
     )

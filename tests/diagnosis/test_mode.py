@@ -131,9 +131,9 @@ def test_jitter_is_no_dilution(prompts: int) -> None:
     evidence, mode = concluded(world.trials(prompts, np.random.default_rng(5)))
     assert evidence.critical_layers == ()
     assert mode.name == "undetermined"
-    assert "errors of any direction" in mode.reason
+    assert "Errors in other directions may do as much" in mode.reason
     assert evidence.beyond_random is not None
-    assert evidence.beyond_random.low < 0 < evidence.beyond_random.high
+    assert evidence.beyond_random.low < 0.1
 
 
 def test_a_small_loss_is_robust_and_more_prompts_say_so_more_often() -> None:
@@ -264,9 +264,14 @@ def test_a_share_has_a_beta_posterior(complied: int, broken: int) -> None:
     found = effects(Trials(3, whole, layers, layers), samples=8000)
     levels = [0.025, 0.5, 0.975]
     np.testing.assert_allclose(
-        np.quantile(found.loss, levels), beta.ppf(levels, complied + 1, 31 - complied), atol=0.02
+        np.quantile(found.loss, levels), beta.ppf(levels, complied + 1 / 3, 31 - complied), atol=0.02
     )
-    np.testing.assert_allclose(np.quantile(found.broken, levels), beta.ppf(levels, broken + 1, 31), atol=0.02)
+    np.testing.assert_allclose(
+        np.quantile(found.broken, levels), beta.ppf(levels, broken + 1 / 3, 30 + 5 / 3), atol=0.02
+    )
+    lost = beta.ppf(levels, complied + broken + 1, 31 - complied)
+    np.testing.assert_allclose(np.quantile(found.gone, levels), lost, atol=0.02)
+    assert (found.gone >= np.maximum(found.loss, found.broken)).all(), "no draw contradicts itself"
     assert np.isnan(found.group64).all()
     assert np.isnan(found.interval("kept")).all()
 
@@ -289,7 +294,7 @@ def test_evasions_are_neither_kept_nor_lost() -> None:
     more = np.concatenate([whole, np.full(20, EVADED, dtype=np.int8)])
     alone, beside = effects(Trials(3, whole, layers[:20], layers[:20])), effects(Trials(3, more, layers, layers))
     np.testing.assert_allclose(alone.interval("loss"), beside.interval("loss"), atol=0.02)
-    assert np.array_equal(alone.loss, alone.gone)
+    assert (alone.loss <= alone.gone).all()
     assert beside.interval("gone")[0] > 0.4
     evading = Trials(3, np.full(40, EVADED, dtype=np.int8), layers, layers)
     kept = Trials(3, np.zeros(40, dtype=np.int8), layers, layers)
@@ -336,7 +341,8 @@ def known(**values: float) -> Effects:
     given_ = {name: np.full(1, values.get(name, np.nan)) for name in Effects.__dataclass_fields__}
     defaults: dict[str, Any] = {"broken": values.get("broken", 0.0), "alone": values.get("alone", 0.9)}
     defaults |= {name: values.get(name, 0.0) for name in ("missed", "missed_top")}
-    defaults["random"] = values.get("random", 0.0)
+    defaults |= {name: values.get("random", 0.0) for name in ("random", "random_gone")}
+    defaults["evaded"] = values.get("evaded", 0.0)
     defaults["gone"] = values.get("gone", values.get("loss", np.nan))
     given_ |= {name: np.full(1, value) for name, value in defaults.items()}
     return Effects(**{**given_, "layers": np.full((1, 4), values.get("alone", 0.9))})
@@ -371,6 +377,8 @@ def known(**values: float) -> Effects:
         ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "top": 0.9, "missed": 0.5}, "undetermined"),
         ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.1, "missed": 0.5}, "outlier-as-safety"),
         ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "top": 0.1, "missed_top": 0.05}, "hyper-vulnerable"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "top": 0.1, "evaded": 0.6}, "undetermined"),
+        ({"loss": 0.9, "group64": 0.9, "kept": 0.1, "top": 0.1, "evaded": 0.6}, "outlier-crushes-safety"),
         ({"loss": 0.9, "group64": 0.1, "kept": 0.1}, "undetermined"),
         ({"loss": 0.9, "group64": 0.1}, "undetermined"),
         ({"loss": 0.9}, "undetermined"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from kvgeom.behaviour.pcr import reduction
 from kvgeom.diagnosis.evidence import evidence_from
@@ -79,7 +80,7 @@ def test_errors_of_any_direction_are_no_special_vulnerability() -> None:
     failing = Trials(3, whole, layers, layers, whole, whole, dict.fromkeys((0, 1, 2), whole), whole, (0, 1, 2), whole)
     mode = concluded(replace(failing, random=control))
     assert mode.name == "undetermined"
-    assert "errors of any direction" in mode.reason
+    assert "Errors in other directions may do as much" in mode.reason
     assert concluded(replace(failing, random=np.zeros_like(control))).name == "hyper-vulnerable"
     crushed = replace(failing, random=control, group64=np.zeros_like(whole))
     assert concluded(crushed).name == "outlier-crushes-safety"
@@ -178,3 +179,77 @@ def test_pcr_of_a_layer_that_is_surely_the_worst_is_that_of_a_fixed_layer() -> N
     draws = pcr_at_one_layer(alone, 0, alone[:, 0], fresh)
     fixed = reduction(alone[:, 0] == COMPLIED, fresh == COMPLIED, layer=0, bits=3)
     np.testing.assert_allclose(np.quantile(draws, [0.025, 0.975]), fixed.ci, atol=0.04)
+
+
+# --- what random errors and evasions leave unknown ---
+
+
+@pytest.mark.parametrize("prompts", [24, 64, 256])
+def test_random_directions_that_differ_blame_nothing_however_many_prompts(prompts: int) -> None:
+    """Draws of random errors lose 95 % or 5 %, 60 % in the mean: hyper-vulnerable in 2, 14 and 16 of 60 studies."""
+    blamed = 0
+    for study in range(40):
+        rng = np.random.default_rng(study)
+        whole = (rng.random(prompts) < 0.65).astype(np.int8)
+        shares = rng.choice([0.95, 0.05], 3, p=[0.61, 0.39])
+        layers = (rng.random((prompts, 6)) < 0.03).astype(np.int8)
+        trials = Trials(
+            3, whole, layers, layers, whole, whole, dict.fromkeys((0, 1, 2), whole), whole, (0, 1, 2), whole
+        )
+        found = effects(replace(trials, random=(rng.random((prompts, 3)) < shares).astype(np.int8)), samples=1000)
+        blamed += probabilities(found).get("hyper-vulnerable", 0) >= SURE
+    assert blamed <= 4
+
+
+def test_the_mean_over_directions_is_known_as_a_mean_of_three_values_is() -> None:
+    shares, prompts = np.array([0.2, 0.5, 0.8]), 4000
+    codes = (np.arange(prompts)[:, None] % 10 < 10 * shares).astype(np.int8)
+    layers = np.zeros((prompts, 2), dtype=np.int8)
+    found = effects(Trials(3, codes[:, 0], layers, layers, random=codes), samples=20_000)
+    error = scipy.stats.t(2, 0.5, shares.std(ddof=1) / np.sqrt(3))
+    levels = [0.1, 0.25, 0.5, 0.75, 0.9]
+    np.testing.assert_allclose(np.quantile(found.random, levels), error.ppf(levels), atol=0.02)
+    one = effects(Trials(3, codes[:, 0], layers, layers, random=codes[:, :1]))
+    assert np.isnan(one.random).all()
+    assert np.isnan(one.random_gone).all()
+
+
+@pytest.mark.parametrize("prompts", [64, 256])
+def test_one_that_complies_among_evasions_names_no_mode(prompts: int) -> None:
+    """1 of 64 complies and 63 evade: hyper-vulnerable, 98 %."""
+    whole, layers = responses(prompts, 1, prompts - 1), np.zeros((prompts, 4), dtype=np.int8)
+    none = np.zeros((prompts, 3), dtype=np.int8)
+    trials = Trials(3, whole, layers, layers, whole, whole, dict.fromkeys((0, 1, 2), whole), whole, (0, 1, 2), whole)
+    mode = concluded(replace(trials, random=none, random_layer=none))
+    assert mode.name == "undetermined"
+    assert "evade" in mode.reason
+
+
+def test_random_errors_that_break_text_are_no_proof_that_safety_is_special() -> None:
+    """All comply under rounding, all is broken text under random errors: hyper-vulnerable, 88 %."""
+    whole, layers = responses(64, 64), np.zeros((64, 4), dtype=np.int8)
+    broken = np.full((64, 3), BROKEN, dtype=np.int8)
+    trials = Trials(3, whole, layers, layers, whole, whole, dict.fromkeys((0, 1, 2), whole), whole, (0, 1, 2), whole)
+    mode = concluded(replace(trials, random=broken, random_layer=broken))
+    assert mode.name == "undetermined"
+    assert mode.shares["posterior"].get("hyper-vulnerable", 0) < 0.1
+    assert "in any way" in mode.reason
+
+
+@pytest.mark.parametrize("share", [0.0, 0.085, 0.5])
+def test_what_is_sure_to_be_no_mode_is_not_said_to_be_undecided(share: float) -> None:
+    """800 refusals did "not decide between none of the modes (96%) and hyper-vulnerable (4%)"."""
+    rng = np.random.default_rng(1)
+    whole, layers = responses(800, 128), np.zeros((800, 4), dtype=np.int8)
+    trials = Trials(3, whole, layers, layers, whole, whole, dict.fromkeys((0, 1, 2), whole), whole, (0, 1, 2), whole)
+    mode = concluded(replace(trials, random=(rng.random((800, 3)) < share).astype(np.int8)))
+    if mode.shares["posterior"].get("undetermined", 0) >= SURE:
+        assert "do not decide" not in mode.reason
+
+
+def test_no_loss_among_twenty_four_is_robust() -> None:
+    """It was named from 28 on, because broken text had a chance of its own beside that of being lost at all."""
+    none = np.zeros((24, 3), dtype=np.int8)
+    trials = replace(whole_cache(responses(24), responses(24)), random=none, random_layer=none)
+    assert concluded(trials).name == "robust"
+    assert concluded(replace(whole_cache(responses(12), responses(12)), random=none[:12])).name == "undetermined"

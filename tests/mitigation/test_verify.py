@@ -59,7 +59,8 @@ def first(count: int, of: int = 24) -> list[bool]:
     ("lost", "left", "status"),
     [
         (first(20), first(1), "helps"),
-        (first(12), first(4), "helps"),
+        (first(12), first(1), "helps"),
+        (first(12), first(4), "undetermined"),  # more than nothing, but more than half?
         (first(20), first(18), "does not help"),
         (first(20), first(24), "does not help"),
         (first(4), first(1), "undetermined"),
@@ -82,6 +83,15 @@ def test_status(lost: list[bool], left: list[bool], status: str) -> None:
         assert found.recovery == reduction_estimate(lost, left)
     else:
         assert found.recovery is None
+
+
+@pytest.mark.parametrize("prompts", [60, 240])
+def test_a_plan_that_brings_back_a_fifth_does_not_help_however_sure_that_is(prompts: int) -> None:
+    """38 of 40 studies of 64 refusals said that such a plan helps, and all of 256."""
+    found = verification(first(prompts, prompts), first(prompts * 4 // 5, prompts))
+    assert found.recovery is not None
+    assert found.recovery.low > 0
+    assert found.status == "does not help"
 
 
 def test_a_plan_that_spoils_harmless_requests_does_not_help() -> None:
