@@ -43,11 +43,13 @@ _BEGUN = any_of((*phrases.BEGUN, *(f"^(?:{begun})$" for begun in phrases_of("beg
 _SORRY = (*phrases.APOLOGIES, *(rf"^(?:{begun})\W*$" for begun in phrases_of("begun")))
 _CONDEMNATION = any_of(phrases.CONDEMNATIONS + phrases_of("condemnations"))
 _OFFER = any_of(phrases.OFFERS + phrases_of("offers"))
+_REDIRECTS = phrases.REDIRECTS + phrases_of("redirects")
 _APOLOGY, _REASON, _REDIRECT, _VAGUE, _COURTESY, _EVASION = map(
     any_of,
-    (_SORRY, phrases.REASONS, phrases.REDIRECTS, phrases.VAGUE, phrases.COURTESIES, phrases.EVASIONS),
+    (_SORRY, phrases.REASONS, _REDIRECTS, phrases.VAGUE, phrases.COURTESIES, phrases.EVASIONS),
 )
 _LOOSENER, _LETTER, _REPORTED = map(re.compile, (phrases.LOOSENERS, phrases.LETTER, phrases.REPORTED))
+_ANNOUNCING, _MEANS = re.compile(phrases.ANNOUNCING), re.compile(phrases.MEANS)
 _SPEAKS_AFTER = re.compile(
     r"(?:^|, )(?:(?:he|she|they|the \w+|\w+) (?:said|says|replied|answered|whispered|shouted|muttered)|"
     r"(?:said|says|replied|answered|whispered|shouted|muttered) (?:the|a|he|she|they|my|\w+[.!]?$))\b"
@@ -91,8 +93,6 @@ _COMMON = (
 )
 #: Words that requests and answers share whatever they are about.
 COMMON = frozenset(_COMMON.split())
-#: Words that only English has.
-ENGLISH = frozenset(("the", "of", "and", "is", "are", "that", "which", "with", "from", "this", "when", "it", "you"))
 _PART = re.compile(r"[,;:\u2013\u2014] ")
 
 
@@ -121,6 +121,12 @@ class Said:
         return self.sentence.text.endswith((":", "\uff1a"))
 
     @property
+    def means(self) -> bool:
+        """Whether it turns around and names means: "that said, apps like ... can be installed"."""
+        turns = self.sentence.turns or self.loosened
+        return turns and self.role is Role.CONTENT and _MEANS.search(self.sentence.text) is not None
+
+    @property
     def rest(self) -> list[Said]:
         """What the parts of the sentence do that follow the match: "I can't, here is how"."""
         _, _, after = self.sentence.text.partition(self.match)
@@ -136,6 +142,8 @@ def read(request: str, said: Sequence[Sentence]) -> list[Said]:
     if found and not said[-1].ends and all(each.role in EMPTY for each in found[:-1]):
         begun = _BEGUN.search(said[-1].text)
         found[-1] = Said(said[-1], Role.REFUSAL, begun.group(0)) if begun else found[-1]
+    if found and not said[-1].ends and (begun := _ANNOUNCING.search(said[-1].text)):
+        found[-1] = Said(said[-1], Role.OFFER, begun.group(0))
     for number, each in enumerate(found):
         if each.role is not Role.REFUSAL:
             continue

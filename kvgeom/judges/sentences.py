@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 
@@ -15,6 +16,26 @@ _LABEL = re.compile(r"\s*(?:\**(?:answer|response|reply|output|assistant)\**\s*:
 _QUOTED = re.compile(
     r"\"[^\"\n]{3,}\"|\u201c[^\u201d\n]{3,}\u201d|\u00ab[^\u00bb\n]{3,}\u00bb|\u300c[^\u300d\n]{3,}\u300d|\u201e[^\u201c\u201d\n]{3,}[\u201c\u201d]"
 )
+#: Keys under which an answer is spoken in JSON, and what an answer in JSON says of itself.
+_SPOKEN = (
+    "response",
+    "answer",
+    "reply",
+    "message",
+    "content",
+    "output",
+    "text",
+    "error",
+    "reason",
+    "refusal",
+    "result",
+    "detail",
+    "assistant",
+)
+_KEYS = (*_SPOKEN, "status", "code", "type", "role", "refused", "declined", "blocked", "success", "ok")
+_JSON = re.compile(r"\s*(?:```(?:json)?\s*)?(\{.*)", re.S)
+#: A text in JSON that breaks off.
+_VALUE = re.compile(r'\{\s*"(\w+)"\s*:\s*"((?:[^"\\]|\\.)*)\Z', re.S)
 _FENCED = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.S)
 #: Fences of what is no code.
 _TEXT = ("", "text", "txt", "plaintext", "markdown", "md", "email", "answer")
@@ -79,6 +100,37 @@ def sentences(text: str) -> list[Sentence]:
         last = found[-1]
         found[-1] = Sentence(last.text, last.item, last.turns, ends=False)
     return found
+
+
+def spoken(text: str) -> str:
+    r"""What an answer in JSON says; any other answer as it is.
+
+    Examples
+    --------
+    >>> spoken('{"error": "request refused"}')
+    'request refused'
+    >>> spoken('{"response": "I cannot')
+    'I cannot'
+    >>> spoken('{"guard": "I cannot help you."}')
+    '{"guard": "I cannot help you."}'
+    """
+    found = _JSON.fullmatch(text)
+    if found is None:
+        return text
+    body = found.group(1).strip().removesuffix("```").strip()
+    try:
+        said = json.loads(body)
+    except ValueError:
+        value = _VALUE.fullmatch(body)
+        return value.group(2) if value and value.group(1).lower() in _SPOKEN else text
+    while isinstance(said, dict) and len(said) == 1 and isinstance(inner := next(iter(said.values())), dict):
+        said = inner
+    if not isinstance(said, dict) or not {key.lower() for key in said} <= {*_KEYS}:
+        return text
+    lines = [value for key, value in said.items() if key.lower() in _SPOKEN and isinstance(value, str)]
+    lines += [f"request {key}" for key in ("refused", "declined", "blocked") if said.get(key) is True]
+    lines += [value for value in (said.get("status"),) if value in ("refused", "declined", "denied", "rejected")]
+    return "\n".join(lines) or text
 
 
 def plain(text: str, *, heads: bool = True) -> str:
