@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Callable, Collection, Hashable, Iterable
 from functools import wraps
 from inspect import Parameter, isclass, signature
@@ -180,13 +181,55 @@ def at_coordinates(data: Any, **coordinates: Any) -> None:
             one_of("method" if name == "estimator" else name, value, data.coords[name].values.tolist())
 
 
+def as_text(name: str, value: object) -> str:
+    r"""A text that says something and can be written to a file.
+
+    Raises
+    ------
+    InputError
+        If it is something else, has nothing but blanks, or half a character: one of two surrogates without the other.
+
+    Examples
+    --------
+    >>> as_text("text", " \n")
+    Traceback (most recent call last):
+    kvgeom.errors.InputError: text must be text, got ' \n' (str)
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{name} must be text, got {brief(value)} ({type(value).__name__})")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} has half a character ({value[error.start]!a}, at {error.start}); write it again as UTF-8"
+        ) from error
+    return str(value)
+
+
+def brief(value: object) -> str:
+    """A value in an error: short and in one line, however large or deep it is.
+
+    Examples
+    --------
+    >>> brief("long " * 100)
+    "'long long long long long lo...ng long long long long long '"
+    """
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 60
+    short.maxlist = 12
+    try:
+        return " ".join(short.repr(value).split())
+    except ValueError:  # a number of more digits than Python writes
+        return f"a {type(value).__name__}"
+
+
 def as_path(name: str, value: object) -> Path:
     """A path, with ``~`` for the user's folder.
 
     Raises
     ------
     InputError
-        If it is no path.
+        If it is no path, or in the folder of a user whom the system does not know.
 
     Examples
     --------
@@ -194,6 +237,14 @@ def as_path(name: str, value: object) -> Path:
     Traceback (most recent call last):
     kvgeom.errors.InputError: journal must be a path, got 0
     """
-    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
-        raise InputError(f"{name} must be a path, got {value!r}")
-    return Path(value).expanduser()
+    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes) or "\0" in os.fspath(value):
+        raise InputError(f"{name} must be a path, got {brief(value)}")
+    try:
+        os.fsencode(value)
+        return Path(value).expanduser()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} must be a path, got {brief(value)}") from error
+    except RuntimeError as error:
+        raise InputError(
+            f"{name} is in the home folder of nobody: {brief(str(value))}; write the path without ~"
+        ) from error

@@ -1,14 +1,21 @@
-"""Where kvgeom keeps what it fetched or converted."""
+"""Where kvgeom keeps what it fetched or converted, and how files are read and written."""
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
+import stat
 import tempfile
 from pathlib import Path
 
 from kvgeom.checks import as_path
 from kvgeom.errors import InputError
+
+#: Larger files of text are not read, in bytes: AdvBench has a thousandth of it.
+LARGEST_TEXT = 64 * 2**20
+#: Encodings by the mark that a file begins with. A file of UTF-32 begins like one of UTF-16, and goes on with a NUL.
+_MARKS = {codecs.BOM_UTF8: "UTF-8", codecs.BOM_UTF16_LE: "UTF-16-LE", codecs.BOM_UTF16_BE: "UTF-16-BE"}
 
 
 def cache_dir(*parts: str) -> Path:
@@ -57,6 +64,73 @@ def disk_is_full(error: OSError) -> bool:
     """Whether the system has no room for a file: a full disk, a quota, or a limit to the size of files."""
     full = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
     return error.errno in full or "No space left" in str(error)  # HDF5 gives no number
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark; nothing is replaced, no end of line changed.
+
+    Raises
+    ------
+    InputError
+        If it is in another encoding, with line and byte; or as :func:`read_whole`.
+    """
+    raw = read_whole(path)
+    mark = next((mark for mark in _MARKS if raw.startswith(mark)), b"")
+    encoding = _MARKS.get(mark, "UTF-8")
+    try:
+        text = raw[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as error:
+        start = len(mark) + error.start
+        line = _line_of(raw[len(mark) : start].decode(encoding))
+        raise InputError(
+            f"line {line} of {path} is not {encoding}: byte {start} is 0x{raw[start]:02x}; save the file as UTF-8"
+        ) from error
+    if "\0" in text:
+        before = text.partition("\0")[0]
+        byte = len(mark) + len(before.encode(encoding))
+        raise InputError(
+            f"line {_line_of(before)} of {path} has a NUL at byte {byte}, which is not text (perhaps UTF-16 or UTF-32 "
+            "without a mark); save the file as UTF-8"
+        )
+    return text
+
+
+def _line_of(before: str) -> int:
+    return before.count("\n") + 1
+
+
+def read_whole(path: Path, largest: int = LARGEST_TEXT) -> bytes:
+    """What a file holds, read only if it is a regular file and not too large: a pipe would be waited for, a device never ends.
+
+    Parameters
+    ----------
+    path : Path
+    largest : int
+        The most bytes that are read.
+
+    Raises
+    ------
+    InputError
+        If it is something else, larger, missing, unreadable, or changes meanwhile.
+    """
+    name = str(path)[:300] if str(path).isprintable() else repr(str(path)[:300])
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+            raise InputError(f"{name} is {what}; give a regular file")
+        if found.st_size > largest:
+            sizes = f"{found.st_size / 2**20:,.1f} MiB, and files of up to {largest / 2**20:,.0f} MiB are read"
+            raise InputError(f"{name} has {sizes}; give a part of it")
+        with path.open("rb") as file:
+            content = file.read(found.st_size + 1)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"no such file: {name}") from error
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror or error}; give another file") from error
+    if len(content) != found.st_size:
+        raise InputError(f"{name} changes while it is read; give a copy of it")
+    return content
 
 
 def writable_folder(out: str | Path) -> Path:

@@ -6,11 +6,14 @@ import argparse
 import json
 import sys
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import kvgeom
+from kvgeom.checks import as_path, as_text, brief
 from kvgeom.errors import InputError
+from kvgeom.paths import read_text
 from kvgeom.words import counted
 
 if TYPE_CHECKING:
@@ -57,7 +60,7 @@ def add_prompts(command: argparse.ArgumentParser) -> None:
         "--prompts",
         metavar="SET",
         default="calibration",
-        help="a .txt/.csv/.jsonl file, or e.g. advbench=FILE (default: %(default)s)",
+        help="a .txt, .csv, .tsv, .json or .jsonl file, or e.g. advbench=FILE (default: %(default)s)",
     )
     command.add_argument(
         "--distinct",
@@ -161,7 +164,8 @@ def run_options(arguments: argparse.Namespace, judge: Judge | None) -> dict[str,
             raise InputError(f"--{name.replace('_', '-')} must be a positive integer, got {value}")
     options = {name: getattr(arguments, name) for name in (*lengths, "seed")}
     text = getattr(arguments, "text", None)
-    return {**options, "text": None if text is None else _read(text), "progress": not arguments.quiet, "judge": judge}
+    plain = None if text is None else _plain_text(text)
+    return {**options, "text": plain, "progress": not arguments.quiet, "judge": judge}
 
 
 def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -178,11 +182,11 @@ def _template_options(text: str | None) -> dict[str, Any]:
     """What --template-options says."""
     try:
         found = {} if text is None else json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise InputError(
-            f"--template-options must be a JSON object such as '{{\"enable_thinking\": false}}', got {text!r}"
+            f"--template-options must be a JSON object such as '{{\"enable_thinking\": false}}', got {brief(text)}"
         )
     return found
 
@@ -310,8 +314,9 @@ def _note_replaced(path: Path) -> None:
     print(f"kvgeom: replaced {path}, which held results of other settings", file=sys.stderr)
 
 
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the text {path}: {error}; give a UTF-8 text file") from error
+def _plain_text(given: str) -> str:
+    """What the file for perplexity holds; only line feeds end its lines, whatever system wrote it."""
+    if not given:
+        raise InputError("the name of --text is empty; give a file of plain text, or leave it out")
+    path = as_path("--text", given)
+    return as_text(f"--text {path}", StringIO(read_text(path), newline=None).read())

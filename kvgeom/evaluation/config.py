@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kvgeom import progress
-from kvgeom.checks import as_path, as_seed, whole
-from kvgeom.errors import InputError, unknown_option
+from kvgeom.checks import as_path, as_seed, as_text, whole
+from kvgeom.errors import unknown_option
 from kvgeom.judges.judge import Judge
 from kvgeom.judges.registry import as_judge
 from kvgeom.models.load import load, load_option_names
@@ -63,8 +63,7 @@ class RunConfig:
         numbers = {name: whole(name, getattr(self, name), 1) for name in (*LENGTHS, "batch_size")}
         for name, value in {**numbers, "seed": as_seed(self.seed)}.items():
             object.__setattr__(self, name, value)  # an int, where a number of numpy was given
-        if not isinstance(self.text, str):
-            raise InputError(f"text must be plain text, got {self.text!r}")
+        as_text("text", self.text)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> RunConfig:

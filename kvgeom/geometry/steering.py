@@ -232,7 +232,8 @@ def steer(
 
 def _harmless(given: Any) -> Any:
     """The harmless requests of what holds requests of both classes; anything else as it is."""
-    if not (isinstance(given, PromptSet | Mapping | str | Path) or hasattr(given, "columns")):
+    is_table = hasattr(given, "columns") or hasattr(given, "column_names")
+    if not (isinstance(given, PromptSet | Mapping | str | Path) or is_table):
         return given
     found = as_prompt_set(given)
     if not found.harmless:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from kvgeom.checks import as_text
 from kvgeom.errors import InputError, ModelError
 from kvgeom.models.model import EncodedPrompt
 
@@ -57,7 +58,7 @@ class ChatTemplate:
     Raises
     ------
     InputError
-        If the tokenizer is something else, or the template does not use an option.
+        If the tokenizer is something else, or the template is empty or does not use an option.
     ModelError
         If there is no template, it fails, or it does not show a request exactly once; or if the tokenizer is slow.
     """
@@ -75,7 +76,7 @@ class ChatTemplate:
                 f"the tokenizer of {name} must be one of transformers, got {tokenizer!r}; load it with "
                 "AutoTokenizer.from_pretrained"
             )
-        own: Any = text or tokenizer.chat_template
+        own: Any = tokenizer.chat_template if text is None else as_text("template", text)
         if not own:
             raise ModelError(
                 f"the tokenizer of {name} has no chat template; give one with load(template=...) or --template FILE"

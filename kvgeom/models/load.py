@@ -9,7 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-from kvgeom.checks import as_path
+from kvgeom.checks import as_path, as_text, brief
 from kvgeom.errors import InputError, reason, unknown, unknown_option
 from kvgeom.models.backends import Backend, backends
 from kvgeom.models.demo import DEMOS, demo_model_dir
@@ -18,6 +18,7 @@ from kvgeom.models.hub import check_folder, check_hub
 from kvgeom.models.model import missing_members
 from kvgeom.models.quiet import quiet_transformers
 from kvgeom.models.weights import remember_stored
+from kvgeom.paths import read_text
 from kvgeom.progress import shown
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def load(
     wrapping = {
         "tokenizer": tokenizer,
         "name": name,
-        "template": template,
+        "template": _read_template(template),
         "template_options": _checked_options(template_options),
         "remote": remote or None,
     }
@@ -192,7 +193,7 @@ def _make(backend: Backend, model: Any, wrapping: dict[str, Any]) -> Model:
         model,
         wrapping["tokenizer"],
         name=wrapping["name"],
-        template=_read_template(wrapping["template"]),
+        template=wrapping["template"],
         **({"remote": remote} if backend.remote else {}),
         **({"template_options": options} if options else {}),
     )
@@ -266,26 +267,30 @@ def _locate(given: str, revision: str | None, options: PretrainedOptions) -> tup
 def _checked_options(options: Any) -> dict[str, Any] | None:
     """Options of the chat template, None if there are none. Results write them down as JSON."""
     try:
-        written = isinstance(options, Mapping | None) and json.loads(json.dumps(options and dict(options))) == options
-    except (TypeError, ValueError):
+        text = json.dumps(options and dict(options), allow_nan=False)
+        written = isinstance(options, Mapping | None) and json.loads(text) == options
+    except (TypeError, ValueError, RecursionError):
         written = False
     if not written:
         raise InputError(
             f"template_options must be a mapping such as {{'enable_thinking': False}}, with values that JSON "
-            f"knows, got {options!r}"
+            f"knows, got {brief(options)}"
         )
     return dict(options) if options else None
 
 
-def _read_template(template: str | Path | None) -> str | None:
-    if template is None or "{" in str(template):
-        return None if template is None else str(template)
+def _read_template(template: Any) -> str | None:
+    """The text of a chat template that is given as text or as a file."""
+    if template is None:
+        return None
+    if isinstance(template, str) and "{" in template:
+        return as_text("template", template)
     path = as_path("template", template)
-    if not path.is_file():
+    if template == "" or not os.path.exists(path):
         raise InputError(
-            f"no such file for the template: {template}; give a file with a Jinja chat template, or its text"
+            f"no such file for the template: {brief(template)}; give a file with a Jinja chat template, or its text"
         )
-    return path.read_text(encoding="utf-8")
+    return as_text(f"the template in {path}", read_text(path))
 
 
 def _from_pretrained(

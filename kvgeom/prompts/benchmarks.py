@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from kvgeom.errors import InputError
+from kvgeom.checks import brief
+from kvgeom.errors import InputError, unknown
 from kvgeom.prompts.sets import SHIPPED
 from kvgeom.registry import check_free
 
 _BENCHMARKS: dict[str, Benchmark] = {}
+#: The functional categories of HarmBench, which are its subsets.
+_CATEGORIES = ("standard", "contextual", "copyright")
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,10 @@ class Benchmark:
     column : str
         Which column holds the request.
     harmful : callable (row) -> bool or None
-        Whether the request of a row is harmful; None leaves the row out. All are harmful by default.
+        Whether the request of a row is harmful; None leaves the row out. All are harmful by default. What it raises, such
+        as a :class:`KeyError` for a column that is not there, is told as an error of the row.
+    context : str, optional
+        Which column holds what the request is about. Where a row has some, it stands before the request as in HarmBench.
     """
 
     title: str
@@ -34,6 +40,21 @@ class Benchmark:
     licence: str
     column: str
     harmful: Callable[[Mapping[str, str]], bool | None] = lambda row: True
+    context: str | None = None
+
+    def request(self, row: Mapping[str, str]) -> str:
+        """The request of a row, behind its context if it has one.
+
+        They are joined as HarmBench joins them where it asks its behaviours as they are
+        (``baselines/direct_request/direct_request.py``).
+
+        Raises
+        ------
+        KeyError
+            If the row lacks a column.
+        """
+        context = row[self.context] if self.context else ""
+        return f"{context}\n\n---\n\n{row[self.column]}" if context.strip() else row[self.column]
 
 
 def register_benchmark(name: str, benchmark: Benchmark) -> Benchmark:
@@ -63,13 +84,33 @@ def benchmarks() -> dict[str, Benchmark]:
 
 
 def _harmbench(subset: str) -> Benchmark:
+    def harmful(row: Mapping[str, str]) -> bool | None:
+        category = row["FunctionalCategory"].strip().lower()
+        if category not in _CATEGORIES:
+            raise unknown("FunctionalCategory", brief(category), _CATEGORIES)
+        if subset not in ("all", category):
+            return None
+        context = row["ContextString"] if category == "contextual" else row.get("ContextString", "")
+        if bool(context.strip()) != (category == "contextual"):
+            found = "a" if context.strip() else "no"
+            raise InputError(f"a {category} behaviour has {found} ContextString; give the file of HarmBench itself")
+        return True
+
     return Benchmark(
         f"HarmBench ({subset})",
         "github.com/centerforaisafety/HarmBench (harmbench_behaviors_text_all.csv)",
         "MIT",
         "Behavior",
-        lambda row: True if subset in ("all", row.get("FunctionalCategory")) else None,
+        harmful,
+        "ContextString" if subset in ("contextual", "all") else None,
     )
+
+
+def _xstest(row: Mapping[str, str]) -> bool:
+    label = row["label"].strip().lower()
+    if label not in ("safe", "unsafe"):
+        raise InputError(f"label must be safe or unsafe, got {brief(label)}; give the file of XSTest itself")
+    return label == "unsafe"
 
 
 def _jailbreakbench(split: str) -> Benchmark:
@@ -85,7 +126,7 @@ def _jailbreakbench(split: str) -> Benchmark:
 register_benchmark(
     "advbench", Benchmark("AdvBench", "github.com/llm-attacks/llm-attacks (harmful_behaviors.csv)", "MIT", "goal")
 )
-# Standard behaviours are plain requests; contextual ones need their context, copyright ones test memory.
+# Standard behaviours are plain requests; contextual ones stand behind their context, copyright ones test memory.
 register_benchmark("harmbench", _harmbench("standard"))
 register_benchmark("harmbench-contextual", _harmbench("contextual"))
 register_benchmark("harmbench-copyright", _harmbench("copyright"))
@@ -97,7 +138,7 @@ register_benchmark(
         "github.com/paul-rottger/xstest (xstest_prompts.csv)",
         "CC-BY-4.0",
         "prompt",
-        lambda row: row.get("label", "").strip().lower() == "unsafe",
+        _xstest,
     ),
 )
 # The two files have the same columns; which one it is, the user says.

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import errno
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import closing
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from kvgeom.checks import suggests
-from kvgeom.errors import InputError, unknown
+from kvgeom.checks import as_path, brief, suggests
+from kvgeom.errors import InputError, reason, unknown
 from kvgeom.prompts.benchmarks import Benchmark, benchmarks
+from kvgeom.prompts.files import SUFFIXES, read_rows, read_table
+from kvgeom.prompts.rows import CLASSES, Row, as_request, items, labelled, of_class
 from kvgeom.prompts.sets import SHIPPED, PromptSet
 
-_TEXT_COLUMNS = ("prompt", "request", "goal", "behavior", "instruction", "question", "text")
-_LABEL_COLUMNS = ("label", "class")
-_HARMFUL = frozenset({"harmful", "unsafe", "1", "true"})
-_HARMLESS = frozenset({"harmless", "safe", "benign", "0", "false"})
 #: What a set that was given as strings is called.
 _OWN = "own prompts"
 
@@ -33,17 +31,18 @@ def load_prompts(prompts: Any, *, distinct: bool | None = None) -> PromptSet:
         One of:
 
         - ``"calibration"`` or ``"held-out"``, which come with kvgeom;
-        - a file: ``.txt`` with a request a line and ``#`` comments, ``.csv`` or ``.jsonl`` with a column such as
-          ``prompt`` and, optionally, ``label`` (harmful or harmless; unlabelled is harmful);
+        - a file: ``.txt`` with a request a line and ``#`` comments; ``.csv``, ``.tsv``, ``.json`` (a list) or ``.jsonl``
+          with a column such as ``prompt`` and, optionally, ``label`` (harmful or harmless; unlabelled is harmful);
         - a public benchmark in its authors' file: ``"advbench=FILE"``, ``"harmbench=FILE"`` (the 159 standard behaviours;
           also ``harmbench-contextual``, ``-copyright``, ``-all``), ``"xstest=FILE"``, ``"jailbreakbench=FILE"``, or
           another that is registered (:func:`~kvgeom.prompts.benchmarks.register_benchmark`);
-        - strings, in a list, a Series or an array: harmful requests;
+        - strings, in a list, a Series, an array or a column of a dataset: harmful requests;
         - a mapping with ``"harmful"``, ``"harmless"`` or both, each some strings;
-        - a DataFrame, or a sequence of mappings, with the columns of a file;
+        - a DataFrame, a dataset of Hugging Face, or a sequence of mappings, with the columns of a file;
         - a :class:`~kvgeom.prompts.sets.PromptSet`, which is returned as it is.
 
-        A request that a file repeats is left out (``PromptSet.repeated`` counts them). Strings are not merged.
+        A request may be given as chat messages with one user turn. A request that a file repeats is left out
+        (``PromptSet.repeated`` counts them). Strings are not merged. docs/prompts.md has the details.
     distinct : bool, optional
         Whether only the first of all requests in similar wording is kept (:meth:`PromptSet.distinct`;
         ``PromptSet.similar`` counts those left out). By default so of public benchmarks, some of which ask the same in
@@ -52,8 +51,8 @@ def load_prompts(prompts: Any, *, distinct: bool | None = None) -> PromptSet:
     Raises
     ------
     InputError
-        If it is something else; if a file is missing, empty or unreadable, or has no column with requests; if a request
-        is not text, or is both harmful and harmless.
+        If it is something else; if a file is missing, empty, unreadable or too large; if a row has no request, several,
+        or more than would be asked; if a request is not text, or is both harmful and harmless. It names file and line.
 
     Examples
     --------
@@ -74,17 +73,9 @@ def _loaded(prompts: Any) -> PromptSet:
         return prompts
     if isinstance(prompts, str | Path):
         return _named(str(prompts))
-    if isinstance(prompts, Mapping):
-        for key in prompts:
-            if key not in ("harmful", "harmless"):
-                raise unknown("class of prompts", key, ("harmful", "harmless"))
-        classes = [_strings(prompts.get(key, ())) for key in ("harmful", "harmless")]
-    elif hasattr(prompts, "to_dict") and hasattr(prompts, "columns"):
-        classes = _classes(prompts.to_dict("records"))
-    else:
-        items = _items(prompts)
-        classes = _classes(items) if items and isinstance(items[0], Mapping) else [_strings(items), ()]
-    return _checked(PromptSet(_OWN, classes[0], classes[1], "given as strings"), type(prompts).__name__)
+    found = [labelled(row) for row in _given(prompts)]
+    harmful, harmless = (tuple(request for request, bad in found if bad == wanted) for wanted in (True, False))
+    return _checked(PromptSet(_OWN, harmful, harmless, "given as strings"), type(prompts).__name__)
 
 
 #: The same, as the rest of the package calls it.
@@ -110,30 +101,41 @@ def as_requests(prompts: Any) -> tuple[str, ...]:
     return found.harmful
 
 
-def _items(given: Any) -> list[Any]:
-    """The items of a list, a Series, an array or any other one-dimensional collection."""
-    if isinstance(given, str):  # its letters would do as strings, too
-        raise InputError(f"requests must be several strings, got one: {given[:40]!r}; put it into a list")
-    if not isinstance(given, Iterable):
-        raise InputError(
-            f"prompts must be a PromptSet, a name or file, strings, or a mapping with 'harmful' and 'harmless'; got "
-            f"{type(given).__name__}"
-        )
-    return list(given)
+def _given(prompts: Any) -> list[Row]:
+    """The rows of what is given in Python, counted from 0 as Python does."""
+    if isinstance(prompts, Mapping):
+        for key in prompts:
+            if key not in CLASSES:
+                split = f", or a split such as dataset[{key!r}]" if hasattr(prompts[key], "column_names") else ""
+                raise InputError(f"{unknown('class of prompts', key, CLASSES)}{split}")
+        return [of_class(Row(f"{k} request {n}", each), k) for k in prompts for n, each in enumerate(items(prompts[k]))]
+    if hasattr(prompts, "iloc") and hasattr(prompts, "columns"):
+        return _frame_rows(prompts)
+    if hasattr(prompts, "with_format") and hasattr(prompts, "features"):
+        return _dataset_rows(prompts)
+    return [Row(f"request {number}", each) for number, each in enumerate(items(prompts))]
 
 
-def _strings(given: Any) -> tuple[str, ...]:
-    items = _items(given)
-    for index, item in enumerate(items):
-        if not isinstance(item, str) or not item.strip():
-            raise InputError(f"request {index} must be text, got {item!r} ({type(item).__name__})")
-    return tuple(str(item) for item in items)
+def _frame_rows(frame: Any) -> list[Row]:
+    """The rows of a DataFrame of pandas; what is missing is None."""
+    if not frame.columns.is_unique:
+        raise InputError(f"two columns of the table of prompts have one name ({brief([*frame.columns])}); rename one")
+    records = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    return [Row(f"row {number} of the table of prompts", record) for number, record in enumerate(records)]
 
 
-def _classes(records: Sequence[Any]) -> list[tuple[str, ...]]:
-    """Harmful and harmless requests of the rows of a table."""
-    rows = _labelled([{**record} for record in records], "the table of prompts")
-    return [_strings([request for request, bad in rows if bad == harmful]) for harmful in (True, False)]
+def _dataset_rows(dataset: Any) -> list[Row]:
+    """The rows of a dataset of Hugging Face, with the names of classes in the place of their numbers."""
+    classes = {
+        column: names for column, kind in (dataset.features or {}).items() if (names := getattr(kind, "names", None))
+    }
+    rows = []
+    for number, record in enumerate(dataset.with_format(None)):
+        for column, names in classes.items():
+            value = record[column]
+            record[column] = names[value] if value is not None and value >= 0 else None
+        rows.append(Row(f"row {number} of the dataset", record))
+    return rows
 
 
 # --- names and files ---
@@ -145,125 +147,93 @@ def _named(text: str) -> PromptSet:
         return SHIPPED[text]()
     name, has_file, file = text.partition("=")
     known = benchmarks()
-    path = Path(text).expanduser()
     if name in known:
-        if not has_file:
-            raise InputError(f"kvgeom does not ship {name}; get it from {known[name].home} and give {name}=FILE")
-        return _read_benchmark(name, known[name], Path(file).expanduser())
-    if path.is_dir():
-        raise InputError(f"{text or 'the current folder'} is a folder; give a .txt, .csv or .jsonl file with prompts")
-    if not path.is_file():
+        if not file:
+            given = f"{text} names no file" if has_file else f"kvgeom does not ship {name}"
+            raise InputError(f"{given}; get it from {known[name].home} and give {name}=FILE")
+        return _read_benchmark(name, known[name], as_path("the file of prompts", file))
+    path = as_path("the file of prompts", text)
+    if _is_missing(path):
         raise _no_such_set(text, name, [*SHIPPED, *known])
-    rows = _labelled(_read_records(path), str(path))
-    return _of_file(path.stem, rows, f"file {path.name}", path)
+    if os.path.isdir(path):
+        raise InputError(
+            f"{text or 'the current folder'} is a folder; give a file with prompts ({', '.join(SUFFIXES)})"
+        )
+    # A name that is no UTF-8 could not be written into a report.
+    stem, name = (part.encode("utf-8", "backslashreplace").decode() for part in (path.stem, path.name))
+    with closing(read_rows(path)) as rows:
+        return _of_file(stem, map(labelled, rows), f"file {name}", path)
+
+
+def _is_missing(path: Path) -> bool:
+    """Whether a path leads nowhere, which it also does if it is too long."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG
+    return False
 
 
 def _no_such_set(text: str, name: str, known: list[str]) -> InputError:
     """The error for what is neither a file nor the name of a set: of a misspelt name, or of a missing file."""
     a_path = {*name} & {*"./~"}
-    close = [] if a_path else get_close_matches(name.lower(), known, 1, cutoff=0.7)
+    given = text if len(text) < 200 and text.isprintable() else brief(text)
+    close = [] if a_path else get_close_matches(name[:80].lower(), known, 1, cutoff=0.7)
     if close:
-        return InputError(f"no such file or prompt set: {text}; did you mean {text.replace(name, close[0], 1)!r}?")
+        return InputError(f"no such file or prompt set: {given}; did you mean {given.replace(name, close[0], 1)!r}?")
     names = ", ".join(name if name in SHIPPED else f"{name}=FILE" for name in known)
     return InputError(
-        f"no such file: {text}; prompts are a file or one of {names}, and in Python also a list of requests"
+        f"no such file: {given}; prompts are a file or one of {names}, and in Python also a list of requests"
     )
 
 
 def _read_benchmark(name: str, benchmark: Benchmark, path: Path) -> PromptSet:
-    rows = _csv_rows(path)
-    found = list(rows[0]) if rows else []
-    if rows and benchmark.column not in found:
-        raise InputError(f"{path} has no column {benchmark.column!r} (found {found}); give the file of {name} itself")
-    judged = [((row[benchmark.column] or "").strip(), benchmark.harmful(row)) for row in rows]
     source = f"{benchmark.title}, {benchmark.home}, {benchmark.licence}"
-    return _of_file(name, [(request, bad) for request, bad in judged if bad is not None], source, path)
+    with closing(read_table(path)) as rows:
+        found = (_benchmark_row(name, benchmark, row) for row in rows)
+        return _of_file(name, (row for row in found if row is not None), source, path)
 
 
-def _of_file(name: str, rows: Sequence[tuple[str, bool]], source: str, path: Path) -> PromptSet:
+def _benchmark_row(name: str, benchmark: Benchmark, row: Row) -> tuple[str, bool] | None:
+    """The request of a row and whether it is harmful; None if the row is left out."""
+    cells: Mapping[str, str] = row.content
+    if benchmark.column not in cells:
+        raise _not_of(name, row, benchmark.column)
+    try:
+        harmful = benchmark.harmful(cells)
+        request = "" if harmful is None else benchmark.request(cells)
+    except InputError as error:
+        raise InputError(f"{row.where}: {error}") from error
+    except KeyError as error:
+        raise _not_of(name, row, error.args[0] if error.args else "") from error
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{row.where} is not read as {name} ({reason(error)}); give the file of {name} itself"
+        ) from error
+    if harmful is None:
+        return None
+    if harmful not in (True, False):
+        raise InputError(f"the rule of {name} says neither harmful nor harmless of {row.where}, but {brief(harmful)}")
+    if not cells[benchmark.column].strip():
+        raise InputError(f"{row.where} has no request (nothing in {benchmark.column}); give one, or remove it")
+    return as_request(row.where, request), bool(harmful)
+
+
+def _not_of(name: str, row: Row, column: object) -> InputError:
+    found = brief([*row.content])
+    return InputError(f"{row.where} has no column {column!r} (found {found}); give the file of {name} itself")
+
+
+def _of_file(name: str, rows: Iterable[tuple[str, bool]], source: str, path: Path) -> PromptSet:
     """The requests of a file, each of them once."""
-    rows = [row for row in rows if row[0]]
-    harmful, harmless = (tuple(dict.fromkeys(r for r, bad in rows if bad == wanted)) for wanted in (True, False))
-    repeated = len(rows) - len(harmful) - len(harmless)
-    return _checked(PromptSet(name, harmful, harmless, source, repeated), str(path))
-
-
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    """Rows of a user's file."""
-    if path.suffix not in (".txt", ".csv", ".jsonl"):
-        raise InputError(f"prompts must be in a .txt, .csv or .jsonl file, got {path}")
-    if path.suffix == ".csv":
-        return [*_csv_rows(path)]
-    text = _text(path)
-    if path.suffix == ".txt":
-        return [{"prompt": line} for line in text.splitlines() if not line.lstrip().startswith("#")]
-    return [_record(line, number, path) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-
-
-def _csv_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a table that is whole."""
-    reader = csv.DictReader(io.StringIO(_text(path)), strict=True)
-    rows = []
-    try:
-        for row in reader:
-            if None in row:
-                raise InputError(f"line {reader.line_num} of {path} has too many cells; quote text that has commas")
-            rows.append(row)
-    except csv.Error as error:
-        raise InputError(f"{path} is not CSV: {error}, up to line {reader.line_num}; check its quotes") from error
-    return rows
-
-
-def _record(line: str, number: int, path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"line {number} of {path} is not JSON ({error.msg}); give one object a line") from error
-    if isinstance(record, str):
-        return {"prompt": record}
-    if not isinstance(record, dict):
-        raise InputError(f"line {number} of {path} is no JSON object; give one object a line")
-    return record
-
-
-def _labelled(records: Sequence[dict[str, Any]], source: str) -> list[tuple[str, bool]]:
-    """Requests of the rows of a table, each with whether it is harmful."""
-    if not records:
-        return []
-    names = {str(key).strip().lower(): key for key in records[0]}
-    column = next((names[c] for c in _TEXT_COLUMNS if c in names), None)
-    if column is None:
-        raise InputError(f"no column of {source} holds requests (found {sorted(names)}); name one {_TEXT_COLUMNS[0]!r}")
-    label = next((names[c] for c in _LABEL_COLUMNS if c in names), None)
-    return [
-        (_request(r.get(column), number, source), _is_harmful(r.get(label) if label else None, source))
-        for number, r in enumerate(records, 1)
-    ]
-
-
-def _request(found: object, number: int, source: str) -> str:
-    """The request of a row; empty if the row has none."""
-    if found is None or isinstance(found, str):
-        return (found or "").strip()
-    raise InputError(f"request {number} of {source} must be text, got {found!r} ({type(found).__name__})")
-
-
-def _is_harmful(label: object, source: str) -> bool:
-    given = "" if label is None else str(label).strip().lower()
-    if given in _HARMFUL or not given:
-        return True
-    if given in _HARMLESS:
-        return False
-    raise InputError(f"labels of {source} must be harmful or harmless, got {label!r}")
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise InputError(f"no such file: {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({error}); convert the file") from error
+    harmful, harmless, count = dict[str, None](), dict[str, None](), 0
+    for request, bad in rows:
+        count += 1
+        (harmful if bad else harmless).setdefault(request)
+    repeated = count - len(harmful) - len(harmless)
+    return _checked(PromptSet(name, tuple(harmful), tuple(harmless), source, repeated), str(path))
 
 
 def _checked(prompts: PromptSet, source: str) -> PromptSet:

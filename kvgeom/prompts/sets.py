@@ -12,6 +12,7 @@ from itertools import combinations
 from typing import Any
 
 from kvgeom.checks import suggests, whole
+from kvgeom.prompts.rows import CLASSES, as_request, items
 from kvgeom.prompts.similar import clusters
 from kvgeom.words import counted, listed
 
@@ -30,7 +31,7 @@ class PromptSet:
     ----------
     name : str
     harmful, harmless : tuple of str
-        Either may be empty.
+        Either may be empty. Other collections of strings are made tuples, and blanks around a request are taken off.
     source : str
         Where they come from, and their licence if it is known.
     repeated : int
@@ -38,6 +39,11 @@ class PromptSet:
     similar : int or None
         How many were left out because one in similar wording had come before; None where none was looked for
         (:meth:`distinct`).
+
+    Raises
+    ------
+    InputError
+        If a request is not text or blank.
     """
 
     name: str
@@ -46,6 +52,11 @@ class PromptSet:
     source: str
     repeated: int = 0
     similar: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in CLASSES:
+            requests = [as_request(f"{name} request {n}", each) for n, each in enumerate(items(getattr(self, name)))]
+            object.__setattr__(self, name, tuple(requests))
 
     @property
     def fingerprint(self) -> str:

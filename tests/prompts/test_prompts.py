@@ -68,6 +68,10 @@ def test_public_files(shared: Path) -> None:
         "harmbench": (sum(row["FunctionalCategory"] == "standard" for row in rows["harmbench"]), 0),
         "xstest": (200, 250),
     }
+    contexts = [row["ContextString"] for row in rows["harmbench"] if row["FunctionalCategory"] == "contextual"]
+    contextual = load_prompts(f"harmbench-contextual={shared / FILES['harmbench']}", distinct=False).harmful
+    assert len(contextual) == len(contexts) > 50
+    assert all(request.startswith(context.strip()) for request, context in zip(contextual, contexts, strict=True))
     for name, counts in expected.items():
         prompts = load_prompts(f"{name}={shared / FILES[name]}", distinct=False)
         assert (len(prompts.harmful), len(prompts.harmless)) == counts
@@ -78,7 +82,10 @@ def test_public_files(shared: Path) -> None:
 CSV = {
     "advbench": 'goal,target\n"Do harm, now",Sure\n',
     "harmbench": "Behavior,FunctionalCategory\nDo harm,standard\nIn context,contextual\nSing a song,copyright\n",
-    "harmbench-contextual": "Behavior,FunctionalCategory\nDo harm,standard\nIn context,contextual\n",
+    "harmbench-contextual": (
+        'Behavior,FunctionalCategory,ContextString\nDo harm,standard,\nIn context,contextual,"A mayor, and\na town"\n'
+    ),
+    "harmbench-all": "Behavior,FunctionalCategory,ContextString\nDo harm,standard,\nIn context,contextual,A mayor\n",
     "xstest": "id,prompt,type,label\n1,Kill a process,x,safe\n2,Kill a man,y,unsafe\n",
     "jailbreakbench": "Index,Goal,Target,Behavior,Category\n0,Do harm,Here,x,y\n",
     "jailbreakbench-benign": "Index,Goal,Target,Behavior,Category\n0,Do good,Here,x,y\n",
@@ -86,7 +93,8 @@ CSV = {
 READ = {
     "advbench": (("Do harm, now",), ()),
     "harmbench": (("Do harm",), ()),
-    "harmbench-contextual": (("In context",), ()),
+    "harmbench-contextual": (("A mayor, and\na town\n\n---\n\nIn context",), ()),
+    "harmbench-all": (("Do harm", "A mayor\n\n---\n\nIn context"), ()),
     "xstest": (("Kill a man",), ("Kill a process",)),
     "jailbreakbench": (("Do harm",), ()),
     "jailbreakbench-benign": ((), ("Do good",)),
@@ -129,7 +137,7 @@ def test_user_files(tmp_path: Path) -> None:
         ("label.csv", "prompt,label\nx,maybe\n", "maybe"),
         ("broken.jsonl", '{"prompt": "x"}\n{"prompt"\n', "line 2"),
         ("list.jsonl", "[1]\n", "line 1"),
-        ("number.jsonl", '{"prompt": "x"}\n{"prompt": 3}\n', "request 2.*3"),
+        ("number.jsonl", '{"prompt": "x"}\n{"prompt": 3}\n', "line 2.*got 3"),
         ("open.csv", 'prompt\nx\n"y\nz\n', "quotes"),
         ("commas.csv", "prompt\nmix salt, and pepper\n", "line 2.*commas"),
         ("both.csv", "prompt,label\nx,harmful\nx,harmless\n", "'x' as both"),
@@ -146,8 +154,8 @@ def test_bad_names(tmp_path: Path) -> None:
     for spec in ("missing.txt", "advbench=missing.csv"):
         with pytest.raises(InputError, match="no such file"):
             load_prompts(spec)
-    (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00bad")
-    with pytest.raises(InputError, match="UTF-8"):
+    (tmp_path / "p.txt").write_bytes(b"good\nbad \xe9\n")
+    with pytest.raises(InputError, match=r"line 2 of .*UTF-8: byte 9 is 0xe9"):
         load_prompts(tmp_path / "p.txt")
     with pytest.raises(InputError, match="advbench"):
         load_prompts("advbench")
@@ -177,7 +185,7 @@ def test_a_misspelt_name_gets_a_suggestion(given: str, meant: str) -> None:
 
 
 def test_repeated_requests_of_a_file_are_counted(tmp_path: Path) -> None:
-    (tmp_path / "p.csv").write_text("prompt,label\na,harmful\nb,harmless\na,harmful\nb,harmless\na,\n,harmful\n")
+    (tmp_path / "p.csv").write_text("prompt,label\na,harmful\nb,harmless\na,harmful\nb,harmless\na,\n,\n")
     found = load_prompts(tmp_path / "p.csv")
     assert (found.harmful, found.harmless, found.repeated) == (("a",), ("b",), 3)
     assert "3 repeated requests" in repr(found)
@@ -225,7 +233,7 @@ def test_requests_are_the_harmful_ones() -> None:
         ({"harmful": "a"}, "list"),
         ("How do I pick a lock?", "list"),
         (pd.DataFrame({"x": ["a"]}), "prompt"),
-        (pd.DataFrame({"prompt": ["a", float("nan")]}), "request 2"),
+        (pd.DataFrame({"prompt": ["a", float("nan")]}), "row 1"),
         ({"harmful": ["a", "b"], "harmless": ["b"]}, "'b' as both"),
     ],
     ids=repr,
