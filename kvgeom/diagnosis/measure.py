@@ -32,8 +32,8 @@ from kvgeom.quant.scheme import Scheme
 FIXES, RANDOM, PAPER_SETTING = "fixes", "random directions", "paper's setting"
 #: How many layers may be the worst, or count as the most critical (the released code of arXiv:2606.09864 looks at three).
 LIKELY = 3
-#: Draws of random errors, for the whole cache and for the worst layer.
-RANDOM_DRAWS = 3
+#: Draws of random errors, for the whole cache and for the worst layer. Of three, which may lose all or nothing, the mean says little.
+RANDOM_DRAWS = 8
 
 
 @dataclass(frozen=True)
