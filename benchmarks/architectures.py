@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from kvgeom.quant.scheme import Scheme
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- architectures: begin -->\n", "<!-- architectures: end -->"
-#: One set of options for all; what an architecture does not know, it ignores.
+#: One set of options for most; what an architecture does not know, it ignores.
 OPTIONS: dict[str, Any] = {
     "vocab_size": 259,
     "hidden_size": 32,
@@ -51,6 +51,77 @@ OPTIONS: dict[str, Any] = {
     "n_shared_experts": 1,
     "rotary_dim": 4,
 }
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+_EVERY_OTHER = {"layer_types": ["linear_attention", "full_attention"] * 2}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 4,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_INDEX = {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 2, "first_k_dense_replace": 2}
+_SHARED = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": 259,
+    "hidden_size_per_layer_input": 8,
+    "head_dim": 8,
+    "sliding_window": 12,
+}
+_DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "head_dim": 8,
+    "shared_expert_intermediate_size": 16,
+}
+#: What some need beside, or instead, to be of their kind: layers of both sorts, latents, shared caches.
+OWN: dict[str, dict[str, Any]] = {
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "mamba_d_state": 8},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {**_MAMBA, **_EVERY_OTHER, "shared_intermediate_size": 48},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2, "head_dim": 8},
+    "falcon_h1": {**_MAMBA, "head_dim": 8, "mamba_d_ssm": 64},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": 4},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "n_mamba_heads": 8,
+        "mamba_d_state": 8,
+        "num_key_value_heads": 4,
+        "adapter_rank": 4,
+    },
+    "qwen3_next": {**_EVERY_OTHER, **_DELTA},
+    "qwen3_5_text": {**_EVERY_OTHER, **_DELTA},
+    "qwen3_5_moe_text": {**_EVERY_OTHER, **_DELTA},
+    "olmo_hybrid": {**_EVERY_OTHER, **_DELTA},
+    "kimi_linear": {**_LATENT, **_EVERY_OTHER, "linear_head_dim": 8, "linear_num_heads": 4},
+    "bailing_hybrid": {**_LATENT, **_EVERY_OTHER},
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "deepseek_v32": {**_LATENT, **_INDEX},
+    "glm4_moe_lite": _LATENT,
+    "glm_moe_dsa": {**_LATENT, **_INDEX},
+    "longcat_flash": {**_LATENT, "num_layers": 2, "zero_expert_num": 1, "expert_ffn_hidden_size": 16},
+    "minicpm3": _LATENT,
+    "youtu": _LATENT,
+    "axk1": _LATENT,
+    "axk2": {**_LATENT, **_INDEX},
+    "hy_v4": {**_LATENT, **_INDEX},
+    "gemma3n_text": {**_SHARED, "activation_sparsity_pattern": [0.0] * 4, "laurel_rank": 4},
+    "gemma4_text": {**_SHARED, "global_head_dim": 16},
+    "gemma4_unified_text": {**_SHARED, "global_head_dim": 16},
+    "mimo_v2_flash": {"head_dim": 12, "v_head_dim": 8, "swa_head_dim": 12, "swa_v_head_dim": 8},
+    "zaya": {"num_experts_per_tok": 1, "head_dim": 8},
+    "helium": {"head_dim": 8},
+}
 #: Larger than this a model is not tiny: it does not take the options.
 LARGEST = 50_000_000
 REQUESTS = ["how do i open the door", "how"]
@@ -62,6 +133,7 @@ class Row:
 
     architecture: str
     loads: str
+    stored: str = ""
     keys: str = ""
     attention: str = ""
     responses: str = ""
@@ -71,7 +143,7 @@ class Row:
 def tiny(kind: str) -> Any:
     """A random model of an architecture, with weights large enough that rounding changes what it says."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **OPTIONS)
+    config = AutoConfig.for_model(kind, **{**OPTIONS, **OWN.get(kind, {})})
     with torch.device("meta"):
         empty: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         size = sum(weight.numel() for weight in empty.parameters())
@@ -96,7 +168,8 @@ def row(kind: str) -> Row:
         return Row(kind, f"refused: {_short(error)}")
     four = Scheme.parse("int4-asym-token")
     layers = model.geometry.layers
-    recipes = {"all": Recipe.uniform(layers, four), "last": Recipe.uniform(layers, four, layers=[layers - 1])}
+    last = model.geometry.stores[-1:]
+    recipes = {"all": Recipe.uniform(layers, four), "last": Recipe.uniform(layers, four, layers=last)}
 
     def responses(placement: str) -> None:
         kvgeom.evaluate(model, recipes, REQUESTS, placement=placement, max_new_tokens=3, progress=False)
@@ -104,6 +177,7 @@ def row(kind: str) -> Row:
     return Row(
         kind,
         "yes",
+        _stored(model),
         _tried(lambda: _turned(model)),
         _tried(lambda: _rebuilt(model)),
         _tried(lambda: responses("cache")),
@@ -111,20 +185,35 @@ def row(kind: str) -> Row:
     )
 
 
+def _stored(model: HFModel) -> str:
+    """Which layers store keys and values, and what others, or the same, hold beside them."""
+    g = model.geometry
+    parts = ["all layers" if len(g.stores) == g.layers else _layers(g.stores)]
+    parts += ["a latent and rotated keys"] if g.latent else ["of several shapes"] if g.shapes else []
+    parts += [f"states in {_layers(g.states)}"] if g.states else []
+    parts += [f"an index in {_layers(g.indexed)}"] if g.indexed else []
+    parts += [f"{_layers(g.shares)} share"] if g.shares else []
+    return "; ".join(parts)
+
+
+def _layers(numbers: Sequence[int]) -> str:
+    return f"layer{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"
+
+
 def _turned(model: HFModel) -> str:
     """How many channels of a head each layer turns."""
     found: dict[int, int] = {}
     model.forward([0], on_rotation=lambda layer, rotation: found.__setitem__(layer, rotation.planes.numel()))
-    size, counts = model.geometry.head_dim, set(found.values())
-    if counts == {0}:
+    if not any(found.values()):
         return "not rotated"
     still = [layer for layer, count in found.items() if not count]
-    turned = f"{max(counts)} of {size} channels"
+    sizes = {(count, model.geometry.shape(layer, "k")[1]) for layer, count in found.items() if count}
+    turned = " or ".join(f"{count} of {size}" for count, size in sorted(sizes)) + " channels"
     return turned if not still else f"{turned}; not in layer {', '.join(map(str, still))}"
 
 
 def _rebuilt(model: HFModel) -> str:
-    model.attention(0)
+    model.attention(model.geometry.stores[0])
     return "yes"
 
 
@@ -152,7 +241,15 @@ def rows(kinds: Iterable[str]) -> list[Row]:
 
 def table(found: list[Row]) -> str:
     """The table of docs/models.md."""
-    head = ("architecture", "loads", "keys turned back", "attention rebuilt", "responses", "rounding at the projection")
+    head = (
+        "architecture",
+        "loads",
+        "stored",
+        "keys turned back",
+        "attention rebuilt",
+        "responses",
+        "rounding at the projection",
+    )
     cells = [[getattr(each, name) for name in Row.__dataclass_fields__] for each in found]
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in cells]
     loads = sum(each.loads == "yes" for each in found)

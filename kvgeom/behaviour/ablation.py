@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, get_args
 
@@ -31,6 +32,8 @@ ALL_LAYERS, EVERY_CHANNEL = "all layers", "every channel"
 WHOLE_CACHE = ("granularity", "site", "first layers", "last layers")
 #: This share of a layer's channels, those with the largest root mean square, is rounded apart from the others.
 LARGEST_SHARE = 0.05
+#: Channels of each layer.
+_Sets = list[NDArray[np.integer]]
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,7 +121,13 @@ def ablation_of(outcomes: Outcomes, families: Sequence[str], *, reference: str) 
 
 
 @suggests()
-def whole_cache(n_layers: int, scheme: Scheme, placement: Placement | str | None = None) -> dict[str, Condition]:
+def whole_cache(
+    n_layers: int,
+    scheme: Scheme,
+    placement: Placement | str | None = None,
+    stores: Sequence[int] | None = None,
+    sites: tuple[str, str] = ("keys", "values"),
+) -> dict[str, Condition]:
     """Conditions that ask what of the whole cache matters: granularity, keys or values, first and last layers.
 
     Parameters
@@ -127,10 +136,15 @@ def whole_cache(n_layers: int, scheme: Scheme, placement: Placement | str | None
     scheme : Scheme
         Per-tensor; the reference is called :data:`ALL_LAYERS`.
     placement : Placement, "cache" or "paper", optional
+    stores : sequence of int, optional
+        The layers that store keys and values, first to last; all by default.
+    sites : (str, str)
+        What the cache holds at the two sites of a layer.
     """
     placement = Placement.parse(placement or "cache")
+    stores = range(n_layers) if stores is None else stores
     more, less = replace(scheme, bits=min(8, scheme.bits + 1)), replace(scheme, bits=max(2, scheme.bits - 1))
-    some = sorted({1, 2, 4, 8, 16, 32, 64} & set(range(1, n_layers)))
+    some = sorted({1, 2, 4, 8, 16, 32, 64} & set(range(1, len(stores))))
 
     def over(
         family: str,
@@ -139,7 +153,7 @@ def whole_cache(n_layers: int, scheme: Scheme, placement: Placement | str | None
         values: Scheme | None = scheme,
         granularity: str = "tensor",
     ) -> Condition:
-        chosen = range(n_layers) if layers is None else layers
+        chosen = stores if layers is None else layers
         recipe = Recipe(tuple((keys, values) if layer in chosen else (None, None) for layer in range(n_layers)))
         return Condition(recipe, placement, family=family, granularity=granularity, bits=scheme.bits)
 
@@ -148,12 +162,12 @@ def whole_cache(n_layers: int, scheme: Scheme, placement: Placement | str | None
         ALL_LAYERS: over("granularity"),
         "per-channel": over("granularity", keys=channel, values=channel, granularity="channel"),
         "group-64": over("granularity", keys=group, values=group, granularity="group"),
-        "keys only": over("site", values=None),
-        "values only": over("site", keys=None),
+        f"{sites[0]} only": over("site", values=None),
+        f"{sites[1]} only": over("site", keys=None),
         f"K{more.bits} V{less.bits}": over("site", keys=more, values=less),
         f"K{less.bits} V{more.bits}": over("site", keys=less, values=more),
-        **{f"first {k}": over("first layers", range(k)) for k in some},
-        **{f"last {k}": over("last layers", range(n_layers - k, n_layers)) for k in some},
+        **{f"first {k}": over("first layers", stores[:k]) for k in some},
+        **{f"last {k}": over("last layers", stores[-k:]) for k in some},
     }
 
 
@@ -161,18 +175,24 @@ def whole_cache(n_layers: int, scheme: Scheme, placement: Placement | str | None
 def channel_magnitudes(base: Baseline, placement: Placement | str | None = None) -> dict[Site, NDArray[np.float64]]:
     """Root mean square of every channel as it is rounded, ``[layers, channels]``, over the refused prompts.
 
-    Costs one pass per prompt.
+    NaN where a layer stores nothing, or fewer channels than the widest. Costs one pass per prompt.
     """
     model, placement = base.model, Placement.parse(placement or "cache")
-    shape = (model.geometry.layers, model.geometry.channels)
-    sums: dict[Site, NDArray[np.float64]] = {site: np.zeros(shape) for site in get_args(Site)}
+    geometry = model.geometry
+    sums: dict[Site, NDArray[np.float64]] = {}
+    for site in get_args(Site):
+        widths = {layer: math.prod(geometry.shape(layer, site)) for layer in geometry.stores}
+        sums[site] = np.full((geometry.layers, max(widths.values())), np.nan)
+        for layer, width in widths.items():
+            sums[site][layer, :width] = 0.0
     tokens = 0
     for index in base.refused:
         tokens += len(base.prompts[index])
-        for layer, activations in enumerate(read(model, base.prompts[index], placement.where)):
+        for activations in read(model, base.prompts[index], placement.where):
             for site, total in sums.items():
                 squares = getattr(activations, site).double() ** 2
-                total[layer] += reduce(squares, "1 h t d -> (h d)", "sum").cpu().numpy()
+                found = reduce(squares, "1 h t d -> (h d)", "sum").cpu().numpy()
+                total[activations.layer, : len(found)] += found
     return {site: np.sqrt(total / max(tokens, 1)) for site, total in sums.items()}
 
 
@@ -206,22 +226,27 @@ def channel_subsets(
     """
     repeats = whole("repeats", repeats)
     rng = np.random.default_rng(as_seed(seed))
-    n_layers, channels = magnitudes["k"].shape
-    count = max(1, round(share * channels))
-    order = {site: np.argsort(-m, axis=1, kind="stable") for site, m in magnitudes.items()}
+    n_layers = len(magnitudes["k"])
+    order: dict[Site, _Sets] = {site: [_largest_first(row) for row in m] for site, m in magnitudes.items()}
 
-    def drawn() -> dict[Site, NDArray[np.integer]]:
-        return {s: np.stack([rng.choice(row[count:], count, replace=False) for row in o]) for s, o in order.items()}
+    def each(choose: Callable[[NDArray[np.integer], int], NDArray[np.integer]]) -> dict[Site, _Sets]:
+        return {
+            site: [choose(row, max(1, round(share * len(row)))) if len(row) else row for row in rows]
+            for site, rows in order.items()
+        }
 
-    def rounded(sets: Mapping[Site, NDArray[np.integer]] | None, layer: int) -> tuple[Scheme, Scheme]:
+    def rounded(sets: Mapping[Site, _Sets] | None, layer: int) -> tuple[Scheme, Scheme]:
         return (scheme, scheme) if sets is None else (scheme.only(sets["k"][layer]), scheme.only(sets["v"][layer]))
 
-    chosen: dict[str, tuple[int | None, Mapping[Site, NDArray[np.integer]] | None]] = {
+    chosen: dict[str, tuple[int | None, Mapping[Site, _Sets] | None]] = {
         EVERY_CHANNEL: (None, None),
-        "largest": (None, {site: o[:, :count] for site, o in order.items()}),
-        "all but the largest": (None, {site: o[:, count:] for site, o in order.items()}),
-        "low magnitude": (None, {site: o[:, -count:] for site, o in order.items()}),
-        **{f"random {n + 1}": (n, drawn()) for n in range(repeats)},
+        "largest": (None, each(lambda row, count: row[:count])),
+        "all but the largest": (None, each(lambda row, count: row[count:])),
+        "low magnitude": (None, each(lambda row, count: row[-count:])),
+        **{
+            f"random {n + 1}": (n, each(lambda row, count: rng.choice(row[count:], count, replace=False)))
+            for n in range(repeats)
+        },
     }
     return {
         name: Condition(
@@ -235,3 +260,9 @@ def channel_subsets(
         )
         for name, (draw, sets) in chosen.items()
     }
+
+
+def _largest_first(row: NDArray[np.floating]) -> NDArray[np.integer]:
+    """The channels of a layer that it has, the largest first."""
+    order: NDArray[np.integer] = np.argsort(-row, kind="stable")  # NaN last
+    return order[: int(np.isfinite(row).sum())]

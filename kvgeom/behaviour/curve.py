@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from kvgeom.behaviour.scan import CRITICAL_SHARE
-from kvgeom.behaviour.widths import DESCRIBED, WidthSeries
+from kvgeom.behaviour.widths import DESCRIBED, NOTES, WidthSeries
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import EXACT, Condition
 from kvgeom.evaluation.evaluate import run_conditions
@@ -319,6 +319,7 @@ def curve_of(outcomes: Outcomes, perplexities: Perplexities, described: Mapping[
     meta = {
         **outcomes.made_by(rounded),
         **{name: described[name] for name in DESCRIBED},
+        **{name: described[name] for name in NOTES if name in described},
         "prompts": asked,
         "unended": {name: outcomes.unended(name) for name in names},
         "unread": outcomes.all_unread(names),

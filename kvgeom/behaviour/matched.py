@@ -114,11 +114,11 @@ def scan_width(base: Baseline, bits: int | None = None, placement: Placement | N
     bits : int, optional
     placement : Placement, optional
     """
-    n_layers = base.model.geometry.layers
+    geometry = base.model.geometry
 
     def at(width: int, matched: bool) -> ScanWidth:
         scheme = per_tensor(Scheme(width, symmetric=True))
-        ratio = base.perplexity_ratio(Recipe.uniform(n_layers, scheme), placement)
+        ratio = base.perplexity_ratio(Recipe.uniform(geometry.layers, scheme, layers=geometry.stores), placement)
         return ScanWidth(scheme, ratio.value, ratio.low, ratio.high, matched)
 
     bits = check_scan_bits(bits)

@@ -161,10 +161,13 @@ def per_channel_reduction(
         rounding altogether, which raises PCR.
     """
     tensor = per_tensor(scheme)
+    geometry = base.model.geometry
+    if layer is not None:
+        geometry.check_stores([layer], base.model.name)
     where = [] if layer is None or not base.refused else [layer]
     outcomes = run_conditions(
         base,
-        single_layers(base.model.geometry.layers, tensor, placement, where),
+        single_layers(geometry.layers, tensor, placement, where),
         prompts=base.refused,
         title=f"PCR at layer {layer}, {Placement.parse(placement or 'cache').where}",
     )

@@ -88,7 +88,7 @@ class Scan(Result):
 def single_layers(
     n_layers: int, scheme: Scheme, placement: Placement | str | None = None, layers: Iterable[int] | None = None
 ) -> dict[str, Condition]:
-    """The conditions of a scan: each layer alone, per-tensor and per-channel.
+    """The conditions of a scan: each layer alone, or each of some, per-tensor and per-channel.
 
     Their coordinates are ``family="layer"``, ``layer``, ``granularity`` and ``bits``.
     """
@@ -132,10 +132,10 @@ def single_layer_scan(
     (Scan, Outcomes)
         The outcomes hold the responses, by the coordinates of :func:`single_layers`.
     """
-    n_layers, scheme = base.model.geometry.layers, per_tensor(scheme)
+    geometry, scheme = base.model.geometry, per_tensor(scheme)
     outcomes = run_conditions(
         base,
-        single_layers(n_layers, scheme, placement),
+        single_layers(geometry.layers, scheme, placement, geometry.stores),
         prompts=None if full_responses else base.refused,
         full_responses=full_responses,
         title="single layers",
@@ -164,7 +164,7 @@ def scan_of(outcomes: Outcomes, scheme: Scheme) -> Scan:
     drops = {g: outcomes.margin_drops(names[g]) for g in GRANULARITIES}
     means = {g: d.mean(0) if refused else np.full(n_layers, np.nan) for g, d in drops.items()}
     complied = np.array(flips["tensor"]["flips_complied"])
-    critical, reason = _critical_layer(complied, means["tensor"], refused)
+    critical, reason = _critical_layer(layers, complied, means["tensor"], refused)
     low, high = bootstrap_means(drops["tensor"]) if refused else np.full((2, n_layers), np.nan)
     columns = {
         "margin_drop": means["tensor"],
@@ -189,14 +189,16 @@ def scan_of(outcomes: Outcomes, scheme: Scheme) -> Scan:
     return Scan(data, meta)
 
 
-def _critical_layer(complied: NDArray[np.integer], drops: NDArray[np.floating], refused: int) -> tuple[int | None, str]:
+def _critical_layer(
+    layers: NDArray[np.integer], complied: NDArray[np.integer], drops: NDArray[np.floating], refused: int
+) -> tuple[int | None, str]:
     """The layer that turns most refusals into compliance; of equals, the one that loses most margin."""
     if refused == 0:
         return None, "the model refuses none of the prompts, so nothing can be lost"
     if not complied.any():
         return None, "no single layer turns a refusal into compliance"
     tied = np.flatnonzero(complied == complied.max())
-    critical = int(tied[np.argmax(drops[tied])])
+    critical = int(layers[tied[np.argmax(drops[tied])]])
     return critical, (
         f"rounding layer {critical} alone turns {complied.max()} of {refused} refusals into compliance, the most of any layer"
     )

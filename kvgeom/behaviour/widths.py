@@ -20,6 +20,8 @@ from kvgeom.quant.scheme import Scheme, check_bits
 WIDTHS = (8, 6, 5, 4, 3, 2)
 #: What a curve's ``meta`` says of the rounding itself, whoever labels the responses.
 DESCRIBED = ("scheme", "engine", "stored", "untouched")
+#: What it may say of the model: which layers store no keys and values, and why a geometry is missing.
+NOTES = ("cache", "no_geometry")
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,11 @@ class WidthSeries:
 
     def conditions(self, model: Model) -> dict[str, Condition]:
         """All layers of a model at each width: ``family="bits"`` and ``bits``."""
-        n_layers = model.geometry.layers
+        geometry = model.geometry
         widths = {
-            f"{bits}-bit": Condition(config.recipe(n_layers), config.placement, family="bits", bits=bits)
+            f"{bits}-bit": Condition(
+                geometry.stored(config.recipe(geometry.layers), model.name), config.placement, family="bits", bits=bits
+            )
             for bits, config in self.configs.items()
         }
         return with_model_constants(model, widths)

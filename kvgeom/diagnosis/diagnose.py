@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -38,7 +39,7 @@ from kvgeom.diagnosis.mode import Mode, ModeName
 from kvgeom.diagnosis.posterior import effects
 from kvgeom.diagnosis.taxonomy import FIXABLE, pattern_of, published_mode
 from kvgeom.engines.engine import CacheConfig
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, KvgeomWarning, ModelError
 from kvgeom.evaluation.baseline import Baseline, opened, run_baseline
 from kvgeom.evaluation.config import LENGTHS, RUN_OPTIONS, open_run
 from kvgeom.evaluation.outcomes import Outcomes
@@ -269,7 +270,8 @@ class Diagnosis(Composite):
         scan, meta = self.scan, self.curve.meta
         return "\n\n".join(
             [
-                f"Model: {meta['model']} (weights: {meta['weights']})",
+                f"Model: {meta['model']} (weights: {meta['weights']})"
+                + (f"; {note}" if (note := meta.get("cache")) else ""),
                 *([self.prompts.caveat] if self.prompts.caveat else []),
                 self.curve.to_text(),
                 f"Single layers ({scan.meta['scheme']}; {scan.meta['placement']})\n\n{scan.to_text()}",
@@ -317,7 +319,8 @@ def diagnose(
     placement : Placement, "cache" or "paper", optional
         Decode-faithful by default; for the curve that of the preset, if it is one.
     geometry : bool
-        Whether to measure the noise-sensitivity ratio as well; it is reported as evidence and decides nothing.
+        Whether to measure the noise-sensitivity ratio as well; it is reported as evidence and decides nothing. Where it
+        cannot be measured, a warning says why.
     gains : bool
         Whether the curve also runs the prompts that are not refused with an exact cache. None of them can flip, but
         some may be refused once the cache is rounded; without it ``curve`` counts labels of the refused ones, and gains
@@ -344,8 +347,15 @@ def diagnose(
         widths = series.conditions(loaded)
         width = scan_width(base, scan_bits, placement)
         measured = measure(base, widths, width, placement or Placement(), gains, full_responses)
-        curve = curve_of(measured.outcomes, perplexities(base, widths), series.described(base))
-        sensitivity = sensitivity_of(loaded, chosen, width.scheme, placement, run) if geometry else None
+        curve = curve_of(
+            measured.outcomes, perplexities(base, widths), {**series.described(base), "cache": loaded.geometry.note}
+        )
+        sensitivity = None
+        try:
+            sensitivity = sensitivity_of(loaded, chosen, width.scheme, placement, run) if geometry else None
+        except ModelError as error:  # it is evidence, and decides nothing
+            curve = replace(curve, meta={**curve.meta, "no_geometry": str(error)})
+            warnings.warn(f"the geometry is not measured: {error}", KvgeomWarning, stacklevel=2)
     return _conclude(measured, chosen, curve, sensitivity, run.seed, base)
 
 

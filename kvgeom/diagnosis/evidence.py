@@ -41,7 +41,7 @@ class Evidence:
     beyond_random : Estimate or None
         How much larger ``loss`` is than the first, or ``lost`` than the second, the less of the two.
     layers : int or None
-        How many layers the model has.
+        How many layers of the model store keys and values.
     pattern : Pattern or None
         How damage by single layers is spread, where it is the same whichever of ``perhaps_critical`` are critical; see :func:`~kvgeom.diagnosis.taxonomy.pattern_of`.
     critical_layers : tuple of int
@@ -189,8 +189,8 @@ def evidence_from(trials: Trials, found: Effects, worst: int | None, width: str 
         if trials.random is None
         else estimate("beyond_random", min(of(whole) - of(trials.random) for of in (_complied, _lost))),
         pattern=fewest if fewest == most else None,
-        critical_layers=tuple(int(layer) for layer in np.flatnonzero(critical)),
-        perhaps_critical=tuple(int(layer) for layer in np.flatnonzero(perhaps)),
+        critical_layers=tuple(trials.numbers[column] for column in np.flatnonzero(critical)),
+        perhaps_critical=tuple(trials.numbers[column] for column in np.flatnonzero(perhaps)),
         worst_layer=worst,
         alone=None if worst is None else estimate("alone", None),
         random_alone=None if trials.random_layer is None else estimate("random_layer", _complied(trials.random_layer)),

@@ -56,22 +56,26 @@ def measure(
     full_responses: bool,
 ) -> Measured:
     """All responses; each prompt needs one pass for all conditions that are known at a time."""
-    n_layers, seed, tensor = base.model.geometry.layers, base.run.seed, width.scheme
+    geometry, seed, tensor = base.model.geometry, base.run.seed, width.scheme
+    n_layers, stores = geometry.layers, geometry.stores
     chosen = tuple(range(len(base.prompts))) if full_responses else base.refused
 
     def run(conditions: Mapping[str, Condition], title: str, prompts: Sequence[int] = chosen) -> Outcomes:
         return run_conditions(base, conditions, prompts=prompts, full_responses=full_responses, title=title)
 
-    first = {**whole_cache(n_layers, tensor, placement), **single_layers(n_layers, tensor, placement)}
-    first |= paper_setting(n_layers, placement)
+    first = {
+        **whole_cache(n_layers, tensor, placement, stores, geometry.site_names),
+        **single_layers(n_layers, tensor, placement, stores),
+    }
+    first |= paper_setting(n_layers, placement, stores)
     along = widths if all(each.placement == placement for each in widths.values()) else {}
     together = run({**first, **along}, "layers, parts and widths")
     scan = scan_of(together, tensor)
-    worst, ranked = scan.critical_layer, scan.ranked()[: min(LIKELY, max(1, n_layers - 1))]
-    where = range(n_layers) if worst is None else [worst]
+    worst, ranked = scan.critical_layer, scan.ranked()[: min(LIKELY, max(1, len(stores) - 1))]
+    where = stores if worst is None else [worst]
     more = channel_subsets(channel_magnitudes(base, placement), tensor, where, placement, seed=seed)
-    more |= fixes(n_layers, tensor, ranked, placement)
-    more |= random_errors(n_layers, tensor, ranked[:1], placement, seed)
+    more |= fixes(n_layers, tensor, ranked, placement, stores)
+    more |= random_errors(n_layers, tensor, ranked[:1], placement, seed, stores)
     parts = together.joined(run(more, "fixes, channels, random errors"))
     at_worst = {} if worst is None else single_layers(n_layers, SCAN_SCHEME, Placement.paper(), [worst])
     paper = run(at_worst, "PCR as the paper simulates")
@@ -82,9 +86,9 @@ def measure(
     return Measured(curve, parts, paper, width, worst)
 
 
-def paper_setting(n_layers: int, placement: Placement) -> dict[str, Condition]:
+def paper_setting(n_layers: int, placement: Placement, stores: Sequence[int] | None = None) -> dict[str, Condition]:
     """The whole cache at the width and granularity of the paper's layer scan, as a cache stores it."""
-    recipe = Recipe.uniform(n_layers, SCAN_SCHEME)
+    recipe = Recipe.uniform(n_layers, SCAN_SCHEME, layers=stores)
     bits = SCAN_SCHEME.bits
     return {
         f"all layers, {bits}-bit per-tensor": Condition(
@@ -93,7 +97,13 @@ def paper_setting(n_layers: int, placement: Placement) -> dict[str, Condition]:
     }
 
 
-def fixes(n_layers: int, tensor: Scheme, ranked: Sequence[int], placement: Placement) -> dict[str, Condition]:
+def fixes(
+    n_layers: int,
+    tensor: Scheme,
+    ranked: Sequence[int],
+    placement: Placement,
+    stores: Sequence[int] | None = None,
+) -> dict[str, Condition]:
     """What the modes say would help, of the whole cache: each of the worst layers kept, all of them, and finer scales.
 
     Group-64 and per-channel scales everywhere are among the conditions of
@@ -107,9 +117,11 @@ def fixes(n_layers: int, tensor: Scheme, ranked: Sequence[int], placement: Place
     ranked : sequence of int
         The layers that alone lose most, the worst first.
     placement : Placement
+    stores : sequence of int, optional
+        The layers that store keys and values; all by default.
     """
     channel, group = replace(tensor, granularity="channel"), replace(tensor, granularity="group", group_size=64)
-    whole, bits = Recipe.uniform(n_layers, tensor), tensor.bits
+    whole, bits = Recipe.uniform(n_layers, tensor, layers=stores), tensor.bits
 
     def fix(recipe: Recipe, layer: int | None, granularity: str) -> Condition:
         return Condition(recipe, placement, family=FIXES, layer=layer, granularity=granularity, bits=bits)
@@ -118,15 +130,21 @@ def fixes(n_layers: int, tensor: Scheme, ranked: Sequence[int], placement: Place
     found["most critical layers in 16 bits"] = fix(whole.keep(ranked), None, "tensor")
     if ranked:
         pairs = tuple((channel, channel) if layer == ranked[0] else (group, group) for layer in range(n_layers))
-        found["per-channel at the worst layer, group-64 elsewhere"] = fix(Recipe(pairs), ranked[0], "mixed")
+        mixed = Recipe(pairs) if stores is None else Recipe(pairs).only(stores)
+        found["per-channel at the worst layer, group-64 elsewhere"] = fix(mixed, ranked[0], "mixed")
     return found
 
 
 def random_errors(
-    n_layers: int, tensor: Scheme, worst: Sequence[int], placement: Placement, seed: int
+    n_layers: int,
+    tensor: Scheme,
+    worst: Sequence[int],
+    placement: Placement,
+    seed: int,
+    stores: Sequence[int] | None = None,
 ) -> dict[str, Condition]:
     """Errors as large as those of all layers, and of the worst alone, in random directions."""
-    recipes: dict[int | None, Recipe] = {None: Recipe.uniform(n_layers, tensor)}
+    recipes: dict[int | None, Recipe] = {None: Recipe.uniform(n_layers, tensor, layers=stores)}
     recipes |= {layer: Recipe.uniform(n_layers, tensor, layers=[layer]) for layer in worst}
     return {
         f"random errors in {'all layers' if layer is None else f'layer {layer}'}, draw {draw + 1}": Condition(
@@ -172,6 +190,8 @@ def trials_of(outcomes: Outcomes, bits: int, worst: int | None) -> Trials:
     def alone(granularity: str) -> Codes:
         return np.stack(each(family="layer", granularity=granularity, bits=bits), axis=1)
 
+    scanned = outcomes.names(family="layer", granularity="tensor", bits=bits)
+
     kept = outcomes.names(family=FIXES, granularity="tensor")
     layers = {name: int(outcomes.data.layer.sel(recipe=name)) for name in kept}
     tried = [layer for layer in layers.values() if layer >= 0]
@@ -180,6 +200,7 @@ def trials_of(outcomes: Outcomes, bits: int, worst: int | None) -> Trials:
         under(outcomes.name(family="granularity", granularity="tensor")),
         alone("tensor"),
         alone("channel"),
+        numbers=tuple(int(layer) for layer in outcomes.data.layer.sel(recipe=scanned).values),
         group64=one(family="granularity", granularity="group"),
         channel=one(family="granularity", granularity="channel"),
         kept={layer: under(name) for name, layer in layers.items() if layer >= 0},
@@ -207,7 +228,7 @@ def paper_draws(trials: Trials, paper: Outcomes, layer: int | None, seed: int) -
     paper = paper.of_refused()
     names = [paper.name(family="layer", layer=layer, granularity=g, bits=SCAN_SCHEME.bits) for g in GRANULARITIES]
     tensor, channel = (codes(paper.data.label.sel(recipe=name).values) for name in names)
-    return pcr_at_one_layer(trials.layers, layer, tensor, channel, seed=seed)
+    return pcr_at_one_layer(trials.layers, trials.column(layer), tensor, channel, seed=seed)
 
 
 def sensitivity_of(

@@ -146,8 +146,8 @@ def effects(trials: Trials, *, samples: int = 4000, seed: int = 0) -> Effects:
         kept=_kept(trials, shares, weights, rng),
         top=_reduction(whole, trials.top, weights, rng),
         mixed=_reduction(whole, trials.mixed, weights, rng),
-        missed=_missed(shares, sorted(trials.kept), 1),
-        missed_top=_missed(shares, trials.top_layers, len(trials.top_layers)),
+        missed=_missed(shares, sorted(map(trials.column, trials.kept)), 1),
+        missed_top=_missed(shares, [*map(trials.column, trials.top_layers)], len(trials.top_layers)),
         layers=shares,
         random_layer=_random(trials.random_layer, weights, rng)[0],
         alone=alone,
@@ -257,7 +257,7 @@ def pcr_at_one_layer(
     layers : array [prompts, layers]
         Each layer alone, as in :class:`~kvgeom.diagnosis.trials.Trials`: these choose.
     layer : int
-        The one that was tried.
+        The column of the one that was tried.
     tensor, channel : array [prompts]
         This layer alone, per-tensor and per-channel, under the other conditions.
     """
@@ -295,7 +295,8 @@ def _kept(trials: Trials, shares: Draws, weights: Draws, rng: np.random.Generato
         return np.full(len(weights), np.nan)
     layers = sorted(trials.kept)
     reductions = np.stack([_reduction(trials.whole, trials.kept[layer], weights, rng) for layer in layers], axis=1)
-    chosen: Draws = reductions[np.arange(len(weights)), shares[:, layers].argmax(1)]
+    columns = [*map(trials.column, layers)]
+    chosen: Draws = reductions[np.arange(len(weights)), shares[:, columns].argmax(1)]
     return chosen
 
 

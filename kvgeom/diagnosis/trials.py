@@ -54,6 +54,8 @@ class Trials:
         All layers as the paper's layer scan rounds one: 3 bits, symmetric, per-tensor.
     largest, others : array [prompts] or None
         Only the largest channels, only the others, of the worst layer.
+    numbers : tuple of int
+        The numbers of ``layers`` in the model; 0, 1, 2, ... by default.
     """
 
     bits: int
@@ -71,6 +73,15 @@ class Trials:
     paper: Codes | None = None
     largest: Codes | None = None
     others: Codes | None = None
+    numbers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.numbers:
+            object.__setattr__(self, "numbers", tuple(range(self.layers.shape[1])))
+
+    def column(self, layer: int) -> int:
+        """Where a layer is in :attr:`layers`."""
+        return self.numbers.index(layer)
 
     @property
     def prompts(self) -> int:

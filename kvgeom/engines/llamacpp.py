@@ -34,15 +34,14 @@ def export(recipe: Recipe, placement: Placement, geometry: KVGeometry) -> Export
         Of the model.
     """
     sites: tuple[Site, Site] = ("k", "v")
-    chosen = {site: _type([recipe.scheme(n, site) for n in range(len(recipe))], geometry.head_dim) for site in sites}
-    stored = Recipe(tuple((_stored("k", chosen["k"], geometry), _stored("v", chosen["v"], geometry)) for _ in recipe))
+    layers = geometry.stores
+    chosen = {site: _type([recipe.scheme(n, site) for n in layers], geometry.head_dim) for site in sites}
+    pair = (_stored("k", chosen["k"], geometry), _stored("v", chosen["v"], geometry))
+    stored = Recipe((pair,) * len(recipe)).only(layers)
     cannot = list(differences(recipe, placement, stored, Placement()))
-    protected = unrounded(recipe)
-    if 0 < len(protected) < len(recipe):
-        rest = [
-            _type([s for s in (recipe.scheme(n, site) for n in range(len(recipe))) if s], geometry.head_dim)
-            for site in sites
-        ]
+    protected = [layer for layer in unrounded(recipe) if layer in layers]
+    if 0 < len(protected) < len(layers):
+        rest = [_type([s for s in (recipe.scheme(n, site) for n in layers) if s], geometry.head_dim) for site in sites]
         cannot.append(
             f"{layer_names(protected, len(recipe))} cannot have their own type; {_flags(*rest)} would round them with all others"
         )

@@ -10,7 +10,7 @@ from kvgeom.engines.engine import Engine, Export, Preset, both
 from kvgeom.engines.registry import register_engine
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Schemes
-from kvgeom.quant.scheme import Scheme
+from kvgeom.quant.scheme import Scheme, runs
 
 if TYPE_CHECKING:
     from kvgeom.models.model import KVGeometry
@@ -41,6 +41,11 @@ def export(recipe: Recipe, placement: Placement, geometry: KVGeometry) -> Export
     if geometry.sliding_window is not None:
         notes.append(
             "layers with a sliding window store the whole sequence here; MLX-LM cannot quantize its rotating caches"
+        )
+    if len(geometry.stores) < geometry.layers:
+        notes.append(
+            f"only layers {', '.join(runs(geometry.stores))} have keys and values: replace these in the list that "
+            "mlx_lm.models.cache.make_prompt_cache(model) makes, and leave the others"
         )
     entries = []
     for scheme, run in groupby(layers):

@@ -37,15 +37,15 @@ def export(recipe: Recipe, placement: Placement, geometry: KVGeometry) -> Export
     geometry : KVGeometry
         Of the model.
     """
-    skipped = unrounded(recipe)
-    rounded = [scheme for layer, pair in enumerate(recipe) if layer not in skipped for scheme in pair if scheme]
+    skipped = tuple(layer for layer in unrounded(recipe) if layer in geometry.stores)
+    rounded = [scheme for layer in geometry.stores if layer not in skipped for scheme in recipe.layers[layer] if scheme]
     if not rounded:
         stored, text = Recipe.exact(len(recipe)), "--kv-cache-dtype auto"
         return Export(
             "vLLM", text, "any", differences(recipe, placement, stored, placement), recipe=stored, placement=placement
         )
     dtype = _dtype(rounded, geometry.head_dim)
-    stored = Recipe.uniform(len(recipe), Scheme.parse(_STORES[dtype])).keep(skipped)
+    stored = Recipe.uniform(len(recipe), Scheme.parse(_STORES[dtype]), layers=geometry.stores).keep(skipped)
     text = f"--kv-cache-dtype {dtype}"
     notes = []
     if skipped:

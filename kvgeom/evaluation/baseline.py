@@ -82,7 +82,7 @@ class Prefill:
     @property
     def nbytes(self) -> int:
         """Bytes of both."""
-        return self.logits.nbytes + sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+        return self.logits.nbytes + self.cache.nbytes
 
 
 @dataclass(frozen=True)

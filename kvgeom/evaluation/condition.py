@@ -82,8 +82,8 @@ def as_conditions(given: Any, model: Model, placement: Placement | str | None) -
     Raises
     ------
     InputError
-        If one cannot be read, is for another number of layers, or has the name of the model with an exact cache, or if
-        two different ones have one name.
+        If one cannot be read, is for another number of layers, rounds only layers that store nothing, or has the name of
+        the model with an exact cache, or if two different ones have one name.
     """
     if isinstance(given, Mapping):
         named = [(str(name), each) for name, each in given.items()]
@@ -145,13 +145,13 @@ def _name(given: Any) -> str:
 
 
 def _condition(name: str, given: Any, model: Model, placement: Placement | str | None) -> Condition:
-    layers = model.geometry.layers
+    geometry, layers = model.geometry, model.geometry.layers
     check_name(name)
     config = None if isinstance(given, Condition) else resolve(given, placement=placement)
     own = given.recipe if config is None else config.per_layer
     if own is not None and len(own) != layers:
         raise InputError(f"recipe {name!r} has {len(own)} layers, but {model.name} has {layers}")
     if config is not None:
-        return Condition(config.recipe(layers), config.placement)
-    condition: Condition = given
+        return Condition(geometry.stored(config.recipe(layers), model.name), config.placement)
+    condition: Condition = replace(given, recipe=geometry.stored(given.recipe, model.name))
     return condition if placement is None else replace(condition, placement=Placement.parse(placement))

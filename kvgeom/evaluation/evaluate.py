@@ -168,7 +168,7 @@ def run_conditions(
     with base.run.bars(), progress.bar(title, len(found) * len(chosen), initial=done) as shown:
         for placement, work in todo.items():
             recipes = {name: conditions[name].recipe for names in work.values() for name in names}
-            if full_responses or not placement.allows_speculation:
+            if full_responses or not placement.allows_speculation or base.model.geometry.stepwise:
                 answers = generated(base, work, recipes, placement, full=full_responses)
             else:
                 answers = verified(base, work, recipes, placement)

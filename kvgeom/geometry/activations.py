@@ -61,6 +61,11 @@ class ActivationStore:
     requests : sequence of str
     placement : Placement
 
+    Raises
+    ------
+    ModelError
+        If keys and values of the model differ in shape, or are no keys and values (``KVGeometry.check_alike``).
+
     Attributes
     ----------
     prompts : tuple of EncodedPrompt
@@ -69,6 +74,7 @@ class ActivationStore:
     """
 
     def __init__(self, model: Model, requests: Sequence[str], placement: Placement) -> None:
+        model.geometry.check_alike(model.name)
         self.model = model
         self.placement = placement
         self.prompts = tuple(model.encode(requests))
@@ -98,21 +104,21 @@ class ActivationStore:
         return tuple(self.prompts[index] for index in self.indices(requests))
 
     def layers(self, index: int) -> Iterator[LayerActivations]:
-        """Activations of one prompt, layer by layer: from a forward pass the first time, from a file afterwards."""
+        """Activations of one prompt, in every layer that stores keys and values: from a forward pass the first time, from a file afterwards."""
         file = self._folder / f"{index}.safetensors"
         if file.exists():
             with safe_open(file, "pt", device=str(self.model.device)) as stored:
                 names = {*stored.keys()}
-                for layer in range(self.model.geometry.layers):
+                for layer in self.model.geometry.stores:
                     k, v, resid, *rotation = (
                         stored.get_tensor(f"{name}.{layer}") for name in _PARTS if f"{name}.{layer}" in names
                     )
-                    yield LayerActivations(k, v, TokenRotation(*rotation) if rotation else None, resid)
+                    yield LayerActivations(layer, k, v, TokenRotation(*rotation) if rotation else None, resid)
             return
         found = list(read(self.model, self.prompts[index], self.placement.where, resid=True))
         tensors = {
-            f"{name}.{layer}": x
-            for layer, one in enumerate(found)
+            f"{name}.{one.layer}": x
+            for one in found
             for name, x in zip(_PARTS, (one.k, one.v, one.resid, *_parts(one.rotation)), strict=False)
             if x is not None
         }
@@ -129,7 +135,10 @@ class ActivationStore:
         yield from found
 
     def features(self, site: Site) -> NDArray[np.float32]:
-        """Mean vector of every prompt at every position, ``[layers, prompts, positions, channels]``, on disk."""
+        """Mean vector of every prompt at every position, ``[layers, prompts, positions, channels]``, on disk.
+
+        Of the layers that store keys and values, in their order.
+        """
         if self._features is None:
             self._features = self._mean_vectors()
         return self._features[site]
@@ -157,15 +166,15 @@ class ActivationStore:
         return found
 
     def _mean_vectors(self) -> dict[Site, NDArray[np.float32]]:
-        shape = (self.model.geometry.layers, len(self.prompts), len(self.positions))
+        shape = (len(self.model.geometry.stores), len(self.prompts), len(self.positions))
         found = {site: self._array(site, (*shape, site_width(self.model, site))) for site in SITES}
         for index, prompt in enumerate(track(self.prompts, "reading the geometry", len(self.prompts))):
-            for layer, activations in enumerate(self.layers(index)):
+            for row, activations in enumerate(self.layers(index)):
                 if activations.rotation is not None:
-                    self._planes[layer] = activations.rotation.planes
+                    self._planes[activations.layer] = activations.rotation.planes
                 for site, means in found.items():
                     x = vectors(activations, site, at_site(activations, site))
-                    means[layer, index] = stack_positions(x, prompt, self.positions).cpu().numpy()
+                    means[row, index] = stack_positions(x, prompt, self.positions).cpu().numpy()
         return found
 
     def _array(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:

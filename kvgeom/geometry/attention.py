@@ -98,16 +98,17 @@ def attention_error(
             "use placement='cache'"
         )
     geometry = model.geometry
-    shape = (geometry.layers, geometry.query_heads, 2)
+    shape = (len(geometry.stores), geometry.query_heads, 2)
     sums = {name: np.zeros(shape) for name in (*VARIABLES, "k2", "v2", "out2", "queries")}
     with shown(progress):
         for prompt in track(prompts, "attention error", len(prompts)):
-            for layer, found in enumerate(read(model, prompt, queries=True)):
+            for row, found in enumerate(read(model, prompt, queries=True)):
+                layer = found.layer
                 k_error = (rounding(layer, "k", found.k, found.rotation).float() - found.k.float())[0]
                 v_error = (rounding(layer, "v", found.v).float() - found.v.float())[0]
                 exact = (found.queries, found.k[0].float(), found.v[0].float())
                 for name, values in errors(*exact, k_error, v_error, model.attention(layer)).items():
-                    sums[name][layer] += values
+                    sums[name][row] += values
     with np.errstate(divide="ignore", invalid="ignore"):
         means = {
             "key_mse": sums["key_mse"] / sums["k2"],
@@ -119,7 +120,7 @@ def attention_error(
     data = xr.Dataset(
         {name: (("layer", "head", "queries"), values) for name, values in means.items()},
         coords={
-            "layer": np.arange(geometry.layers),
+            "layer": list(geometry.stores),
             "head": np.arange(geometry.query_heads),
             "queries": ["all", "last"],
         },
@@ -150,7 +151,7 @@ def attention_to_request(model: Any, prompts: Any, **load_options: Any) -> NDArr
 
     Returns
     -------
-    array [layers]
+    array [layers that store keys and values]
         Share of the attention, mean over query heads and prompts.
 
     Raises
@@ -161,12 +162,12 @@ def attention_to_request(model: Any, prompts: Any, **load_options: Any) -> NDArr
     model, prompts = opened(model, prompts, load_options)
     if not prompts:
         raise InputError("attention to requests needs prompts, got none; give at least one")
-    shares = np.zeros(model.geometry.layers)
+    shares = np.zeros(len(model.geometry.stores))
     for prompt in prompts:
-        for layer, found in enumerate(read(model, prompt, queries=True)):
-            q, k, rule = found.queries[:, -1:].float(), found.k[0].float(), model.attention(layer)
+        for row, found in enumerate(read(model, prompt, queries=True)):
+            q, k, rule = found.queries[:, -1:].float(), found.k[0].float(), model.attention(found.layer)
             paid = weights(scores(q, k.repeat_interleave(q.shape[0] // k.shape[0], 0), rule), rule)[:, 0]
-            shares[layer] += float(paid[:, prompt.instruction].sum(-1).mean())
+            shares[row] += float(paid[:, prompt.instruction].sum(-1).mean())
     return shares / len(prompts)
 
 

@@ -111,7 +111,8 @@ def patch_layers(
     model, prompts = opened(model, prompts, load_options, progress)
     named = _named(model, schemes, placement)
     n_layers = model.geometry.layers
-    chosen = list(range(n_layers)) if layers is None else whole_numbers("layers", layers, 0, n_layers - 1)
+    chosen = list(model.geometry.stores) if layers is None else whole_numbers("layers", layers, 0, n_layers - 1)
+    model.geometry.check_stores(chosen, model.name)
     if not chosen:
         raise InputError(f"no layer was given; choose from 0 to {n_layers - 1}")
     branches = [
@@ -279,20 +280,25 @@ def first_order(
     where = rounding.placement.where
     geometry = model.geometry
     sites = ("k", "v")
-    drops = np.zeros((len(prompts), geometry.layers, len(sites)))
-    channels = np.zeros((geometry.layers, len(sites), geometry.channels))
+    geometry.check_alike(model.name)
+    stores = geometry.stores
+    drops = np.zeros((len(prompts), len(stores), len(sites)))
+    channels = np.zeros((len(stores), len(sites), geometry.channels))
     clean = np.zeros(len(prompts))
     with shown(progress):
         for row, prompt in enumerate(track(prompts, "first-order estimate", len(prompts))):
             found = model.gradients(prompt.ids, lambda logits: margin(logits, tokens), where=where)
             clean[row] = found.score
-            rotations = [layer.rotation for layer in read(model, prompt, where)] if rounding.needs_rotation else None
+            rotations = (
+                {one.layer: one.rotation for one in read(model, prompt, where)} if rounding.needs_rotation else None
+            )
             for (layer, site), x in found.x.items():
                 rounded = rounding(layer, site, x, rotations[layer] if rotations and site == "k" else None)
                 error = rounded.float() - x.float()
                 lost = -(found.grad[layer, site] * error)[0].double().sum(1).flatten().cpu().numpy()
-                drops[row, layer, sites.index(site)] = lost.sum()
-                channels[layer, sites.index(site)] += lost / len(prompts)
+                at = stores.index(layer), sites.index(site)
+                drops[row, *at] = lost.sum()
+                channels[at] += lost / len(prompts)
     data = xr.Dataset(
         {
             "margin_drop": (("prompt", "layer", "site"), drops),
@@ -301,7 +307,7 @@ def first_order(
         },
         coords={
             "prompt": np.arange(len(prompts)),
-            "layer": np.arange(geometry.layers),
+            "layer": list(stores),
             "site": list(sites),
             "channel": np.arange(geometry.channels),
         },

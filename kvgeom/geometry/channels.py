@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import xarray as xr
@@ -169,11 +168,11 @@ def stored(
         For a layer, site or prompt that does not exist, or if ``scheme`` cannot be resolved.
     """
     store, geometry = space.activations, space.model.geometry
-    one_of("layer", layer, range(geometry.layers))
+    one_of("layer", layer, geometry.stores)
     one_of("site", site, SITES)
     one_of("prompt", row, range(len(store.prompts)))
     rounding = Rounding.at(space.model, scheme, space.placement)
-    activations = next(islice(store.layers(row), layer, None))
+    activations = next(one for one in store.layers(row) if one.layer == layer)
     x = at_site(activations, site)
     rounded = rounding(layer, site, x, activations.rotation if site == "k" else None)
     found = {

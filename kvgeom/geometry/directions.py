@@ -155,15 +155,15 @@ def compare(
     )
     samples, seed = whole("samples", samples), as_seed(seed)
     geometry, harmful = space.model.geometry, space.is_harmful
-    shape = (len(methods), len(chosen), geometry.layers)
+    shape = (len(methods), len(chosen), len(geometry.stores))
     numbers = {
         name: np.full((*shape, 3), np.nan) for name in ("stability", "stability_low", "stability_high", "separation")
     }
     vectors = {site: np.zeros((*shape, site_width(space.model, site)), dtype=np.float32) for site in SITES}
     scores = np.zeros((*shape, 3, len(harmful)), dtype=np.float32)
-    total = geometry.layers * len(SITES) * len(chosen) * len(methods)
+    total = len(geometry.stores) * len(SITES) * len(chosen) * len(methods)
     with shown(progress), bar("directions by every method", total) as drawn_bar:
-        for layer in range(geometry.layers):
+        for row, layer in enumerate(geometry.stores):
             for column, site in enumerate(SITES):
                 features = space.features(layer, site)
                 defined = defined_at(features, harmful, space.resolution(layer, site))
@@ -176,13 +176,13 @@ def compare(
                     auroc = separation(x, harmful, draws=0).auroc
                     for m, method in enumerate(methods):
                         unit, drawn = bootstrap(x, harmful, method, samples=samples, seed=seed)
-                        vectors[site][m, p, layer], scores[m, p, layer, column] = unit, x @ unit
-                        numbers["separation"][m, p, layer, column] = auroc
+                        vectors[site][m, p, row], scores[m, p, row, column] = unit, x @ unit
+                        numbers["separation"][m, p, row, column] = auroc
                         if samples:
                             low, median, high = np.quantile(drawn, [0.025, 0.5, 0.975])
-                            numbers["stability"][m, p, layer, column] = median
-                            numbers["stability_low"][m, p, layer, column] = low
-                            numbers["stability_high"][m, p, layer, column] = high
+                            numbers["stability"][m, p, row, column] = median
+                            numbers["stability_low"][m, p, row, column] = low
+                            numbers["stability_high"][m, p, row, column] = high
                         drawn_bar.update(1)
     dims = ("estimator", "position", "layer")
     data = xr.Dataset(
@@ -196,7 +196,7 @@ def compare(
         coords={
             "estimator": methods,
             "position": chosen,
-            "layer": np.arange(geometry.layers),
+            "layer": list(geometry.stores),
             "site": list(SITES),
             "kv": ["k", "v"],
         },

@@ -324,17 +324,17 @@ def fit_direction(
     return Direction(list(names)[best], gap.astype(np.float64), basis.astype(np.float64), best_separation, True)
 
 
-def as_dataset(found: Mapping[tuple[int, Site], Direction], layers: int, tried: int) -> xr.Dataset:
+def as_dataset(found: Mapping[tuple[int, Site], Direction], layers: Sequence[int], tried: int) -> xr.Dataset:
     """Directions by layer and site as the data of a :class:`~kvgeom.geometry.subspace.Subspace`.
 
     Parameters
     ----------
     found : mapping of (layer, site) to Direction
-    layers : int
+    layers : sequence of int
     tried : int
         Positions that were looked at; p-values are corrected for them.
     """
-    cells = [[found[layer, site] for site in SITES] for layer in range(layers)]
+    cells = [[found[layer, site] for site in SITES] for layer in layers]
     p = np.array([[one.separation.p for one in row] for row in cells])
     variables: dict[str, Any] = {
         "position": np.array([[one.position for one in row] for row in cells]),
@@ -351,7 +351,7 @@ def as_dataset(found: Mapping[tuple[int, Site], Direction], layers: int, tried: 
         k, v, resid = (np.stack([_padded(getattr(row[at], name), most) for row in cells]) for at in range(len(SITES)))
         data[name] = (("layer", "kv", "channel", *more), np.stack([k, v], axis=1))
         data[f"resid_{name}"] = (("layer", "resid_channel", *more), resid)
-    return xr.Dataset(data, coords={"layer": np.arange(layers), "site": list(SITES), "kv": ["k", "v"]})
+    return xr.Dataset(data, coords={"layer": list(layers), "site": list(SITES), "kv": ["k", "v"]})
 
 
 def direction_of(data: xr.Dataset, layer: int, site: Site) -> Direction:

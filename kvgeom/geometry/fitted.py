@@ -43,7 +43,8 @@ class Source:
     def features(self, layer: int, site: Site) -> NDArray[np.float64]:
         """See :meth:`FittedSpace.features`."""
         rows = self.activations.indices([*self.prompts.harmful, *self.prompts.harmless])
-        found: NDArray[np.float64] = self.activations.features(site)[layer][rows].astype(np.float64)
+        at = self.activations.model.geometry.stores.index(layer)
+        found: NDArray[np.float64] = self.activations.features(site)[at][rows].astype(np.float64)
         return found
 
     def resolution(self, layer: int, site: Site) -> NDArray[np.float64]:
@@ -106,7 +107,7 @@ class FittedSpace(Result):
             (layer, site): fit_direction(
                 source.features(layer, site), harmful, names, tried, k, method, source.resolution(layer, site)
             )
-            for layer in range(geometry.layers)
+            for layer in geometry.stores
             for site in SITES
         }
         meta = {
@@ -118,7 +119,7 @@ class FittedSpace(Result):
             "kv_heads": geometry.kv_heads,
             "head_dim": geometry.head_dim,
         }
-        return cls(as_dataset(found, geometry.layers, len(tried)), meta, source)
+        return cls(as_dataset(found, geometry.stores, len(tried)), meta, source)
 
     @property
     def k(self) -> int:

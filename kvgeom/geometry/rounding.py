@@ -78,7 +78,10 @@ class Rounding:
         """The same for several specs; constants that some of them share are measured once."""
         configs = {str(n): resolve(spec, placement=placement) for n, spec in enumerate(specs)}
         layers = model.geometry.layers
-        bare = {n: Condition(config.recipe(layers), config.placement) for n, config in configs.items()}
+        bare = {
+            n: Condition(model.geometry.stored(config.recipe(layers), model.name), config.placement)
+            for n, config in configs.items()
+        }
         whole = with_model_constants(model, bare)
         return [cls(one.name, one.stored, whole[n].recipe, one.placement) for n, one in configs.items()]
 

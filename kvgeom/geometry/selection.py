@@ -322,7 +322,7 @@ def select_direction(
     train = np.concatenate([rows[:-validation] for rows in usable])
     index = [space.positions.index(name) for name in names]
     candidates = np.zeros((model.geometry.layers, len(names), model.geometry.d_model))
-    for layer in range(model.geometry.layers):
+    for layer in model.geometry.stores:  # those that were read; others have no candidates
         features = space.features(layer, "resid")[train][:, index]
         defined = defined_at(features, harmful[train], space.resolution(layer, "resid")[index])
         candidates[layer, defined] = difference_of_means(features, harmful[train])[defined]

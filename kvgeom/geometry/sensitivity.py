@@ -183,7 +183,8 @@ def _moments(
     chosen = [*space.prompts.harmful[:pairs], *space.prompts.harmless[:pairs]]
     for index in track(map(int, space.activations.indices(chosen)), title, len(chosen)):
         prompt = space.activations.prompts[index]
-        for layer, activations in enumerate(space.activations.layers(index)):
+        for activations in space.activations.layers(index):
+            layer = activations.layer
             for site in SITES:
                 direction, x = space.directions[layer, site], at_site(activations, site)
                 rounded = rounding(layer, site, x, activations.rotation if site == "k" else None)
@@ -225,7 +226,7 @@ def _table(
     nulls: dict[int, NDArray[np.float64]],
 ) -> xr.Dataset:
     geometry = space.model.geometry
-    layers = range(geometry.layers)
+    layers = geometry.stores
     cells = [[_cell(space, rounding, moments[layer, site], site, layer, nulls) for site in SITES] for layer in layers]
     data = xr.Dataset(
         {name: (("layer", "site"), np.array([[cell[name] for cell in row] for row in cells])) for name in cells[0][0]},

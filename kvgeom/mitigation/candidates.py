@@ -9,7 +9,6 @@ from typing import get_args
 from kvgeom.errors import InputError
 from kvgeom.evaluation.condition import Condition
 from kvgeom.models.model import KVGeometry
-from kvgeom.quant.memory import bytes_per_token
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Site
 
@@ -43,7 +42,7 @@ class Candidate:
 
     def bytes_per_token(self, geometry: KVGeometry) -> float:
         """Memory of a token in all layers, scales, offsets and tokens in 16 bits included, of a prompt of 4,096 tokens."""
-        return bytes_per_token(self.recipe, self.placement, geometry.kv_heads, geometry.head_dim)
+        return geometry.bytes_per_token(self.recipe, self.placement)
 
     def same_cache(self, other: Candidate) -> bool:
         """Whether another candidate is the same cache, whatever it is called."""

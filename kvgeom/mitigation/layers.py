@@ -106,7 +106,7 @@ def layer_orders(base: Baseline, recipe: Recipe, placement: Placement) -> dict[s
 
     Costs, per refused prompt, two passes and half a pass for every layer.
     """
-    model, n_layers = base.model, base.model.geometry.layers
+    model, stores = base.model, base.model.geometry.stores
     placement = placement if placement.one_pass else Placement()
     prompts = [base.prompts[index] for index in base.refused]
 
@@ -126,31 +126,31 @@ def layer_orders(base: Baseline, recipe: Recipe, placement: Placement) -> dict[s
     drop = np.array(base.journal.remember(key, measure))
     rng = np.random.default_rng(base.run.seed)
     try:
-        attention = {"attention": _descending(attention_to_request(model, prompts))}
+        attention = {"attention": _descending(attention_to_request(model, prompts), stores)}
     except ModelError:  # attention of this model cannot be rebuilt: one rule fewer to compare with
         attention = {}
     return {
-        "causal": _descending(drop),
-        "first": list(range(n_layers)),
+        "causal": _descending(drop, stores),
+        "first": list(stores),
         **attention,
-        **dict(zip(RANDOM_RULES, _drawn(n_layers, rng), strict=False)),
+        **dict(zip(RANDOM_RULES, _drawn(stores, rng), strict=False)),
     }
 
 
-def _drawn(n_layers: int, rng: np.random.Generator) -> list[list[int]]:
+def _drawn(stores: Sequence[int], rng: np.random.Generator) -> list[list[int]]:
     """Random orders whose sets of layers differ at every number that is compared; as many as there are rules and sets."""
-    kept = counts(n_layers)
-    enough = min(len(RANDOM_RULES), *(comb(n_layers, k) for k in kept))
+    kept = counts(len(stores))
+    enough = min(len(RANDOM_RULES), *(comb(len(stores), k) for k in kept))
     orders: list[list[int]] = []
     while len(orders) < enough:
-        order = [int(layer) for layer in rng.permutation(n_layers)]
+        order = [int(layer) for layer in rng.permutation(stores)]
         if all({*order[:k]} != {*other[:k]} for other in orders for k in kept):
             orders.append(order)
     return orders
 
 
 def counts(n_layers: int) -> tuple[int, ...]:
-    """How many layers are kept in the comparison: about a twelfth, a sixth and a third of all."""
+    """How many layers are kept in the comparison: about a twelfth, a sixth and a third of those that store something."""
     return tuple(sorted({max(1, round(n_layers / part)) for part in (12, 6, 3)}))
 
 
@@ -208,5 +208,5 @@ def selection_of(
     return LayerSelection(data, meta)
 
 
-def _descending(values: NDArray[np.floating]) -> list[int]:
-    return [int(layer) for layer in np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")]
+def _descending(values: NDArray[np.floating], layers: Sequence[int]) -> list[int]:
+    return [layers[at] for at in np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")]

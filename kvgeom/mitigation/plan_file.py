@@ -107,7 +107,9 @@ def _attributes(record: dict[str, Any]) -> dict[str, Any]:
         "max_reasoning_tokens": record.get("max_reasoning_tokens", RunConfig.max_reasoning_tokens),
         "model": model["name"],
         "identity": model["identity"],
-        "geometry": KVGeometry(**{field.name: model[field.name] for field in dataclasses.fields(KVGeometry)}),
+        "geometry": KVGeometry(
+            **{each.name: model[each.name] for each in dataclasses.fields(KVGeometry) if each.name in model}
+        ),
         "chosen": candidate(record["chosen"]),
         "paper": candidate(record["paper"]),
         "candidates": tuple(candidate(found) for found in record["candidates"]),

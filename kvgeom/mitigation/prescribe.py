@@ -65,7 +65,7 @@ def prescribe(
         unmitigated = setting.unmitigated
         setting = replace(setting, orders=layer_orders(base, unmitigated.recipe, config.placement))
         paper = advised(diagnosis.paper_mode, diagnosis.scan, unmitigated)
-        kept = counts(geometry.layers)
+        kept = counts(len(geometry.stores))
         by_rule = protections(unmitigated, setting.orders, kept)
         alike = [unmitigated, *candidates_of(setting, "cache", [unmitigated])]
         layered = candidates_of(setting, "layers", alike)

@@ -15,7 +15,6 @@ from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import Harmless
 from kvgeom.models.model import KVGeometry
-from kvgeom.quant.memory import bytes_per_token
 from kvgeom.quant.recipe import Recipe
 from kvgeom.results import Result
 from kvgeom.stats import mcnemar, reduction_estimate
@@ -136,7 +135,7 @@ def search_of(
         "untested": [_untested(candidate, candidates[0], lengths) for candidate in candidates],
     }
     data = xr.Dataset({name: ("candidate", values) for name, values in columns.items()}, coords={"candidate": names})
-    exact = bytes_per_token(Recipe.exact(geometry.layers), None, geometry.kv_heads, geometry.head_dim)
+    exact = geometry.bytes_per_token(Recipe.exact(geometry.layers))
     meta = {**outcomes.made_by(), "prompts": n, "budget": budget, "exact_bytes_per_token": exact}
     return Search(data, meta).with_choice()
 

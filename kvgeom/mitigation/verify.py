@@ -19,7 +19,6 @@ from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import MARGIN, SIGNIFICANT, Margin, harmless_outcomes, harmless_under
 from kvgeom.mitigation.search import recovery_columns
 from kvgeom.progress import track
-from kvgeom.quant.memory import bytes_per_token
 from kvgeom.quant.recipe import Recipe
 from kvgeom.results import Result
 from kvgeom.stats import Estimate, wilson
@@ -260,7 +259,7 @@ def prove(
     }
     unknown = Estimate(float("nan"), float("nan"), float("nan"))
     size = np.array([row.candidate.bytes_per_token(geometry) for row in rows.values()])
-    exact_size = bytes_per_token(Recipe.exact(geometry.layers), None, geometry.kv_heads, geometry.head_dim)
+    exact_size = geometry.bytes_per_token(Recipe.exact(geometry.layers))
     columns = {
         "name": np.array([row.candidate.name for row in rows.values()], dtype=object),
         "control_of": np.array([row.control_of for row in rows.values()], dtype=object),

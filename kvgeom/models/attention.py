@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from kvgeom.errors import ModelError
 from kvgeom.models import hooks
-from kvgeom.models.cache import EditedCache
+from kvgeom.models.decoder import Decoder
 from kvgeom.models.model import AttentionRule, KVGeometry
-from kvgeom.models.modules import attention_of
 from kvgeom.models.rotary import RotaryEmbedding, TokenRotation
 
 #: The proof runs so many tokens, and more to look past a window of at most so many.
@@ -22,15 +21,14 @@ _TOKENS, _LONGEST_WINDOW = 32, 512
 _OFF, _ROUNDINGS = 1e-3, 16
 
 
-def attention_rule(layer: nn.Module, config: Any, geometry: KVGeometry) -> AttentionRule:
-    """What a layer says of its attention: its scale, window, soft cap and sinks."""
-    attention = attention_of(layer)
+def attention_rule(attention: nn.Module, config: Any, geometry: KVGeometry, layer: int) -> AttentionRule:
+    """What the attention of a layer says of itself: its scale, window, soft cap and sinks."""
     windowed = getattr(attention, "sliding_window", None)
     if windowed is None and not getattr(config, "layer_types", None):
         windowed = geometry.sliding_window
     sinks = getattr(attention, "sinks", None)
     return AttentionRule(
-        scale=float(getattr(attention, "scaling", None) or geometry.head_dim**-0.5),
+        scale=float(getattr(attention, "scaling", None) or geometry.shape(layer, "k")[1] ** -0.5),
         window=int(windowed) if windowed else None,
         softcap=getattr(config, "attn_logit_softcapping", None),
         sinks=tuple(sinks.detach().float().flatten().tolist()) if isinstance(sinks, Tensor) else None,
@@ -73,11 +71,10 @@ def seen(queries: int, tokens: int, rule: AttentionRule) -> Tensor:
 @torch.inference_mode()
 def check_attention(
     hf_model: Any,
-    layers: Sequence[nn.Module],
+    decoder: Decoder,
     projections: hooks.Projections,
     rotary: RotaryEmbedding,
-    rules: Sequence[AttentionRule],
-    name: str,
+    rules: Mapping[int, AttentionRule],
 ) -> None:
     """Rebuild the attention of a sequence from queries and keys, and compare it with what the model has computed.
 
@@ -88,23 +85,23 @@ def check_attention(
     ModelError
         If it differs in some layer, or the model does not show its own.
     """
-    windows = [rule.window for rule in rules if rule.window is not None and rule.window <= _LONGEST_WINDOW]
+    windows = [rule.window for rule in rules.values() if rule.window is not None and rule.window <= _LONGEST_WINDOW]
     config = hf_model.config.get_text_config()
     count = min(_TOKENS + max(windows, default=0), getattr(config, "max_position_embeddings", None) or _TOKENS)
     drawn = torch.randint(config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0)).to(hf_model.device)
     queries: dict[int, Tensor] = {}
     rotations: dict[int, TokenRotation] = {}
     own: dict[int, Any] = {}
-    cache = EditedCache(len(layers))
+    cache, attentions = decoder.new_cache(), decoder.attentions
     watching = (
-        hooks.watch_queries(layers, projections, queries.__setitem__),
-        hooks.watch_rotation(layers, rotary.layers, rotations.__setitem__),
-        (attention_of(layer).register_forward_hook(_keep(own, index)) for index, layer in enumerate(layers)),
+        hooks.watch_queries(attentions, projections, queries.__setitem__),
+        hooks.watch_rotation(attentions, rotary.layers, rotations.__setitem__),
+        (module.register_forward_hook(_keep(own, index)) for index, module in attentions.items()),
     )
     with _shown(hf_model), hooks.during(*watching):
         positions = torch.arange(count, device=hf_model.device)[None]
         hf_model(input_ids=drawn, position_ids=positions, past_key_values=cache, use_cache=True)
-    for index, rule in enumerate(rules):
+    for index, rule in rules.items():
         q = rotations[index].rotate(queries[index][0]).float()
         k = cache.layers[index].keys[0].float().repeat_interleave(len(q) // len(cache.layers[index].keys[0]), 0)
         rebuilt, theirs = weights(scores(q, k, rule), rule), own.get(index)
@@ -113,7 +110,7 @@ def check_attention(
         if not off <= max(_OFF, _ROUNDINGS * torch.finfo(hf_model.dtype).eps):
             why = f"a weight differs by {off:.2g}" if shown else "the model does not show its own"
             raise ModelError(
-                f"the attention of layer {index} of {name} cannot be rebuilt from its queries and keys ({why}), so that "
+                f"the attention of layer {index} of {decoder.name} cannot be rebuilt from its queries and keys ({why}), so that "
                 "nothing is said of errors of attention; responses, perplexity and the geometry of keys and values work"
             )
 

@@ -26,7 +26,7 @@ def rows_per_batch(model: Model, tokens: int, logits: int, most: int = MOST_ROWS
     and logits twice (as computed and in float32).
     """
     g, size = model.geometry, torch.finfo(model.dtype).bits // 8
-    cache = 2 * g.layers * g.channels * size
+    cache = g.elements * size
     inside = 8 * g.d_model * size
     row = tokens * (cache + inside) + logits * model.vocabulary * (size + 4)
     return int(max(1, min(most, SHARE * _free(model.device) // row)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -215,20 +216,20 @@ class GradientProbe:
 
 
 class EditedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """One layer of an :class:`EditedCache`."""
+    """One layer of an :class:`EditedCache` that stores keys and values.
+
+    What a kind of layer holds beside them (states, keys of an index) stays exact: see :func:`kvgeom.models.decoder.edited`.
+    """
 
     keys: Tensor  # None before the first token, which nothing here reads
     values: Tensor
+    #: Whether caches of single sequences can be put together into a batch.
+    stacks = True
 
-    def __init__(self, index: int, edit: Edit | None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(self, index: int, edit: Edit | None, **own: Any) -> None:
+        super().__init__(**own)  # type: ignore[no-untyped-call]
         self.index = index
         self.edit = edit
-
-    def fill(self, keys: Tensor, values: Tensor) -> None:
-        """Hold these tokens, as they are, and no others."""
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values as edited, and return all that attention is to read."""
@@ -248,27 +249,30 @@ class EditedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 class EditedCache(Cache):
-    """A transformers cache that passes all it stores through an edit.
+    """A transformers cache that passes all keys and values through an edit.
 
-    Every layer keeps the whole sequence, sliding-window layers too: their mask hides what is out of the window.
+    Every layer keeps the whole sequence, sliding-window layers too: their mask hides what is out of the window. Layers that
+    hold states instead, or nothing, are transformers' own.
 
     Parameters
     ----------
-    n_layers : int
+    layers : int or sequence of layers
+        How many layers there are, all with keys and values; or one empty layer of its kind for each.
     edit : Edit, optional
         None stores everything as it is.
     """
 
     layers: list[EditedLayer]  # type: ignore[assignment]
 
-    def __init__(self, n_layers: int, edit: Edit | None = None) -> None:
-        super().__init__(layers=[EditedLayer(index, edit) for index in range(n_layers)])
+    def __init__(self, layers: int | Sequence[Any], edit: Edit | None = None) -> None:
+        kinds = [EditedLayer(index, None) for index in range(layers)] if isinstance(layers, int) else layers
+        super().__init__(layers=[_rebuilt([kind], edit) for kind in kinds])
         self.edit = edit
 
     @classmethod
     def stack(cls, caches: Sequence[Self]) -> Self:
         """One batch out of caches of single sequences, padded on the left to the longest."""
-        if not all(type(layer) is EditedLayer for cache in caches for layer in cache.layers):
+        if not all(getattr(layer, "stacks", True) for cache in caches for layer in cache.layers):
             raise InputError(
                 "packed caches store one sequence each and cannot be batched; feed their tokens with forward"
             )
@@ -276,20 +280,39 @@ class EditedCache(Cache):
         edit = edits[0].stack(edits) if edits and not is_windowed(edits[0]) else None
         if edits and edit is None:  # tokens wait in each sequence for itself
             edit = BatchedEdit(tuple(edit.rows(torch.tensor([0])) for edit in edits))
-        merged = cls(len(caches[0].layers), edit)
         longest = max(cache.get_seq_length() for cache in caches)
-        for index, layer in enumerate(merged.layers):
-            parts = [cache.layers[index] for cache in caches]
-            layer.fill(
-                torch.cat([_padded(part.keys, longest) for part in parts]),
-                torch.cat([_padded(part.values, longest) for part in parts]),
-            )
-        return merged
+
+        def padded(parts: Sequence[Tensor], grows: bool) -> Tensor:
+            return torch.cat([_padded(part, longest) if grows else part for part in parts])
+
+        return cls._of([_rebuilt(parts, edit, padded) for parts in zip(*(c.layers for c in caches), strict=True)], edit)
+
+    @classmethod
+    def _of(cls, layers: Sequence[Any], edit: Edit | None) -> Self:
+        new = cls(0, edit)
+        new.layers = list(layers)
+        return new
+
+    @property
+    def storing(self) -> list[tuple[int, EditedLayer]]:
+        """The layers that store keys and values, with their numbers."""
+        return [(index, layer) for index, layer in enumerate(self.layers) if isinstance(layer, EditedLayer)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that it holds."""
+        return sum(holder[name].nbytes for layer in self.layers for holder, name, _ in _tensors(layer))
+
+    def tokens_at(self, layer: int) -> int:
+        """How many tokens the first layer that stores any, from ``layer`` on, has stored."""
+        return next((one.get_seq_length() for index, one in self.storing if index >= layer), 0)
 
     def keep(self, rows: Tensor) -> None:
         """Drop all sequences of the batch but ``rows``, in ascending order; each layer has those that have reached it."""
         for layer in self.layers:
-            layer.batch_select_indices(rows[rows < len(layer.keys)])
+            for holder, name, _ in _tensors(layer):
+                x = holder[name]
+                holder[name] = x[rows[rows < len(x)].to(x.device)]
         if self.edit is not None:
             self.edit = self.edit.rows(rows)
             for layer in self.layers:
@@ -298,23 +321,58 @@ class EditedCache(Cache):
     def row(self, row: int, length: int) -> EditedCache:
         """One sequence of a batch that ran under :class:`BatchedEdit`, cut to its first ``length`` tokens.
 
-        In layers that a branch has not reached yet, its keys and values are those of row 0, which it branched off.
+        In layers that a branch has not reached yet, its keys and values are those of row 0, which it branched off. States
+        cannot be cut, so that ``length`` must be all tokens where a layer has some.
         """
         edit = self.edit.rows(torch.tensor([row])) if isinstance(self.edit, BatchedEdit) else self.edit
-        one = EditedCache(len(self.layers), edit)
-        for all_rows, new in zip(self.layers, one.layers, strict=True):
-            at = row if row < len(all_rows.keys) else 0
+
+        def own(parts: Sequence[Tensor], grows: bool) -> Tensor:
+            at = row if row < len(parts[0]) else 0
+            one = parts[0][at : at + 1]
             # Copied, or the one sequence would hold on to the memory of the whole batch.
-            new.fill(*(x[at : at + 1, :, :length].clone() for x in (all_rows.keys, all_rows.values)))
-        return one
+            return (one[..., :length, :] if grows else one).clone()
+
+        return EditedCache._of([_rebuilt([layer], edit, own) for layer in self.layers], edit)
 
     def copy(self, edit: Edit | None = None) -> EditedCache:
-        """A new cache with the same contents (shared, never written in place) and another edit."""
-        other = EditedCache(len(self.layers), edit)
-        for mine, new in zip(self.layers, other.layers, strict=True):
-            if mine.is_initialized:
-                new.fill(mine.keys, mine.values)
-        return other
+        """A new cache with the same contents and another edit.
+
+        Keys and values are shared, for they are never written in place; states are.
+        """
+
+        def same(parts: Sequence[Tensor], grows: bool) -> Tensor:
+            return parts[0] if grows else parts[0].clone()
+
+        return EditedCache._of([_rebuilt([layer], edit, same) for layer in self.layers], edit)
+
+
+def _tensors(layer: Any) -> Iterator[tuple[dict[Any, Any], Any, bool]]:
+    """Where a layer holds its tensors, each with whether it grows token by token (``[batch, ..., tokens, channels]``).
+
+    What grows are attributes (keys, values, keys of an index); states, which stay as large as they are, lie in dictionaries.
+    """
+    own = vars(layer)
+    for name, value in own.items():
+        if isinstance(value, Tensor):
+            yield own, name, True
+        elif isinstance(value, dict):
+            yield from ((value, key, False) for key, x in value.items() if isinstance(x, Tensor))
+
+
+def _rebuilt(
+    layers: Sequence[Any], edit: Edit | None, join: Callable[[Sequence[Tensor], bool], Tensor] | None = None
+) -> Any:
+    """A layer of the same kind, each of whose tensors ``join`` makes of those of some layers."""
+    new = copy.copy(layers[0])
+    for name, value in vars(new).items():
+        if isinstance(value, dict):
+            setattr(new, name, dict(value))
+    new.edit = edit
+    if join is not None:
+        places = zip(*(list(_tensors(each)) for each in layers), strict=True)
+        for (holder, name, grows), theirs in zip(list(_tensors(new)), places, strict=True):
+            holder[name] = join([own[key] for own, key, _ in theirs], grows)
+    return new
 
 
 def _padded(x: Tensor, length: int) -> Tensor:

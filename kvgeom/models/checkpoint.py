@@ -65,7 +65,8 @@ def fold(model: Model, recipe: Recipe, sites: Collection[Site] = ("k", "v")) -> 
     edited = edits.editable(edits.copied(model, f"{model.name} (folded)"))
     if len(recipe) != model.geometry.layers:
         raise InputError(f"{model.name} has {model.geometry.layers} layers, got a recipe for {len(recipe)}")
-    for layer in range(len(recipe)):
+    recipe = model.geometry.stored(recipe, model.name)
+    for layer in recipe.touched:
         for site in sites:
             scheme = recipe.scheme(layer, site)
             if scheme is not None and scheme.transform != "none":

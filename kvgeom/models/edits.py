@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kvgeom.errors import InputError, ModelError
 from kvgeom.models.hf import HFModel
 from kvgeom.models.model import Model
-from kvgeom.models.modules import Projection, attention_of, decoder_layers, norm_of, projections
+from kvgeom.models.modules import Projection, norm_of, projections
 
 _OUTPUTS = ("o_proj", "dense", "out_proj")
 #: Parts of an attention that stand between values and output projection, or take a share of the attention.
@@ -269,15 +269,15 @@ def shares_key_norm(model: Model, layer: int) -> bool:
 
 
 def _attention(model: Model, layer: int) -> Any:
-    layers = decoder_layers(editable(model).hf_model, model.geometry.layers, model.name)
-    if not 0 <= layer < len(layers):
-        raise InputError(f"layer must be 0 to {len(layers) - 1} in {model.name}, got {layer}")
-    return attention_of(layers[layer])
+    own = editable(model)
+    model.geometry.check_alike(model.name)
+    model.geometry.check_stores([layer], model.name)
+    return own.decoder.attentions[layer]
 
 
 def _projections(model: Model, layer: int) -> dict[str, Projection]:
-    layers = decoder_layers(editable(model).hf_model, model.geometry.layers, model.name)
-    found = projections(editable(model).hf_model, layers, model.geometry, model.name)[layer]
+    own = editable(model)
+    found = projections(own.hf_model, own.decoder, model.geometry)[layer]
     for projection in found.values():
         _check_linear(projection.module, model)
     return found

@@ -18,10 +18,10 @@ from kvgeom.models.attention import attention_rule, check_attention
 from kvgeom.models.backends import register_backend
 from kvgeom.models.cache import BatchedEdit, Edit, EditedCache, GradientProbe
 from kvgeom.models.chat import ChatTemplate
+from kvgeom.models.decoder import find_decoder
 from kvgeom.models.model import AttentionRule, EncodedPrompt, Gradients
 from kvgeom.models.modules import (
     Projection,
-    decoder_layers,
     key_bias,
     model_name,
     projections,
@@ -77,16 +77,17 @@ class HFModel:
         self.tokenizer = tokenizer
         self.name = name
         self._config: Any = model.config.get_text_config()
-        self._layers = decoder_layers(model, int(self._config.num_hidden_layers), name)
         self.max_context = int(getattr(self._config, "max_position_embeddings", None) or 2**31)
         self._chat = ChatTemplate(tokenizer, template, name, self.max_context, template_options)
         self.template, self.template_options = self._chat.text, self._chat.options
         self._suffix = self._chat.suffix
-        self.geometry = read_geometry(model, self._config, self._layers, name)
-        self._rotary = RotaryEmbedding(model, self._layers, name)
+        self.decoder = find_decoder(model, name)
+        self._layers = self.decoder.layers
+        self.geometry = read_geometry(model, self.decoder)
+        self._rotary = RotaryEmbedding(model, self.decoder)
         # Found out when they are asked for.
-        self._rules: list[AttentionRule] | None = None
-        self._projecting: list[dict[str, Projection]] | None = None
+        self._rules: dict[int, AttentionRule] | None = None
+        self._projecting: dict[int, dict[str, Projection]] | None = None
         self._late: bool | None = None
         self.fingerprint = weights_fingerprint(model, self._chat.signature)
         self.identity = weights_identity(model)
@@ -114,7 +115,7 @@ class HFModel:
 
     def __repr__(self) -> str:
         g = self.geometry
-        return f"<{type(self).__name__} {self.name}: {g.layers} layers, {g.kv_heads} KV heads x {g.head_dim}, {self.dtype}>"
+        return f"<{type(self).__name__} {self.name}: {g}, {self.dtype}>"
 
     # --- text and tokens ---
 
@@ -143,19 +144,23 @@ class HFModel:
     # --- running ---
 
     def new_cache(self, edit: Edit | None = None) -> EditedCache:
-        return EditedCache(self.geometry.layers, edit)
+        return self.decoder.new_cache(edit)
 
     def attention(self, layer: int) -> AttentionRule:
         if self._rules is None:
-            rules = [attention_rule(module, self._config, self.geometry) for module in self._layers]
-            check_attention(self.hf_model, self._layers, self._projections, self._rotary, rules, self.name)
+            rules = {
+                index: attention_rule(module, self._config, self.geometry, index)
+                for index, module in self.decoder.attentions.items()
+            }
+            check_attention(self.hf_model, self.decoder, self._projections, self._rotary, rules)
             self._rules = rules
         return self._rules[layer]
 
     def key_biases(self) -> dict[tuple[int, Literal["k", "v"]], Tensor]:
-        pairs = zip(self._layers, self._projections, strict=True)
-        found = (key_bias(layer, projection["k"], self.geometry) for layer, projection in pairs)
-        return {(index, "k"): bias for index, bias in enumerate(found) if bias is not None}
+        if not self.geometry.key_bias:
+            return {}
+        found = {index: key_bias(self.decoder.attentions[index], one["k"]) for index, one in self._projections.items()}
+        return {(index, "k"): bias for index, bias in found.items() if bias is not None}
 
     @torch.inference_mode()
     def forward(
@@ -171,8 +176,17 @@ class HFModel:
         start: tuple[int, Tensor] | None = None,
     ) -> Tensor:
         cache = self.new_cache() if cache is None else cache
-        past = cache.layers[start[0] if start else 0].get_seq_length()
+        past = cache.tokens_at(start[0] if start else 0)
         watched = all_logits or any((on_resid, on_rotation, on_query, edit_resid, start))
+        if past > 0 and len(ids) > 1 and self.geometry.stepwise:  # as in decoding
+            observers: dict[str, Any] = {
+                "on_resid": on_resid,
+                "on_rotation": on_rotation,
+                "on_query": on_query,
+                "edit_resid": edit_resid,
+            }
+            each = [self.forward([token], cache, start=start, **observers) for token in ids]
+            return torch.cat(each) if all_logits else each[-1]
         tokens = torch.tensor([list(ids)], device=self.device)
         if past == 0 and len(ids) > 1 and not watched and getattr(cache.edit, "decodes_last_prompt_token", False):
             self._run(tokens[:, :-1], cache, torch.arange(len(ids) - 1, device=self.device)[None], None, 1)
@@ -197,6 +211,8 @@ class HFModel:
         cache = self.new_cache(None if edits is None else BatchedEdit(tuple(edits)))
         tokens = torch.tensor([list(ids)], device=self.device).expand(variants, -1)
         positions = torch.arange(tokens.shape[1], device=self.device).expand(variants, -1)
+        if start is not None and self.geometry.shares:
+            start = None  # layers above read what those below store
         if start is not None:
             start = (start[0], start[1].expand(variants, -1, -1))
         with self._observed(None, edit_resid, start):
@@ -217,7 +233,7 @@ class HFModel:
         past = cache.get_seq_length()
         tokens = torch.tensor([list(ids)], device=self.device)
         positions = torch.arange(past, past + tokens.shape[1], device=self.device)[None]
-        late = Counter(layer for layer in first if any(first))
+        late = Counter(layer for layer in first if any(first) and self.branches_late)
         if not late:
             tokens, positions = (x.expand(1 + len(first), -1) for x in (tokens, positions))
         with hooks.during(hooks.join_branches(self._layers, late)):
@@ -255,6 +271,7 @@ class HFModel:
         stop: Callable[[int, list[int]], bool] | None = None,
         on_done: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
+        batch_size = 1 if self.geometry.alone else batch_size
         with self._observed(None, edit_resid, None):
             responses: list[list[int]] = []
             for begin in range(0, len(caches), batch_size):
@@ -310,7 +327,7 @@ class HFModel:
         """Call the model once. Backends differ here, and in nothing else."""
         watching = (
             hooks.watch_resid(self._layers, on_resid) if on_resid else (),
-            hooks.watch_rotation(self._layers, self._rotary.layers, on_rotation) if on_rotation else (),
+            hooks.watch_rotation(self.decoder.attentions, self._rotary.layers, on_rotation) if on_rotation else (),
         )
         with hooks.during(*watching, *self._cache_hooks(cache.edit)):
             logits = self._call(
@@ -330,16 +347,16 @@ class HFModel:
     def _cache_hooks(self, edit: Edit | None) -> tuple[Iterable[RemovableHandle], ...]:
         """What the edit of a cache needs beside the cache."""
         return (
-            hooks.pass_rotations(self._layers, self._rotary.layers, edit) if edit else (),
+            hooks.pass_rotations(self.decoder.attentions, self._rotary.layers, edit) if edit else (),
             hooks.edit_projections(self._projections, edit) if edit and edit.where == "projection" else (),
         )
 
     # No cached_property: nnsight pickles this class, and one holds a lock before Python 3.12.
     @property
-    def _projections(self) -> list[dict[str, Projection]]:
+    def _projections(self) -> dict[int, dict[str, Projection]]:
         if self._projecting is None:
             with torch.inference_mode(False):  # channels are used where derivatives are taken, too
-                self._projecting = projections(self.hf_model, self._layers, self.geometry, self.name)
+                self._projecting = projections(self.hf_model, self.decoder, self.geometry)
         return self._projecting
 
     @property
@@ -354,6 +371,8 @@ class HFModel:
 
         Layers of some models are bound to the batch that has entered the model, by a mask or by ALiBi's biases.
         """
+        if self.geometry.shares:  # a layer that reads what another has stored needs all rows there
+            return False
         tokens = torch.zeros(1, 2, dtype=torch.long, device=self.device)
         positions = torch.arange(2, device=self.device)[None]
         try:
@@ -368,7 +387,7 @@ class HFModel:
         self, on_query: QueryHook | None, edit_resid: ResidEdit | None, start: tuple[int, Tensor] | None
     ) -> Iterator[None]:
         skipping = hooks.skip_below(self._layers, *start) if start else nullcontext()
-        queries = hooks.watch_queries(self._layers, self._projections, on_query) if on_query else ()
+        queries = hooks.watch_queries(self.decoder.attentions, self._projections, on_query) if on_query else ()
         edits = hooks.edit_stream(self._layers, edit_resid) if edit_resid else ()
         with skipping, hooks.during(queries, edits):
             yield

@@ -15,16 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kvgeom.errors import ModelError
 from kvgeom.models.cache import Edit, RotaryEdit
-from kvgeom.models.modules import Projection, attention_of, attention_write, norm_of
+from kvgeom.models.modules import Projection, attention_write, norm_of
 from kvgeom.models.rotary import Rotary
 
 if TYPE_CHECKING:
     from kvgeom.models.model import QueryHook, ResidEdit, ResidHook, RotationHook
 
 Layers = Sequence[nn.Module]
-#: One for each layer: its projections by ``"q"``, ``"k"`` and ``"v"``.
-Projections = Iterable[Mapping[str, Projection]]
+#: Of every layer that stores keys and values, by its number: its attention; the projections of that by ``"q"``, ``"k"`` and
+#: ``"v"``; and how it rotates.
+Attentions = Mapping[int, nn.Module]
+Projections = Mapping[int, Mapping[str, Projection]]
+Rotaries = Mapping[int, Rotary]
 
 
 @contextmanager
@@ -40,13 +44,22 @@ def watch_resid(layers: Layers, show: ResidHook) -> Iterator[RemovableHandle]:
     """Show the residual stream after each layer."""
 
     def hook(layer: int) -> Callable[..., None]:
-        return lambda _module, _args, output: show(layer, output[0] if isinstance(output, tuple) else output)
+        def after(module: nn.Module, _args: Any, output: Any) -> None:
+            stream = output[0] if isinstance(output, tuple) else output
+            if stream.ndim != 3:
+                raise ModelError(
+                    f"a {type(module).__name__} passes on {len(stream)} streams, not one residual stream, so that the geometry is not "
+                    "measured; responses, perplexity, scans, diagnosis and fixes work"
+                )
+            show(layer, stream)
+
+        return after
 
     for layer, module in enumerate(layers):
         yield module.register_forward_hook(hook(layer))
 
 
-def watch_rotation(layers: Layers, rotary: Sequence[Rotary], show: RotationHook) -> Iterator[RemovableHandle]:
+def watch_rotation(attentions: Attentions, rotary: Rotaries, show: RotationHook) -> Iterator[RemovableHandle]:
     """Show how each layer rotates the new tokens, before its attention."""
 
     def hook(layer: int) -> Callable[..., None]:
@@ -55,11 +68,11 @@ def watch_rotation(layers: Layers, rotary: Sequence[Rotary], show: RotationHook)
 
         return before
 
-    for layer, module in enumerate(layers):
-        yield attention_of(module).register_forward_pre_hook(hook(layer), with_kwargs=True)
+    for layer, module in attentions.items():
+        yield module.register_forward_pre_hook(hook(layer), with_kwargs=True)
 
 
-def watch_queries(layers: Layers, projections: Projections, show: QueryHook) -> Iterator[RemovableHandle]:
+def watch_queries(attentions: Attentions, projections: Projections, show: QueryHook) -> Iterator[RemovableHandle]:
     """Show each layer's queries before their rotary embedding, after their norm where there is one."""
 
     def hook(layer: int, projection: Projection, norm: nn.Module | None) -> Callable[..., None]:
@@ -72,12 +85,12 @@ def watch_queries(layers: Layers, projections: Projections, show: QueryHook) -> 
 
         return after
 
-    for layer, (module, found) in enumerate(zip(layers, projections, strict=True)):
-        norm = norm_of(attention_of(module), "q")
-        yield (norm or found["q"].module).register_forward_hook(hook(layer, found["q"], norm))
+    for layer, module in attentions.items():
+        norm, projection = norm_of(module, "q"), projections[layer]["q"]
+        yield (norm or projection.module).register_forward_hook(hook(layer, projection, norm))
 
 
-def pass_rotations(layers: Layers, rotary: Sequence[Rotary], edit: Edit) -> Iterator[RemovableHandle]:
+def pass_rotations(attentions: Attentions, rotary: Rotaries, edit: Edit) -> Iterator[RemovableHandle]:
     """Give an edit that needs it the rotation to the positions of the new tokens, before each layer's keys come."""
     if not isinstance(edit, RotaryEdit) or not edit.needs_rotation:
         return
@@ -88,8 +101,8 @@ def pass_rotations(layers: Layers, rotary: Sequence[Rotary], edit: Edit) -> Iter
 
         return before
 
-    for layer, module in enumerate(layers):
-        yield attention_of(module).register_forward_pre_hook(hook(layer), with_kwargs=True)
+    for layer, module in attentions.items():
+        yield module.register_forward_pre_hook(hook(layer), with_kwargs=True)
 
 
 def edit_stream(layers: Layers, edit: ResidEdit) -> Iterator[RemovableHandle]:
@@ -119,7 +132,7 @@ def edit_projections(projections: Projections, edit: Edit) -> Iterator[Removable
         return lambda _module, _args, output: projection.write(output, edit(layer, site, projection.read(output)))
 
     sites: tuple[Literal["k", "v"], ...] = ("k", "v")
-    for layer, found in enumerate(projections):
+    for layer, found in projections.items():
         for site in sites:
             yield found[site].module.register_forward_hook(hook(layer, site, found[site]))
 

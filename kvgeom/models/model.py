@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from kvgeom.models.shapes import KVGeometry as KVGeometry
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -17,43 +19,6 @@ if TYPE_CHECKING:
     RotationHook = Callable[[int, TokenRotation], None]
     QueryHook = Callable[[int, Tensor], None]
     ResidEdit = Callable[[int, Literal["pre", "attn", "post"], Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class KVGeometry:
-    """Shape of a model's KV cache, read from the model itself.
-
-    Attributes
-    ----------
-    layers : int
-        Number of decoder layers, each with one K and one V.
-    query_heads, kv_heads : int
-        Attention heads of the queries and of the cache.
-    head_dim : int
-        Channels of one head; K and V have ``kv_heads * head_dim`` channels each.
-    d_model : int
-        Width of the residual stream.
-    key_bias : bool
-        Whether keys are projected with a bias.
-    rope : str
-        Kind of rotary embedding (``"default"``, ``"llama3"``, ``"yarn"``, ...), ``"none"`` without one.
-    sliding_window : int or None
-        Window of the layers that attend locally, if any.
-    """
-
-    layers: int
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    d_model: int
-    key_bias: bool
-    rope: str
-    sliding_window: int | None = None
-
-    @property
-    def channels(self) -> int:
-        """Channels of K (or V) in one layer: ``kv_heads * head_dim``."""
-        return self.kv_heads * self.head_dim
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvgeom.errors import ModelError, reason
-from kvgeom.models.cache import EditedCache
+from kvgeom.errors import ModelError
 from kvgeom.models.model import KVGeometry
+
+if TYPE_CHECKING:
+    from kvgeom.models.decoder import Decoder
 
 #: Names of the modules that project queries, keys and values, and of those that project all of them at once.
 _SEPARATE = (
@@ -57,10 +59,8 @@ class Projection:
         return edited
 
 
-def projections(
-    hf_model: Any, layers: Sequence[nn.Module], geometry: KVGeometry, name: str
-) -> list[dict[str, Projection]]:
-    """The modules of every layer that project queries, keys and values, by ``"q"``, ``"k"``, ``"v"``.
+def projections(hf_model: Any, decoder: Decoder, geometry: KVGeometry) -> dict[int, dict[str, Projection]]:
+    """The modules that project queries, keys and values of every layer that stores them, by ``"q"``, ``"k"``, ``"v"``.
 
     Where one module projects all three, their order in its output is found out, by a pass over some tokens: it is the one
     that gives the values that the layer hands to its cache.
@@ -70,51 +70,67 @@ def projections(
     ModelError
         If the attention has none of the names that are known, or no known order gives its values.
     """
-    counts = {"q": geometry.query_heads, "k": geometry.kv_heads, "v": geometry.kv_heads}
-    kind = type(attention_of(layers[0])).__name__
+    attentions, name = decoder.attentions, decoder.name
+    kind = type(next(iter(attentions.values()))).__name__
+    if len({*map(id, attentions.values())}) < len(attentions):
+        raise ModelError(
+            f"layers of {name} share one {kind}, so that its projections are of no single layer; attention scores and the "
+            "paper placement need them, so use the cache placement"
+        )
     for names in _SEPARATE:
-        if all(hasattr(attention_of(layer), found) for layer in layers for found in names):
-            every = {site: torch.arange(heads * geometry.head_dim) for site, heads in counts.items()}
-            return [
-                {
-                    site: Projection(getattr(attention_of(layer), found), counts[site], every[site])
-                    for site, found in zip(counts, names, strict=True)
+        if all(getattr(attention, found, None) is not None for attention in attentions.values() for found in names):
+            return {
+                layer: {
+                    site: Projection(getattr(attention, found), heads, torch.arange(heads * size))
+                    for found, (site, heads, size) in zip(names, _counts(geometry, layer), strict=True)
                 }
-                for layer in layers
-            ]
-    fused = next((found for found in _FUSED if all(hasattr(attention_of(layer), found) for layer in layers)), None)
-    if fused is None:
+                for layer, attention in attentions.items()
+            }
+    fused = next((found for found in _FUSED if all(hasattr(each, found) for each in attentions.values())), None)
+    if fused is None or geometry.shapes:
         raise ModelError(
             f"no projections of queries, keys and values found in {kind} of {name}: it has no k_proj/v_proj, "
             f"{' or '.join(_FUSED[:2])}; attention scores and the paper placement need them, so use the cache placement"
         )
-    modules = [getattr(attention_of(layer), fused) for layer in layers]
-    seen = _projected(hf_model, modules)
+    modules = {layer: getattr(attention, fused) for layer, attention in attentions.items()}
+    seen = _projected(hf_model, decoder, modules)
+    heads = {site: count for site, count, _ in _counts(geometry, geometry.stores[0])}
     for order in _orders(geometry):
-        found = [{site: Projection(module, counts[site], order[site]) for site in counts} for module in modules]
-        if all(_gives(projection["v"], *one) for projection, one in zip(found, seen, strict=True)):
-            return found
+        read = {
+            layer: {site: Projection(module, heads[site], order[site]) for site in heads}
+            for layer, module in modules.items()
+        }
+        if all(_gives(projection["v"], *seen[layer]) for layer, projection in read.items()):
+            return read
     raise ModelError(
         f"the order in which {kind} of {name} projects queries, keys and values is not known: none that kvgeom knows gives the "
         "values that it stores; attention scores and the paper placement need it, so use the cache placement"
     )
 
 
+def _counts(geometry: KVGeometry, layer: int) -> tuple[tuple[str, int, int], ...]:
+    """Heads and channels of each projection of a layer."""
+    keys, values = geometry.shape(layer, "k"), geometry.shape(layer, "v")
+    return ("q", geometry.query_heads, keys[1]), ("k", *keys), ("v", *values)
+
+
 @torch.inference_mode()
-def _projected(hf_model: Any, modules: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+def _projected(hf_model: Any, decoder: Decoder, modules: Mapping[int, nn.Module]) -> dict[int, tuple[Tensor, Tensor]]:
     """What each module projects of some tokens, and the values that its layer hands to the cache."""
     outputs: dict[int, Tensor] = {}
-    cache = EditedCache(len(modules))
+    cache = decoder.new_cache()
     with ExitStack() as stack:
-        for index, module in enumerate(modules):
+        for index, module in modules.items():
             keep = partial(lambda index, _module, _args, output: outputs.__setitem__(index, output), index)
             stack.callback(module.register_forward_hook(keep).remove)
         tokens = torch.arange(4, device=hf_model.device)[None]
         hf_model(input_ids=tokens, past_key_values=cache, use_cache=True)
-    return [(outputs[index], layer.values) for index, layer in enumerate(cache.layers)]
+    return {index: (output, cache.layers[index].values) for index, output in outputs.items()}
 
 
-def _gives(projection: Projection, output: Tensor, values: Tensor) -> bool:
+def _gives(projection: Projection, output: Any, values: Tensor) -> bool:
+    if not isinstance(output, Tensor):  # some project into parts by themselves
+        return False
     if int(projection.channels.max()) >= output.shape[-1]:
         return False
     read = projection.read(output)
@@ -139,35 +155,30 @@ def norm_of(attention: Any, site: str) -> Any:
     return next((norm for name in _NORMS if (norm := getattr(attention, name.format(site), None)) is not None), None)
 
 
-def key_bias(layer: nn.Module, projection: Projection, geometry: KVGeometry) -> Tensor | None:
+def key_bias(attention: nn.Module, projection: Projection) -> Tensor | None:
     """Bias of a layer's keys, ``[kv_heads, head_dim]``, or None if there is none or a norm of the keys comes after it."""
-    if norm_of(attention_of(layer), "k") is not None:
+    if norm_of(attention, "k") is not None:
         return None
     biases = [weight for part, weight in projection.module.named_parameters() if part.rpartition(".")[2] == "bias"]
     if not biases:
         return None
     own = biases[0].detach()[projection.channels.to(biases[0].device)]
-    return rearrange(own, "(h d) -> h d", h=geometry.kv_heads)
-
-
-def decoder_layers(model: nn.Module, count: int, name: str) -> list[nn.Module]:
-    """The decoder layers, first to last.
-
-    Raises
-    ------
-    ModelError
-        If there is no list of ``count`` modules that each hold an attention.
-    """
-    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    found = [m for m in found if all(attention_of(layer) is not None for layer in m)]
-    if not found:
-        raise ModelError(f"no list of {count} decoder layers with attention found in {name}")
-    return list(found[-1])
+    return rearrange(own, "(h d) -> h d", h=projection.heads)
 
 
 def attention_of(layer: nn.Module) -> Any:
-    """The attention module of a decoder layer."""
-    return next((child for child in layer.children() if "attention" in type(child).__name__.lower()), None)
+    """The attention module of a decoder layer, the outermost there is; None without one.
+
+    Some layers wrap another layer that has it (Zamba2).
+    """
+    level = list(layer.children())
+    while level:
+        named = ((child, type(child).__name__.lower()) for child in level)
+        found = next((child for child, kind in named if "attention" in kind and not kind.endswith("layer")), None)
+        if found is not None:
+            return found
+        level = [below for child in level for below in child.children()]
+    return None
 
 
 def attention_write(layer: nn.Module) -> nn.Module:
@@ -179,33 +190,27 @@ def attention_write(layer: nn.Module) -> nn.Module:
     return attention
 
 
-@torch.inference_mode()
-def read_geometry(model: Any, config: Any, layers: list[nn.Module], name: str) -> KVGeometry:
-    """Run a few tokens, then one more, and look at what the cache then holds: the shapes are the model's own."""
-    cache = EditedCache(len(layers))
-    try:
-        for first, count in ((0, 3), (3, 1)):
-            model(
-                input_ids=torch.zeros(1, count, dtype=torch.long, device=model.device),
-                position_ids=torch.arange(first, first + count, device=model.device)[None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError, NotImplementedError) as error:
-        raise ModelError(f"{name} does not run with a transformers cache: {reason(error)}") from error
-    shapes = {tuple(t.shape) for layer in cache.layers for t in (layer.keys, layer.values) if t is not None}
-    if len(shapes) != 1 or not all(layer.is_initialized for layer in cache.layers):
-        raise ModelError(f"the layers of {name} do not all store keys and values of one shape (found {sorted(shapes)})")
-    _, kv_heads, _, head_dim = shapes.pop()
+def read_geometry(model: Any, decoder: Decoder) -> KVGeometry:
+    """The shapes that a decoder was seen to store, and what the configuration says beside them."""
+    config = model.config.get_text_config()
+    shapes, attention = list(decoder.shapes.values()), next(iter(decoder.attentions.values()))
+    kv_heads, head_dim, *_ = shapes[0]
     return KVGeometry(
-        layers=len(layers),
+        layers=len(decoder.layers),
         query_heads=int(config.num_attention_heads),
         kv_heads=kv_heads,
         head_dim=head_dim,
         d_model=int(config.hidden_size),
-        key_bias=_key_bias(attention_of(layers[0])),
+        key_bias=_key_bias(attention),
         rope=_rope_kind(config, model),
         sliding_window=getattr(config, "sliding_window", None) if _slides(config) else None,
+        stores=tuple(decoder.shapes),
+        shapes=() if {*shapes} == {(kv_heads, head_dim, kv_heads, head_dim)} else tuple(shapes),
+        states=decoder.states,
+        shares=decoder.shares,
+        indexed=decoder.indexed,
+        alone=not decoder.batches,
+        latent=kv_heads == 1 and getattr(attention, "kv_lora_rank", None) == head_dim,
     )
 
 

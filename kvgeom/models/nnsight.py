@@ -14,7 +14,7 @@ from kvgeom.models.backends import from_package, register_backend
 from kvgeom.models.cache import EditedCache
 from kvgeom.models.hf import HFModel
 from kvgeom.models.hooks import during
-from kvgeom.models.modules import attention_of, model_name
+from kvgeom.models.modules import model_name
 
 if TYPE_CHECKING:
     from kvgeom.models.model import QueryHook, ResidEdit, ResidHook, RotationHook
@@ -69,11 +69,7 @@ class NNsightModel(HFModel):
         )
         paths = {id(module): path for path, module in module.named_modules()}
         self._envoys = [_envoy(model, paths[id(layer)]) for layer in self._layers]
-        attentions = {id(child): name for layer in self._layers for name, child in layer.named_children()}
-        self._attentions = [
-            getattr(envoy, attentions[id(attention_of(layer))])
-            for envoy, layer in zip(self._envoys, self._layers, strict=True)
-        ]
+        self._attending = {layer: _envoy(model, paths[id(found)]) for layer, found in self.decoder.attentions.items()}
 
     @classmethod
     def around(
@@ -135,15 +131,15 @@ class NNsightModel(HFModel):
                 logits_to_keep=logits_to_keep,
                 remote=self.remote,
             ):
-                for envoy, attention in zip(self._envoys, self._attentions, strict=True):
-                    if on_rotation is not None:
-                        rotations.append(attention.inputs[1].get("position_embeddings").save())
+                for layer, envoy in enumerate(self._envoys):
+                    if on_rotation is not None and layer in self._attending:
+                        rotations.append(self._attending[layer].inputs[1].get("position_embeddings").save())
                     if on_resid is not None:
                         resids.append(envoy.output.save())
                 filled = self.nnsight_model.output.past_key_values.save()
                 logits = self.nnsight_model.output.logits.save()
         _take_over(cache, filled)
-        for layer, embedding in enumerate(rotations):
+        for layer, embedding in zip(self._attending, rotations, strict=False):
             if on_rotation is not None:
                 on_rotation(layer, self._rotary.layers[layer].at(embedding, tokens.shape[1], logits).row(0))
         for layer, resid in enumerate(resids):
@@ -180,10 +176,7 @@ def _take_over(cache: EditedCache, filled: Any) -> None:
     """Move what a trace has put into its copy of the cache, if it got one, into ours."""
     if filled is cache:
         return
-    for mine, theirs in zip(cache.layers, filled.layers, strict=True):
-        mine.fill(theirs.keys, theirs.values)
-        mine.edit = theirs.edit
-    cache.edit = filled.edit
+    cache.layers, cache.edit = filled.layers, filled.edit
 
 
 def _make(

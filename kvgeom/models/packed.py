@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, ModelError
 from kvgeom.models.cache import Edit, EditedCache, EditedLayer
-from kvgeom.models.modules import decoder_layers
+from kvgeom.models.decoder import cache_kinds, find_decoder
 from kvgeom.models.rotary import RotaryEmbedding
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Quantizer
@@ -95,6 +95,7 @@ class PackedLayer(EditedLayer):  # type: ignore[no-untyped-call]
     """One layer of a :class:`PackedCache`; its values exist only while attention reads them."""
 
     is_croppable = False
+    stacks = False
 
     def __init__(self, index: int, edit: Any, rotations: Rotations | None = None) -> None:
         super().__init__(index, edit)
@@ -134,7 +135,8 @@ class PackedCache(EditedCache):
 
     Parameters
     ----------
-    n_layers : int
+    layers : int or sequence of layers
+        As those of an :class:`~kvgeom.models.cache.EditedCache`.
     edit : PackingEdit
         A :class:`~kvgeom.quant.quantizer.Quantizer` that rounds in the cache.
     rotations : callable (layer, position of the first new token, new keys) -> Rotation, optional
@@ -145,21 +147,32 @@ class PackedCache(EditedCache):
     ------
     InputError
         If the edit rounds at the projection, where nothing is stored.
+    ModelError
+        If a layer stores something beside its keys and values that grows with the sequence, or states too.
     """
 
-    def __init__(self, n_layers: int, edit: Edit | None = None, rotations: Rotations | None = None) -> None:
+    def __init__(
+        self, layers: int | Sequence[Any], edit: Edit | None = None, rotations: Rotations | None = None
+    ) -> None:
         if edit is None or edit.where != "cache" or not hasattr(edit, "pack"):
             raise InputError(
                 "a packed cache needs an edit that rounds in the cache; give a Quantizer with where='cache'"
             )
-        super().__init__(n_layers)
-        self.layers = [PackedLayer(index, edit, rotations) for index in range(n_layers)]
+        super().__init__(layers)
+        for index, layer in self.storing:
+            if type(layer) is not EditedLayer:
+                raise ModelError(
+                    f"layer {index} holds more than keys and values ({type(layer).__name__}), which a packed cache does not store; "
+                    "use kvgeom.evaluate, which rounds without packing"
+                )
+            self.layers[index] = PackedLayer(index, edit, rotations)
         self.edit = edit
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales, offsets and waiting tokens; scales that tokens share are counted once."""
-        return sum(store.nbytes for layer in self.layers for store in layer.stores.values())  # type: ignore[attr-defined]
+        packed: list[Any] = [layer for _, layer in self.storing]
+        return sum(store.nbytes for layer in packed for store in layer.stores.values())
 
 
 def quantized_cache(model: PreTrainedModel | Model, recipe: Recipe, placement: Placement | None = None) -> PackedCache:
@@ -199,12 +212,12 @@ def quantized_cache(model: PreTrainedModel | Model, recipe: Recipe, placement: P
         raise InputError(f"{name} has {count} layers, got a recipe for {len(recipe)}")
     placement = placement or Placement()
     check_packable(recipe, placement)
-    quantizer = Quantizer(recipe, placement)
+    quantizer, kinds = Quantizer(recipe, placement), cache_kinds(hf_model.config, count, name)
     if not (quantizer.needs_rotation and "k" in recipe.sites_with("offsets")):
-        return PackedCache(count, quantizer)
-    rotary = RotaryEmbedding(hf_model, decoder_layers(hf_model, count, name), name)
+        return PackedCache(kinds, quantizer)
+    rotary = RotaryEmbedding(hf_model, find_decoder(hf_model, name))
     rotary.check()
-    return PackedCache(count, quantizer, lambda *new: rotary.rotation(*new).of_vectors)
+    return PackedCache(kinds, quantizer, lambda *new: rotary.rotation(*new).of_vectors)
 
 
 def check_packable(recipe: Recipe, placement: Placement) -> None:

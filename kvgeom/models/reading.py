@@ -20,6 +20,7 @@ class LayerActivations:
 
     Attributes
     ----------
+    layer : int
     k, v : Tensor [1, kv_heads, tokens, head_dim]
         As stored in the cache (keys after their rotary embedding), or as projected.
     rotation : TokenRotation or None
@@ -30,6 +31,7 @@ class LayerActivations:
         Queries before their rotary embedding, if they were asked for.
     """
 
+    layer: int
     k: Tensor
     v: Tensor
     rotation: TokenRotation | None = None
@@ -56,7 +58,7 @@ class LayerActivations:
 def read(
     model: Model, prompt: EncodedPrompt, where: Where = "cache", *, resid: bool = False, queries: bool = False
 ) -> Iterator[LayerActivations]:
-    """Run one prompt and read every layer, layer 0 first. Costs one forward pass.
+    """Run one prompt and read every layer that stores keys and values, first to last. Costs one forward pass.
 
     Parameters
     ----------
@@ -80,10 +82,10 @@ def read(
         on_rotation=rotations.__setitem__ if where == "cache" else None,
         on_query=q.__setitem__ if queries else None,
     )
-    for layer, stored in enumerate(cache.layers):
+    for layer, stored in cache.storing:
         k, v = (stored.keys, stored.values) if where == "cache" else (taken[layer, "k"], taken[layer, "v"])
         stream = streams[layer][None] if resid else None
-        yield LayerActivations(k, v, rotations.get(layer), stream, q.get(layer))
+        yield LayerActivations(layer, k, v, rotations.get(layer), stream, q.get(layer))
 
 
 class _Tap:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kvgeom.errors import ModelError
 from kvgeom.models.cache import EditedCache
-from kvgeom.models.modules import attention_of
+from kvgeom.models.decoder import Decoder
 
 #: Where the proof looks: near positions turn fast planes, far ones the slow planes too. Those beyond the context are left out.
 _POSITIONS = (0, 1, 2, 3, 5, 9, 17, 40, 97, 251, 499, 1009, 2039, 4093)
@@ -182,26 +182,25 @@ class RotaryEmbedding:
     Parameters
     ----------
     model : PreTrainedModel
-    layers : sequence of nn.Module
-        Its decoder layers.
-    name : str
-        For messages.
+    decoder : Decoder
 
     Attributes
     ----------
-    layers : tuple of Rotary
+    layers : dict of layer number to Rotary
+        Of the layers that store keys and values.
     """
 
-    def __init__(self, model: Any, layers: Sequence[nn.Module], name: str) -> None:
-        self._name = name
+    def __init__(self, model: Any, decoder: Decoder) -> None:
+        self._name = decoder.name
         self._calls: list[_Call] = []
         self._handed: dict[int, Any] = {}
-        cache = self._run(model, layers)
-        self.layers = tuple(
-            _proven(cache.layers[index].keys[0], self._handed.get(index), index, name) for index in range(len(layers))
-        )
+        cache = self._run(model, decoder)
+        self.layers = {
+            index: _proven(cache.layers[index].keys[0], self._handed.get(index), index, decoder.name)
+            for index in decoder.shapes
+        }
 
-    def _run(self, model: Any, layers: Sequence[nn.Module]) -> EditedCache:
+    def _run(self, model: Any, decoder: Decoder) -> EditedCache:
         """One pass in which all tokens of a layer are one vector."""
         config = model.config.get_text_config()
         context = int(getattr(config, "max_position_embeddings", None) or _POSITIONS[-1] + 1)
@@ -225,14 +224,14 @@ class RotaryEmbedding:
 
             return before
 
-        cache = EditedCache(len(layers))
+        cache = decoder.new_cache()
         with ExitStack() as stack, torch.inference_mode():
             for module in model.modules():
                 if "rotary" in type(module).__name__.lower():
                     stack.callback(module.register_forward_hook(called, with_kwargs=True).remove)
-            for index, layer in enumerate(layers):
+            for layer in decoder.layers:
                 stack.callback(layer.register_forward_pre_hook(same, with_kwargs=True).remove)
-                attention = attention_of(layer)
+            for index, attention in decoder.attentions.items():
                 stack.callback(attention.register_forward_pre_hook(handed(index), with_kwargs=True).remove)
             model(input_ids=torch.zeros_like(positions), position_ids=positions, past_key_values=cache, use_cache=True)
         return cache
@@ -264,7 +263,7 @@ class RotaryEmbedding:
 
     def check(self) -> None:
         """Whether :meth:`rotation` can answer in every layer; raises as it does."""
-        for layer, rotary in enumerate(self.layers):
+        for layer, rotary in self.layers.items():
             if rotary.unproven is not None:
                 raise ModelError(rotary.unproven)
             if len(rotary.planes):

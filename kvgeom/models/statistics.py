@@ -51,12 +51,12 @@ def channel_statistics(model: Model, prompts: Sequence[str]) -> ChannelStatistic
     tokens = 0
     for prompt in model.encode(prompts):
         tokens += len(prompt)
-        for index, layer in enumerate(read(model, prompt)):
+        for layer in read(model, prompt):
             if layer.rotation is not None:
-                planes[index, "k"] = layer.rotation.planes
+                planes[layer.layer, "k"] = layer.rotation.planes
             sites: tuple[tuple[Site, Tensor], ...] = (("k", layer.unrotated()), ("v", layer.v))
             for site, x in sites:
-                key, own = (index, site), x[0].float()
+                key, own = (layer.layer, site), x[0].float()
                 sums[key] = sums.get(key, torch.zeros(())) + own.sum(1)
                 largest[key] = torch.maximum(largest.get(key, torch.zeros_like(own[:, 0])), own.abs().amax(1))
     return ChannelStatistics({key: total / tokens for key, total in sums.items()}, largest, planes, tokens)

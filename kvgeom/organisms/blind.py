@@ -105,9 +105,10 @@ def plant_blindly(
     InputError
         If there is no such layer, or its keys cannot be made outliers.
     ModelError
-        If the weights cannot be edited, or logits change.
+        If the weights cannot be edited, a layer stores no keys and values, or logits change.
     """
     loaded = editable(load(model))
+    loaded.geometry.check_every(loaded.name)
     count = loaded.geometry.layers
     wrong = [part.layer for part in parts if not 0 <= part.layer < count]
     if wrong:

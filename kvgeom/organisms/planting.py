@@ -115,13 +115,14 @@ def plant(
     InputError
         If the mode, the layers or the prompts cannot be used.
     ModelError
-        If the weights cannot be edited, or no draw shows the mode with logits unchanged.
+        If the weights cannot be edited, a layer stores no keys and values, or no draw shows the mode with logits unchanged.
     """
     if mode not in MODES:
         raise unknown("mode", mode, MODES)
     with shown(progress):
         loaded = editable(load(model))
         prompts = calibration() if prompts is None else as_prompt_set(prompts)
+        loaded.geometry.check_every(loaded.name)
         count = loaded.geometry.layers
         _check_layers(mode, count, layers)
         values = Values(loaded, prompts)

@@ -61,7 +61,7 @@ def errors_by_layer(found: Plottable, queries: str = "all") -> go.Figure:
             col=1,
             secondary_y=secondary,
         )
-    figure.update_xaxes(**{**layer_axis(len(layers)), "title": None})
+    figure.update_xaxes(**{**layer_axis(layers), "title": None})
     figure.update_xaxes(title_text="layer", row=2, col=1)
     energy = {"title_text": "error / energy (log)"}
     figure.update_yaxes(**log_axis(data.key_mse), **energy, row=1, col=1, secondary_y=False)

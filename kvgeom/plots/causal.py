@@ -74,7 +74,7 @@ def margin_map(patching: Plottable) -> go.Figure:
     )
     if not np.isfinite(drop.values).any():
         say(figure, "no margins: no refusal tokens were given")
-    figure.update_xaxes(**layer_axis(len(layers)))
+    figure.update_xaxes(**layer_axis(layers))
     figure.update_xaxes(range=[layers.min() - 0.5, layers.max() + 0.5], showline=False, ticks="")
     figure.update_yaxes(autorange="reversed", showgrid=False, showline=False, ticks="")
     return finish(figure, 130 + 46 * drop.sizes["scheme"], margin={"l": 70, "r": 10, "t": 34, "b": 46})
@@ -122,7 +122,7 @@ def first_order_channels(estimate: Plottable) -> go.Figure:
             col=1,
         )
         head_borders(figure, count, size, row=row)
-        figure.update_yaxes(**layer_ticks(data.sizes["layer"]), autorange="reversed", row=row, col=1)
+        figure.update_yaxes(**layer_ticks(int(data.layer.max()) + 1), autorange="reversed", row=row, col=1)
     figure.update_xaxes(showgrid=False)
     figure.update_xaxes(title_text="channel", row=2, col=1)
     return finish(figure, 620)

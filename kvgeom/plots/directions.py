@@ -203,7 +203,7 @@ def stability_by_layer(directions: Plottable, site: str = "resid", position: str
             hovertemplate=f"{SITE_NAMES[site]}, {method}, layer %{{customdata}}: %{{y:.2f}}<extra></extra>",
         )
     mark_undefined(figure, layers, np.isfinite(data.stability.sel(position=position, site=site)).any("estimator"))
-    figure.update_xaxes(**layer_axis(len(layers)))
+    figure.update_xaxes(**layer_axis(layers))
     figure.update_yaxes(
         title_text="cosine", range=[min(0.0, float(np.nanmin(data.stability_low.values, initial=0.0))), 1.03]
     )

@@ -77,7 +77,7 @@ def layer_scan(scan: Plottable) -> go.Figure:
                 row=row,
             )
     if critical is not None:
-        _mark(figure, critical, len(layers))
+        _mark(figure, critical, int(layers.max()) + 1)
     elif refused:
         figure.add_annotation(
             text="no critical layer: no single layer flips a refusal",
@@ -94,7 +94,7 @@ def layer_scan(scan: Plottable) -> go.Figure:
     )
     figure.update_yaxes(title_text="share of refusals", tickformat=".0%", range=[-0.03, 1.03], dtick=0.25, row=2, col=1)
     figure.update_yaxes(showticklabels=refused > 0)
-    axis = layer_axis(len(layers))
+    axis = layer_axis(layers)
     figure.update_xaxes(**{**axis, "title": None})
     figure.update_xaxes(title_text=f"layer rounded alone ({scan.meta['scheme']})", row=2, col=1)
     return finish(figure, 480, bargap=0.25)

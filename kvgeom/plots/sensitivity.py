@@ -112,7 +112,7 @@ def ratio_map(sensitivity: Plottable) -> go.Figure:
     )
     if len(at):
         _legend(figure, "weak separation", {"symbol": "circle-open", "size": 8, "color": INK})
-    figure.update_xaxes(**layer_axis(len(layers)))
+    figure.update_xaxes(**layer_axis(layers))
     figure.update_xaxes(range=[-0.5, len(layers) - 0.5], showline=False, ticks="")
     figure.update_yaxes(
         tickvals=rows,
@@ -246,7 +246,7 @@ def ratio_against_null(sensitivity: Plottable, site: str = "k") -> go.Figure:
             mark_undefined(figure, layers, known, row=row)
         else:
             say(figure, "undefined in every layer", row=row)
-    figure.update_xaxes(**{**layer_axis(len(layers)), "title": None})
+    figure.update_xaxes(**{**layer_axis(layers), "title": None})
     figure.update_xaxes(title_text="layer", row=2, col=1)
     for row, axis, title in ((1, "y", "ratio (log)"), (2, "y2", "alignment (log)")):
         drawn = [np.asarray(trace.y, dtype=float) for trace in figure.data if trace.yaxis == axis]

@@ -52,6 +52,6 @@ def separation_by_layer(space: Plottable) -> go.Figure:
         )
     drawn.add_hline(y=0.5, line={"color": MUTED, "width": 1, "dash": "dot"})
     mark_undefined(drawn, layers, space.data.defined.any("site"))
-    drawn.update_xaxes(**layer_axis(len(layers)))
+    drawn.update_xaxes(**layer_axis(layers))
     drawn.update_yaxes(title_text=f"separation (AUROC), {plain(space.meta['method'])}")
     return finish(drawn, 320)

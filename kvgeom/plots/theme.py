@@ -141,9 +141,10 @@ def layer_ticks(layers: int, most: int = 16) -> dict[str, Any]:
     return {"title": {"text": "layer"}, "tick0": 0, "dtick": step, "showgrid": False}
 
 
-def layer_axis(layers: int) -> dict[str, Any]:
-    """An x axis of layers."""
-    return layer_ticks(layers, 32) | {"range": [-0.7, layers - 0.3]}
+def layer_axis(layers: NDArray[np.integer]) -> dict[str, Any]:
+    """An x axis of layers, from layer 0 to the last of these numbers."""
+    last = int(layers.max())
+    return layer_ticks(last + 1, 32) | {"range": [-0.7, last + 0.7]}
 
 
 def log_axis(*values: ArrayLike, powers: int = 6) -> dict[str, Any]:

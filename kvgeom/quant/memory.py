@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 from kvgeom.quant.formats.base import get_format
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
+
+#: Length of the prompt by which a token's share of the memory is counted.
+TOKENS = 4096
 
 
 def scheme_bytes(scheme: Scheme | None, kv_heads: int, head_dim: int, tokens: int, exact_bytes: int = 2) -> int:
@@ -80,13 +86,30 @@ def cache_bytes(
     exact_bytes : int
         Of an element in full precision.
     """
-    sites: dict[Scheme | None, int] = {}
-    for pair in recipe:
-        for scheme in pair:
-            sites[scheme] = sites.get(scheme, 0) + 1
+    sites = ((scheme, kv_heads, head_dim) for pair in recipe for scheme in pair)
+    return bytes_of_sites(sites, placement, prompt, generated, exact_bytes=exact_bytes)
+
+
+def bytes_of_sites(
+    sites: Iterable[tuple[Scheme | None, int, int]],
+    placement: Placement,
+    prompt: int,
+    generated: int = 0,
+    *,
+    exact_bytes: int = 2,
+) -> int:
+    """The same for keys and values of shapes that may differ.
+
+    Parameters
+    ----------
+    sites : iterable of (Scheme or None, int, int)
+        Scheme, KV heads and channels of a head of the keys, and of the values, of every layer.
+    placement, prompt, generated, exact_bytes
+        As in :func:`cache_bytes`.
+    """
     return sum(
-        count * _site_bytes(scheme, placement, (kv_heads, head_dim), (prompt, generated), exact_bytes)
-        for scheme, count in sites.items()
+        count * _site_bytes(scheme, placement, (heads, size), (prompt, generated), exact_bytes)
+        for (scheme, heads, size), count in Counter(sites).items()
     )
 
 
@@ -120,7 +143,7 @@ def bytes_per_token(
     placement: Placement | None = None,
     kv_heads: int = 8,
     head_dim: int = 128,
-    tokens: int = 4096,
+    tokens: int = TOKENS,
     *,
     exact_bytes: int = 2,
 ) -> float:
@@ -136,7 +159,7 @@ def bytes_per_token(
 
 
 def bits_per_element(
-    recipe: Recipe, placement: Placement | None = None, kv_heads: int = 8, head_dim: int = 128, tokens: int = 4096
+    recipe: Recipe, placement: Placement | None = None, kv_heads: int = 8, head_dim: int = 128, tokens: int = TOKENS
 ) -> float:
     """Mean bits of an element of keys and values; 16 where nothing is rounded."""
     total = bytes_per_token(recipe, placement, kv_heads, head_dim, tokens)

@@ -85,7 +85,8 @@ class Audit(Diagnosis):
     def shown_layer(self) -> int:
         """The layer whose channels are shown: the critical one, else that of the largest ratio in the keys."""
         if self.scan.critical_layer is not None or self.sensitivity is None:
-            return self.scan.critical_layer or 0
+            critical = self.scan.critical_layer
+            return int(self.scan.data.layer[0]) if critical is None else critical
         keys = self.sensitivity.data.ratio.sel(site="k").fillna(-1.0)
         return int(keys.layer[int(keys.values.argmax())])
 
@@ -258,7 +259,8 @@ def _about(model: Model, prompts: PromptSet, found: Diagnosis, seconds: float) -
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
             "attention_kernel": model.attention_kernel,
-            **model.geometry.__dict__,
+            **asdict(model.geometry),
+            "cache_note": model.geometry.note,
         },
         "prompts": prompts.described(),
         "settings": {
@@ -274,6 +276,7 @@ def _about(model: Model, prompts: PromptSet, found: Diagnosis, seconds: float) -
             "seed": found.seed,
             "seconds": round(seconds, 1),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "no_geometry": found.curve.meta.get("no_geometry", ""),
             "versions": versions(),
         },
         "baseline": {

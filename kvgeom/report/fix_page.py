@@ -138,7 +138,7 @@ def _provenance(plan: Plan, settings: Mapping[str, Any]) -> list[tuple[str, str]
         ("runs on", settings["runs_on"]),
         (
             "cache",
-            f"{shape.layers} layers, {shape.kv_heads} KV heads of {shape.head_dim}; {plan.scheme}, {plan.placement}",
+            "; ".join(filter(None, [str(shape), shape.note, f"{plan.scheme}, {plan.placement}"])),
         ),
         ("budget", f"{100 * settings['memory']:.3g} % more memory than unmitigated"),
         ("chosen on", prompts_text(settings["calibration"])),

@@ -243,7 +243,8 @@ def _provenance(audit: AuditPage) -> list[tuple[str, str]]:
         (
             "cache",
             f"{model['layers']} layers, {model['kv_heads']} KV heads of {model['head_dim']} ({model['query_heads']} query heads), "
-            f"{'key biases' if model['key_bias'] else 'no key biases'}, RoPE {model['rope']}",
+            f"{'key biases' if model['key_bias'] else 'no key biases'}, RoPE {model['rope']}"
+            + (f"; {note}" if (note := model.get("cache_note")) else ""),
         ),
         ("prompts", prompts_text(prompts)),
         ("rounding of the curve", _rounding(audit)),
@@ -251,6 +252,7 @@ def _provenance(audit: AuditPage) -> list[tuple[str, str]]:
             "rounding of layers, parts, PCR and geometry",
             f"{settings['scan_scheme']}; {settings['scan_placement']}",
         ),
+        *([("geometry", f"not measured: {why}")] if (why := settings.get("no_geometry")) else []),
         ("perplexity", settings["perplexity_text"]),
         ("responses", f"greedy, {_lengths(settings)}; judge: {settings['judge']}"),
         ("made", made_text(settings)),

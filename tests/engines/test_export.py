@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvgeom.engines import transformers as export
 from kvgeom.errors import InputError
+from kvgeom.models.decoder import find_decoder
 from kvgeom.models.hf import HFModel
 from kvgeom.models.packed import PackedCache, quantized_cache
 from kvgeom.models.rotary import RotaryEmbedding
@@ -153,7 +154,7 @@ def test_each_layer_type_has_its_own_rotation() -> None:
     """gemma3: sliding and full layers turn by different angles; the definition, computed here."""
     model = tiny_model("gemma3_text", layers=6)
     config = model.hf_model.config
-    rotary = RotaryEmbedding(model.hf_model, model._layers, "tiny")
+    rotary = RotaryEmbedding(model.hf_model, find_decoder(model.hf_model, "tiny"))
     vector, keys = torch.randn(2, 8), torch.zeros(1, 2, 3, 8)
     assert len(set(config.layer_types)) == 2
     for layer, kind in enumerate(config.layer_types):

@@ -125,7 +125,7 @@ def test_a_tie_says_nothing_of_attention(attention: int, causal: int, drawn: tup
 @pytest.mark.parametrize(("n_layers", "sets"), [(1, 1), (2, 2), (3, 3), (5, 3), (6, 3), (24, 3)])
 def test_layers_drawn_at_random_differ(n_layers: int, sets: int) -> None:
     for seed in range(20):
-        drawn = layers._drawn(n_layers, np.random.default_rng(seed))
+        drawn = layers._drawn(range(n_layers), np.random.default_rng(seed))
         assert len(drawn) == sets
         assert all(sorted(order) == list(range(n_layers)) for order in drawn)
         for kept in counts(n_layers):

@@ -55,7 +55,8 @@ def test_a_logarithmic_axis_has_two_ticks_at_least(low: float, ratio: float) -> 
 
 def test_layers_are_counted_in_whole_numbers() -> None:
     assert [layer_ticks(layers)["dtick"] for layers in (1, 3, 16, 28, 80)] == [1, 1, 1, 2, 5]
-    assert layer_axis(28)["dtick"] == 1
+    assert layer_axis(np.arange(28)) == layer_ticks(28, 32) | {"range": [-0.7, 27.7]}
+    assert layer_axis(np.array([3, 7, 11]))["range"] == [-0.7, 11.7]  # layers between them store nothing
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(-1e3, 1e3))

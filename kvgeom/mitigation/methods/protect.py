@@ -12,7 +12,7 @@ from kvgeom.mitigation.methods.registry import Setting, method
 @method("protect", stage="layers")
 def protected_layers(setting: Setting) -> Iterator[Candidate]:
     """The layers that cost most of the refusal margin, and those of simpler rules; layers drawn at random are no candidates."""
-    base, kept = setting.unmitigated, counts(setting.geometry.layers)
+    base, kept = setting.unmitigated, counts(len(setting.geometry.stores))
     rules = {rule: order for rule, order in setting.orders.items() if not is_random(rule)}
     yield from protections(base, rules, kept).values()
     if "causal" in rules:

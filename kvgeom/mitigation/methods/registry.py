@@ -55,7 +55,8 @@ class Setting:
         )
 
     def constants_for(self, recipe: Recipe) -> Recipe:
-        """The same recipe with only those measured constants that its schemes use."""
+        """The same recipe in the layers that store something, with only those measured constants that its schemes use."""
+        recipe = recipe.only(self.geometry.stores)
         known, centred = self.constants, recipe.sites_with("offsets")
         offsets = known.both if "v" in centred else known.keys if centred else None
         return recipe.with_statics(offsets=offsets, factors=known.factors if recipe.sites_with("factors") else None)

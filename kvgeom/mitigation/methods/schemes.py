@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from operator import mul
 from typing import Literal, get_args
 
 from kvgeom.mitigation.candidates import Candidate
@@ -44,9 +45,8 @@ def finer(
             return scheme
         if scheme.granularity == "channel-group" or scheme.granularity == granularity == "channel":
             return scheme  # every channel has scales already
-        together = {"token": geometry.channels, "token-head": geometry.head_dim, "group": scheme.group_size}.get(
-            scheme.granularity
-        )
+        channels, head = (max(of(*geometry.shape(n, site)) for n in geometry.stores) for of in (mul, lambda _, d: d))
+        together = {"token": channels, "token-head": head, "group": scheme.group_size}.get(scheme.granularity)
         if size is not None and together is not None and together <= size:
             return scheme
         return replace(scheme, granularity=granularity, group_size=size)
