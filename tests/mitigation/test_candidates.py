@@ -208,7 +208,7 @@ def test_protect(name: str, layers: set[int], sites: set[str]) -> None:
         for site, s in zip("kv", pair, strict=True)
     )
     assert whole == by_site
-    geometry = replace(wide()[0].geometry, layers=5)
+    geometry = replace(wide()[0].geometry, layers=5, stores=())
     assert found.bytes_per_token(geometry) == whole / 4096
 
 
