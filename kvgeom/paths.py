@@ -5,8 +5,11 @@ from __future__ import annotations
 import codecs
 import errno
 import os
+import secrets
 import stat
 import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from kvgeom.checks import as_path
@@ -61,9 +64,14 @@ def not_written(what: str | Path, error: OSError, otherwise: str = "choose anoth
 
 
 def disk_is_full(error: OSError) -> bool:
-    """Whether the system has no room for a file: a full disk, a quota, or a limit to the size of files."""
+    """Whether the system has no room for a file: a full disk, a quota, or a limit to the size of files.
+
+    Some libraries hand its error on as text, without its number.
+    """
     full = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
-    return error.errno in full or "No space left" in str(error)  # HDF5 gives no number
+    return error.errno in full or any(
+        said in str(error) for said in ("No space left", "File too large", "quota exceeded")
+    )
 
 
 def read_text(path: Path) -> str:
@@ -153,23 +161,31 @@ def writable_folder(out: str | Path) -> Path:
     return folder
 
 
-def write_whole(path: Path, content: str | bytes) -> Path:
-    """Write a file, text as UTF-8, whole or not at all; returns its path.
+def write_whole(path: Path, content: str | bytes | Iterable[bytes]) -> Path:
+    """Write a file, text as UTF-8, whole or not at all, also when the process is killed; returns its path.
+
+    Its mode is what the umask leaves, and no wider than that of a file which it replaces.
 
     Raises
     ------
     InputError
-        If its folder cannot be written.
+        If its folder cannot be written, or the disk is full.
     """
+    if isinstance(content, str):
+        content = content.encode()
+    partial = path.with_name(f".{path.name[:100]}-{secrets.token_hex(8)}")
     try:
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode & 0o666)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-            os.chmod(partial, 0o644)
+                file.writelines([content] if isinstance(content, bytes) else content)
+                file.flush()
+                os.fsync(file.fileno())  # or a system that stops now may keep the new name and not the content
             os.replace(partial, path)
         except BaseException:
-            os.unlink(partial)
+            with suppress(OSError):
+                os.unlink(partial)
             raise
     except OSError as error:
         raise not_written(path, error) from error

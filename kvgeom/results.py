@@ -9,17 +9,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-from kvgeom.checks import one_of, suggests
-from kvgeom.errors import InputError, unknown
-from kvgeom.paths import write_whole
+from kvgeom.checks import as_path, one_of, suggests
+from kvgeom.errors import InputError, reason, unknown
+from kvgeom.sealed import check_seal, write_sealed
 from kvgeom.words import text_table
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
     import xarray as xr
+
+T = TypeVar("T", bound="Result | Composite")
 
 #: Rows of a frame that a notebook shows of a result.
 SHOWN_ROWS = 12
@@ -185,10 +187,9 @@ class Result:
         Raises
         ------
         InputError
-            If the file is missing, is not a kvgeom result, or is a result of another kind.
+            If the file is missing, is no kvgeom result, is damaged or was changed, or is a result of another kind.
         """
-        found: Self = _checked_kind(_read(Path(path), None), cls, Path(path))
-        return found
+        return _loaded(path, cls)
 
     def summary(self) -> str:
         """One line that says what this is and what it shows."""
@@ -306,8 +307,7 @@ class Composite:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what :meth:`save` wrote; raises as :meth:`Result.load` does."""
-        found: Self = _checked_kind(_read(Path(path), None), cls, Path(path))
-        return found
+        return _loaded(path, cls)
 
     def summary(self) -> str:
         """One line that says what this is and what it shows."""
@@ -325,23 +325,38 @@ def _stamped(result: Result) -> xr.Dataset:
 
 
 def _written(path: str | Path, groups: Mapping[str, xr.Dataset]) -> Path:
-    """Write one NetCDF file, whole or not at all; made in memory, because HDF5 crashes where a disk is full."""
+    """Write one NetCDF file, whole or not at all; made in memory, because HDF5 crashes where a disk is full.
+
+    It is sealed: a damaged file would crash HDF5, or give other numbers.
+    """
     made = io.BytesIO()
     for name, data in groups.items():
         data.to_netcdf(made, engine="h5netcdf", group=name, mode="w" if name == "/" else "a")
-    return write_whole(Path(path), made.getvalue())
+    return write_sealed(as_path("the file of a result", path), made.getvalue())
+
+
+def _loaded(path: str | Path, cls: type[T]) -> T:
+    """What a file holds, if it is of some kind; raises as :meth:`Result.load`."""
+    path = as_path("the file of a result", path)
+    check_seal(path)
+    try:
+        found = _read(path, None)
+    except InputError:
+        raise
+    except Exception as error:  # whatever can be wrong in a file that somebody else has sealed
+        raise InputError(
+            f"cannot load {path}: not a kvgeom result ({reason(error)}); give a path that .save() wrote"
+        ) from error
+    if not isinstance(found, cls):
+        raise InputError(f"cannot load {path} as {cls.kind}: it holds {found.kind}")
+    return found
 
 
 def _read(path: Path, group: str | None) -> Result | Composite:
     import xarray as xr
 
-    if not path.is_file():
-        raise InputError(f"cannot load {path}: no such file; give a path that .save() wrote")
-    try:
-        with xr.open_dataset(path, engine="h5netcdf", group=group) as opened:
-            data = opened.load()
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load {path}: not a kvgeom result; give a path that .save() wrote") from error
+    with xr.open_dataset(path, engine="h5netcdf", group=group) as opened:
+        data = opened.load()
     kind = data.attrs.pop("kvgeom_kind", None)
     meta = json.loads(data.attrs.pop("kvgeom_meta", "{}"))
     # A file has no type for text that is not there: an empty column would come back as numbers.
@@ -358,12 +373,6 @@ def _read(path: Path, group: str | None) -> Result | Composite:
     return made.of_parts(
         {str(name): _read(path, str(name)) for name in ([names] if isinstance(names, str) else names)}, meta
     )
-
-
-def _checked_kind(found: Result | Composite, cls: type[Any], path: Path) -> Any:
-    if not isinstance(found, cls):
-        raise InputError(f"cannot load {path} as {cls.kind}: it holds {found.kind}")
-    return found
 
 
 def plain(value: Any) -> Any:

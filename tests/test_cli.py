@@ -5,17 +5,16 @@ from __future__ import annotations
 import gc
 import json
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
 import pytest
 
 from kvgeom.cli import main
+from tests.builders.disk import room_for
 from tests.builders.tiny import tiny_hf_model, tiny_tokenizer
 
 
@@ -301,17 +300,6 @@ def test_an_empty_name_of_a_folder_is_none(checkpoint: Path, capsys: pytest.Capt
     for command in ("sweep", "diagnose", "audit", "fix"):
         assert main([command, str(checkpoint), "--out", "", "--quiet"]) == 2
         assert "empty" in capsys.readouterr().err
-
-
-@contextmanager
-def room_for(size: int) -> Iterator[None]:
-    """No file can grow beyond so many bytes, as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize(

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
-import weakref
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Literal
 
 import numpy as np
 import torch
 from einops import rearrange
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from kvgeom.errors import InputError
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.models.reading import LayerActivations, read
 from kvgeom.models.rotary import TokenRotation
+from kvgeom.paths import not_written
 from kvgeom.progress import track
 from kvgeom.quant.placement import Placement
 
@@ -53,7 +52,8 @@ class ActivationStore:
 
     Memory does not grow with the number of prompts. The store takes at most a quarter of the space that is free in the
     folder of temporary files (the variable ``TMPDIR`` moves it); prompts that find no room are run again when they are
-    read. The files are deleted with the last object that uses the store.
+    read. The files have no names: they are gone with the last object that uses the store, or with the process, however it
+    ends.
 
     Parameters
     ----------
@@ -63,6 +63,8 @@ class ActivationStore:
 
     Raises
     ------
+    InputError
+        If there is no folder for temporary files that can be written.
     ModelError
         If keys and values of the model differ in shape, or are no keys and values (``KVGeometry.check_alike``).
 
@@ -80,9 +82,13 @@ class ActivationStore:
         self.prompts = tuple(model.encode(requests))
         self.positions = tuple(positions(self.prompts))
         self._indices = {prompt.text: index for index, prompt in enumerate(self.prompts)}
-        self._folder = Path(tempfile.mkdtemp(prefix="kvgeom-"))
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        self._room = DISK_SHARE * shutil.disk_usage(self._folder).free
+        try:
+            self._file: IO[bytes] = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # as long as the store
+            self._room = DISK_SHARE * shutil.disk_usage(tempfile.gettempdir()).free
+        except OSError as error:
+            raise not_written("a temporary file", error, "set TMPDIR to another folder") from error
+        #: Of each prompt, the layers, where they begin in the file, and how long they are.
+        self._kept: dict[int, list[tuple[int, int, int]]] = {}
         self._features: dict[Site, NDArray[np.float32]] | None = None
         self._planes: dict[int, Tensor] = {}
 
@@ -105,34 +111,43 @@ class ActivationStore:
 
     def layers(self, index: int) -> Iterator[LayerActivations]:
         """Activations of one prompt, in every layer that stores keys and values: from a forward pass the first time, from a file afterwards."""
-        file = self._folder / f"{index}.safetensors"
-        if file.exists():
-            with safe_open(file, "pt", device=str(self.model.device)) as stored:
-                names = {*stored.keys()}
-                for layer in self.model.geometry.stores:
-                    k, v, resid, *rotation = (
-                        stored.get_tensor(f"{name}.{layer}") for name in _PARTS if f"{name}.{layer}" in names
-                    )
-                    yield LayerActivations(layer, k, v, TokenRotation(*rotation) if rotation else None, resid)
+        if index in self._kept:
+            for layer, begin, size in self._kept[index]:
+                self._file.seek(begin)
+                stored = load(self._file.read(size))
+                k, v, resid, *rotation = (stored[name].to(self.model.device) for name in _PARTS if name in stored)
+                yield LayerActivations(layer, k, v, TokenRotation(*rotation) if rotation else None, resid)
             return
         found = list(read(self.model, self.prompts[index], self.placement.where, resid=True))
         tensors = {
-            f"{name}.{one.layer}": x
+            one.layer: {
+                name: x
+                for name, x in zip(_PARTS, (one.k, one.v, one.resid, *_parts(one.rotation)), strict=False)
+                if x is not None
+            }
             for one in found
-            for name, x in zip(_PARTS, (one.k, one.v, one.resid, *_parts(one.rotation)), strict=False)
-            if x is not None
         }
-        size = sum(x.numel() * x.element_size() for x in tensors.values())
+        size = sum(x.numel() * x.element_size() for one in tensors.values() for x in one.values())
         if size <= self._room:
             self._room -= size
-            # Copies: layers share their rotation, and a file of tensors that share memory is refused.
-            copy = torch.contiguous_format
-            try:
-                save_file({name: x.clone(memory_format=copy) for name, x in tensors.items()}, file)
-            except SafetensorError:  # the disk has less room than it said; what is not kept is computed again
-                file.unlink(missing_ok=True)
-                self._room = 0
+            self._keep(index, tensors)
         yield from found
+
+    def _keep(self, index: int, tensors: Mapping[int, dict[str, Tensor]]) -> None:
+        begin, kept = self._file.seek(0, os.SEEK_END), []
+        for layer, one in tensors.items():
+            # Copies: tensors that share memory are refused.
+            content = save({name: x.clone(memory_format=torch.contiguous_format) for name, x in one.items()})
+            try:
+                written = self._file.write(content)
+            except OSError:
+                written = 0
+            if written < len(content):  # the disk has less room than it said; what is not kept is computed again
+                self._file.truncate(begin)
+                self._room = 0
+                return
+            kept.append((layer, self._file.tell() - len(content), len(content)))
+        self._kept[index] = kept
 
     def features(self, site: Site) -> NDArray[np.float32]:
         """Mean vector of every prompt at every position, ``[layers, prompts, positions, channels]``, on disk.
@@ -167,7 +182,7 @@ class ActivationStore:
 
     def _mean_vectors(self) -> dict[Site, NDArray[np.float32]]:
         shape = (len(self.model.geometry.stores), len(self.prompts), len(self.positions))
-        found = {site: self._array(site, (*shape, site_width(self.model, site))) for site in SITES}
+        found = {site: self._array((*shape, site_width(self.model, site))) for site in SITES}
         for index, prompt in enumerate(track(self.prompts, "reading the geometry", len(self.prompts))):
             for row, activations in enumerate(self.layers(index)):
                 if activations.rotation is not None:
@@ -177,15 +192,21 @@ class ActivationStore:
                     means[row, index] = stack_positions(x, prompt, self.positions).cpu().numpy()
         return found
 
-    def _array(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    def _array(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
         size = 4 * int(np.prod(shape))
         if size > self._room:
             return np.empty(shape, dtype=np.float32)
         self._room -= size
-        return np.memmap(self._folder / f"{name}.f32", dtype=np.float32, mode="w+", shape=shape)
+        try:
+            with tempfile.TemporaryFile() as file:
+                if hasattr(os, "posix_fallocate"):  # or a disk that fills up ends the process as the array is written
+                    os.posix_fallocate(file.fileno(), 0, size)
+                return np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
+        except OSError:
+            return np.empty(shape, dtype=np.float32)
 
 
-#: Names of tensors in a file, each with the number of its layer after it.
+#: Names of the tensors of a layer.
 _PARTS = ("k", "v", "resid", "cos", "sin", "planes")
 
 

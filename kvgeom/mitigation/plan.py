@@ -20,9 +20,9 @@ from kvgeom.mitigation.layers import LayerSelection
 from kvgeom.mitigation.plan_file import json_path, read, written
 from kvgeom.mitigation.search import Search
 from kvgeom.mitigation.verify import CHOSEN, PAPER, Verification, prove
+from kvgeom.models.identity import weights_identity
 from kvgeom.models.load import load
 from kvgeom.models.model import KVGeometry
-from kvgeom.models.modules import weights_identity
 from kvgeom.paths import writable_folder, write_whole
 from kvgeom.prompts.load import as_prompt_set
 from kvgeom.prompts.sets import held_out
@@ -46,7 +46,8 @@ class Plan:
     Attributes
     ----------
     model, identity : str
-        The model that it was made for, and a hash of its weights that is the same in all floating-point types.
+        The model that it was made for, and a hash of its weights, configuration, tokenizer and stop tokens that is the same in
+        all floating-point types and under any chat template.
     geometry : KVGeometry
     scheme : str
         The cache to mitigate: a scheme or preset.
@@ -215,18 +216,21 @@ class Plan:
         Parameters
         ----------
         model : Model or PreTrainedModel
+            Of a PreTrainedModel, which has no tokenizer, weights and configuration are compared.
 
         Raises
         ------
         InputError
-            If its weights are others.
+            If its weights, configuration, tokenizer or stop tokens are others.
         """
-        identity = getattr(model, "identity", None) or weights_identity(model)
-        if identity != self.identity:
+        identity, own = getattr(model, "identity", None), self.identity
+        if identity is None:
+            identity, own = weights_identity(model), own.partition(".")[0]
+        if identity != own:
             name = getattr(model, "name", type(model).__name__)
             raise InputError(
-                f"a plan for {self.model} (weights {self.identity}) was given {name} (weights {identity}); make a plan for "
-                "this model with kvgeom fix"
+                f"a plan for {self.model} (identity {own}) was given {name} (identity {identity}); make a plan for this model with "
+                "kvgeom fix"
             )
 
     # --- as a file ---

@@ -7,14 +7,13 @@ import hashlib
 import io
 import os
 import shutil
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from kvgeom.errors import InputError, reason
 from kvgeom.models.quiet import quiet_transformers
-from kvgeom.paths import cache_dir, write_whole
+from kvgeom.paths import cache_dir, not_written, write_whole
 from kvgeom.progress import bar
 
 _CHUNK = 1 << 24
@@ -102,17 +101,22 @@ def converted_gguf(path: Path) -> Path:
 
 
 def convert(path: Path, folder: Path) -> None:
-    """Convert a GGUF file into ``folder``, which appears only when it is complete.
+    """Convert a GGUF file into ``folder``, which appears only when it is complete; one process at a time may do so.
 
     Raises
     ------
     InputError
-        If transformers cannot read this architecture, or the weights are damaged.
+        If transformers cannot read this architecture, the weights are damaged, or the disk is full.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as scratch:
+    scratch = folder.with_name(
+        f"{folder.name}.partial"
+    )  # of this file alone: what a killed conversion has left goes now
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(quiet_transformers())
             drawn = stack.enter_context(bar("converting GGUF", 3))
@@ -130,12 +134,17 @@ def convert(path: Path, folder: Path) -> None:
             model.hf_quantizer, model.is_quantized = None, False
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
-            model.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
+            try:
+                model.save_pretrained(scratch)
+                tokenizer.save_pretrained(scratch)
+                os.replace(scratch, folder)
+            except OSError as error:
+                raise not_written(folder, error, "set KVGEOM_CACHE to another folder") from error
+            except SafetensorError as error:  # which gives the system's error as text
+                raise not_written(folder, OSError(str(error)), "set KVGEOM_CACHE to another folder") from error
             drawn.update(1)
-        shutil.copymode(folder.parent, scratch)
-        os.replace(scratch, folder)
-        Path(scratch).mkdir()  # TemporaryDirectory wants something to remove
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _check_weights(model: Any, path: Path) -> None:

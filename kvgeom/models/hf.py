@@ -19,6 +19,7 @@ from kvgeom.models.backends import register_backend
 from kvgeom.models.cache import BatchedEdit, Edit, EditedCache, GradientProbe
 from kvgeom.models.chat import ChatTemplate
 from kvgeom.models.decoder import find_decoder
+from kvgeom.models.identity import identify
 from kvgeom.models.model import AttentionRule, EncodedPrompt, Gradients
 from kvgeom.models.modules import (
     Projection,
@@ -27,8 +28,6 @@ from kvgeom.models.modules import (
     projections,
     read_geometry,
     stop_tokens,
-    weights_fingerprint,
-    weights_identity,
 )
 from kvgeom.models.rotary import RotaryEmbedding
 from kvgeom.models.weights import drop_weights, weights_stored
@@ -89,11 +88,13 @@ class HFModel:
         self._rules: dict[int, AttentionRule] | None = None
         self._projecting: dict[int, dict[str, Projection]] | None = None
         self._late: bool | None = None
-        self.fingerprint = weights_fingerprint(model, self._chat.signature)
-        self.identity = weights_identity(model)
         self.weights = weights_stored(model)
         self.vocabulary = int(self._config.vocab_size)
         self.stop_tokens = stop_tokens(model, tokenizer)
+        self.fingerprint, self.identity = self._identified()
+
+    def _identified(self) -> tuple[str, str]:
+        return identify(self.hf_model, self.tokenizer, self._chat.signature, self.stop_tokens)
 
     @property
     def device(self) -> torch.device:

@@ -12,7 +12,8 @@ from kvgeom.errors import InputError, ModelError
 from kvgeom.models.backends import from_package, register_backend
 from kvgeom.models.chat import signature
 from kvgeom.models.hf import HFModel
-from kvgeom.models.modules import model_name, weights_fingerprint, weights_identity
+from kvgeom.models.identity import identify
+from kvgeom.models.modules import model_name, stop_tokens
 
 
 class LensModel(HFModel):
@@ -28,6 +29,8 @@ class LensModel(HFModel):
         As in :class:`~kvgeom.models.hf.HFModel`; the bridge's own name by default.
     tokenizer : PreTrainedTokenizerBase, optional
         The bridge's own by default.
+    identified : tuple of str, optional
+        Fingerprint and identity of the model before the bridge was put around it, if they are known.
     """
 
     backend = "lens"
@@ -40,8 +43,9 @@ class LensModel(HFModel):
         tokenizer: Any = None,
         template: str | None = None,
         template_options: Mapping[str, Any] | None = None,
+        identified: tuple[str, str] | None = None,
     ) -> None:
-        self.bridge = bridge
+        self.bridge, self._before_bridge = bridge, identified
         super().__init__(
             bridge.original_model,
             tokenizer or bridge.tokenizer,
@@ -70,10 +74,8 @@ class LensModel(HFModel):
         if not getattr(hf_model.config, "architectures", None):  # models that were not loaded from a checkpoint
             hf_model.config.architectures = [type(hf_model).__name__]
         # Before the bridge splits fused projections, so that a model has one fingerprint on all backends.
-        fingerprint = weights_fingerprint(
-            hf_model, signature(template or tokenizer.chat_template or "", template_options or {})
-        )
-        identity = weights_identity(hf_model)
+        chat = signature(template or tokenizer.chat_template or "", template_options or {})
+        identified = identify(hf_model, tokenizer, chat, stop_tokens(hf_model, tokenizer))
         # The bridge makes a tokenizer with a BOS token out of the one it gets, which must know its own name for that.
         theirs = copy.deepcopy(tokenizer)
         theirs.init_kwargs.setdefault("name_or_path", tokenizer.name_or_path or name)
@@ -81,9 +83,17 @@ class LensModel(HFModel):
             bridge = TransformerBridge.boot_transformers(name, hf_model=hf_model, tokenizer=theirs)
         except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
             raise ModelError(f"TransformerLens cannot wrap {name} ({error}); use backend='hf'") from error
-        model = cls(bridge, name=name, tokenizer=tokenizer, template=template, template_options=template_options)
-        model.fingerprint, model.identity = fingerprint, identity
-        return model
+        return cls(
+            bridge,
+            name=name,
+            tokenizer=tokenizer,
+            template=template,
+            template_options=template_options,
+            identified=identified,
+        )
+
+    def _identified(self) -> tuple[str, str]:
+        return self._before_bridge or super()._identified()
 
     def _call(self, tokens: Tensor, **inputs: Any) -> Tensor:
         logits: Tensor = self.bridge(tokens, **inputs)

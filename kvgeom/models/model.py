@@ -97,9 +97,11 @@ class Model(Protocol):
         Whether a branch may join a pass above layer 0 (:meth:`forward_branches`).
     geometry : KVGeometry
     fingerprint : str
-        Hash of the weights in their present dtype, of the chat template and of its options.
+        Hash of all that can change an answer: the weights in their present dtype, configuration, tokenizer, stop tokens, chat
+        template and its options.
     identity : str
-        Hash of the weights that is the same in all floating-point types.
+        Hash of weights and configuration, the same in all floating-point types; where there is a point, what follows it is one of
+        tokenizer and stop tokens.
     weights : str
         How the weights are stored, for people: ``"float32"``, ``"AWQ 4-bit"``, ``"Q4_K_M (GGUF), dequantized to float32"``.
     vocabulary : int

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -232,37 +231,6 @@ def _rope_kind(config: Any, model: nn.Module) -> str:
     # Models whose layer types have their own rotary embeddings nest the parameters by layer type.
     kinds = {p.get("rope_type", "default") for p in parameters.values() if isinstance(p, dict)}
     return "+".join(sorted(kinds)) if kinds else str(parameters.get("rope_type", "default"))
-
-
-def weights_fingerprint(model: nn.Module, template: str) -> str:
-    """Hash of kind, template and a sample of every weight: tells models apart in seconds, not minutes."""
-    return _hashed(model, template, lambda weight: (str(weight.dtype), weight.float()))
-
-
-def weights_identity(model: nn.Module) -> str:
-    """The same whatever the chat template and the floating-point type that the weights were loaded in.
-
-    Weights that were trained in float32 and stored in float16 alone are an exception: they may differ from those in
-    bfloat16.
-    """
-    return _hashed(model, "", lambda weight: ("", _coarse(weight) if weight.is_floating_point() else weight))
-
-
-def _coarse(weight: Tensor) -> Tensor:
-    """What all floating-point types have of a weight: 8 significant bits, and nothing below float16's normal numbers."""
-    coarse = weight.to(torch.bfloat16).float()
-    return torch.where(coarse.abs() < 2.0**-14, 0.0, coarse)
-
-
-def _hashed(model: nn.Module, template: str, sampled: Callable[[Tensor], tuple[str, Tensor]]) -> str:
-    kind = getattr(getattr(model, "config", None), "model_type", "")
-    digest = hashlib.sha256(f"{kind}\n{template}".encode())
-    for parameter_name, weight in model.named_parameters():
-        flat = weight.detach().flatten()
-        dtype, sample = sampled(flat[:: max(1, flat.numel() // 64)][:64])
-        plain = parameter_name.replace("_original_component.", "")  # as TransformerLens wraps modules
-        digest.update(f"{plain}{tuple(weight.shape)}{dtype}".encode() + sample.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -17,6 +17,8 @@ Precision = Literal["f32", "f16", "bf16"]
 BITS = (2, 3, 4, 5, 6, 7, 8)
 
 _SIZED = ("group", "channel-group")
+#: Neighbouring channels, or one; no layer has more than a million.
+_RUN = r"\d{1,6}(-\d{1,6})?"
 #: What follows the part that the format itself reads.
 _SUFFIXES = re.compile(r"(?P<format>[^/+@]+)(?:/(?P<scales>\w+))?(?:\+(?P<transform>\w+))?(?:@(?P<channels>[\d,-]+))?")
 
@@ -183,8 +185,9 @@ class Scheme:
 
 def runs(numbers: Sequence[int]) -> list[str]:
     """Ascending ``(0, 1, 2, 4)`` as ``["0-2", "4"]``."""
-    starts = [n for n in numbers if n - 1 not in numbers]
-    ends = [n for n in numbers if n + 1 not in numbers]
+    known = {*numbers}
+    starts = [n for n in numbers if n - 1 not in known]
+    ends = [n for n in numbers if n + 1 not in known]
     return [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
 
 
@@ -192,7 +195,7 @@ def _channels(runs: str) -> tuple[int, ...]:
     found: list[int] = []
     for run in runs.split(","):
         first, _, last = run.partition("-")
-        if not first or (not last and "-" in run):
+        if not re.fullmatch(_RUN, run):
             raise InputError(f"cannot read channels {runs!r}; write them as 0-7,12")
         found += range(int(first), int(last or first) + 1)
     return tuple(found)

@@ -7,19 +7,70 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
+from kvgeom.checks import as_path
 from kvgeom.errors import InputError
+from kvgeom.paths import write_whole
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.transforms import Statics
+from kvgeom.sealed import checked_json, read_json
 
 #: Version of the layout of a recipe's own file.
 RECIPE_VERSION = 2
+
+#: A number that there can be 0 of, and one that there cannot.
+Count = Annotated[int, Field(ge=0, lt=2**40)]
+Size = Annotated[int, Field(gt=0, lt=2**40)]
+
+
+class StrictRecord(BaseModel):
+    """Part of a JSON file with the fields that are named, of exactly these types, and no others; numbers are finite."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class VectorRecord(StrictRecord):
+    """A matrix, as base64 of little-endian float32."""
+
+    shape: tuple[Size, Size]
+    float32: str
+
+
+class StaticsRecord(StrictRecord):
+    """Constants of a model."""
+
+    name: str
+    rotary: bool
+    vectors: dict[Annotated[str, Field(pattern=r"^[0-9]{1,5}\.[kv]$")], VectorRecord]
+
+
+class RecipeRecord(StrictRecord):
+    """A recipe; its constants are named by their fingerprints."""
+
+    layers: list[tuple[str | None, str | None]]
+    offsets: str | None
+    factors: str | None
+    random_directions: Count | None
+
+
+class RecipeFile(StrictRecord):
+    """What :func:`save_recipe` writes."""
+
+    recipe_version: Literal[2]
+    recipe: RecipeRecord
+    placement: dict[str, str | int]
+    statics: dict[str, StaticsRecord]
+
+
+class _Versioned(StrictRecord, extra="ignore"):
+    recipe_version: int
 
 
 def recipe_to_json(recipe: Recipe, statics: dict[str, Any]) -> dict[str, Any]:
@@ -30,25 +81,40 @@ def recipe_to_json(recipe: Recipe, statics: dict[str, Any]) -> dict[str, Any]:
     return recipe.record()
 
 
-def recipe_from_json(record: Mapping[str, Any], statics: Mapping[str, Statics]) -> Recipe:
+def recipe_from_json(given: RecipeRecord | Mapping[str, Any], statics: Mapping[str, Statics]) -> Recipe:
     """The inverse of :func:`recipe_to_json`.
 
     Raises
     ------
     InputError
-        If a scheme cannot be read, or constants are missing.
+        If it is no record, a scheme cannot be read, or constants are missing.
     """
+    record = checked_json(given, RecipeRecord)
 
-    def known(name: str) -> Statics | None:
-        fingerprint = record[name]
+    def known(name: str, fingerprint: str | None) -> Statics | None:
         if fingerprint is not None and fingerprint not in statics:
             raise InputError(
                 f"{name} {fingerprint} of a recipe are missing: the file is not whole; write it again with save_recipe"
             )
         return None if fingerprint is None else statics[fingerprint]
 
-    layers = tuple((_scheme_from_json(k), _scheme_from_json(v)) for k, v in record["layers"])
-    return Recipe(layers, known("offsets"), known("factors"), record["random_directions"])
+    layers = tuple((_scheme_from_json(k), _scheme_from_json(v)) for k, v in record.layers)
+    offsets, factors = known("offsets", record.offsets), known("factors", record.factors)
+    return Recipe(layers, offsets, factors, record.random_directions)
+
+
+def placement_from_json(record: Mapping[str, Any]) -> Placement:
+    """A placement as ``dataclasses.asdict`` gives it.
+
+    Raises
+    ------
+    InputError
+        If it has other fields or values.
+    """
+    try:
+        return Placement(**record)
+    except TypeError as error:
+        raise InputError(f"a placement of {sorted(record)} is none: {error}") from error
 
 
 def _scheme_from_json(text: str | None) -> Scheme | None:
@@ -68,23 +134,27 @@ def _statics_to_json(statics: Statics) -> dict[str, Any]:
     return {"name": statics.name, "rotary": statics.rotary, "vectors": vectors}
 
 
-def statics_from_json(record: Mapping[str, Any], fingerprint: str) -> Statics:
+def statics_from_json(given: StaticsRecord | Mapping[str, Any], fingerprint: str) -> Statics:
     """Constants as they were written.
 
     Raises
     ------
     InputError
-        If they are not those of the fingerprint.
+        If they are no record, or not those of the fingerprint.
     """
+    record = checked_json(given, StaticsRecord)
     vectors: dict[Any, torch.Tensor] = {}
-    for key, value in record["vectors"].items():
+    for key, value in record.vectors.items():
         layer, site = key.split(".")
-        numbers = np.frombuffer(base64.b64decode(value["float32"]), dtype="<f4").reshape(value["shape"])
+        try:
+            numbers = np.frombuffer(base64.b64decode(value.float32, validate=True), dtype="<f4").reshape(value.shape)
+        except ValueError as error:
+            raise InputError(f"vector {key} of constants {record.name!r} cannot be read: {error}") from error
         vectors[int(layer), site] = torch.from_numpy(numbers.copy())
-    found = Statics.of(record["name"], vectors, rotary=bool(record["rotary"]))
+    found = Statics.of(record.name, vectors, rotary=record.rotary)
     if found.fingerprint != fingerprint:
         raise InputError(
-            f"constants {record['name']!r} have fingerprint {found.fingerprint}, got {fingerprint}: the file was changed; write it "
+            f"constants {record.name!r} have fingerprint {found.fingerprint}, got {fingerprint}: the file was changed; write it "
             "again with save_recipe"
         )
     return found
@@ -95,7 +165,12 @@ def _encoded(vector: torch.Tensor) -> str:
 
 
 def save_recipe(path: str | Path, recipe: Recipe, placement: Placement | None = None) -> None:
-    """Write a recipe, its constants and a placement into one JSON file.
+    """Write a recipe, its constants and a placement into one JSON file, whole or not at all.
+
+    Raises
+    ------
+    InputError
+        If it cannot be written.
 
     Examples
     --------
@@ -113,7 +188,7 @@ def save_recipe(path: str | Path, recipe: Recipe, placement: Placement | None = 
         "placement": asdict(placement or Placement()),
         "statics": statics,
     }
-    Path(path).write_text(json.dumps(record) + "\n", encoding="utf-8")
+    write_whole(as_path("the file of a recipe", path), json.dumps(record) + "\n")
 
 
 def load_recipe(path: str | Path) -> tuple[Recipe, Placement]:
@@ -124,13 +199,15 @@ def load_recipe(path: str | Path) -> tuple[Recipe, Placement]:
     InputError
         If there is no such file, or it holds something else.
     """
+    file = as_path("the file of a recipe", path)
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        if record["recipe_version"] != RECIPE_VERSION:
-            raise InputError(f"{path} has layout {record['recipe_version']}; this version reads {RECIPE_VERSION}")
-        statics = {key: statics_from_json(value, key) for key, value in record["statics"].items()}
-        return recipe_from_json(record["recipe"], statics), Placement(**record["placement"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        version = read_json(file, _Versioned).recipe_version
+        if version != RECIPE_VERSION:
+            raise InputError(f"layout {version}; this version reads {RECIPE_VERSION}")
+        record = read_json(file, RecipeFile)
+        statics = {key: statics_from_json(value, key) for key, value in record.statics.items()}
+        return recipe_from_json(record.recipe, statics), placement_from_json(record.placement)
+    except (InputError, ValueError) as error:
         raise InputError(
-            f"cannot read a recipe from {path} ({error!r}); give a file that save_recipe has written"
+            f"cannot read a recipe from {path} ({error}); give a file that save_recipe has written"
         ) from error

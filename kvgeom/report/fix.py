@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from kvgeom.checks import suggests, whole
+from kvgeom.checks import as_path, suggests, whole
 from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import resolve, widths
@@ -29,8 +29,9 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.scheme import Scheme, check_bits
 from kvgeom.report.fix_page import render
 from kvgeom.report.fix_text import COLUMNS, before_and_after, sentences
-from kvgeom.report.folder import SETTINGS, report_folder
+from kvgeom.report.folder import SETTINGS, FixSettings, report_folder
 from kvgeom.results import plain
+from kvgeom.sealed import read_json
 from kvgeom.words import text_table
 
 if TYPE_CHECKING:
@@ -138,10 +139,10 @@ class Fix:
         InputError
             If something of it is missing or cannot be read.
         """
-        folder = Path(path).expanduser()
+        folder = as_path("a fix", path)
         try:
-            settings = json.loads((folder / SETTINGS["fix"]).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            settings = read_json(folder / SETTINGS["fix"], FixSettings).model_dump()
+        except InputError as error:
             raise InputError(
                 f"cannot load a fix from {folder}: {error}; give a folder that kvgeom fix wrote"
             ) from error

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, KvgeomWarning
 from kvgeom.evaluation.baseline import baseline
 from kvgeom.evaluation.evaluate import evaluate
 from kvgeom.evaluation.journal import FORMAT, Journal, NoJournal
@@ -41,6 +44,140 @@ def test_nothing_is_done_twice(tmp_path: Path) -> None:
     again = evaluate(model, recipes(3), REQUESTS, journal=tmp_path / "j", **options)  # type: ignore[arg-type]
     assert again.data.identical(first.data)
     assert again.meta == first.meta
+
+
+#: What is in the journals that are damaged.
+ABOUT = {"model": "m", "fingerprint": "0" * 16}
+VALUES: list[object] = [None, "déjà", [1, [2, {"a": 0.5}]], {"tokens": [3, 4]}, "x" * 300, '"}\\n{"key"', True]
+
+
+def written(path: Path) -> bytes:
+    """A journal with one record for each of the values."""
+    with Journal(path, ABOUT) as journal:
+        for number, value in enumerate(VALUES):
+            journal[{"prompt": number}] = value
+    return path.read_bytes()
+
+
+damages = st.lists(
+    st.tuples(
+        st.sampled_from(["change", "cut out", "put in", "end"]), st.floats(0, 1), st.binary(min_size=1, max_size=40)
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def damaged(whole: bytes, how: list[tuple[str, float, bytes]]) -> bytes:
+    for kind, where, content in how:
+        at = int(where * len(whole))
+        after = {"change": len(content), "cut out": len(content), "put in": 0, "end": len(whole)}[kind]
+        whole = whole[:at] + (b"" if kind in ("cut out", "end") else content) + whole[at + after :]
+    return whole
+
+
+@settings(max_examples=400)
+@given(damages)
+def test_of_a_damaged_journal_what_is_whole_is_kept(
+    tmp_path_factory: pytest.TempPathFactory, how: list[tuple[str, float, bytes]]
+) -> None:
+    """Nothing that was not written is ever read, every line that is as it was is, and the rest is said and kept."""
+    path = tmp_path_factory.mktemp("journal") / "j"
+    whole = written(path)
+    header, *lines = whole.splitlines(keepends=True)
+    content = damaged(whole, how)
+    path.write_bytes(content)
+    there = io.BytesIO(content).readlines()
+    unharmed = {number for number, line in enumerate(lines) if line in there[1:]}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            journal = Journal(path, ABOUT)
+        except InputError:
+            assert header not in there[:1]
+            assert not unharmed
+            assert path.read_bytes() == content
+            return
+    copies = sorted(path.parent.glob("j.damaged*"))
+    for number, value in enumerate(VALUES):
+        key = {"prompt": number}
+        assert (key in journal) >= (number in unharmed)
+        if key in journal:
+            assert journal[key] == value
+        journal.remember(key, lambda value=value: value)  # type: ignore[misc]
+    journal.close()
+    assert sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
+    assert [copy.read_bytes() for copy in copies] == ([content] if said else [])
+    # Unsaid is only what a killed run leaves: a last line that is not whole; and lines that are gone, or twice there.
+    if not said:
+        assert there[:1] == [header] or header.startswith(content)
+        assert all(line in (*lines, header) for line in there[1:-1])
+
+
+def test_a_run_that_is_killed_as_it_mends_loses_nothing(tmp_path: Path) -> None:
+    path, count = tmp_path / "j", 2000
+    with Journal(path, ABOUT) as journal:
+        for number in range(count):
+            journal[{"prompt": number}] = "x" * (number % 50)
+    content = path.read_bytes().replace(b'"prompt": 7}', b'"prompt": 8}')
+    for moment in range(10):
+        path.write_bytes(content)
+        pid = os.fork()
+        if pid == 0:
+            warnings.simplefilter("ignore")
+            Journal(path, ABOUT).close()
+            os._exit(0)
+        time.sleep(0.01 * moment)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Journal(path, ABOUT) as journal:
+                assert journal.known == count - 1
+                assert all(journal[{"prompt": n}] == "x" * (n % 50) for n in range(count) if n != 7)
+
+
+def test_one_holds_a_journal_at_a_time(tmp_path: Path) -> None:
+    """Processes that open and close one journal as fast as they can: each marks that it holds it, and finds no mark."""
+    path, mark, children = tmp_path / "j", tmp_path / "mark", []
+    for child in range(4):
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                held = 0
+                while held < 200:
+                    try:
+                        journal = Journal(path, ABOUT)
+                    except InputError:
+                        continue
+                    os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+                    journal[{"child": child, "prompt": held}] = held
+                    os.unlink(mark)
+                    journal.close()
+                    held += 1
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
+    with Journal(path, ABOUT) as journal:
+        assert journal.known == 800
+
+
+def test_where_files_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on some network file systems: that is said, and the work goes on."""
+
+    def locks_nothing(_file: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("kvgeom.evaluation.journal._lock", locks_nothing)
+    with (
+        pytest.warns(KvgeomWarning, match=r"locks no files .*let no other run use it"),
+        Journal(tmp_path / "j", ABOUT) as journal,
+    ):
+        journal[{"a": 1}] = 2
+    assert (tmp_path / "j").stat().st_size
 
 
 @settings(max_examples=25)
@@ -119,6 +256,15 @@ def test_another_journal_is_refused(tmp_path: Path) -> None:
     path.write_bytes(json.dumps(header).encode() + b"\n")
     with pytest.raises(InputError, match="versions"):
         evaluate(model, recipes(3), REQUESTS[:2], journal=path, max_new_tokens=2, progress=False)
+    for number, text in enumerate(("[" * 100_000, '{"a":' * 100_000, "\x00" * 5000, "[1]\n" * 1000, "{}", "null\n")):
+        (tmp_path / f"{number}").write_text(text)
+        with pytest.raises(InputError, match=r"(not a journal|about something else)"):
+            Journal(tmp_path / f"{number}", {"a": 1})
+        assert (tmp_path / f"{number}").read_text() == text
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null"), tmp_path, tmp_path / ("x" * 300)):
+        with pytest.raises(InputError):
+            Journal(path, {"a": 1})
     (tmp_path / "poem").write_text("roses are red\n")
     with pytest.raises(InputError, match="poem is not a journal"):
         baseline(model, ["a"], journal=tmp_path / "poem", progress=False)
@@ -138,7 +284,6 @@ def test_a_journal_of_format_1_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="format 1"):
         baseline(TINY["qwen2"], REQUESTS[:1], journal=path, progress=False)
     assert path.read_bytes() == before
-    assert not (tmp_path / ".j.lock").exists()
 
 
 def test_a_journal_is_taken_up_again(tmp_path: Path) -> None:
@@ -149,7 +294,6 @@ def test_a_journal_is_taken_up_again(tmp_path: Path) -> None:
     journal.reopen()  # it never was closed
     assert journal[{"prompt": 1, "measure": "one"}] == [1]  # a key is its fields, in any order
     journal.close()
-    assert not (tmp_path / ".j.lock").exists()
     with Journal(path, about) as other:
         other[two] = [2]
         with pytest.raises(InputError, match="in use"):
@@ -170,7 +314,6 @@ def test_a_journal_is_taken_up_again(tmp_path: Path) -> None:
     path.write_text(json.dumps({"kvgeom_journal": FORMAT, "a": 2}) + "\n")
     with pytest.raises(InputError, match="about something else"):
         journal.reopen()
-    assert not (tmp_path / ".j.lock").exists()
     nothing = NoJournal()
     nothing[one] = [1]
     assert one not in nothing

@@ -16,6 +16,7 @@ from kvgeom.diagnosis.diagnose import diagnose
 from kvgeom.errors import InputError, ModelError
 from kvgeom.evaluation.condition import EXACT
 from kvgeom.evaluation.evaluate import evaluate
+from kvgeom.evaluation.journal import Journal
 from kvgeom.evaluation.outcomes import OTHER_TOKENS, Outcomes, unread_note
 from kvgeom.evaluation.relabel import KeptLabels
 from kvgeom.evaluation.scores import NONE_PREDICTS, refusal_tokens
@@ -162,20 +163,20 @@ def test_unread_answers_are_said(guards: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("value", "says"),
     [
-        ('{"x": 1}', "line 3 of .* is no record"),
-        ('{"key": KEY, "value": 5}', "holds 5 where a label and its reason"),
-        ('{"key": KEY, "value": ["yes", "r"]}', "labels a response as"),
-        ('{"key": KEY, "value": ["refused", 1]}', "reason of a judgement must be text"),
+        (5, "holds 5 where a label and its reason"),
+        (["yes", "r"], "labels a response as"),
+        (["refused", 1], "reason of a judgement must be text"),
     ],
 )
-def test_a_file_that_holds_no_labels(guards: dict[str, Path], tmp_path: Path, line: str, says: str) -> None:
+def test_a_file_that_holds_no_labels(guards: dict[str, Path], tmp_path: Path, value: object, says: str) -> None:
     path, asked = tmp_path / "labels.jsonl", (["q"], ["Bake @ home."], [-0.5])
     with KeptLabels(judge_of(guards["wildguard"], "wildguard"), path) as kept:
         kept.label_all(*asked)
-    key = json.dumps(json.loads(path.read_text().splitlines()[1])["key"])
-    path.write_text(path.read_text() + line.replace("KEY", key) + "\n")
+    about, record = map(json.loads, path.read_text().splitlines())
+    with Journal(path, {name: said for name, said in about.items() if name != "kvgeom_journal"}) as journal:
+        journal[record["key"]] = value
     with pytest.raises(InputError, match=says), KeptLabels(judge_of(guards["wildguard"], "wildguard"), path) as kept:
         kept.label_all(*asked)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import kvgeom
 from kvgeom.errors import InputError, KvgeomError, ModelError
 from kvgeom.models.hf import HFModel
 from kvgeom.models.model import KVGeometry
+from tests.builders.disk import room_for
 from tests.builders.tiny import KINDS, tiny_hf_model, tiny_model, tiny_tokenizer
 
 
@@ -133,7 +135,20 @@ def test_a_gguf_file_is_converted_once(gguf_file: Path, own_cache: Path) -> None
     written = weights.stat().st_mtime_ns
     kvgeom.load(gguf_file, progress=False)
     assert weights.stat().st_mtime_ns == written
-    assert not list(own_cache.rglob("converting-*"))
+    assert not list(own_cache.rglob("*.partial"))
+
+
+def test_a_conversion_on_a_full_disk(gguf_file: Path, own_cache: Path) -> None:
+    """One line that says so; and what a killed conversion has left is no model, and makes way."""
+    kept = own_cache / "gguf"
+    with room_for(20_000), pytest.raises(InputError, match=r"cannot be written.*free some space"):
+        kvgeom.load(gguf_file, progress=False)
+    assert not [path for path in kept.iterdir() if path.suffix != ".lock"]
+    digest = hashlib.sha256(gguf_file.read_bytes()).hexdigest()[:32]
+    (kept / f"{digest}.partial").mkdir()
+    (kept / f"{digest}.partial" / "model.safetensors").write_bytes(b"half")
+    assert kvgeom.load(gguf_file, progress=False).name == gguf_file.name
+    assert not list(kept.glob("*.partial"))
 
 
 def truncated(data: bytes) -> bytes:

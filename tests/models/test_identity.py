@@ -1,0 +1,233 @@
+"""What tells models apart: any change of what can change an answer makes another model of it, and its journal is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, normalizers
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import kvgeom
+from kvgeom.errors import InputError, ModelError
+from kvgeom.evaluation.baseline import baseline
+from kvgeom.models import identity
+from kvgeom.models.hf import HFModel
+from kvgeom.models.identity import identify, weights_identity
+from tests.builders.judges import ArbitraryJudge
+from tests.builders.tiny import tiny_hf_model, tiny_model, tiny_tokenizer
+
+HF, TOKENIZER = tiny_hf_model("gemma3_text"), tiny_tokenizer()
+WEIGHTS = dict(HF.named_parameters())
+#: All that a configuration says but for what does not change an answer.
+SETTINGS = sorted(HF.config.to_dict().keys() & vars(HF.config).keys() - identity._PASSING)
+
+
+def of(hf: Any = HF, tokenizer: Any = TOKENIZER, template: str = "t", stop: frozenset[int] = frozenset({2})) -> Any:
+    return identify(hf, tokenizer, template, stop)
+
+
+FIRST = of()
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_every_bit_of_every_weight(data: st.DataObject) -> None:
+    """The lowest bit changes the fingerprint; what bfloat16 sees of it, the identity too. Put back, it is the same model."""
+    weight = WEIGHTS[data.draw(st.sampled_from(sorted(WEIGHTS)))].detach().view(-1)
+    at = data.draw(st.integers(0, len(weight) - 1))
+    bit = data.draw(st.integers(0, 30))
+    was = weight[at].clone()
+    try:
+        weight.view(torch.int32)[at] ^= 1 << bit
+        fingerprint, same = of()
+        assert fingerprint != FIRST[0]
+
+        def seen(x: torch.Tensor) -> float:
+            coarse = float(x.to(torch.bfloat16))
+            return coarse if abs(coarse) >= 2.0**-14 else 0.0
+
+        if seen(weight[at]) == seen(was):
+            assert same == FIRST[1]
+        elif not torch.isnan(weight[at]):
+            assert same != FIRST[1]
+    finally:
+        weight[at] = was
+    assert of() == FIRST
+
+
+@given(st.sampled_from(SETTINGS), st.data())
+@settings(max_examples=60)
+def test_every_setting_of_the_configuration(name: str, data: st.DataObject) -> None:
+    value = getattr(HF.config, name)
+    others: dict[type, Any] = {bool: st.booleans(), int: st.integers(0, 99), float: st.floats(0.1, 9), str: st.text()}
+    other = data.draw(others.get(type(value), st.sampled_from(["x", 7])).filter(lambda each: each != value))
+    changed = copy.copy(HF)
+    changed.config = copy.deepcopy(HF.config)
+    changed.config.__dict__[name] = other
+    fingerprint, same = of(changed)
+    assert fingerprint != FIRST[0]
+    assert same.partition(".")[0] != FIRST[1].partition(".")[0]
+    changed.config = copy.deepcopy(HF.config)
+    for passing in ("_name_or_path", "transformers_version", "dtype"):
+        changed.config.__dict__[passing] = other
+    assert of(changed) == FIRST
+
+
+def retold(change: Callable[[dict[str, Any]], None]) -> PreTrainedTokenizerFast:
+    record = json.loads(TOKENIZER.backend_tokenizer.to_str())
+    change(record)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(record)),
+        **{name: str(token) for name, token in TOKENIZER.special_tokens_map.items()},
+    )
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_every_word_of_the_vocabulary(data: st.DataObject) -> None:
+    assert of(tokenizer=retold(lambda _: None)) == FIRST
+    word = data.draw(st.sampled_from(sorted(TOKENIZER.get_vocab().keys() - {*TOKENIZER.all_special_tokens})))
+    new = data.draw(
+        st.text(st.characters(codec="utf-8"), min_size=2, max_size=5).filter(lambda w: w not in TOKENIZER.get_vocab())
+    )
+
+    def renamed(record: dict[str, Any]) -> None:
+        record["model"]["vocab"][new] = record["model"]["vocab"].pop(word)
+
+    fingerprint, same = of(tokenizer=retold(renamed))
+    assert fingerprint != FIRST[0]
+    assert same != FIRST[1]
+    assert same.partition(".")[0] == FIRST[1].partition(".")[0]
+
+
+def test_merges_normalizers_special_tokens_templates_and_stop_tokens() -> None:
+    a, b, c = sorted(TOKENIZER.get_vocab())[5:8]
+
+    def merged(record: dict[str, Any]) -> None:
+        record["model"]["vocab"][a + b] = len(record["model"]["vocab"])
+        record["model"]["merges"] = [[a, b]]
+
+    lower = tiny_tokenizer()
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    other_end = tiny_tokenizer()
+    other_end.pad_token = c
+    found = [
+        of(tokenizer=retold(merged)),
+        of(tokenizer=lower),
+        of(tokenizer=other_end),
+        of(template="u"),
+        of(stop=frozenset({2, 3})),
+        of(stop=frozenset()),
+    ]
+    assert len({fingerprint for fingerprint, _ in (*found, FIRST)}) == 7
+    assert found[3][1] == FIRST[1]  # a plan holds under another template
+    called = tiny_tokenizer()
+    called(["a", "bb"], padding=True, truncation=True, max_length=4)  # leaves its settings in the tokenizer
+    assert of(tokenizer=called) == FIRST
+
+
+def test_what_is_stored_beside_parameters() -> None:
+    """Integers of quantized weights are buffers; tensors of other libraries are made of several."""
+    found = []
+    for value in (1, 2):
+        model = torch.nn.Linear(2, 2, bias=False)
+        torch.nn.init.ones_(model.weight)
+        model.register_buffer("packed", torch.full((3,), value, dtype=torch.uint8))
+        model.register_buffer("made", torch.full((3,), float(value)), persistent=False)
+        found.append(weights_identity(model))
+    assert found[0] != found[1]
+    found = []
+    for value in (1.0, 2.0):
+        model = torch.nn.Linear(2, 2, bias=False)
+        model.weight = torch.nn.Parameter(TwoTensor(torch.ones(2, 2), torch.full((2, 2), value)))
+        found.append(weights_identity(model))
+    assert found[0] != found[1]
+    with pytest.raises(ModelError, match="weight has no values"):
+        weights_identity(torch.nn.Linear(2, 2, bias=False, device="meta"))
+
+
+def test_pieces_threads_and_strides_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "PIECE", 7)
+    assert of() == FIRST
+    model = copy.deepcopy(HF)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.data = weight.data.t().contiguous().t()
+    assert of(model) == FIRST
+
+
+def test_a_model_from_its_files_is_the_model(tmp_path: Path) -> None:
+    mine = tiny_model("qwen2")
+    mine.hf_model.save_pretrained(tmp_path)
+    mine.tokenizer.save_pretrained(tmp_path)
+    read = kvgeom.load(tmp_path, progress=False)
+    # Some families replace parts of the tokenizer as they read it.
+    mine = HFModel(mine.hf_model, AutoTokenizer.from_pretrained(tmp_path), name="x")
+    assert (read.fingerprint, read.identity) == (mine.fingerprint, mine.identity)
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {}
+
+
+def edits(file: str) -> Callable[[Callable[[Any], object]], None]:
+    """A change of a JSON file of the checkpoint."""
+
+    def register(change: Callable[[Any], object]) -> None:
+        def apply(folder: Path) -> None:
+            record = json.loads((folder / file).read_text())
+            change(record)
+            (folder / file).write_text(json.dumps(record))
+
+        CHANGES[f"{file} {len(CHANGES)}"] = apply
+
+    return register
+
+
+edits("config.json")(lambda r: r.update(hidden_act="gelu"))
+edits("config.json")(lambda r: r.update(rms_norm_eps=1e-4))
+edits("config.json")(
+    lambda r: r.update(use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention"] * 3)
+)
+edits("generation_config.json")(lambda r: r.update(eos_token_id=[2, 7]))
+edits("tokenizer.json")(lambda r: r["model"]["vocab"].update({"XYZ": r["model"]["vocab"].pop("a")}))
+
+
+def test_a_journal_of_the_model_as_it_was_is_refused(tmp_path: Path) -> None:
+    """The same command over the folder of a model that was edited since."""
+    mine, folder, journal = tiny_model("qwen2"), tmp_path / "model", tmp_path / "j"
+    mine.hf_model.save_pretrained(folder)
+    mine.tokenizer.save_pretrained(folder)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def run() -> None:
+        base = baseline(folder, ["why?"], journal=journal, judge=ArbitraryJudge(), max_new_tokens=2, progress=False)
+        base.journal.close()  # type: ignore[attr-defined]
+
+    run()
+    before = journal.read_bytes()
+    for change in CHANGES.values():
+        change(folder)
+        with pytest.raises(InputError, match=r"about something else.*fingerprint"):
+            run()
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    run()
+    assert journal.read_bytes() == before
+    hf = tiny_hf_model("qwen2")
+    with torch.no_grad():
+        hf.model.layers[1].mlp.up_proj.weight[17, 5] += 1e-3
+    with pytest.raises(InputError, match="fingerprint"):
+        baseline(
+            HFModel(hf, tiny_tokenizer(), name=folder.name), ["why?"], journal=journal, judge=ArbitraryJudge(), max_new_tokens=2,
+            progress=False,
+        )  # fmt: skip
