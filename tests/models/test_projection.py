@@ -29,7 +29,8 @@ def straight(demo: HFModel) -> StraightLineQwen2:
 
 @pytest.fixture(scope="module")
 def base(demo: HFModel) -> Baseline:
-    return baseline(demo, calibration().harmful[:4], max_new_tokens=TOKENS, progress=False)
+    """Of so many requests that their refusals tell which first tokens predict one, without which there is no margin."""
+    return baseline(demo, calibration().harmful[:12], max_new_tokens=TOKENS, progress=False)
 
 
 def test_straight_line_is_the_model(demo: HFModel, base: Baseline, straight: StraightLineQwen2) -> None:
@@ -48,7 +49,7 @@ def test_agrees_with_straight_line(
     recipe = Recipe.uniform(24, Scheme(3, True, granularity), layers=layers)  # type: ignore[arg-type]
     rounding = dict.fromkeys(layers, (3, granularity == "channel"))
     outcomes = evaluate(demo, {"r": recipe}, base, placement=Placement.paper(), progress=False).data.sel(recipe="r")
-    for index, prompt in enumerate(base.prompts):
+    for index, prompt in enumerate(base.prompts[:4]):
         response, first, errors = straight.generate(list(prompt.ids), rounding, TOKENS, demo.stop_tokens)
         verdict = KeywordJudge().label(
             prompt.text, demo.decode(response), lambda i=index, r=response: likelihood(base, i, r)
