@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import reprlib
 from collections.abc import Callable, Collection, Hashable, Iterable
 from functools import wraps
 from inspect import Parameter, isclass, signature
@@ -11,7 +11,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from kvgeom.errors import InputError, check_names, unknown
+from kvgeom.errors import InputError, brief, check_names, unknown
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -206,30 +206,13 @@ def as_text(name: str, value: object) -> str:
     return str(value)
 
 
-def brief(value: object) -> str:
-    """A value in an error: short and in one line, however large or deep it is.
-
-    Examples
-    --------
-    >>> brief("long " * 100)
-    "'long long long long long lo...ng long long long long long '"
-    """
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 60
-    short.maxlist = 12
-    try:
-        return " ".join(short.repr(value).split())
-    except ValueError:  # a number of more digits than Python writes
-        return f"a {type(value).__name__}"
-
-
 def as_path(name: str, value: object) -> Path:
     """A path, with ``~`` for the user's folder.
 
     Raises
     ------
     InputError
-        If it is no path, or in the folder of a user whom the system does not know.
+        If it is no path, longer than the system's are, or in the folder of a user whom the system does not know.
 
     Examples
     --------
@@ -241,10 +224,15 @@ def as_path(name: str, value: object) -> Path:
         raise InputError(f"{name} must be a path, got {brief(value)}")
     try:
         os.fsencode(value)
-        return Path(value).expanduser()
+        path = Path(value).expanduser()
+        path.lstat()
     except UnicodeEncodeError as error:
         raise InputError(f"{name} must be a path, got {brief(value)}") from error
     except RuntimeError as error:
         raise InputError(
             f"{name} is in the home folder of nobody: {brief(str(value))}; write the path without ~"
         ) from error
+    except OSError as error:  # what is not there may be made
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"{name} is too long for this system: {brief(str(value))}; give a shorter one") from error
+    return path

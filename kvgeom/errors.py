@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 
@@ -47,7 +48,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     names = [*known]
     close = get_close_matches(str(name).lower(), names, 1)
     hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}"
-    return InputError(f"unknown {kind} {name!r}; {hint}")
+    return InputError(f"unknown {kind} {brief(name)}; {hint}")
 
 
 def check_names(kind: str, names: Sequence[object], known: Collection[str]) -> None:
@@ -74,6 +75,23 @@ def unknown_option(name: str, known: Iterable[str]) -> InputError:
     InputError("unknown option 'dtpye'; did you mean 'dtype'?")
     """
     return unknown("option", name, sorted(known))
+
+
+def brief(value: object) -> str:
+    """A value in an error: short and in one line, however large or deep it is.
+
+    Examples
+    --------
+    >>> brief("long " * 100)
+    "'long long long long long lo...ng long long long long long '"
+    """
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 60
+    short.maxlist = 12
+    try:
+        return " ".join(short.repr(value).split())
+    except ValueError:  # a number of more digits than Python writes
+        return f"a {type(value).__name__}"
 
 
 def reason(error: BaseException) -> str:

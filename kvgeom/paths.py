@@ -32,7 +32,7 @@ def cache_dir(*parts: str) -> Path:
     from platformdirs import user_cache_path
 
     chosen = os.environ.get("KVGEOM_CACHE")
-    folder = (Path(chosen).expanduser() if chosen else user_cache_path("kvgeom")).joinpath(*parts)
+    folder = (as_path("KVGEOM_CACHE", chosen) if chosen else user_cache_path("kvgeom")).joinpath(*parts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

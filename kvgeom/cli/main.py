@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import kvgeom
 from kvgeom.cli import audit, diagnose, fix, scan, schemes, sweep
@@ -17,6 +17,9 @@ from kvgeom.paths import disk_is_full, not_written
 
 #: In the order of ``kvgeom --help``. Each module has NAME, HELP, DESCRIPTION, add_options(parser) and run(arguments).
 COMMANDS = (audit, diagnose, sweep, scan, fix, schemes)
+
+#: Characters of an error of the parser, which repeats what was written.
+LONGEST = 500
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +74,10 @@ def _refused(error: KvgeomError) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Of the command line and of each command: suggests the name that was meant."""
+    """Of the command line and of each command: suggests the name that was meant, and stays short whatever was written."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(message if len(message) <= LONGEST else f"{message[:LONGEST]}...")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         found, left = super().parse_known_args(args, namespace)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from contextlib import contextmanager
 from io import StringIO
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import kvgeom
-from kvgeom.checks import as_path, as_text, brief
-from kvgeom.errors import InputError
+from kvgeom.checks import as_path, as_text
+from kvgeom.errors import InputError, brief
 from kvgeom.paths import read_text
 from kvgeom.words import counted
 
@@ -223,7 +224,7 @@ def judge(arguments: argparse.Namespace) -> Judge | None:
     settings = {"device": arguments.device, "progress": not arguments.quiet}
     if kind is None:
         return as_judge(name, **settings)
-    if name.partition("=")[0] in judges() and not Path(name).exists():
+    if name.partition("=")[0] in judges() and not os.path.exists(name):
         raise InputError(f"--judge-kind is for a folder or fork, and {name} says itself what it is; leave it out")
     return kvgeom.classifier(name, kind=kind, **settings)
 

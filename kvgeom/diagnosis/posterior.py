@@ -38,8 +38,7 @@ class Effects:
     loss : array
         Share that comply when all layers are rounded per-tensor.
     gone : array
-        Share that is lost in any way: complies, evades or ends in broken text. Where all is refused or complied with it is
-        ``loss``.
+        Share that is lost in any way: complies, evades or ends in broken text.
     evaded, broken : array
         Share that evade, and that end in broken text.
     random, random_gone : array

@@ -20,6 +20,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+from kvgeom.checks import as_path
 from kvgeom.errors import InputError, KvgeomWarning
 from kvgeom.paths import not_written, write_whole
 from kvgeom.words import counted
@@ -98,7 +99,7 @@ class Journal(NoJournal):
     path: Path
 
     def __init__(self, path: str | Path, about: Mapping[str, Any]) -> None:
-        self.path = Path(path)
+        self.path = as_path("journal", path)
         self._about = {"kvgeom_journal": FORMAT, **json.loads(json.dumps(dict(about)))}
         self._header = json.dumps(self._about).encode() + b"\n"
         self._begins: dict[str, int] = {}

@@ -45,7 +45,7 @@ class KeptLabels:
     def __init__(self, judge: ClassifierJudge, journal: str | Path) -> None:
         self._judge, self._journal = judge, Journal(journal, {"measure": "labels of classifiers"})
         self._made_by = {"judge": judge.name, "versions": versions()}
-        self._path, self._unread = Path(journal), dict[str, Judgement]()
+        self._path, self._unread = self._journal.path, dict[str, Judgement]()
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cached_property
@@ -10,6 +11,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from kvgeom.checks import as_path
 from kvgeom.errors import InputError, ModelError, unknown, unknown_option
 from kvgeom.judges.guard_model import GuardModel, check_access, load_guard
 from kvgeom.judges.guards import UNREAD_REASON, Guard, guards, recognise
@@ -80,9 +82,9 @@ def classifier(
     known = guards()
     if kind is not None and kind not in known:
         raise unknown("kind of classifier", kind, known)
-    if name in known and not Path(name).exists():
+    if name in known and not os.path.exists(name):
         name, kind = known[name].home, kind or name
-    path = Path(name).expanduser()
+    path = as_path("the classifier", name)
     guard = known[kind] if kind is not None else recognise(name)
     if guard is None:
         raise _not_recognised(name, path, known)
@@ -100,7 +102,7 @@ def classifier(
         check_folder(path)
         name = str(path)
     elif name.count("/") != 1 or name.startswith((".", "~", "/")):
-        raise InputError(f"no such folder: {name}; give one, or a hub id (owner/name)")
+        raise InputError(f"no such folder: {name!r}; give one, or a hub id (owner/name)")
     else:
         check_access(name, revision)
     return ClassifierJudge(
@@ -347,7 +349,7 @@ def _from_string(spec: str, **options: Any) -> ClassifierJudge | None:
         return classifier(source, kind=kind, **options)
     if spec in guards():
         return classifier(guards()[spec].home, kind=spec, **options)
-    known = recognise(spec) is not None or "/" in spec or Path(spec).exists()
+    known = recognise(spec) is not None or "/" in spec or os.path.exists(spec)
     return classifier(spec, **options) if known else None
 
 

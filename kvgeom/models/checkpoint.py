@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from kvgeom.checks import as_path
 from kvgeom.errors import InputError, ModelError
 from kvgeom.models import edits
 from kvgeom.models.model import Model
@@ -143,7 +144,7 @@ def save_checkpoint(
     ModelError
         If plain transformers does not run the model, or would not load these weights again as they are.
     """
-    folder, own = Path(directory), edits.editable(model)
+    folder, own = as_path("the folder of the checkpoint", directory), edits.editable(model)
     _check_target(folder)
     _check_loads(own.hf_model, model.name)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from kvgeom.errors import InputError, unknown
+from kvgeom.errors import InputError, brief, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,9 @@ def device_and_dtype(
         known = _devices()
         close = get_close_matches(device, known, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"give one of these, or none for {best_device()!r}"
-        raise InputError(f"device {device!r} cannot be used: PyTorch finds {', '.join(known)} on this machine; {hint}")
+        raise InputError(
+            f"device {brief(device)} cannot be used: PyTorch finds {', '.join(known)} on this machine; {hint}"
+        )
     if dtype is None:
         return device, torch.float32 if device == "cpu" else "auto"
     known_type = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, brief
 
 
 def check_folder(path: Path) -> None:
@@ -42,8 +42,15 @@ def check_hub(
         If it is not, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.utils import validate_repo_id
 
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(
+            f"{brief(name)} is no folder here, and no hub id (owner/name, of letters, digits, - _ and .); check the name"
+        ) from error
     if isinstance(try_to_load_from_cache(name, "config.json", cache_dir=cache_dir, revision=revision), str):
         return
     if local_only:

@@ -9,8 +9,8 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-from kvgeom.checks import as_path, as_text, brief
-from kvgeom.errors import InputError, reason, unknown, unknown_option
+from kvgeom.checks import as_path, as_text
+from kvgeom.errors import InputError, brief, reason, unknown, unknown_option
 from kvgeom.models.backends import Backend, backends
 from kvgeom.models.demo import DEMOS, demo_model_dir
 from kvgeom.models.device import device_and_dtype
@@ -235,7 +235,7 @@ def _locate(given: str, revision: str | None, options: PretrainedOptions) -> tup
     """What to hand to transformers, what to call the model, and how a file that is converted stores its weights."""
     if not given:
         raise InputError("no model was named; give a hub id, a folder, a .gguf file, or 'demo'")
-    path = Path(given).expanduser()
+    path = as_path("model", given)
     if revision is not None and (given in DEMOS or path.exists()):
         raise InputError(f"option 'revision' goes with a hub id, and {given} is none; leave it out")
     if given in DEMOS:
@@ -253,7 +253,7 @@ def _locate(given: str, revision: str | None, options: PretrainedOptions) -> tup
         return str(folder), path.name, kept_stored(path, folder)
     if given.startswith((".", "~", os.sep)) or given.endswith(".gguf") or given.count("/") != 1:
         known = ", ".join(DEMOS)
-        raise InputError(f"no such file or folder: {given}; give one, a hub id (owner/name), or one of: {known}")
+        raise InputError(f"no such file or folder: {given!r}; give one, a hub id (owner/name), or one of: {known}")
     check_hub(
         given,
         revision,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from kvgeom.checks import brief
-from kvgeom.errors import InputError, unknown
+from kvgeom.errors import InputError, brief, unknown
 from kvgeom.prompts.sets import SHIPPED
 from kvgeom.registry import check_free
 

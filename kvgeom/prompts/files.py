@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kvgeom.checks import brief
-from kvgeom.errors import InputError, unknown
+from kvgeom.errors import InputError, brief, unknown
 from kvgeom.paths import read_text
 from kvgeom.prompts.rows import CLASSES, Row, of_class
 

@@ -10,8 +10,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from kvgeom.checks import as_path, brief, suggests
-from kvgeom.errors import InputError, reason, unknown
+from kvgeom.checks import as_path, suggests
+from kvgeom.errors import InputError, brief, reason, unknown
 from kvgeom.prompts.benchmarks import Benchmark, benchmarks
 from kvgeom.prompts.files import SUFFIXES, read_rows, read_table
 from kvgeom.prompts.rows import CLASSES, Row, as_request, items, labelled, of_class

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvgeom.checks import as_text, brief
-from kvgeom.errors import InputError
+from kvgeom.checks import as_text
+from kvgeom.errors import InputError, brief
 
 #: Columns with requests, in the order in which errors list them.
 TEXT_COLUMNS = ("prompt", "request", "goal", "behavior", "instruction", "question", "text", "messages")

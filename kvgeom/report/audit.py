@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from kvgeom.behaviour.ablation import Ablation
 from kvgeom.behaviour.matched import check_scan_bits
 from kvgeom.behaviour.widths import DESCRIBED, at_widths
-from kvgeom.checks import suggests
+from kvgeom.checks import as_path, suggests
 from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
 from kvgeom.engines.registry import needs_bits
 from kvgeom.errors import InputError
@@ -179,7 +179,7 @@ class Audit(Diagnosis):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read the audit that :meth:`save` wrote into a folder."""
-        path = Path(path).expanduser()
+        path = as_path("the folder of an audit", path)
         return super().load(path / DATA if path.is_dir() else path)
 
     def summary(self) -> str:

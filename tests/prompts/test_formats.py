@@ -14,8 +14,7 @@ import pandas as pd
 import pytest
 
 import kvgeom
-from kvgeom.checks import brief
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, brief
 from kvgeom.paths import LARGEST_TEXT
 from kvgeom.prompts import benchmarks
 from kvgeom.prompts.load import load_prompts
