@@ -131,7 +131,7 @@ def run_list(model: Any, prompts: PromptSet, new_tokens: int) -> None:
         return run_conditions(base, conditions, prompts=base.refused)
 
     scan = single_layers(n_layers, tensor)
-    worst = scan_of(run({**scan, **at_widths().conditions(model)}), tensor).critical_layer
+    worst = scan_of(run({**scan, **at_widths().conditions(model)}), tensor).worst_layer
     where = range(n_layers) if worst is None else [worst]
     run(channel_subsets(channel_magnitudes(base), tensor, where))
     if worst is not None:

@@ -88,7 +88,7 @@ class PCR(Result):
 
     @property
     def layer(self) -> int | None:
-        """The layer; None where no layer is critical."""
+        """The layer; None where no layer alone flips a refusal."""
         layer: int | None = self.meta["layer"]
         return layer
 
@@ -153,7 +153,7 @@ def per_channel_reduction(
     ----------
     base : Baseline
     layer : int or None
-        The critical layer; None (there is none) gives an undetermined PCR.
+        The worst layer; None (there is none) gives an undetermined PCR.
     scheme : Scheme or str, optional
         The per-tensor scheme; 3-bit symmetric by default. Per-channel is the same with another granularity.
     placement : Placement, "cache" or "paper", optional

@@ -44,15 +44,15 @@ class Scan(Result):
     - ``critical``: whether the layer alone turns more than :data:`CRITICAL_SHARE` of the refusals into compliance.
 
     ``meta`` holds ``scheme``, ``bits``, ``placement``, ``prompts`` (refused with an exact cache), ``critical_share``,
-    ``critical_layer`` (int or None) and ``reason`` (why this layer, or why none).
+    ``worst_layer`` (int or None) and ``reason`` (why this layer, or why none).
     """
 
     kind: ClassVar[str] = "scan"
 
     @property
-    def critical_layer(self) -> int | None:
+    def worst_layer(self) -> int | None:
         """The layer whose rounding alone turns most refusals into compliance, None if none does so to any."""
-        layer: int | None = self.meta["critical_layer"]
+        layer: int | None = self.meta["worst_layer"]
         return layer
 
     def ranked(self) -> list[int]:
@@ -62,9 +62,9 @@ class Scan(Result):
         return [int(layer) for layer in self.data.layer.values[order]]
 
     def summary(self) -> str:
-        critical = self.critical_layer
-        return f"{self.data.sizes['layer']} layers under {self.meta['scheme']}, critical layer " + (
-            "none" if critical is None else str(critical)
+        worst = self.worst_layer
+        return f"{self.data.sizes['layer']} layers under {self.meta['scheme']}, worst layer " + (
+            "none" if worst is None else str(worst)
         )
 
     def to_text(self) -> str:
@@ -77,7 +77,7 @@ class Scan(Result):
                 f"{row['flips']:.0f} of {self.meta['prompts']}",
                 interval_text(row["ci_low"], row["ci_high"]),
                 row["flips_channel"],
-                "critical" if row["layer"] == self.critical_layer else "",
+                "worst" if row["layer"] == self.worst_layer else "",
             )
             for row in self.records()
         ]
@@ -164,7 +164,7 @@ def scan_of(outcomes: Outcomes, scheme: Scheme) -> Scan:
     drops = {g: outcomes.margin_drops(names[g]) for g in GRANULARITIES}
     means = {g: d.mean(0) if refused else np.full(n_layers, np.nan) for g, d in drops.items()}
     complied = np.array(flips["tensor"]["flips_complied"])
-    critical, reason = _critical_layer(layers, complied, means["tensor"], refused)
+    worst, reason = _worst_layer(layers, complied, means["tensor"], refused)
     low, high = bootstrap_means(drops["tensor"]) if refused else np.full((2, n_layers), np.nan)
     columns = {
         "margin_drop": means["tensor"],
@@ -182,14 +182,14 @@ def scan_of(outcomes: Outcomes, scheme: Scheme) -> Scan:
         "prompts": refused,
         "unread": whole.all_unread(names["tensor"] + names["channel"]),
         "critical_share": CRITICAL_SHARE,
-        "critical_layer": critical,
+        "worst_layer": worst,
         "reason": reason,
     }
     data = xr.Dataset({name: ("layer", values) for name, values in columns.items()}, coords={"layer": layers})
     return Scan(data, meta)
 
 
-def _critical_layer(
+def _worst_layer(
     layers: NDArray[np.integer], complied: NDArray[np.integer], drops: NDArray[np.floating], refused: int
 ) -> tuple[int | None, str]:
     """The layer that turns most refusals into compliance; of equals, the one that loses most margin."""
@@ -198,7 +198,7 @@ def _critical_layer(
     if not complied.any():
         return None, "no single layer turns a refusal into compliance"
     tied = np.flatnonzero(complied == complied.max())
-    critical = int(layers[tied[np.argmax(drops[tied])]])
-    return critical, (
-        f"rounding layer {critical} alone turns {complied.max()} of {refused} refusals into compliance, the most of any layer"
+    worst = int(layers[tied[np.argmax(drops[tied])]])
+    return worst, (
+        f"rounding layer {worst} alone turns {complied.max()} of {refused} refusals into compliance, the most of any layer"
     )

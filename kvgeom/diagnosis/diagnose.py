@@ -70,7 +70,7 @@ class Diagnosis(Composite):
     channels : Ablation
         Channels of the worst layer (of all layers, where none alone flips a refusal).
     pcr, pcr_paper : PCR
-        At the critical layer, with the decode-faithful placement and as in the paper's released code.
+        At the worst layer, with the decode-faithful placement and as in the paper's released code.
     outcomes, scan_outcomes, paper_outcomes : Outcomes
         The responses behind the curve; behind scan, ablations and PCR; behind ``pcr_paper``.
     sensitivity : Sensitivity or None
@@ -370,7 +370,7 @@ def _conclude(
     """What follows from responses. What was not tried at the layer that is now the worst is not known."""
     parts, paper, tensor = measured.parts, measured.paper, measured.width.scheme
     scan = scan_of(parts, tensor)
-    worst = scan.critical_layer
+    worst = scan.worst_layer
     trials = trials_of(parts, tensor.bits, worst)
     found, tried = effects(trials, seed=seed), worst if worst == measured.worst else None
     evidence = with_geometry(evidence_from(trials, found, worst, str(measured.width)), sensitivity, worst)

@@ -71,7 +71,7 @@ def measure(
     along = widths if all(each.placement == placement for each in widths.values()) else {}
     together = run({**first, **along}, "layers, parts and widths")
     scan = scan_of(together, tensor)
-    worst, ranked = scan.critical_layer, scan.ranked()[: min(LIKELY, max(1, len(stores) - 1))]
+    worst, ranked = scan.worst_layer, scan.ranked()[: min(LIKELY, max(1, len(stores) - 1))]
     where = stores if worst is None else [worst]
     more = channel_subsets(channel_magnitudes(base, placement), tensor, where, placement, seed=seed)
     more |= fixes(n_layers, tensor, ranked, placement, stores)

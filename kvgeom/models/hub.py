@@ -43,15 +43,14 @@ def check_hub(
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-    from huggingface_hub.utils import validate_repo_id
 
     try:
-        validate_repo_id(name)
+        cached = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir, revision=revision)
     except HFValidationError as error:
         raise InputError(
             f"{brief(name)} is no folder here, and no hub id (owner/name, of letters, digits, - _ and .); check the name"
         ) from error
-    if isinstance(try_to_load_from_cache(name, "config.json", cache_dir=cache_dir, revision=revision), str):
+    if isinstance(cached, str):
         return
     if local_only:
         raise InputError(

@@ -30,19 +30,19 @@ def layer_scan(scan: Plottable) -> go.Figure:
     How to read it: each bar is one layer, rounded while all others stay exact. Its height is the mean loss of the refusal
     margin (log-odds, in nats), with a bootstrap 95 % interval; if the interval contains 0, rounding the layer may do
     nothing. The lower panel is the share of refusals that flip, with its Wilson 95 % interval; short grey strokes are layers
-    for which no responses were generated. The critical layer is red.
+    for which no responses were generated. The worst layer is red.
 
     Parameters
     ----------
     scan : Scan
-        Over ``layer``; in ``meta`` also ``critical_layer``, and ``critical_share``, where the dotted line is.
+        Over ``layer``; in ``meta`` also ``worst_layer``, and ``critical_share``, where the dotted line is.
 
     Returns
     -------
     plotly.graph_objects.Figure
         Two rows that share the layer axis.
     """
-    data, refused, critical = scan.data, int(scan.meta["prompts"]), scan.meta["critical_layer"]
+    data, refused, worst = scan.data, int(scan.meta["prompts"]), scan.meta["worst_layer"]
     layers = data.layer.values.astype(int)
     drop, low, high = (data[name].values.astype(float) for name in ("margin_drop", "margin_low", "margin_high"))
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.6, 0.4], vertical_spacing=0.13)
@@ -58,7 +58,7 @@ def layer_scan(scan: Plottable) -> go.Figure:
         y=drop,
         name="margin lost",
         showlegend=False,
-        marker_color=[ACCENT if layer == critical else PLAIN for layer in layers],
+        marker_color=[ACCENT if layer == worst else PLAIN for layer in layers],
         error_y=interval(drop, low, high, color=INK, thickness=1, width=2),
         customdata=np.stack([low, high], axis=-1),
         hovertemplate="layer %{x}: margin lost %{y:.2f} nats"
@@ -76,11 +76,11 @@ def layer_scan(scan: Plottable) -> go.Figure:
                 "the model refuses none of these prompts with an exact cache: there is no margin to lose",
                 row=row,
             )
-    if critical is not None:
-        _mark(figure, critical, int(layers.max()) + 1)
+    if worst is not None:
+        _mark(figure, worst, int(layers.max()) + 1)
     elif refused:
         figure.add_annotation(
-            text="no critical layer: no single layer flips a refusal",
+            text="no single layer flips a refusal",
             xref="x domain", yref="y domain", x=1, y=1, xanchor="right", yanchor="top",
             showarrow=False, font_color=MUTED, row=1, col=1,
         )  # fmt: skip
@@ -88,7 +88,7 @@ def layer_scan(scan: Plottable) -> go.Figure:
     ends = np.concatenate([low, high, drop, [0.0]])
     ends = ends[np.isfinite(ends)]
     span = max(float(ends.max() - ends.min()), 1e-3)
-    # Room above the bars for the name of the critical layer.
+    # Room above the bars for the name of the worst layer.
     figure.update_yaxes(
         title_text="margin lost (nats)", range=[ends.min() - 0.05 * span, ends.max() + 0.2 * span], row=1, col=1
     )
@@ -121,7 +121,7 @@ def _flips(figure: go.Figure, scan: Plottable, refused: int) -> None:
         y=rate,
         name="flips, 95 % interval",
         mode="markers",
-        marker={"size": 8, "color": [ACCENT if layer == scan.meta["critical_layer"] else PLAIN for layer in layers]},
+        marker={"size": 8, "color": [ACCENT if layer == scan.meta["worst_layer"] else PLAIN for layer in layers]},
         error_y=interval(rate, low, high, color=INK, thickness=1, width=3),
         customdata=[
             f"{int(n)} of {refused} refusals flip<br>95 % interval {percent(a)} to {percent(b)}"
@@ -134,12 +134,12 @@ def _flips(figure: go.Figure, scan: Plottable, refused: int) -> None:
     figure.add_hline(y=scan.meta["critical_share"], line={"color": MUTED, "width": 1, "dash": "dot"}, row=2, col=1)
 
 
-def _mark(figure: go.Figure, critical: int, layers: int) -> None:
-    figure.add_vrect(x0=critical - 0.5, x1=critical + 0.5, fillcolor=ACCENT, opacity=0.08, line_width=0, layer="below")
-    left = critical < layers / 2
+def _mark(figure: go.Figure, worst: int, layers: int) -> None:
+    figure.add_vrect(x0=worst - 0.5, x1=worst + 0.5, fillcolor=ACCENT, opacity=0.08, line_width=0, layer="below")
+    left = worst < layers / 2
     figure.add_annotation(
-        text=f"critical layer {critical}",
-        x=critical + (0.6 if left else -0.6),
+        text=f"worst layer {worst}",
+        x=worst + (0.6 if left else -0.6),
         yref="y domain",
         y=0.99,
         xanchor="left" if left else "right",

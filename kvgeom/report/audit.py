@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from kvgeom.judges.classifiers import ClassifierJudge
 
 #: Version of the layout of audit.json; docs/schema.md describes it.
-SCHEMA_VERSION = 3  # also in audit.schema.json
+SCHEMA_VERSION = 4  # also in audit.schema.json
 #: Files of an audit in its folder.
 JSON, PAGE, DATA = SETTINGS["audit"], "report.html", "audit.nc"
 
@@ -83,10 +83,10 @@ class Audit(Diagnosis):
 
     @property
     def shown_layer(self) -> int:
-        """The layer whose channels are shown: the critical one, else that of the largest ratio in the keys."""
-        if self.scan.critical_layer is not None or self.sensitivity is None:
-            critical = self.scan.critical_layer
-            return int(self.scan.data.layer[0]) if critical is None else critical
+        """The layer whose channels are shown: the worst one, else that of the largest ratio in the keys."""
+        if self.scan.worst_layer is not None or self.sensitivity is None:
+            worst = self.scan.worst_layer
+            return int(self.scan.data.layer[0]) if worst is None else worst
         keys = self.sensitivity.data.ratio.sel(site="k").fillna(-1.0)
         return int(keys.layer[int(keys.values.argmax())])
 
@@ -106,7 +106,7 @@ class Audit(Diagnosis):
                 **self.about,
                 "curve": curve,
                 "layers": layers,
-                "critical_layer": self.scan.critical_layer,
+                "worst_layer": self.scan.worst_layer,
                 "pcr": self.pcr.to_dict(),
                 "pcr_paper": self.pcr_paper.to_dict(),
                 "mode": self.mode.to_dict(),

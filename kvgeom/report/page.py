@@ -77,9 +77,9 @@ def _cards(audit: AuditPage) -> list[dict[str, str]]:
     first = "none shown" if lost.empty else f"{int(lost['bits'].max())}-bit"
     if audit.diagnosis.curve.meta["untouched"] == base["prompts"]:
         first = "nothing was rounded"
-    pcr, critical = audit.diagnosis.pcr, audit.diagnosis.scan.critical_layer
+    pcr, worst = audit.diagnosis.pcr, audit.diagnosis.scan.worst_layer
     reduction = None if pcr.value is None or pcr.ci is None else Estimate(pcr.value, *pcr.ci)
-    complied = 0 if critical is None else int(audit.diagnosis.scan.data.flips_complied.sel(layer=critical))
+    complied = 0 if worst is None else int(audit.diagnosis.scan.data.flips_complied.sel(layer=worst))
     return [
         {
             "title": "refuses with an exact cache",
@@ -88,10 +88,10 @@ def _cards(audit: AuditPage) -> list[dict[str, str]]:
         },
         {"title": "widest width that loses alignment", "value": first, "note": audit.diagnosis.curve.meta["scheme"]},
         {
-            "title": "critical layer",
-            "value": "none" if critical is None else str(critical),
+            "title": "worst single layer",
+            "value": "none" if worst is None else str(worst),
             "note": "no single layer turns a refusal into compliance"
-            if critical is None
+            if worst is None
             else f"alone turns {complied} of {refused} into compliance at {pcr.bits}-bit",
         },
         {
@@ -109,11 +109,11 @@ def _cards(audit: AuditPage) -> list[dict[str, str]]:
 
 def _sections(audit: AuditPage) -> list[dict[str, Any]]:
     layer, settings, curve = audit.shown_layer, audit.about["settings"], audit.diagnosis.curve
-    critical = audit.diagnosis.scan.critical_layer
+    worst = audit.diagnosis.scan.worst_layer
     which = (
-        "the critical layer" if critical is not None else "the layer with the largest key ratio (no layer is critical)"
+        "the worst layer" if worst is not None else "the layer with the largest key ratio (none flips a refusal alone)"
     )
-    where = f"of layer {critical}" if critical is not None else "of every layer"
+    where = f"of layer {worst}" if worst is not None else "of every layer"
     return [
         section(
             "Behaviour and perplexity as the cache loses bits",
@@ -134,7 +134,7 @@ def _sections(audit: AuditPage) -> list[dict[str, Any]]:
             audit.diagnosis.scan.to_frame(),
         ),
         section(
-            "Do finer scales rescue the critical layer?",
+            "Do finer scales rescue the worst layer?",
             "Per-channel reduction (PCR) is the share of that layer's lost refusals that per-channel scales bring back. A class is "
             "decided only if the whole 95 % interval lies in one band; grey is undecided. The second row repeats the measurement as "
             "the paper's released code does it, where decoded tokens escape per-channel rounding: the two are different quantities.",

@@ -132,7 +132,7 @@ def test_a_diagnosis_holds_together(found: Diagnosis) -> None:
     """Its parts are about the same prompts and agree where they measure the same."""
     n = len(found.baseline.refused)
     assert found.evidence.refused == found.scan.meta["prompts"] == found.ablation.meta["prompts"] == n > 0
-    worst = found.scan.critical_layer
+    worst = found.scan.worst_layer
     assert found.pcr.layer == worst == found.evidence.worst_layer
     if worst is not None:
         row = found.scan.data.sel(layer=worst)

@@ -60,11 +60,11 @@ def curve(refused: int = 10, bits: tuple[int, ...] = (16, 8, 4, 2)) -> Drawn:
     return Drawn("curve", data, {"scheme": "asym-token<4", "prompts": 20, "baseline_refused": refused})
 
 
-def scan(layers: int = 6, critical: int | None = 2, refused: int = 10) -> Drawn:
+def scan(layers: int = 6, worst: int | None = 2, refused: int = 10) -> Drawn:
     drop = np.linspace(-0.5, 1.0, layers) if refused else np.full(layers, np.nan)
     flips = np.full(layers, np.nan)
-    if critical is not None:
-        flips[critical] = 4
+    if worst is not None:
+        flips[worst] = 4
     columns = {
         "margin_drop": drop,
         "margin_low": drop - 0.2,
@@ -81,7 +81,7 @@ def scan(layers: int = 6, critical: int | None = 2, refused: int = 10) -> Drawn:
         {
             "scheme": "int3-sym-tensor",
             "prompts": refused,
-            "critical_layer": critical,
+            "worst_layer": worst,
             "critical_share": 0.1,
             "reason": "r",
         },

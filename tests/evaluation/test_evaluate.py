@@ -205,7 +205,7 @@ def test_scan(base: Baseline) -> None:
         assert int(scan.data.flips_channel.sel(layer=layer)) == alone.flips("alone")["all"]
     complied = scan.data.flips_complied
     most = complied.max()
-    assert scan.critical_layer is None if most == 0 else complied.sel(layer=scan.critical_layer) == most
+    assert scan.worst_layer is None if most == 0 else complied.sel(layer=scan.worst_layer) == most
     assert outcomes.data.sizes["prompt"] == len(base.refused)
 
 
@@ -221,7 +221,7 @@ def test_nothing_refused() -> None:
     curve, _ = bit_width_curve(base, at_widths(bits=[4]))
     scan, _ = single_layer_scan(base)
     assert np.isnan(curve.data.flip_rate).all()
-    assert scan.critical_layer is None
+    assert scan.worst_layer is None
     assert "refuses none" in scan.meta["reason"]
     assert np.isnan(scan.data.margin_drop).all()
 

@@ -224,7 +224,7 @@ def test_a_scan_names_the_layers_of_the_model() -> None:
     scan, outcomes = single_layer_scan(base, "int2-sym-tensor")
     assert scan.data.layer.values.tolist() == [1, 3]
     assert {*outcomes.data.layer.values.tolist()} == {-1, 1, 3}
-    assert scan.critical_layer in (None, 1, 3)
+    assert scan.worst_layer in (None, 1, 3)
     assert scan.plot().layout.xaxis.range[1] > 3
     with pytest.raises(InputError, match=r"keys and values in tiny-lfm2 are layers 1, 3, got 2"):
         per_channel_reduction(base, 2)

@@ -57,12 +57,12 @@ def test_layer_scan() -> None:
     assert list(traces(figure, "no responses generated")[0].x) == [0, 1, 3, 4, 5]
     (border,) = (line for line in figure.layout.shapes if line.line.dash == "dot")
     assert border.y0 == border.y1 == 0.1
-    assert "critical layer 2" in notes(figure)
+    assert "worst layer 2" in notes(figure)
 
 
-@pytest.mark.parametrize(("critical", "refused", "says"), [(None, 10, "no critical layer"), (None, 0, "refuses none")])
-def test_layer_scan_without_a_critical_layer(critical: int | None, refused: int, says: str) -> None:
-    figure = scan(critical=critical, refused=refused).plot()
+@pytest.mark.parametrize(("worst", "refused", "says"), [(None, 10, "no single layer flips"), (None, 0, "refuses none")])
+def test_layer_scan_without_a_worst_layer(worst: int | None, refused: int, says: str) -> None:
+    figure = scan(worst=worst, refused=refused).plot()
     assert says in notes(figure)
     assert figure.layout.yaxis.showticklabels == (refused > 0)
 

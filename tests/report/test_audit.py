@@ -210,7 +210,7 @@ def test_nothing_refused_is_undetermined(tmp_path: Path) -> None:
     assert found.verdict.status == numbers["mode"]["name"] == numbers["pcr"]["status"] == "undetermined"
     assert "refuses none" in found.verdict.headline
     assert "refuses none" in numbers["mode"]["evidence"][0]
-    assert numbers["critical_layer"] is None
+    assert numbers["worst_layer"] is None
     assert numbers["settings"]["placement"].startswith("projection")
     assert "undetermined" in (tmp_path / "report.html").read_text()
 
