@@ -11,11 +11,13 @@ from kvgeom.plots.theme import ACCENT, INK, MUTED, PLAIN, UNDETERMINED, finish, 
 
 #: Modes that have a column even where no evidence speaks for them.
 COLUMNS = ("outlier-crushes-safety", "outlier-as-safety", "multi-layer dilution", "robust")
+#: Modes have a bar from this probability on: less is printed as 0 %.
+LEAST = 0.005
 
 
 @figure("mode", "mode_card")
 def mode_card(mode: Plottable) -> go.Figure:
-    """Which evidence speaks for which mode, and how often each mode comes out of resamples.
+    """Which evidence speaks for which mode, and how likely each mode is.
 
     How to read it: in the upper panel each row is a piece of evidence. A full dot means that it speaks for the mode of that
     column, a large dot that the mode was decided by it. Rows without dots speak for none. In the lower panel bars are the
@@ -38,13 +40,17 @@ def mode_card(mode: Plottable) -> go.Figure:
     modes = [str(name) for name in data.mode.values]
     at = [n for n, name in enumerate(modes) if name in COLUMNS or speaks[:, n].any()]
     columns = [modes[n] for n in at]
-    rows = max(1, data.sizes["finding"])
-    height = 300 + 44 * rows
+    share = data.share.transpose("basis", "mode")
+    found = [n for n in range(len(modes)) if (share.values[:, n] >= LEAST).any()]
+    names = [modes[n] for n in found]
+    rows, bars = max(1, data.sizes["finding"]), max(3.0, len(names) / 2)
+    labels = [wrapped(f"{name}: {value}", 62) for name, value in zip(data.name.values, data.value.values, strict=True)]
+    tall = 4 + 15 * max([2, *(label.count("<br>") + 1 for label in labels)])
+    height = 168 + tall * rows + 44 * bars
     # A heading and the names of modes, in two lines, take so many pixels of what the margins leave.
     spacing = 76 / (height - 112)
-    figure = make_subplots(rows=2, cols=1, row_heights=[rows, 3], vertical_spacing=spacing)
+    figure = make_subplots(rows=2, cols=1, row_heights=[tall * rows, 44 * bars], vertical_spacing=spacing)
     panel_title(figure, f"Evidence: {named}", row=1)
-    labels = [wrapped(f"{name}: {value}", 62) for name, value in zip(data.name.values, data.value.values, strict=True)]
     figure.add_scatter(  # every cell, so that rows that decide nothing are there too
         x=[name for _ in labels for name in columns],
         y=[label for label in labels for _ in columns],
@@ -81,9 +87,6 @@ def mode_card(mode: Plottable) -> go.Figure:
         col=1,
     )
     panel_title(figure, "How sure it is", row=2)
-    share = data.share.transpose("basis", "mode")
-    found = [n for n in range(len(modes)) if (share.values[:, n] > 0).any()]
-    names = [modes[n] for n in found]
     posterior, moved = (share.sel(basis=basis).values[found] for basis in ("posterior", "thresholds"))
     figure.add_bar(
         x=posterior,
@@ -92,6 +95,8 @@ def mode_card(mode: Plottable) -> go.Figure:
         name="posterior probability",
         marker_color=[ACCENT if name == named else PLAIN for name in names],
         text=[percent(value) for value in posterior],
+        textposition="outside",
+        cliponaxis=False,
         hovertemplate="%{y}: posterior probability %{x:.0%}<extra></extra>",
         row=2,
         col=1,
@@ -109,11 +114,11 @@ def mode_card(mode: Plottable) -> go.Figure:
     figure.add_vline(x=float(mode.meta["sure"]), line={"color": MUTED, "width": 1, "dash": "dot"}, row=2, col=1)
     figure.update_xaxes(
         tickformat=".0%",
-        range=[0, 1.05],
+        range=[0, 1.1],
         row=2,
         col=1,
         title={"text": "probability; share of moved thresholds", "font": {"color": MUTED}},
     )
-    figure.update_yaxes(autorange="reversed", row=2, col=1)
+    figure.update_yaxes(autorange="reversed", dtick=1, row=2, col=1)  # or some names are left out
     figure.update_layout(legend={"y": 0, "yanchor": "bottom"})
     return finish(figure, height)

@@ -149,6 +149,15 @@ def test_mode_card() -> None:
     assert dict(zip(moved.y, moved.x, strict=True))["outlier-as-safety"] == 0.5
 
 
+def test_each_mode_that_is_likely_enough_to_be_printed_has_its_name() -> None:
+    drawn = mode()
+    drawn.data.share[0] = [0.74, 0.004, 0.1, 0.06, 0.05, 0.05]
+    drawn.data.share[1] = [1, 0, 0, 0, 0, 0]
+    figure = drawn.plot()
+    assert list(figure.data[2].y) == [name for name in drawn.data.mode.values if name != "outlier-as-safety"]
+    assert figure.layout.yaxis2.dtick == 1
+
+
 def test_a_mode_of_its_own_gets_a_column() -> None:
     drawn = mode()
     drawn.data.speaks_for[2, 3] = True
