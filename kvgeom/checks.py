@@ -88,7 +88,7 @@ def whole(name: str, value: object, low: int | None = 0, high: int | None = None
     number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
     if number is None or (low is not None and number < low) or (high is not None and number > high):
         wanted = "" if low is None else f", {low} or more" if high is None else f", {low} to {high}"
-        raise InputError(f"{name} must be a whole number{wanted}, got {value!r}")
+        raise InputError(f"{name} must be a whole number{wanted}, got {brief(value)}")
     return number
 
 

@@ -30,6 +30,8 @@ from kvgeom.results import Result
 _STORED: tuple[Site, Site] = ("k", "v")
 #: Significance of the separation, before correction for the number of positions that were tried.
 ALPHA = 0.05
+#: More random subspaces than this fill memory, and sharpen no quantile that is read.
+MOST_NULLS = 100_000
 
 
 @dataclass(frozen=True, repr=False)
@@ -123,7 +125,7 @@ def measure(
         :func:`kvgeom.prompts.load.as_prompt_set` takes;
         :func:`kvgeom.prompts.sets.concept_contrasts` by default, ``()`` for none.
     null_subspaces : int
-        Random subspaces of null (a).
+        Random subspaces of null (a), 2 to :data:`MOST_NULLS`.
     seed : int
         Of these.
 
@@ -132,7 +134,7 @@ def measure(
     InputError
         For fewer than one noise pair or fewer than two random subspaces, or if ``scheme`` or contrasts cannot be read.
     """
-    null_subspaces, seed = whole("null_subspaces", null_subspaces, 2), as_seed(seed)
+    null_subspaces, seed = whole("null_subspaces", null_subspaces, 2, MOST_NULLS), as_seed(seed)
     noise_pairs = None if noise_pairs is None else whole("noise_pairs", noise_pairs, 1)
     rounding = Rounding.at(space.model, scheme, space.placement)
     geometry = space.model.geometry

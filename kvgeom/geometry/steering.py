@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvgeom.checks import suggests, whole
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, brief
 from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.evaluation.inputs import as_encoded, made_with, opened
 from kvgeom.evaluation.reader import Reader
@@ -176,7 +176,7 @@ def steer(
     """
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     if not math.isfinite(scale):
-        raise InputError(f"scale must be a finite number, got {scale!r}")
+        raise InputError(f"scale must be a finite number, got {brief(scale)}")
     model, harmful = opened(model, harmful, load_options, progress)
     harmless = as_encoded(model, _harmless(harmless))
     labeller, layer = as_judge(judge), whole("layer", layer, 0, model.geometry.layers - 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from kvgeom.checks import as_path
-from kvgeom.errors import InputError, ModelError, unknown, unknown_option
+from kvgeom.errors import InputError, ModelError, brief, unknown, unknown_option
 from kvgeom.judges.guard_model import GuardModel, check_access, load_guard
 from kvgeom.judges.guards import UNREAD_REASON, Guard, guards, recognise
 from kvgeom.judges.identity import identity
@@ -237,7 +237,7 @@ class ClassifierJudge:
         for what, texts in (("request", requests), ("response", responses)):
             for text in texts:
                 if not isinstance(text, str):
-                    raise InputError(f"a {what} must be text, got {text!r}")
+                    raise InputError(f"a {what} must be text, got {brief(text)}")
         measured = [_measured(value) for value in likelihoods]
         before = self.asked, self.unread
         found = self._label(requests, responses, measured, show=self.progress, on_label=on_label)
@@ -330,7 +330,9 @@ def check_read(judge: ClassifierJudge, asked: int, unread: int) -> None:
 
 def _measured(value: float) -> Callable[[], float]:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise InputError(f"a likelihood must be a number (nats per token, NaN if it was not measured), got {value!r}")
+        raise InputError(
+            f"a likelihood must be a number (nats per token, NaN if it was not measured), got {brief(value)}"
+        )
 
     def likelihood() -> float:
         if math.isnan(value):

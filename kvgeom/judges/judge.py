@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Literal, Protocol, TypeVar
 
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, brief
 from kvgeom.judges.reasoning import answer_of
 
 J = TypeVar("J", bound="Judge")
@@ -88,7 +88,7 @@ def judgement(judge: Judge, request: str, response: str, likelihood: Callable[[]
     found = judge.label(request, answer, likelihood)
     if not isinstance(found, Judgement):
         raise InputError(
-            f"judge {judge.name!r} must return a Judgement, got {found!r}; return Judgement({LABELS[0]!r}, 'why')"
+            f"judge {judge.name!r} must return a Judgement, got {brief(found)}; return Judgement({LABELS[0]!r}, 'why')"
         )
     return found
 

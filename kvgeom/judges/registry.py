@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from kvgeom.errors import InputError, unknown
+from kvgeom.errors import InputError, brief, unknown
 from kvgeom.judges.judge import Judge
 from kvgeom.registry import check_free
 
@@ -50,9 +50,9 @@ def register_judge(name: str, make: Callable[[], Judge]) -> None:
     """
     check_free("a judge named", name, _JUDGES)
     if not name or set(name) & set("=/"):
-        raise InputError(f"the name of a judge must be without '=' and '/', got {name!r}")
+        raise InputError(f"the name of a judge must be without '=' and '/', got {brief(name)}")
     if not callable(make):
-        raise InputError(f"judge {name!r} must be made by a callable, such as its class, got {make!r}")
+        raise InputError(f"judge {name!r} must be made by a callable, such as its class, got {brief(make)}")
     _JUDGES[name] = make
 
 
@@ -123,7 +123,7 @@ def as_judge(judge: Any = None, **options: Any) -> Judge:
     settled = getattr(judge, "settled", None)
     if settled is not None and not callable(settled):
         raise InputError(
-            f"settled of judge {judge.name!r} must be a method (response) -> bool, got {settled!r}; leave it out for a judge "
+            f"settled of judge {judge.name!r} must be a method (response) -> bool, got {brief(settled)}; leave it out for a judge "
             "that reads whole responses"
         )
     whole: Judge = judge

@@ -11,7 +11,7 @@ from jinja2 import TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kvgeom.checks import as_text
-from kvgeom.errors import InputError, ModelError
+from kvgeom.errors import InputError, ModelError, brief
 from kvgeom.models.model import EncodedPrompt
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class ChatTemplate:
     ) -> None:
         if not hasattr(tokenizer, "apply_chat_template"):
             raise InputError(
-                f"the tokenizer of {name} must be one of transformers, got {tokenizer!r}; load it with "
+                f"the tokenizer of {name} must be one of transformers, got {brief(tokenizer)}; load it with "
                 "AutoTokenizer.from_pretrained"
             )
         own: Any = tokenizer.chat_template if text is None else as_text("template", text)

@@ -9,8 +9,8 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-from kvgeom.checks import as_path, as_text
-from kvgeom.errors import InputError, brief, reason, unknown, unknown_option
+from kvgeom.checks import as_path, as_text, one_of
+from kvgeom.errors import InputError, brief, reason, unknown_option
 from kvgeom.models.backends import Backend, backends
 from kvgeom.models.demo import DEMOS, demo_model_dir
 from kvgeom.models.device import device_and_dtype
@@ -141,8 +141,8 @@ def load(
     for option in options:
         if option not in PretrainedOptions.__annotations__:
             raise unknown_option(option, load_option_names())
-    if backend is not None and backend not in backends():
-        raise unknown("backend", backend, backends())
+    if backend is not None:
+        one_of("backend", backend, backends())
     given = {
         "dtype": dtype,
         "device": device,
@@ -185,7 +185,7 @@ def _make(backend: Backend, model: Any, wrapping: dict[str, Any]) -> Model:
     remote = wrapping["remote"] or False
     if remote and not backend.remote:
         able = ", ".join(repr(found.name) for found in backends().values() if found.remote)
-        raise InputError(f"remote={remote!r} needs backend {able}, got {backend.name!r}")
+        raise InputError(f"remote={brief(remote)} needs backend {able}, got {backend.name!r}")
     options = wrapping["template_options"]
     if options and "template_options" not in signature(backend.make).parameters:
         raise InputError(f"backend {backend.name!r} takes no template_options; give a template that needs none")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, brief
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.prompts.sets import PromptSet
 
@@ -50,7 +50,7 @@ class Values:
     def __init__(self, model: Model, prompts: PromptSet) -> None:
         if not prompts.harmful or len(prompts.harmful) != len(prompts.harmless):
             raise InputError(
-                f"each harmful request needs a harmless twin, to find where safety is carried; got {prompts!r}"
+                f"each harmful request needs a harmless twin, to find where safety is carried; got {brief(prompts)}"
             )
         self.pairs: list[tuple[list[Tensor], list[Tensor]]] = []
         self.keys: list[list[Tensor]] = []

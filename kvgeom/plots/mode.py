@@ -43,13 +43,13 @@ def mode_card(mode: Plottable) -> go.Figure:
     share = data.share.transpose("basis", "mode")
     found = [n for n in range(len(modes)) if (share.values[:, n] >= LEAST).any()]
     names = [modes[n] for n in found]
-    rows, bars = max(1, data.sizes["finding"]), max(3.0, len(names) / 2)
+    rows, bars = max(1, data.sizes["finding"]), max(6, len(names))
     labels = [wrapped(f"{name}: {value}", 62) for name, value in zip(data.name.values, data.value.values, strict=True)]
     tall = 4 + 15 * max([2, *(label.count("<br>") + 1 for label in labels)])
-    height = 168 + tall * rows + 44 * bars
+    height = 168 + tall * rows + 22 * bars
     # A heading and the names of modes, in two lines, take so many pixels of what the margins leave.
     spacing = 76 / (height - 112)
-    figure = make_subplots(rows=2, cols=1, row_heights=[tall * rows, 44 * bars], vertical_spacing=spacing)
+    figure = make_subplots(rows=2, cols=1, row_heights=[tall * rows, 22 * bars], vertical_spacing=spacing)
     panel_title(figure, f"Evidence: {named}", row=1)
     figure.add_scatter(  # every cell, so that rows that decide nothing are there too
         x=[name for _ in labels for name in columns],

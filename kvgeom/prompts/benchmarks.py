@@ -72,7 +72,7 @@ def register_benchmark(name: str, benchmark: Benchmark) -> Benchmark:
     """
     check_free("a benchmark or prompt set named", name, {*_BENCHMARKS, *SHIPPED})
     if not name or set(name) & set("=/."):
-        raise InputError(f"the name of a benchmark must be without '=', '/' and '.', got {name!r}")
+        raise InputError(f"the name of a benchmark must be without '=', '/' and '.', got {brief(name)}")
     _BENCHMARKS[name] = benchmark
     return benchmark
 

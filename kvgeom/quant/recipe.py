@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from kvgeom.checks import whole
-from kvgeom.errors import InputError, check_names
+from kvgeom.errors import InputError, brief, check_names
 from kvgeom.quant.scheme import Scheme, runs
 
 if TYPE_CHECKING:
@@ -167,14 +167,14 @@ def stored_as(k: Scheme | None, v: Scheme | None) -> str:
 
 def _listed(layers: Any) -> list[Any]:
     if not isinstance(layers, Iterable) or isinstance(layers, str):
-        raise InputError(f"layers of a recipe are one pair (k, v) of schemes each, got {layers!r}")
+        raise InputError(f"layers of a recipe are one pair (k, v) of schemes each, got {brief(layers)}")
     return list(layers)
 
 
 def _pair(given: Any, layer: int) -> Schemes:
     pair = () if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
     if len(pair) != 2:
-        raise InputError(f"layer {layer} of a recipe must be a pair (k, v) of schemes, got {given!r}")
+        raise InputError(f"layer {layer} of a recipe must be a pair (k, v) of schemes, got {brief(given)}")
     return _scheme(pair[0]), _scheme(pair[1])
 
 
@@ -184,12 +184,12 @@ def _scheme(given: Any) -> Scheme | None:
         return given
     if isinstance(given, str):
         return Scheme.parse(given)
-    raise InputError(f"a scheme of a recipe must be a Scheme, its name, or None for full precision; got {given!r}")
+    raise InputError(f"a scheme of a recipe must be a Scheme, its name, or None for full precision; got {brief(given)}")
 
 
 def _check(layers: Iterable[int], n_layers: int) -> frozenset[int]:
     if not isinstance(layers, Iterable):
-        raise InputError(f"layers must be a list of numbers, got {layers!r}")
+        raise InputError(f"layers must be a list of numbers, got {brief(layers)}")
     chosen = frozenset(whole("a layer", layer, None) for layer in layers)
     wrong = sorted(layer for layer in chosen if not 0 <= layer < n_layers)
     if wrong:
