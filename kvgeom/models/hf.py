@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from kvgeom.models.backends import register_backend
 from kvgeom.models.cache import BatchedEdit, Edit, EditedCache, GradientProbe
 from kvgeom.models.chat import ChatTemplate
 from kvgeom.models.decoder import find_decoder
+from kvgeom.models.decoding import decode
 from kvgeom.models.identity import identify
 from kvgeom.models.model import AttentionRule, EncodedPrompt, Gradients
 from kvgeom.models.modules import (
@@ -272,47 +274,18 @@ class HFModel:
         stop: Callable[[int, list[int]], bool] | None = None,
         on_done: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
-        batch_size = 1 if self.geometry.alone else batch_size
         with self._observed(None, edit_resid, None):
-            responses: list[list[int]] = []
-            for begin in range(0, len(caches), batch_size):
-                chunk = slice(begin, begin + batch_size)
-                ends = None if stop is None else lambda row, tokens, begin=begin: stop(begin + row, tokens)
-                responses += self._generate_batch(list(caches[chunk]), list(first_tokens[chunk]), max_new_tokens, ends)
-                if on_done is not None:
-                    on_done(len(caches[chunk]))
-            return responses
-
-    def _generate_batch(
-        self,
-        caches: list[EditedCache],
-        first: list[int],
-        max_new_tokens: int,
-        stop: Callable[[int, list[int]], bool] | None,
-    ) -> list[list[int]]:
-        lengths = torch.tensor([cache.get_seq_length() for cache in caches], device=self.device)
-        cache = EditedCache.stack(caches)
-        longest = int(lengths.max())
-        mask = (torch.arange(longest, device=self.device)[None] >= (longest - lengths)[:, None]).long()
-        responses: list[list[int]] = [[] for _ in caches]
-        rows = list(range(len(caches)))
-        token = torch.tensor(first, device=self.device)
-        for step in range(max_new_tokens):
-            alive = [i for i, t in enumerate(token.tolist()) if t not in self.stop_tokens]
-            for i in alive:
-                responses[rows[i]].append(int(token[i]))
-            if stop is not None:
-                alive = [i for i in alive if not stop(rows[i], responses[rows[i]])]
-            if not alive or step == max_new_tokens - 1:
-                break
-            if len(alive) < len(rows):
-                keep = torch.tensor(alive, device=self.device)
-                cache.keep(keep)
-                rows, token, lengths, mask = [rows[i] for i in alive], token[keep], lengths[keep], mask[keep]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            logits = self._run(token[:, None], cache, lengths[:, None] + step, mask, 1)
-            token = logits[:, -1].argmax(-1)
-        return responses
+            return decode(
+                partial(self._run, logits_to_keep=1),
+                caches,
+                first_tokens,
+                max_new_tokens,
+                self.stop_tokens,
+                batch_size=1 if self.geometry.alone else batch_size,
+                device=self.device,
+                stop=stop,
+                on_done=on_done,
+            )
 
     def _run(
         self,
