@@ -53,6 +53,7 @@ def made_with(model: Model, harmful: Iterable[str], harmless: Iterable[str] = ()
         "fingerprint": model.fingerprint,
         "weights": model.weights,
         **({"template_options": dict(options)} if (options := getattr(model, "template_options", None)) else {}),
+        **({"notes": list(notes)} if (notes := getattr(model, "notes", ())) else {}),
         "prompt_set": fingerprint(harmful, harmless),
         "versions": versions(),
     }

@@ -21,7 +21,7 @@ from kvgeom.judges.keyword import KeywordJudge
 from kvgeom.judges.reasoning import answer_of
 from kvgeom.judges.registry import register_family
 from kvgeom.models.device import device_and_dtype
-from kvgeom.models.hub import check_folder
+from kvgeom.models.files import check_folder
 from kvgeom.models.load import PretrainedOptions
 from kvgeom.progress import bar
 

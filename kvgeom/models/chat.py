@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from kvgeom.checks import as_text
 from kvgeom.errors import InputError, ModelError, brief
 from kvgeom.models.model import EncodedPrompt
+from kvgeom.models.templates import chosen_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_REQUEST_MARK = "\u2063kvgeom-request\u2063"
+#: Stands for a request, and is left as it is by templates that escape what they show.
+_REQUEST_MARK = "kvgeomRequest7c41b0"
+#: A request with all that templates are known to escape or to tidy inside a text.
+_PROBE = "a \"b\" <c> & 'd'\n\n  \u00e9 \\e  f"
 #: Options with which templates are told whether the model shall reason.
 SWITCHES = ("enable_thinking", "thinking")
 #: What transformers hands to every template.
@@ -28,6 +31,7 @@ _ALWAYS = frozenset(
         *(f"{token}_token" for token in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")),
     }
 )
+_ALTERS = "the chat template alters what a request says (it escapes or tidies it); prompts are as it writes them"
 _JINJA = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
 #: A tag that transformers adds to Jinja.
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
@@ -54,11 +58,14 @@ class ChatTemplate:
     text : str
         Jinja text of the template.
     options : dict
+    notes : tuple of str
+        What of the template changes answers.
 
     Raises
     ------
     InputError
-        If the tokenizer is something else, or the template is empty or does not use an option.
+        If the tokenizer is something else, has several templates and no default, or the template is empty or does not use an
+        option.
     ModelError
         If there is no template, it fails, or it does not show a request exactly once; or if the tokenizer is slow.
     """
@@ -76,14 +83,9 @@ class ChatTemplate:
                 f"the tokenizer of {name} must be one of transformers, got {brief(tokenizer)}; load it with "
                 "AutoTokenizer.from_pretrained"
             )
-        own: Any = tokenizer.chat_template if text is None else as_text("template", text)
-        if not own:
-            raise ModelError(
-                f"the tokenizer of {name} has no chat template; give one with load(template=...) or --template FILE"
-            )
+        self.text, several = chosen_template(tokenizer, text, name)
         if not tokenizer.is_fast:
             raise ModelError(f"the tokenizer of {name} is a slow one; kvgeom needs a fast tokenizer")
-        self.text = str(own)
         self.options = dict(options or {})
         self._tokenizer, self._name, self._max_context = tokenizer, name, max_context
         _check_options(self.options, self.text, name)
@@ -91,6 +93,8 @@ class ChatTemplate:
         # Found now: what keeps a lock to find it later (cached_property of Python 3.11) cannot be sent with a model.
         #: The option that would switch off reasoning, which the template now asks for or leaves to the model.
         self.reasoning_switch = self._switch()
+        self._alters = self._alters_requests()
+        self.notes = (*_several(several), *([_ALTERS] if self._alters else []))
 
     @property
     def suffix(self) -> str:
@@ -107,6 +111,24 @@ class ChatTemplate:
         off = {name: {**self.options, name: False} for name in SWITCHES if name in known}
         return next((name for name in off if self._render(_REQUEST_MARK, off[name]) != whole), None)
 
+    def _alters_requests(self) -> bool:
+        try:
+            return _PROBE not in self._apply(_PROBE, self.options)
+        except ModelError:
+            return True
+
+    def _shown(self, request: str) -> str:
+        """A request as the template shows it."""
+        if not self._alters:
+            return request
+        whole = self._apply(request, self.options)
+        around = len(self._prefix) + len(self._suffix)
+        if len(whole) <= around or not (whole.startswith(self._prefix) and whole.endswith(self._suffix)):
+            raise InputError(
+                f"the chat template of {self._name} does not show prompt {brief(request)} between the same texts as others; drop it"
+            )
+        return whole[len(self._prefix) : len(whole) - len(self._suffix)]
+
     def encode(self, requests: Sequence[str]) -> list[EncodedPrompt]:
         """Put each request into the template and find its tokens; see :meth:`kvgeom.models.model.Model.encode`."""
         return [self._encode(request.strip()) for request in requests]
@@ -114,8 +136,9 @@ class ChatTemplate:
     def _encode(self, request: str) -> EncodedPrompt:
         if not request:
             raise InputError("a request is empty; every prompt needs some text")
+        shown = self._shown(request)
         encoding = self._tokenizer(
-            self._prefix + request + self._suffix, add_special_tokens=False, return_offsets_mapping=True
+            self._prefix + shown + self._suffix, add_special_tokens=False, return_offsets_mapping=True
         )
         ids: Any = encoding["input_ids"]
         if len(ids) >= self._max_context:
@@ -123,14 +146,16 @@ class ChatTemplate:
                 f"prompt {request[:40]!r}... has {len(ids)} tokens, but {self._name} has a context of "
                 f"{self._max_context}; shorten or drop it"
             )
-        start, stop = len(self._prefix), len(self._prefix) + len(request)
+        start, stop = len(self._prefix), len(self._prefix) + len(shown)
         offsets: Any = encoding["offset_mapping"]
         inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start and b > a]
+        if not inside:
+            raise InputError(f"the tokenizer of {self._name} makes no token of prompt {brief(request)}; drop it")
         return EncodedPrompt(text=request, ids=tuple(ids), instruction=slice(inside[0], inside[-1] + 1))
 
-    def _render(self, request: str, options: Mapping[str, Any]) -> str:
+    def _apply(self, request: str, options: Mapping[str, Any]) -> str:
         try:
-            rendered = str(
+            return str(
                 self._tokenizer.apply_chat_template(
                     [{"role": "user", "content": request}],
                     chat_template=self.text,
@@ -141,11 +166,21 @@ class ChatTemplate:
             )
         except Exception as error:  # a template is a program of the user's; whatever it raises is bad input
             raise ModelError(f"the chat template of {self._name} fails on a plain request: {error}") from error
+
+    def _render(self, request: str, options: Mapping[str, Any]) -> str:
+        rendered = self._apply(request, options)
         if rendered.count(request) != 1:
             raise ModelError(
                 f"the chat template of {self._name} shows a request {rendered.count(request)} times; it must show it once"
             )
         return rendered
+
+
+def _several(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    others = ", ".join(name for name in names if name != "default")
+    return [f"the tokenizer has several chat templates; the one called default is used, not {others}"]
 
 
 def signature(text: str, options: Mapping[str, Any]) -> str:

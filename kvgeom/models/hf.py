@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvgeom.checks import brief
 from kvgeom.models import hooks
 from kvgeom.models.attention import attention_rule, check_attention
 from kvgeom.models.backends import register_backend
@@ -31,7 +32,9 @@ from kvgeom.models.modules import (
     read_geometry,
     stop_tokens,
 )
+from kvgeom.models.notes import notes_of
 from kvgeom.models.rotary import RotaryEmbedding
+from kvgeom.models.sanity import REQUEST, check_kind, check_runs, check_tokens, check_vocabulary, embedding_rows
 from kvgeom.models.weights import drop_weights, weights_stored
 
 if TYPE_CHECKING:
@@ -57,9 +60,11 @@ class HFModel:
     Raises
     ------
     InputError
-        If the template does not use an option.
+        If the template does not use an option, the model has no language-model head, or no embedding of a token of the
+        template.
     ModelError
-        If the model has no decoder layers or no cache that kvgeom can reach, or no chat template.
+        If the model has no decoder layers or no cache that kvgeom can reach, or no chat template; if it is not causal, its
+        weights are not in memory, or it computes NaN.
     """
 
     backend = "hf"
@@ -73,6 +78,7 @@ class HFModel:
         template: str | None = None,
         template_options: Mapping[str, Any] | None = None,
     ) -> None:
+        check_kind(model, name)
         self.hf_model: Any = model
         self.hf_model.train(False)
         self.tokenizer = tokenizer
@@ -82,6 +88,11 @@ class HFModel:
         self._chat = ChatTemplate(tokenizer, template, name, self.max_context, template_options)
         self.template, self.template_options = self._chat.text, self._chat.options
         self._suffix = self._chat.suffix
+        self._rows = embedding_rows(model)
+        check_vocabulary(self._rows, tokenizer, name)
+        prompt = list(self.encode([REQUEST])[0].ids)
+        check_runs(model, prompt, name)
+        self.notes = (*self._chat.notes, *notes_of(model, tokenizer, prompt))
         self.decoder = find_decoder(model, name)
         self._layers = self.decoder.layers
         self.geometry = read_geometry(model, self.decoder)
@@ -123,10 +134,18 @@ class HFModel:
     # --- text and tokens ---
 
     def encode(self, requests: Sequence[str]) -> list[EncodedPrompt]:
-        return self._chat.encode(requests)
+        prompts = self._chat.encode(requests)
+        for prompt in prompts:
+            self._check(prompt.ids, f"prompt {brief(prompt.text)}")
+        return prompts
 
     def tokens(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        self._check(ids, f"text {brief(text)}")
+        return ids
+
+    def _check(self, ids: Sequence[int], where: str) -> None:
+        check_tokens(ids, self._rows, self.tokenizer, self.name, where)
 
     def written(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,29 +1,10 @@
-"""Where weights come from: whether a folder or the hub has a whole model."""
+"""Models on the Hugging Face hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from kvgeom.errors import InputError, brief
-
-
-def check_folder(path: Path) -> None:
-    """Whether a folder holds a transformers checkpoint.
-
-    Raises
-    ------
-    InputError
-        If it has no configuration, or no safetensors weights.
-    """
-    files = {file.name for file in path.iterdir()} if path.is_dir() else set()
-    if "config.json" not in files:
-        single = sorted(name for name in files if name.endswith(".gguf"))
-        hint = f"; did you mean {path / single[0]}?" if single else "; give a folder with a transformers checkpoint"
-        raise InputError(f"{path} holds no model (no config.json){hint}")
-    if not any(name.endswith(".safetensors") for name in files):
-        raise InputError(
-            f"{path} holds no .safetensors weights; convert them (pickled weights can run code and are not read)"
-        )
 
 
 def check_hub(

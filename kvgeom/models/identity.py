@@ -53,7 +53,7 @@ def identify(
     Raises
     ------
     ModelError
-        If a weight has no values.
+        If a weight has no values, or NaN or infinity among them.
     """
     exact, coarse = _weights(model)
     text = _hash(_tokenizer(tokenizer), sorted(stop))
@@ -107,8 +107,24 @@ def _digests(name: str, x: Tensor) -> tuple[str, str]:
     for piece in torch.split(x.reshape(-1), PIECE):
         here = piece.cpu()
         exact.update(_bytes(here))
-        coarse.update(_bytes(_coarse(here) if here.is_floating_point() else here))
+        wide = here
+        if here.is_floating_point():
+            wide = _coarse(here)
+            _check_numbers(name, wide, here)
+        coarse.update(_bytes(wide))
     return exact.hexdigest(), coarse.hexdigest()
+
+
+def _check_numbers(name: str, coarse: Tensor, x: Tensor) -> None:
+    """Refuse NaN and infinity; masks that are stored as buffers may hold -inf."""
+    if not coarse.numel() or float(coarse.max()) < torch.inf:  # False of NaN, which max hands on
+        return
+    if not float(x.float().max()) < torch.inf:  # the largest float32 is infinite when it is rounded
+        dtype = str(x.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"weight {name} holds NaN or infinity in {dtype}; load it with another dtype if its files hold larger numbers than "
+            f"{dtype} does, else get them again: they are damaged"
+        )
 
 
 def _bytes(x: Tensor) -> Any:

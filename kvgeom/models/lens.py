@@ -14,6 +14,7 @@ from kvgeom.models.chat import signature
 from kvgeom.models.hf import HFModel
 from kvgeom.models.identity import identify
 from kvgeom.models.modules import model_name, stop_tokens
+from kvgeom.models.templates import chosen_template
 
 
 class LensModel(HFModel):
@@ -74,7 +75,7 @@ class LensModel(HFModel):
         if not getattr(hf_model.config, "architectures", None):  # models that were not loaded from a checkpoint
             hf_model.config.architectures = [type(hf_model).__name__]
         # Before the bridge splits fused projections, so that a model has one fingerprint on all backends.
-        chat = signature(template or tokenizer.chat_template or "", template_options or {})
+        chat = signature(chosen_template(tokenizer, template, name)[0], template_options or {})
         identified = identify(hf_model, tokenizer, chat, stop_tokens(hf_model, tokenizer))
         # The bridge makes a tokenizer with a BOS token out of the one it gets, which must know its own name for that.
         theirs = copy.deepcopy(tokenizer)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
+import warnings
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-from kvgeom.checks import as_path, as_text, one_of
-from kvgeom.errors import InputError, brief, reason, unknown_option
+from kvgeom.checks import as_path, one_of
+from kvgeom.errors import InputError, KvgeomWarning, brief, unknown_option
 from kvgeom.models.backends import Backend, backends
 from kvgeom.models.demo import DEMOS, demo_model_dir
 from kvgeom.models.device import device_and_dtype
-from kvgeom.models.hub import check_folder, check_hub
+from kvgeom.models.files import check_folder
+from kvgeom.models.hub import check_hub
 from kvgeom.models.model import missing_members
-from kvgeom.models.quiet import quiet_transformers
+from kvgeom.models.pretrained import read_pretrained
+from kvgeom.models.templates import checked_options, read_template
 from kvgeom.models.weights import remember_stored
-from kvgeom.paths import read_text
 from kvgeom.progress import shown
 
 if TYPE_CHECKING:
@@ -62,10 +63,6 @@ class LoadOptions(PretrainedOptions, total=False):
     device: str | None
     revision: str | None
     trust_remote_code: bool
-
-
-#: Those that the tokenizer is loaded with, too.
-_SHARED = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
 
 
 def load_option_names() -> frozenset[str]:
@@ -133,7 +130,7 @@ def load(
     Raises
     ------
     InputError
-        If there is no model there, or not a whole one; if an option is unknown, does not apply to a loaded model, or is not
+        If there is no model there, or not a whole one (a file is damaged, or weights are missing); if an option is unknown, does not apply to a loaded model, or is not
         one of its chat template's.
     ModelError
         If it loads but lacks what is needed, such as a chat template.
@@ -153,25 +150,31 @@ def load(
     wrapping = {
         "tokenizer": tokenizer,
         "name": name,
-        "template": _read_template(template),
-        "template_options": _checked_options(template_options),
+        "template": read_template(template),
+        "template_options": checked_options(template_options),
         "remote": remote or None,
     }
     with shown(progress):
         if not isinstance(model, str | Path):
             _refuse(given, model, "it is loaded already")
-            return _from_object(model, backend, wrapping)
+            return _told(_from_object(model, backend, wrapping), model)
         if tokenizer is not None:
             raise InputError("option 'tokenizer' goes with a loaded transformers model, not with the name of one")
         device, dtype = device_and_dtype(device, dtype)
         source, own_name, stored = _locate(str(model), revision, options)
-        hf_model, own_tokenizer = _from_pretrained(
-            source, own_name, device, dtype, {"revision": revision, "trust_remote_code": trust_remote_code}, {**options}
-        )
+        shared = {"revision": revision, "trust_remote_code": trust_remote_code}
+        hf_model, own_tokenizer = read_pretrained(source, own_name, device, dtype, shared, {**options})
         if stored is not None:
             remember_stored(hf_model, stored)
         wrapping |= {"tokenizer": own_tokenizer, "name": name or own_name}
-        return _make(backends()[backend or "hf"], hf_model, wrapping)
+        return _told(_make(backends()[backend or "hf"], hf_model, wrapping), model)
+
+
+def _told(made: Model, given: Any) -> Model:
+    """Say once, when a model is made, what of it changes answers."""
+    for note in () if made is given else getattr(made, "notes", ()):
+        warnings.warn(f"{made.name}: {note}", KvgeomWarning, stacklevel=3)
+    return made
 
 
 def _refuse(options: dict[str, Any], model: object, why: str) -> None:
@@ -242,7 +245,7 @@ def _locate(given: str, revision: str | None, options: PretrainedOptions) -> tup
         demo = DEMOS[given]
         return str(demo_model_dir(demo)), f"{given} ({demo.title})", demo.stored
     if path.is_dir():
-        check_folder(path / options.get("subfolder", ""))
+        check_folder(path / options.get("subfolder", ""), options.get("variant"))
         return str(path), path.resolve().name, None
     if path.is_file():
         if path.suffix != ".gguf":
@@ -262,59 +265,3 @@ def _locate(given: str, revision: str | None, options: PretrainedOptions) -> tup
         local_only=options.get("local_files_only", False),
     )
     return given, given, None
-
-
-def _checked_options(options: Any) -> dict[str, Any] | None:
-    """Options of the chat template, None if there are none. Results write them down as JSON."""
-    try:
-        text = json.dumps(options and dict(options), allow_nan=False)
-        written = isinstance(options, Mapping | None) and json.loads(text) == options
-    except (TypeError, ValueError, RecursionError):
-        written = False
-    if not written:
-        raise InputError(
-            f"template_options must be a mapping such as {{'enable_thinking': False}}, with values that JSON "
-            f"knows, got {brief(options)}"
-        )
-    return dict(options) if options else None
-
-
-def _read_template(template: Any) -> str | None:
-    """The text of a chat template that is given as text or as a file."""
-    if template is None:
-        return None
-    if isinstance(template, str) and "{" in template:
-        return as_text("template", template)
-    path = as_path("template", template)
-    if template == "" or not os.path.exists(path):
-        raise InputError(
-            f"no such file for the template: {brief(template)}; give a file with a Jinja chat template, or its text"
-        )
-    return as_text(f"the template in {path}", read_text(path))
-
-
-def _from_pretrained(
-    source: str,
-    name: str,
-    device: str,
-    dtype: torch.dtype | str,
-    shared: dict[str, Any],
-    options: dict[str, Any],
-) -> tuple[Any, Any]:
-    """A transformers model and its tokenizer; ``shared`` options are for both."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    placed = options.keys() & {"device_map", "tp_plan"}
-    try:
-        with quiet_transformers():
-            for_both = {option: options[option] for option in _SHARED if option in options}
-            tokenizer = AutoTokenizer.from_pretrained(source, **shared, **for_both)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, **shared, **options
-            )
-            quantized = getattr(loaded, "is_quantized", False)  # bitsandbytes: placed while loading, and there to stay
-            loaded = loaded if placed or quantized else loaded.to(device)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
-        raise InputError(f"{name} cannot be loaded: {reason(error)}") from error
-    loaded.requires_grad_(False)
-    return loaded, tokenizer

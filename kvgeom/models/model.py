@@ -119,7 +119,8 @@ class Model(Protocol):
     -----
     For models that reason there may also be ``written(ids) -> str``, which is :meth:`decode` with all special tokens;
     ``prompt_end``, what the chat template puts after a request; ``template_options``, what it is told; and
-    ``reasoning_switch``, the option that would switch reasoning off, or None.
+    ``reasoning_switch``, the option that would switch reasoning off, or None. ``notes``, a tuple of str, may say what of the
+    model's files changes answers and is not done here, or done otherwise: results and reports repeat it.
     """
 
     name: str

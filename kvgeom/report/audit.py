@@ -256,6 +256,7 @@ def _about(model: Model, prompts: PromptSet, found: Diagnosis, seconds: float) -
             "backend": model.backend,
             "fingerprint": model.fingerprint,
             "weights": model.weights,
+            "notes": list(getattr(model, "notes", ())),
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
             "attention_kernel": model.attention_kernel,

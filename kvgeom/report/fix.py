@@ -244,6 +244,7 @@ def fix(
         "verification": proving.described(),
         "fingerprint": loaded.fingerprint,
         "weights": loaded.weights,
+        "notes": list(getattr(loaded, "notes", ())),
         "runs_on": f"{loaded.backend}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}",
         "scheme": config.name,
         "bits": config.bits,

@@ -135,6 +135,7 @@ def _provenance(plan: Plan, settings: Mapping[str, Any]) -> list[tuple[str, str]
     return [
         ("model", f"{plan.model} (fingerprint {settings['fingerprint']}, identity {plan.identity})"),
         ("weights", settings["weights"]),
+        *(("note", note) for note in settings.get("notes", ())),
         ("runs on", settings["runs_on"]),
         (
             "cache",

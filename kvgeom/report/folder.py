@@ -40,6 +40,7 @@ class FixSettings(StrictRecord, extra="allow"):
     verification: _Prompts
     fingerprint: str
     weights: str
+    notes: list[str] = []
     runs_on: str
     scheme: str
     bits: Size | None

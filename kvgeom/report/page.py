@@ -236,6 +236,7 @@ def _provenance(audit: AuditPage) -> list[tuple[str, str]]:
     return [
         ("model", f"{model['name']} (fingerprint {model['fingerprint']})"),
         ("weights", model["weights"]),
+        *(("note", note) for note in model.get("notes", ())),
         (
             "runs on",
             f"{model['backend']}, {model['dtype']} on {model['device']}, {model['attention_kernel']} attention",

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import kvgeom
 from kvgeom.errors import InputError, KvgeomError, ModelError
@@ -197,7 +198,7 @@ def without_weights(folder: Path) -> str:
 
 def unknown_architecture(folder: Path) -> str:
     (folder / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
-    (folder / "model.safetensors").write_bytes(b"")
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
     return str(folder)
 
 

@@ -1,0 +1,94 @@
+"""Which chat template a model is given: of a file, of the tokenizer, and with which options."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from kvgeom.checks import as_path, as_text, brief
+from kvgeom.errors import InputError, ModelError
+from kvgeom.paths import read_text
+
+#: What transformers uses of several templates.
+_DEFAULT = "default"
+
+
+def read_template(template: Any) -> str | None:
+    """The text of a chat template that is given as text or as a file.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, or it holds no text.
+    """
+    if template is None:
+        return None
+    if isinstance(template, str) and "{" in template:
+        return as_text("template", template)
+    path = as_path("template", template)
+    if template == "" or not os.path.exists(path):
+        raise InputError(
+            f"no such file for the template: {brief(template)}; give a file with a Jinja chat template, or its text"
+        )
+    return as_text(f"the template in {path}", read_text(path))
+
+
+def checked_options(options: Any) -> dict[str, Any] | None:
+    """Options of a chat template, None if there are none. Results write them down as JSON.
+
+    Raises
+    ------
+    InputError
+        If they are no mapping of what JSON knows.
+    """
+    try:
+        text = json.dumps(options and dict(options), allow_nan=False)
+        written = isinstance(options, Mapping | None) and json.loads(text) == options
+    except (TypeError, ValueError, RecursionError):
+        written = False
+    if not written:
+        raise InputError(
+            f"template_options must be a mapping such as {{'enable_thinking': False}}, with values that JSON "
+            f"knows, got {brief(options)}"
+        )
+    return dict(options) if options else None
+
+
+def chosen_template(tokenizer: Any, given: str | None, name: str) -> tuple[str, tuple[str, ...]]:
+    """The text of the chat template of a model, and the names of all that its tokenizer has if there are several.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+    given : str or None
+        Text of one that is to be used instead of the tokenizer's.
+    name : str
+        Of the model, for messages.
+
+    Raises
+    ------
+    InputError
+        If there are several and none is called default, as transformers wants it; or one is no text.
+    ModelError
+        If there is none.
+    """
+    if given is not None:
+        return as_text("template", given), ()
+    own = tokenizer.chat_template
+    if isinstance(own, list) and all(isinstance(each, Mapping) for each in own):
+        own = {str(each.get("name")): each.get("template") for each in own}
+    several = tuple(map(str, own)) if isinstance(own, Mapping) else ()
+    if isinstance(own, Mapping) and own:
+        if _DEFAULT not in own:
+            raise InputError(
+                f"the tokenizer of {name} has several chat templates ({', '.join(several)}), and none is called {_DEFAULT}; choose "
+                f"one: load(template=tokenizer.chat_template[{several[0]!r}]), or --template FILE"
+            )
+        own = own[_DEFAULT]
+    if not own:
+        raise ModelError(
+            f"the tokenizer of {name} has no chat template; give one with load(template=...) or --template FILE"
+        )
+    return as_text(f"the chat template of {name}", own), several if len(several) > 1 else ()
