@@ -33,6 +33,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- architectures: begin -->\n", "<!-- architectures: end -->"
 #: One set of options for most; what an architecture does not know, it ignores.
 OPTIONS: dict[str, Any] = {
+    "is_decoder": True,  # for BERT and its kin, which are encoders otherwise
     "vocab_size": 259,
     "hidden_size": 32,
     "intermediate_size": 48,

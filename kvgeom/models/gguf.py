@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from kvgeom.errors import InputError, reason
+from kvgeom.models.files import check_begins
+from kvgeom.models.gguf_rotary import match_rotary
+from kvgeom.models.pretrained import check_loaded
 from kvgeom.models.quiet import quiet_transformers
 from kvgeom.paths import cache_dir, not_written, write_whole
 from kvgeom.progress import bar
 
+#: Where conversions are kept, by what was checked then: those before 2 may have other rotary frequencies than their file.
+_FOLDER = "gguf-2"
 _CHUNK = 1 << 24
 #: Types of GGUF that are no quantization, by the names that they have everywhere else.
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -34,6 +39,7 @@ def check_gguf(path: Path) -> None:
     """
     import gguf
 
+    check_begins(path)
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
@@ -92,7 +98,7 @@ def converted_gguf(path: Path) -> Path:
     """
     from filelock import FileLock
 
-    folder = cache_dir("gguf") / _sha256(path)[:32]
+    folder = cache_dir(_FOLDER) / _sha256(path)[:32]
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             check_gguf(path)
@@ -106,8 +112,10 @@ def convert(path: Path, folder: Path) -> None:
     Raises
     ------
     InputError
-        If transformers cannot read this architecture, the weights are damaged, or the disk is full.
+        If transformers cannot read this architecture, or not its rotary frequencies, the weights are damaged or not whole, or
+        the disk is full.
     """
+    import gguf
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -125,9 +133,14 @@ def convert(path: Path, folder: Path) -> None:
             try:
                 tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
                 drawn.update(1)
-                model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+                auto: Any = AutoModelForCausalLM
+                model, found = auto.from_pretrained(
+                    path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+                )
             except Exception as error:  # whatever fails inside: this file cannot be used
                 raise InputError(f"transformers cannot read {path}: {reason(error)}") from error
+            check_loaded(model, found, str(path))
+            match_rotary(model, gguf.GGUFReader(path), path)
             _check_weights(model, path)
             drawn.update(1)
             # transformers refuses to save what it still takes for a quantized model.

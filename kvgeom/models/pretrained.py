@@ -78,7 +78,7 @@ def read_pretrained(
                 **shared,
                 **options,
             )
-            _check_loaded(loaded, found, name)
+            check_loaded(loaded, found, name)
             placed = options.keys() & {"device_map", "tp_plan"}
             quantized = getattr(loaded, "is_quantized", False)  # bitsandbytes: placed while loading, and there to stay
             loaded = loaded if placed or quantized else loaded.to(device)
@@ -134,7 +134,7 @@ def _elements(shape: Iterable[int]) -> int:
     return count
 
 
-def _check_loaded(model: Any, found: Mapping[str, Any], name: str) -> None:
+def check_loaded(model: Any, found: Mapping[str, Any], name: str) -> None:
     """Whether all weights of a model are those of its files.
 
     Raises

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 
 from kvgeom.checks import as_path
 from kvgeom.errors import InputError
@@ -40,7 +40,7 @@ class FixSettings(StrictRecord, extra="allow"):
     verification: _Prompts
     fingerprint: str
     weights: str
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
     runs_on: str
     scheme: str
     bits: Size | None

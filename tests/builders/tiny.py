@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -79,8 +80,18 @@ def wide_model() -> HFModel:
     return HFModel(model, tiny_tokenizer(), name="tiny-wide")
 
 
-def write_tiny_gguf(path: Path, kind: str = "F32", file_type: int | None = None) -> None:
-    """A whole tiny llama, with tokenizer and template, as a GGUF file; matrices whose rows are whole blocks are of ``kind``."""
+def write_tiny_gguf(
+    path: Path,
+    kind: str = "F32",
+    file_type: int | None = None,
+    *,
+    more: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+    without: str = "",
+) -> None:
+    """A whole tiny llama, with tokenizer and template, as a GGUF file; matrices whose rows are whole blocks are of ``kind``.
+
+    ``more`` adds to it; the weight that is called ``without`` is left out.
+    """
     hf, tokenizer = tiny_hf_model(), tiny_tokenizer()
     writer = gguf.GGUFWriter(path, "llama")
     if file_type is not None:
@@ -105,12 +116,15 @@ def write_tiny_gguf(path: Path, kind: str = "F32", file_type: int | None = None)
     writer.add_chat_template(str(tokenizer.chat_template))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
     for name, weight in hf.named_parameters():
+        if name == without:
+            continue
         ours = weight.detach().numpy().astype(np.float32)
         if name.endswith(("q_proj.weight", "k_proj.weight")):  # GGUF keeps the halves of a rotation interleaved
             heads = ours.shape[0] // 8
             ours = ours.reshape(heads, 2, 4, -1).swapaxes(1, 2).reshape(ours.shape)
         stored = gguf.GGMLQuantizationType[kind if ours.ndim > 1 and ours.shape[1] % 32 == 0 else "F32"]
         writer.add_tensor(names.get_name(name, (".weight",)), gguf.quants.quantize(ours, stored), raw_dtype=stored)
+    more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

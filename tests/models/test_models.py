@@ -141,7 +141,7 @@ def test_a_gguf_file_is_converted_once(gguf_file: Path, own_cache: Path) -> None
 
 def test_a_conversion_on_a_full_disk(gguf_file: Path, own_cache: Path) -> None:
     """One line that says so; and what a killed conversion has left is no model, and makes way."""
-    kept = own_cache / "gguf"
+    kept = own_cache / "gguf-2"
     with room_for(20_000), pytest.raises(InputError, match=r"cannot be written.*free some space"):
         kvgeom.load(gguf_file, progress=False)
     assert not [path for path in kept.iterdir() if path.suffix != ".lock"]
