@@ -215,6 +215,22 @@ def test_nothing_refused_is_undetermined(tmp_path: Path) -> None:
     assert "undetermined" in (tmp_path / "report.html").read_text()
 
 
+def test_notes_of_the_model_are_kept_and_shown(tmp_path: Path) -> None:
+    """What of its files changes answers stands in every result, in audit.json and in the report."""
+    noted = tiny_model()
+    noted.notes = ("generation_config asks for <b>repetition_penalty 1.1</b>",)
+    options: dict[str, Any] = {"placement": "paper", "max_new_tokens": 4, "progress": False}
+    found = kvgeom.audit(noted, tmp_path, prompts=PROMPTS.take(4), bits=(2,), **options)
+    numbers = json.loads((tmp_path / "audit.json").read_text())
+    jsonschema.validate(numbers, SCHEMA)
+    assert numbers["model"]["notes"] == list(noted.notes)
+    assert found.curve.provenance()["notes"] == found.provenance()["notes"] == list(noted.notes)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "asks for &lt;b&gt;repetition_penalty" in text
+    assert "asks for <b>" not in text.split("<body>")[1]
+    assert Audit.load(tmp_path).about["model"]["notes"] == list(noted.notes)
+
+
 def test_an_engine_is_named_and_what_it_never_rounds_is_not_called_safe(tmp_path: Path) -> None:
     """With 128 tokens that wait, none of these requests meets KIVI; layers and parts are rounded in their own way."""
     more = PromptSet("more", PROMPTS.harmful + PROMPTS.harmless, PROMPTS.harmless, "")
