@@ -91,7 +91,7 @@ class HFModel:
         self._rows = embedding_rows(model)
         check_vocabulary(self._rows, tokenizer, name)
         prompt = list(self.encode([REQUEST])[0].ids)
-        check_runs(model, prompt, name)
+        self.vocabulary = check_runs(model, prompt, name)
         self.notes = (*self._chat.notes, *notes_of(model, tokenizer, prompt))
         self.decoder = find_decoder(model, name)
         self._layers = self.decoder.layers
@@ -102,7 +102,6 @@ class HFModel:
         self._projecting: dict[int, dict[str, Projection]] | None = None
         self._late: bool | None = None
         self.weights = weights_stored(model)
-        self.vocabulary = int(self._config.vocab_size)
         self.stop_tokens = stop_tokens(model, tokenizer)
         self.fingerprint, self.identity = self._identified()
 

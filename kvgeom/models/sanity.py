@@ -17,6 +17,8 @@ from kvgeom.words import counted
 
 #: What is put to a model to see whether it runs.
 REQUEST = "Hello"
+#: A head of fewer logits than this is one of classes.
+_CLASSES = 16
 #: Tokens that show whether a model reads ahead.
 _TOKENS = 8
 #: How far logits of the same tokens may differ, of the largest: in 32 bits, and in fewer. A mixture of experts rounds otherwise
@@ -97,8 +99,13 @@ def check_vocabulary(rows: int, tokenizer: Any, name: str) -> None:
 
 
 @torch.inference_mode()
-def check_runs(model: Any, ids: Sequence[int], name: str) -> None:
+def check_runs(model: Any, ids: Sequence[int], name: str) -> int:
     """Run a model on one prompt, without a cache.
+
+    Returns
+    -------
+    int
+        Number of logits of a token.
 
     Raises
     ------
@@ -106,13 +113,13 @@ def check_runs(model: Any, ids: Sequence[int], name: str) -> None:
         If it does not run, its logits are not those of a language model or no numbers, or it reads ahead.
     """
     with quiet_transformers():  # some models warn of tokens that might be padding
-        _check_logits(model, ids, name)
+        return _check_logits(model, ids, name)
 
 
-def _check_logits(model: Any, ids: Sequence[int], name: str) -> None:
+def _check_logits(model: Any, ids: Sequence[int], name: str) -> int:
     logits = _logits(model, ids, name)
     vocabulary = int(model.config.get_text_config().vocab_size)
-    if logits.ndim != 3 or logits.shape[1] != len(ids) or logits.shape[2] < min(vocabulary, 2):
+    if logits.ndim != 3 or logits.shape[1] != len(ids) or logits.shape[2] < min(vocabulary, _CLASSES):
         raise ModelError(
             f"{name} is a {type(model).__name__}, which answers {len(ids)} tokens with {tuple(logits.shape)} numbers instead of "
             "logits of a next token; give a causal language model"
@@ -129,6 +136,7 @@ def _check_logits(model: Any, ids: Sequence[int], name: str) -> None:
             f"{name} reads tokens before they are written: what it computes of a token depends on those after it; give a causal "
             "language model"
         )
+    return int(logits.shape[2])
 
 
 def _logits(model: Any, ids: Sequence[int], name: str) -> Tensor:

@@ -90,3 +90,10 @@ def test_what_is_no_file_at_all(content: bytes, says: str, tmp_path: Path, own_c
     (tmp_path / "m.gguf").write_bytes(content)
     with pytest.raises(InputError, match=says):
         kvgeom.load(tmp_path / "m.gguf", progress=False)
+
+
+def test_a_head_that_is_the_embedding_is_not_missed(tmp_path: Path, own_cache: Path) -> None:
+    write_tiny_gguf(tmp_path / "m.gguf", without="lm_head.weight")
+    model = kvgeom.load(tmp_path / "m.gguf", progress=False)
+    assert isinstance(model, HFModel)
+    assert torch.equal(model.hf_model.lm_head.weight, model.hf_model.model.embed_tokens.weight)

@@ -201,3 +201,10 @@ def test_a_template_without_the_first_token_of_all_texts() -> None:
         wrapped(tokenizer=tokenizer)
     tokenizer.chat_template = SPECIAL[0] + TEMPLATE
     assert wrapped(tokenizer=tokenizer).notes == ()
+
+
+def test_the_vocabulary_is_that_of_the_logits() -> None:
+    """Also where a configuration says otherwise."""
+    model = tiny_hf_model()
+    model.config.vocab_size = 999
+    assert wrapped(model).vocabulary == 259
