@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from kvgeom.words import counted
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: Attribute of a transformers model with what was found while it was read.
 _NOTES = "_kvgeom_notes"
+#: Rows of a matrix that are looked at first.
+_ROWS = 8
 #: Settings of generation that change the next token of greedy decoding, and the value with which they do nothing.
 _CHANGES: dict[str, Any] = {
     "repetition_penalty": 1.0,
@@ -48,7 +54,27 @@ def notes_of(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) 
     prompt : list of int
         Tokens of some request in the chat template.
     """
-    return (*getattr(model, _NOTES, ()), *_generation(model), *_tokenizer(tokenizer, prompt))
+    found = getattr(model, _NOTES, ())
+    return (*found, *_zeros(model), *_generation(model), *_tokenizer(tokenizer, prompt))
+
+
+def _zeros(model: Any) -> list[str]:
+    """Matrices of zeros: room for a file is often made before it is fetched, and what did not come is zero."""
+    zero = [
+        name for name, x in model.named_parameters() if x.ndim > 1 and x.is_floating_point() and _is_zero(x.detach())
+    ]
+    if not zero:
+        return []
+    return [
+        f"{counted(len(zero), 'weight')} of zeros alone, as in a file that was not fetched to its end, such as {zero[0]}"
+    ]
+
+
+def _is_zero(x: Tensor) -> bool:
+    if type(x) is not Tensor:  # of a quantization: read as what it is made of
+        return False
+    few = x[:: max(1, len(x) // _ROWS)]
+    return not bool(few.float().any()) and not bool(x.float().any())
 
 
 def _generation(model: Any) -> list[str]:

@@ -144,6 +144,15 @@ def test_what_is_left_out_is_noted(tmp_path: Path) -> None:
     assert kvgeom.load(model) is model  # and nothing is said again
 
 
+def test_a_file_with_zeros_where_something_should_be(tmp_path: Path) -> None:
+    """As a download leaves it that made room first: header and length are right."""
+    weights = saved(tmp_path) / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    with pytest.warns(KvgeomWarning, match=r"1\d weights of zeros alone"):
+        assert len(load(tmp_path).notes) == 1
+
+
 @pytest.mark.parametrize("config", [True, False])
 def test_an_adapter_alone(config: bool, tmp_path: Path) -> None:
     saved(tmp_path)
