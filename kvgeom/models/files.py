@@ -10,8 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from kvgeom.checks import brief
-from kvgeom.errors import InputError, reason
+from kvgeom.errors import InputError, brief, reason
 from kvgeom.paths import read_text
 from kvgeom.words import counted
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvgeom.checks import brief
+from kvgeom.errors import brief
 from kvgeom.models import hooks
 from kvgeom.models.attention import attention_rule, check_attention
 from kvgeom.models.backends import register_backend

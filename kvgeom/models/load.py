@@ -130,8 +130,8 @@ def load(
     Raises
     ------
     InputError
-        If there is no model there, or not a whole one (a file is damaged, or weights are missing); if an option is unknown, does not apply to a loaded model, or is not
-        one of its chat template's.
+        If there is no model there, or not a whole one (a file is damaged, or weights are missing); if an option is unknown,
+        does not apply to a loaded model, or is not one of its chat template's.
     ModelError
         If it loads but lacks what is needed, such as a chat template.
     """

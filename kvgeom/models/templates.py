@@ -7,8 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from kvgeom.checks import as_path, as_text, brief
-from kvgeom.errors import InputError, ModelError
+from kvgeom.checks import as_path, as_text
+from kvgeom.errors import InputError, ModelError, brief
 from kvgeom.paths import read_text
 
 #: What transformers uses of several templates.
