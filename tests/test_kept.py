@@ -219,6 +219,8 @@ def test_recordings_end_with_their_process(tmp_path: Path, monkeypatch: pytest.M
 #: A command, and its files that are compared, without what differs from run to run.
 COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "sweep": (["--bits", "4", "3", "2"], ["sweep.txt"]),
+    "diagnose": (["--bits", "4", "2", "--scan-bits", "3"], ["diagnose.txt"]),
+    "scan": (["--scan-bits", "3"], ["scan.txt"]),
     "audit": (["--bits", "4", "2", "--scan-bits", "3"], ["audit.json"]),
     "fix": (["--bits", "3", "--scheme", "sym-tensor", "--memory", "0.2", "--controls", "1"], ["plan.json", "fix.json"]),
 }
