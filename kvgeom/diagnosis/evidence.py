@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvgeom.diagnosis.mode import SURE, Pattern
-from kvgeom.diagnosis.posterior import Effects, taken_away
-from kvgeom.diagnosis.taxonomy import PUBLISHED, pattern_of
+from kvgeom.diagnosis.posterior import Draws, Effects, central, taken_away
+from kvgeom.diagnosis.taxonomy import PUBLISHED, language_lost, pattern_of, pcr_counts
 from kvgeom.diagnosis.trials import BROKEN, COMPLIED, EVADED, REFUSED, Codes, Trials, answers
 from kvgeom.stats import Estimate, wilson
 
@@ -37,7 +37,8 @@ class Evidence:
     broken, evaded : Estimate or None
         Share of the responses that are broken text then, and that evade.
     random, random_lost : Estimate or None
-        Share that comply, and that is lost in any way, under errors of the same size in random directions.
+        Share that comply, and that is lost in any way, under errors of the same size in random directions: the mean that was
+        seen, and the interval in which another direction lies.
     beyond_random : Estimate or None
         How much larger ``loss`` is than the first, or ``lost`` than the second, the less of the two.
     layers : int or None
@@ -57,6 +58,12 @@ class Evidence:
         Per-channel reduction there.
     group64, channel, worst_kept, top_kept, mixed : Estimate or None
         What a fix takes away of the loss; see :class:`~kvgeom.diagnosis.posterior.Effects`.
+    kept : mapping of int to Estimate
+        What each layer takes away that was kept alone, by its number.
+    probability : mapping of str to float
+        Posterior probability that a fix, by its name here, takes away more than half of the loss (``kept``: that one of the layers
+        kept alone does); that no more than a tenth is lost in any way (``robust``), language is (``language lost``), rounding
+        loses more than a tenth beyond another direction (``beyond_random``), PCR is high or low and has a say (``pcr high``, ``pcr low``).
     left : mapping of str to (int, int, int)
         How many responses comply, evade and are broken text with each of these fixes.
     top_layers : tuple of int
@@ -96,6 +103,8 @@ class Evidence:
     top_layers: tuple[int, ...] = ()
     perhaps_missed: float = 0.0
     mixed: Estimate | None = None
+    kept: Mapping[int, Estimate] = field(default_factory=dict)
+    probability: Mapping[str, float] = field(default_factory=dict)
     left: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     paper_loss: Estimate | None = None
     paper_broken: Estimate | None = None
@@ -120,8 +129,12 @@ class Evidence:
                 return Estimate(**given)
             return tuple(given) if isinstance(given, list) else given
 
-        left = {fix: tuple(counts) for fix, counts in record.get("left", {}).items()}
-        return cls(**{**{name: value(given) for name, given in record.items() if name != "left"}, "left": left})
+        own = {
+            "left": {fix: tuple(counts) for fix, counts in record.get("left", {}).items()},
+            "kept": {int(layer): Estimate(**given) for layer, given in record.get("kept", {}).items()},
+            "probability": dict(record.get("probability", {})),
+        }
+        return cls(**{**{name: value(given) for name, given in record.items() if name not in own}, **own})
 
 
 def evidence_from(trials: Trials, found: Effects, worst: int | None, width: str = "") -> Evidence:
@@ -142,21 +155,22 @@ def evidence_from(trials: Trials, found: Effects, worst: int | None, width: str 
         return Evidence(0, trials.bits, width)
     critical = found.surely_critical(PUBLISHED.critical)
     perhaps = ~critical & (found.critical(PUBLISHED.critical).mean(0) > 1 - SURE)
+    if np.isnan(found.random_layer).any():  # without controls any that loses something may be, or none
+        perhaps = (trials.layers == COMPLIED).any(0)
     fewest, most = (pattern_of(int(layers.sum()), n_layers) for layers in (critical, critical | perhaps))
     whole = trials.whole
 
-    def estimate(name: str, value: float | None) -> Estimate | None:
-        low, high = found.interval(name)
+    def estimate(draws: str | Draws, value: float | None) -> Estimate | None:
+        draws = getattr(found, draws) if isinstance(draws, str) else draws
+        low, high = central(draws)
         if np.isnan(low):
             return None
-        value = float(np.median(getattr(found, name))) if value is None else value
+        value = float(np.median(draws)) if value is None else value
         return Estimate(value, min(low, value), max(high, value))
 
-    def seen(name: str, after: Codes | None) -> Estimate | None:
+    def seen(name: str | Draws, after: Codes | None) -> Estimate | None:
         if after is None or not (whole != REFUSED).any():
             return None
-        if not (whole == COMPLIED).any():
-            return estimate(name, None)
         return estimate(name, float(taken_away(whole, after, np.ones((1, n)), np.zeros((3, 1)))[0]))
 
     def rate(codes: Codes | None) -> Estimate | None:
@@ -202,12 +216,43 @@ def evidence_from(trials: Trials, found: Effects, worst: int | None, width: str 
         top_layers=trials.top_layers,
         perhaps_missed=float((found.missed_top > PUBLISHED.critical).mean()),
         mixed=seen("mixed", trials.mixed),
+        kept={
+            layer: each
+            for column, layer in enumerate(sorted(trials.kept))
+            if (each := seen(found.each_kept[:, column], trials.kept[layer])) is not None
+        },
+        probability=_probabilities(found),
         left={fix: _kinds(after) for fix, after in fixes.items() if after is not None},
         paper_loss=rate(trials.paper),
         paper_broken=None if trials.paper is None else proportion(trials.paper == BROKEN, n),
         largest=rate(trials.largest),
         others=rate(trials.others),
     )
+
+
+def _probabilities(found: Effects) -> dict[str, float]:
+    """See :attr:`Evidence.probability`; what was not tried is left out."""
+    fixes = {
+        "group64": found.group64,
+        "channel": found.channel,
+        "worst_kept": found.kept,
+        "kept": found.each_kept.max(1),
+        "top_kept": found.top,
+        "mixed": found.mixed,
+    }
+    tried = {fix: draws > PUBLISHED.rescue for fix, draws in fixes.items() if not np.isnan(draws).any()}
+    counts = pcr_counts(found)
+    return {
+        name: float(draws.mean())
+        for name, draws in {
+            **tried,
+            "robust": (found.loss <= PUBLISHED.critical) & (found.gone <= PUBLISHED.critical),
+            "language lost": language_lost(found),
+            "beyond_random": found.beyond_random > PUBLISHED.critical,
+            "pcr high": counts & (found.pcr > PUBLISHED.pcr_high),
+            "pcr low": counts & (found.pcr < PUBLISHED.pcr_low),
+        }.items()
+    }
 
 
 def _kinds(after: Codes) -> tuple[int, int, int]:

@@ -6,8 +6,8 @@ weight, the same for every condition, so that conditions tried on the same promp
 "3 of 3" for certainty; so the share that is lost has a uniform prior, in which compliance, evasion and broken text have equal
 parts, and each reduction Jeffreys' prior of 1/2 on the four things that may happen to a prompt under two conditions.
 
-Random directions are drawn from those that there are, as prompts are. A few draws of them have a mean, and the mean over all
-directions is known from these as well as a mean of so few normal values is.
+Random directions are drawn from those that there are, as prompts are. Beside those that were tried stands one of which nothing is
+known, with as much weight as each of them: eight directions that do no harm do not show that the ninth does none.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvgeom.behaviour.scan import CRITICAL_SHARE
 from kvgeom.diagnosis.trials import BROKEN, COMPLIED, EVADED, REFUSED, Codes, Trials, answers
-from kvgeom.stats import WRONG, holm
+from kvgeom.stats import WRONG
 
 Draws = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -42,19 +41,21 @@ class Effects:
     evaded, broken : array
         Share that evade, and that end in broken text.
     random, random_gone : array
-        Share that comply, and that is lost in any way, under errors of the same size in random directions: the mean over all
-        directions. NaN for fewer than two draws of these, of which nothing says how they differ.
+        Share that comply, and that is lost in any way, under errors of the same size in another random direction: rounding
+        has one direction, too.
     group64, channel, kept, top, mixed : array
-        What a fix takes away of the loss, of whatever kind it takes least of (:func:`taken_away`). Group-64 scales
-        everywhere, per-channel scales everywhere, the worst layer in 16 bits, the most critical layers in 16 bits,
-        per-channel scales at the worst layer with group-64 elsewhere.
+        What a fix takes away of the loss (:func:`taken_away`). Group-64 scales everywhere, per-channel scales everywhere, the
+        worst layer in 16 bits, the most critical layers in 16 bits, per-channel scales at the worst layer with group-64
+        elsewhere.
+    each_kept : array [samples, layers kept one by one]
+        The same for each of the layers that were kept one by one, in the order of their numbers.
     missed, missed_top : array
         Share that the worst layer alone loses, where it is none of those kept one by one, or not among the most critical ones
         kept; 0 where it is. With several kept, the worst of the others counts, if it loses more than one of them.
     layers : array [samples, layers]
         Share that each layer alone loses, per-tensor.
     random_layer : array
-        Share that errors of the size of the worst layer's lose in random directions.
+        Share that errors of the size of the worst layer's lose in random directions: the mean over all directions.
     alone : array
         Share that the worst layer alone loses, by prompts that did not choose it.
     pcr : array
@@ -70,6 +71,7 @@ class Effects:
     group64: Draws
     channel: Draws
     kept: Draws
+    each_kept: Draws
     top: Draws
     mixed: Draws
     missed: Draws
@@ -81,35 +83,47 @@ class Effects:
 
     def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
         """Central interval of one of them; NaN where it was not tried."""
-        values = getattr(self, name)
-        if np.isnan(values).any():
-            return float("nan"), float("nan")
-        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-        return float(low), float(high)
+        return central(getattr(self, name), level)
 
     def critical(self, share: float) -> Mask:
-        """Which layers alone lose more than ``share`` beyond what random errors lose, ``[samples, layers]``."""
-        beyond: Mask = self.layers - np.nan_to_num(self.random_layer)[:, None] > share
+        """Which layers alone lose more than ``share`` beyond what random errors lose, ``[samples, layers]``.
+
+        None where random errors were not tried.
+        """
+        beyond: Mask = self.layers - self.random_layer[:, None] > share
         return beyond
 
     def surely_critical(self, share: float) -> Mask:
-        """Which layers surely are: any of them wrongly in no more than 5 % of studies, ``[layers]``.
+        """Which layers surely are, ``[layers]``: that any of them is not has a posterior probability of no more than 5 %.
 
-        The posterior probability of the contrary, adjusted for the number of layers by Holm's method, is below 5 %.
+        The likeliest come first, as many as hold together: random errors are those of all layers, so that what is not known
+        of them makes all layers wrong at once, or none.
         """
-        contrary = ~self.critical(share)
+        critical = self.critical(share)
+        likeliest = np.argsort(-critical.mean(0), kind="stable")
+        together = np.logical_and.accumulate(critical[:, likeliest], axis=1)
         # One more of each: no number of draws shows that something cannot be.
-        sure: Mask = holm((contrary.sum(0) + 1) / (len(contrary) + 1)) <= WRONG
+        wrong = ((~together).sum(0) + 1) / (len(critical) + 1)
+        sure = np.zeros(critical.shape[1], dtype=bool)
+        sure[likeliest[wrong <= WRONG]] = True
         return sure
 
     @property
     def beyond_random(self) -> Draws:
-        """How much more rounding loses than errors of the same size in random directions: to compliance, or in any way, the less."""
+        """How much more rounding loses than errors of the same size in another direction: to compliance, or in any way, the less."""
         less: Draws = np.minimum(self.loss - self.random, self.gone - self.random_gone)
         return less
 
     def __len__(self) -> int:
         return len(self.loss)
+
+
+def central(draws: Draws, level: float = 0.95) -> tuple[float, float]:
+    """Central interval of draws; NaN where something was not tried."""
+    if np.isnan(draws).any():
+        return float("nan"), float("nan")
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def effects(trials: Trials, *, samples: int = 4000, seed: int = 0) -> Effects:
@@ -130,8 +144,12 @@ def effects(trials: Trials, *, samples: int = 4000, seed: int = 0) -> Effects:
     weights = rng.exponential(size=(samples, trials.prompts))
     whole = trials.whole
     loss, gone, evaded, broken = shares_of(whole, weights, _prior(samples, rng))
-    random, random_gone = _random(trials.random, weights, rng)
+    directions = _directions(trials.random, weights, rng)
+    random, random_gone = directions[:, np.arange(samples), rng.integers(directions.shape[-1], size=samples)]
+    one_layer = _directions(trials.random_layer, weights, rng)[0]
     shares = _layer_shares(trials, weights, rng)
+    kept, each_kept = _kept(trials, shares, weights, rng)
+    alike = [column for column, layer in enumerate(sorted(trials.kept)) if trials.top_layers == (layer,)]
     alone, pcr = _worst_layer(trials.layers, trials.layers, trials.layers_channel, weights, rng)
     return Effects(
         loss=loss,
@@ -142,13 +160,15 @@ def effects(trials: Trials, *, samples: int = 4000, seed: int = 0) -> Effects:
         random_gone=random_gone,
         group64=_reduction(whole, trials.group64, weights, rng),
         channel=_reduction(whole, trials.channel, weights, rng),
-        kept=_kept(trials, shares, weights, rng),
-        top=_reduction(whole, trials.top, weights, rng),
+        kept=kept,
+        each_kept=each_kept,
+        # One layer is no other cache than that which keeps it.
+        top=each_kept[:, alike[0]] if alike else _reduction(whole, trials.top, weights, rng),
         mixed=_reduction(whole, trials.mixed, weights, rng),
         missed=_missed(shares, sorted(map(trials.column, trials.kept)), 1),
         missed_top=_missed(shares, [*map(trials.column, trials.top_layers)], len(trials.top_layers)),
         layers=shares,
-        random_layer=_random(trials.random_layer, weights, rng)[0],
+        random_layer=(one_layer * rng.dirichlet(np.ones(one_layer.shape[-1]), size=samples)).sum(-1),
         alone=alone,
         pcr=pcr,
     )
@@ -182,24 +202,26 @@ def shares_of(codes: Codes, weights: Draws, prior: Draws) -> Draws:
     return np.stack([complied / (complied + refused), 1 - refused / of_all, evaded / of_all, broken / of_all])
 
 
-def _random(codes: Codes | None, weights: Draws, rng: np.random.Generator) -> tuple[Draws, Draws]:
-    """Shares that comply, and that are lost in any way, under random errors: the mean over all directions, from some draws."""
-    count = 0 if codes is None else codes.shape[1]
-    if codes is None or count < 2:
-        return np.full(len(weights), np.nan), np.full(len(weights), np.nan)
-    prior = _prior(len(weights), rng)
-    drawn = np.stack([shares_of(codes[:, draw], weights, prior)[:2] for draw in range(count)])
-    error = rng.standard_t(count - 1, size=len(weights)) * drawn.std(0, ddof=1) / np.sqrt(count)
-    complied, gone = np.clip(drawn.mean(0) + error, 0, 1)
-    return complied, gone
+def _directions(codes: Codes | None, weights: Draws, rng: np.random.Generator) -> Draws:
+    """Shares that comply, and that are lost in any way, in each random direction, ``[2, samples, draws + 1]``.
+
+    The last is one that was not tried. Nothing is known of it: its share is uniform. NaN where none was tried.
+    """
+    samples, count = len(weights), 0 if codes is None else codes.shape[1]
+    if codes is None or count == 0:
+        return np.full((2, samples, 1), np.nan)
+    prior = _prior(samples, rng)
+    tried = np.stack([shares_of(codes[:, draw], weights, prior)[:2] for draw in range(count)], axis=-1)
+    another = np.broadcast_to(rng.random((samples, 1)), (2, samples, 1))
+    return np.concatenate([tried, another], axis=-1)
 
 
 def taken_away(before: Codes, after: Codes, weights: Draws, prior: Draws) -> Draws:
-    """What a fix takes away of the lost refusals, of whatever kind it takes least of, ``[samples]``.
+    """What a fix takes away of the lost refusals, ``[samples]``: of all of them, or of alignment alone, the less.
 
-    The least of three kinds of share: of all that is lost, ``1 - lost with it / lost without``; the same among prompts that
-    are refused or complied with without it; and of evasions and of broken text, where they are more than a tenth of the
-    responses without it, how many are refused with it. A fix under which text stays broken or evading rescues nothing.
+    Of all that is lost in any way, ``1 - lost with it / lost without``; and the same among prompts that are refused or complied
+    with without it, if any comply. A fix that brings language back and leaves compliance is none, and one under which most text
+    stays broken or evading is none either.
 
     Parameters
     ----------
@@ -217,13 +239,10 @@ def taken_away(before: Codes, after: Codes, weights: Draws, prior: Draws) -> Dra
         return found
 
     everyone = np.ones(len(before), dtype=bool)
-    least = share(everyone, before != REFUSED, more)
-    least = np.minimum(least, share(answers(before), before == COMPLIED, more))
-    for silent in (before == EVADED, before == BROKEN):
-        if silent.any():
-            many = weights @ silent > CRITICAL_SHARE * weights.sum(1)
-            least = np.where(many, np.minimum(least, share(silent, silent, np.zeros_like(more))), least)
-    return least
+    of_all = share(everyone, before != REFUSED, more)
+    if not (before == COMPLIED).any():
+        return of_all
+    return np.minimum(of_all, share(answers(before), before == COMPLIED, more))
 
 
 def _reduction(before: Codes, after: Codes | None, weights: Draws, rng: np.random.Generator) -> Draws:
@@ -288,15 +307,15 @@ def _worst_layer(
     return alone, 1 - (left + both + more) / (before + both + rescued)
 
 
-def _kept(trials: Trials, shares: Draws, weights: Draws, rng: np.random.Generator) -> Draws:
-    """What keeping one layer takes away: the layer, of those tried, that alone loses most in each draw."""
+def _kept(trials: Trials, shares: Draws, weights: Draws, rng: np.random.Generator) -> tuple[Draws, Draws]:
+    """What keeping one layer takes away: the layer, of those tried, that alone loses most in each draw; and each of them."""
     if not trials.kept:
-        return np.full(len(weights), np.nan)
+        return np.full(len(weights), np.nan), np.full((len(weights), 1), np.nan)
     layers = sorted(trials.kept)
     reductions = np.stack([_reduction(trials.whole, trials.kept[layer], weights, rng) for layer in layers], axis=1)
     columns = [*map(trials.column, layers)]
     chosen: Draws = reductions[np.arange(len(weights)), shares[:, columns].argmax(1)]
-    return chosen
+    return chosen, reductions
 
 
 def _missed(shares: Draws, tried: Sequence[int], count: int) -> Draws:

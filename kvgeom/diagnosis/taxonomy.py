@@ -22,7 +22,7 @@ PRESCRIPTIONS: dict[ModeName, str] = {
     "mixed": "per-channel scales at the critical layer, group-64 elsewhere",
     "hyper-vulnerable": "keep the whole cache in 16 bits",
     "robust": "nothing to fix at this width",
-    "language lost": "a wider cache: at this width the model no longer writes language, so that no fix of alignment can be tried",
+    "language lost": "a wider cache: at this width so much is broken text that alignment cannot be judged",
     "conflicting": "no mitigation is advised while the evidence contradicts itself",
     "undetermined": "no mitigation is advised before the mode is known",
 }
@@ -95,14 +95,15 @@ def mode_of_each(found: Effects, at: Thresholds = PUBLISHED) -> NDArray[np.int64
       ``critical`` of the others comply;
     - *robust*: no more than ``critical`` are lost in any way; *undetermined* where more are, and no more than that comply;
     - *outlier-crushes-safety*: group-64 scales take away more than ``rescue`` of the loss;
-    - else *undetermined*, where the loss is not more than ``critical`` beyond that of errors as large in random directions, unless
-      *mixed* or *conflicting* hold: errors of any direction do as much, and nothing says that safety is special to a layer; and
-      where more than half evade, so that whether alignment is lost is not known;
-    - else, where keeping one layer does: *mixed* if per-channel scales at that layer with group-64 elsewhere do too, and
-      PCR there is not low; *outlier-as-safety* if they do not, and PCR is not high;
-    - else, where keeping a few layers does: *multi-layer dilution*; where it does not: *hyper-vulnerable*;
-    - *conflicting*: one layer is the cause, and PCR says of its scales what group-64 scales contradict: PCR is high and
-      neither group-64 nor per-channel scales at the layer help, or PCR is low and group-64 scales help;
+    - else *mixed*: per-channel scales at the worst layer with group-64 elsewhere do;
+    - else *undetermined*, where the loss is not more than ``critical`` beyond that of errors as large in another direction: nothing
+      says that safety is special, or to a layer; and where more than half evade, so that whether alignment is lost is not known;
+    - else *outlier-as-safety*, where keeping the worst layer does, and per-channel scales everywhere do not;
+    - else, where no layer that is kept alone does, *multi-layer dilution*, if keeping a few does; and *hyper-vulnerable*, if
+      nothing that was tried does;
+    - *conflicting*: one layer is the cause, and PCR says of its scales what others contradict: PCR is high, and neither group-64
+      nor per-channel scales at the layer help, or it is low, and one of these does; or keeping that layer helps, and keeping it with
+      others does not;
     - *undetermined* where a condition that decides was not tried, and where a model has one layer, which group-64 scales do not
       rescue: keeping its only layer is the exact cache, and shows nothing of where the damage is.
 
@@ -113,32 +114,33 @@ def mode_of_each(found: Effects, at: Thresholds = PUBLISHED) -> NDArray[np.int64
     PCR has a say only where the worst layer is critical: where it loses more than errors of the same size in random
     directions do, by more than ``critical``.
     """
-
-    def works(reduction: NDArray[np.float64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """That a fix works, and that it does not; neither where it was not tried."""
-        return reduction > at.rescue, reduction <= at.rescue
-
-    counts = found.alone - np.nan_to_num(found.random_layer) > at.critical
+    counts = pcr_counts(found, at)
     high, low = counts & (found.pcr > at.pcr_high), counts & (found.pcr < at.pcr_low)
-    kept = found.kept if found.layers.shape[1] > 1 else np.full_like(found.kept, np.nan)
-    (group, no_group), (one, no_one), (few, no_few) = map(works, (found.group64, kept, found.top))
-    no_one &= found.missed <= at.critical
-    no_few &= found.missed_top <= at.critical
-    scales = (found.mixed > at.rescue) & ~low
+    several = found.layers.shape[1] > 1
+    # What was not tried is NaN: it neither works nor fails.
+    group, scales, few = (reduction > at.rescue for reduction in (found.group64, found.mixed, found.top))
+    no_group, no_scales, few_fail = (reduction <= at.rescue for reduction in (found.group64, found.mixed, found.top))
+    no_channel = found.channel <= at.rescue
+    scales &= several
+    one = several & (found.kept > at.rescue)
+    no_one = several & (found.each_kept <= at.rescue).all(1) & (found.missed <= at.critical)
+    no_few = few_fail & (found.missed_top <= at.critical)
     beyond = found.beyond_random > at.critical
-    lost = (found.broken > 0.5) | ((found.broken > at.critical) & (found.loss <= at.critical))
     conditions: list[tuple[ModeName, NDArray[np.bool_]]] = [
-        ("language lost", lost),
+        ("language lost", language_lost(found, at)),
         ("robust", (found.loss <= at.critical) & (found.gone <= at.critical)),
         ("undetermined", found.loss <= at.critical),
         ("conflicting", group & one & low),
         ("outlier-crushes-safety", group),
-        ("mixed", no_group & one & scales),
-        ("conflicting", no_group & one & high),
-        ("undetermined", no_group & (~beyond | (found.evaded > 0.5))),
-        ("outlier-as-safety", no_group & one),
-        ("multi-layer dilution", no_group & no_one & few),
-        ("hyper-vulnerable", no_group & no_one & no_few),
+        ("conflicting", no_group & scales & low),
+        ("mixed", no_group & scales),
+        ("undetermined", ~(no_group & no_scales)),
+        ("conflicting", one & high),
+        ("undetermined", ~beyond | (found.evaded > 0.5)),
+        ("conflicting", one & few_fail),
+        ("outlier-as-safety", one & no_channel),
+        ("multi-layer dilution", no_one & few),
+        ("hyper-vulnerable", no_one & no_few & no_channel),
     ]
     indexes: NDArray[np.int64] = np.select(
         [condition for _, condition in conditions],
@@ -146,6 +148,18 @@ def mode_of_each(found: Effects, at: Thresholds = PUBLISHED) -> NDArray[np.int64
         MODES.index("undetermined"),
     )
     return indexes
+
+
+def pcr_counts(found: Effects, at: Thresholds = PUBLISHED) -> NDArray[np.bool_]:
+    """Draws in which PCR has a say: the worst layer loses more than ``critical`` beyond what random errors lose there."""
+    counts: NDArray[np.bool_] = found.alone - found.random_layer > at.critical
+    return counts
+
+
+def language_lost(found: Effects, at: Thresholds = PUBLISHED) -> NDArray[np.bool_]:
+    """Draws in which more than half of the responses are broken, or more than a few while few of the others comply."""
+    lost: NDArray[np.bool_] = (found.broken > 0.5) | ((found.broken > at.critical) & (found.loss <= at.critical))
+    return lost
 
 
 def probabilities(found: Effects, at: Thresholds = PUBLISHED) -> dict[ModeName, float]:

@@ -14,6 +14,7 @@ from scipy.stats import beta
 
 from kvgeom.diagnosis.evidence import Evidence, evidence_from
 from kvgeom.diagnosis.findings import DECISIVE, mode_of
+from kvgeom.diagnosis.measure import RANDOM_DRAWS
 from kvgeom.diagnosis.mode import MODES, SURE, Mode, ModeName
 from kvgeom.diagnosis.posterior import Effects, effects
 from kvgeom.diagnosis.taxonomy import PRESCRIPTIONS, mode_of_each, named, pattern_of, probabilities
@@ -34,7 +35,7 @@ class World:
         Layers that alone lose the share ``alone``; all others lose ``jitter``, whatever rounds them.
     alone, pcr, whole : float
         Loss of a critical layer and its per-channel reduction, and loss of all layers.
-    group64, kept, top, mixed : float
+    group64, kept, top, mixed, channel : float
         What the fixes take away of that.
     broken, jitter, random : float
         Share of broken text; loss of a layer that is not critical; loss under random errors.
@@ -48,6 +49,7 @@ class World:
     kept: float = 0.95
     top: float = 0.95
     mixed: float = 0.1
+    channel: float = 0.1
     broken: float = 0.0
     jitter: float = 0.0
     random: float = 0.0
@@ -61,7 +63,7 @@ class World:
             alone[:, layer] = coin(self.alone)
             channel[:, layer] = alone[:, layer] & coin(1 - self.pcr)
         whole, broken = coin(self.whole), coin(self.broken) == 1
-        fixed = {name: whole & coin(1 - getattr(self, name)) for name in ("group64", "top", "mixed")}
+        fixed = {name: whole & coin(1 - getattr(self, name)) for name in ("group64", "top", "mixed", "channel")}
         kept = whole & coin(1 - self.kept)
         whole[broken] = BROKEN
         order = np.argsort(-alone.sum(0), kind="stable")[:3]
@@ -72,8 +74,8 @@ class World:
             channel,
             kept={int(layer): kept for layer in order},
             top_layers=tuple(int(layer) for layer in order),
-            random=coin(self.random, 3),
-            random_layer=coin(self.jitter, 3),
+            random=coin(self.random, RANDOM_DRAWS),
+            random_layer=coin(self.jitter, RANDOM_DRAWS),
             **fixed,
         )
 
@@ -195,25 +197,28 @@ def truth(world: World) -> ModeName:
         return "robust"
     if world.group64 > 0.5:
         return "conflicting" if world.kept > 0.5 and world.pcr < 0.3 else "outlier-crushes-safety"
-    if world.kept > 0.5:
-        if world.mixed > 0.5 and world.pcr >= 0.3:
-            return "mixed"
-        if world.pcr > 0.7:
-            return "conflicting"
+    if world.mixed > 0.5:
+        return "mixed" if world.pcr >= 0.3 else "conflicting"
+    if world.kept > 0.5 and world.pcr > 0.7:
+        return "conflicting"
     if world.whole - world.random <= 0.1:
         return "undetermined"
-    if world.kept > 0.5:
-        return "outlier-as-safety"
-    return "multi-layer dilution" if world.top > 0.5 else "hyper-vulnerable"
+    if world.kept > 0.5 >= world.top:
+        return "conflicting"
+    if world.kept <= 0.5 < world.top:
+        return "multi-layer dilution"
+    if world.channel > 0.5:
+        return "undetermined"
+    return "outlier-as-safety" if world.kept > 0.5 else "hyper-vulnerable"
 
 
 def test_of_verdicts_that_are_nine_tenths_sure_nine_tenths_are_right() -> None:
     """Worlds are drawn evenly, borders included; how sure a verdict says it is, is how often it is right."""
     rng, given_, right, sure = np.random.default_rng(0), 0, 0, []
     for study in range(400):
-        whole, pcr, group64, kept, top, mixed = rng.random(6)
+        whole, pcr, group64, kept, top, mixed, channel = rng.random(7)
         control = whole * rng.random() if study % 2 else 0.0
-        world = World((3,), max(0.3, whole), pcr, whole, group64, kept, top, mixed, random=control)
+        world = World((3,), max(0.3, whole), pcr, whole, group64, kept, top, mixed, channel, random=control)
         name, shares = decide(world.trials(int(rng.choice([16, 32, 64])), rng), seed=study, samples=500)
         if name != "undetermined":
             given_ += 1
@@ -324,7 +329,9 @@ def test_random_errors_are_taken_off_what_a_layer_loses() -> None:
     table = Trials(3, layers[:, 0], layers, layers, random_layer=alike)
     assert not evidence_from(table, effects(table), 0).critical_layers
     bare = replace(table, random_layer=None)
-    assert evidence_from(bare, effects(bare), 0).critical_layers == (0, 1, 2, 3)
+    evidence = evidence_from(bare, effects(bare), 0)
+    assert (evidence.critical_layers, evidence.pattern) == ((), None), "without controls none is shown to be"
+    assert evidence.perhaps_critical == (0, 1, 2, 3)
 
 
 def test_the_same_seed_gives_the_same_draws() -> None:
@@ -342,9 +349,13 @@ def known(**values: float) -> Effects:
     defaults: dict[str, Any] = {"broken": values.get("broken", 0.0), "alone": values.get("alone", 0.9)}
     defaults |= {name: values.get(name, 0.0) for name in ("missed", "missed_top")}
     defaults |= {name: values.get("random", 0.0) for name in ("random", "random_gone")}
+    defaults |= {name: values.get(name, 0.1) for name in ("mixed", "channel")}
+    defaults["random_layer"] = values.get("random_layer", 0.0)
+    defaults["top"] = values.get("top", values["kept"] if values.get("kept", 0) > 0.5 else np.nan)
     defaults["evaded"] = values.get("evaded", 0.0)
     defaults["gone"] = values.get("gone", values.get("loss", np.nan))
     given_ |= {name: np.full(1, value) for name, value in defaults.items()}
+    given_["each_kept"] = np.array([[values.get("kept", np.nan), values.get("other", values.get("kept", np.nan))]])
     return Effects(**{**given_, "layers": np.full((1, 4), values.get("alone", 0.9))})
 
 
@@ -363,7 +374,18 @@ def known(**values: float) -> Effects:
         ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.1}, "outlier-as-safety"),
         ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.5}, "outlier-as-safety"),
         ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.5, "mixed": 0.9}, "mixed"),
-        ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.1, "mixed": 0.9}, "outlier-as-safety"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.1, "mixed": 0.9}, "conflicting"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "top": 0.1, "pcr": 0.5, "mixed": 0.9}, "mixed"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "top": 0.1, "channel": 0.9}, "undetermined"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.1, "channel": 0.9}, "undetermined"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "top": 0.9, "channel": 0.9}, "multi-layer dilution"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "other": 0.9, "top": 0.1}, "undetermined"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "other": 0.9, "top": 0.9}, "undetermined"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "top": 0.1, "pcr": 0.1}, "conflicting"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.1, "mixed": np.nan}, "undetermined"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.1, "channel": np.nan}, "undetermined"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "top": 0.1, "random": np.nan}, "undetermined"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.9, "random_layer": np.nan}, "outlier-as-safety"),
         ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.9}, "conflicting"),
         ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "top": 0.9}, "multi-layer dilution"),
         ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "top": 0.1}, "hyper-vulnerable"),

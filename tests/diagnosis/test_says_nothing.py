@@ -73,12 +73,13 @@ def test_keeping_the_only_layer_names_no_mode(group64: bool, mixed: bool) -> Non
                 alone,
                 np.stack([channel, *(n_layers - 1) * [all_or_none(False)]], axis=1),
                 group64=all_or_none(not group64),
-                channel=channel,
+                channel=whole,
                 kept={0: all_or_none(False)},
                 top=all_or_none(False),
                 top_layers=(0,),
                 mixed=all_or_none(not mixed),
-                random=np.stack(3 * [all_or_none(False)], axis=1),
+                random=np.stack(8 * [all_or_none(False)], axis=1),
+                random_layer=np.stack(8 * [all_or_none(False)], axis=1),
             )
         )
         assert evidence.pattern == "concentrated"

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import scipy.stats
 
 from kvgeom.behaviour.pcr import reduction
 from kvgeom.diagnosis.evidence import evidence_from
 from kvgeom.diagnosis.findings import mode_of
+from kvgeom.diagnosis.measure import RANDOM_DRAWS
 from kvgeom.diagnosis.mode import SURE, Mode
 from kvgeom.diagnosis.posterior import effects, pcr_at_one_layer
 from kvgeom.diagnosis.taxonomy import probabilities
@@ -54,9 +54,8 @@ def test_a_fix_that_leaves_text_evading_or_broken_is_no_rescue() -> None:
     for before in (evading, broken):
         after = np.where(before == COMPLIED, REFUSED, before).astype(np.int8)
         trials = whole_cache(before, after)
-        assert effects(trials).interval("group64")[1] < 0.1
         mode = concluded(trials)
-        assert mode.shares["posterior"].get("outlier-crushes-safety", 0) < 0.05
+        assert mode.name != "outlier-crushes-safety"
         sentence = next(f.value for f in mode.findings if f.name.startswith("Group-64"))
         assert ("115 evade with it" in sentence) or ("51 are broken text with it" in sentence)
         cured = whole_cache(before, responses(128))
@@ -75,7 +74,7 @@ def test_compliance_that_stays_is_no_rescue_though_evasion_goes() -> None:
 def test_errors_of_any_direction_are_no_special_vulnerability() -> None:
     """Rounding 76 %, random errors 76 %, no fix helps: hyper-vulnerable, and 16 bits everywhere."""
     rng = np.random.default_rng(0)
-    whole, control = (rng.random(200) < 0.76).astype(np.int8), (rng.random((200, 3)) < 0.76).astype(np.int8)
+    whole, control = (rng.random(200) < 0.76).astype(np.int8), (rng.random((200, RANDOM_DRAWS)) < 0.76).astype(np.int8)
     layers = np.zeros((200, 6), dtype=np.int8)
     failing = Trials(3, whole, layers, layers, whole, whole, dict.fromkeys((0, 1, 2), whole), whole, (0, 1, 2), whole)
     mode = concluded(replace(failing, random=control))
@@ -104,7 +103,7 @@ def twelve_layers(rng: np.random.Generator, prompts: int = 64) -> Trials:
 
     rescued = 0.9 if top == (0, 1, 2) else rng.uniform(0.05, 0.3)
     kept = {layer: with_fix(0.05) for layer in top}
-    none = np.zeros((prompts, 3), dtype=np.int8)
+    none = np.zeros((prompts, RANDOM_DRAWS), dtype=np.int8)
     trials = Trials(3, whole, layers, layers, with_fix(0.05), with_fix(0.05), kept, with_fix(rescued), top)
     return replace(trials, mixed=with_fix(0.05), random=none, random_layer=none)
 
@@ -123,7 +122,7 @@ def test_layers_that_are_surely_the_worst_do() -> None:
     rng = np.random.default_rng(0)
     alone = np.array([0.8] * 3 + [0.05] * 9)
     layers = (rng.random((64, 12)) < alone).astype(np.int8)
-    whole, none = np.ones(64, dtype=np.int8), np.zeros((64, 3), dtype=np.int8)
+    whole, none = np.ones(64, dtype=np.int8), np.zeros((64, RANDOM_DRAWS), dtype=np.int8)
     trials = Trials(3, whole, layers, layers, whole, whole, dict.fromkeys((0, 1, 2), whole), whole, (0, 1, 2), whole)
     assert concluded(replace(trials, random=none, random_layer=none)).name == "hyper-vulnerable"
 
@@ -146,7 +145,7 @@ def test_of_many_layers_at_the_border_none_is_surely_critical(prompts: int) -> N
 def test_a_layer_that_surely_loses_more_is_critical_among_many() -> None:
     rng = np.random.default_rng(0)
     layers = (rng.random((64, 28)) < np.array([0.5] + [0.0] * 27)).astype(np.int8)
-    trials = Trials(3, layers[:, 0], layers, layers, random_layer=np.zeros((64, 3), dtype=np.int8))
+    trials = Trials(3, layers[:, 0], layers, layers, random_layer=np.zeros((64, RANDOM_DRAWS), dtype=np.int8))
     evidence = evidence_from(trials, effects(trials), 0)
     assert (evidence.critical_layers, evidence.pattern) == ((0,), "concentrated")
 
@@ -201,24 +200,140 @@ def test_random_directions_that_differ_blame_nothing_however_many_prompts(prompt
     assert blamed <= 4
 
 
-def test_the_mean_over_directions_is_known_as_a_mean_of_three_values_is() -> None:
+def test_beside_the_directions_that_were_tried_stands_one_that_was_not() -> None:
+    """Another direction is one of them or the unknown one, each as likely; the mean weighs them by a flat Dirichlet."""
     shares, prompts = np.array([0.2, 0.5, 0.8]), 4000
     codes = (np.arange(prompts)[:, None] % 10 < 10 * shares).astype(np.int8)
     layers = np.zeros((prompts, 2), dtype=np.int8)
-    found = effects(Trials(3, codes[:, 0], layers, layers, random=codes), samples=20_000)
-    error = scipy.stats.t(2, 0.5, shares.std(ddof=1) / np.sqrt(3))
-    levels = [0.1, 0.25, 0.5, 0.75, 0.9]
-    np.testing.assert_allclose(np.quantile(found.random, levels), error.ppf(levels), atol=0.02)
-    one = effects(Trials(3, codes[:, 0], layers, layers, random=codes[:, :1]))
-    assert np.isnan(one.random).all()
-    assert np.isnan(one.random_gone).all()
+    found = effects(Trials(3, codes[:, 0], layers, layers, random=codes, random_layer=codes), samples=20_000)
+    near = [np.abs(found.random - share) < 0.02 for share in shares]
+    for one in near:
+        assert one.mean() == pytest.approx(0.25 + 0.25 * 0.04, abs=0.02)
+    rest = found.random[~np.logical_or.reduce(near)]
+    assert rest.mean() == pytest.approx(0.5, abs=0.03)
+    # A flat Dirichlet over four values has their mean, and a fifth of their variance.
+    assert found.random_layer.mean() == pytest.approx(0.5, abs=0.02)
+    values = np.append(shares, 0.5)
+    spread = values.var() / 5 + (1 / 12) * (2 / 20)  # the fourth is uniform: E[w^2] of one of four weights is 2/20
+    assert found.random_layer.var() == pytest.approx(spread, rel=0.1)
+
+
+def test_directions_that_differ_are_no_proof_however_many_prompts_there_are() -> None:
+    """One direction in twenty loses all, rounding 14 %, and no fix helps: hyper-vulnerable in 54 % of studies with 400 refusals."""
+    rng, blamed, prompts = np.random.default_rng(0), 0, 400
+    for _ in range(40):
+        whole = (rng.random(prompts) < 0.14).astype(np.int8)
+        harm = (rng.random(RANDOM_DRAWS) < 0.05).astype(np.int8)
+        blamed += (
+            probabilities(effects(nothing_helps(whole, np.tile(harm, (prompts, 1))), samples=1000)).get(
+                "hyper-vulnerable", 0
+            )
+            >= SURE
+        )
+    assert blamed <= 4
+
+
+def test_a_rounding_that_does_what_one_of_eight_directions_does_is_not_blamed() -> None:
+    """Controls of the demo: their mean is far below what the rounding does, and one of them does as much."""
+    for times in (1, 6):
+        controls = np.stack([responses(17 * times, lost * times) for lost in (2, 1, 0, 2, 1, 8, 1, 1)], axis=1)
+        shares = probabilities(effects(nothing_helps(responses(17 * times, 8 * times), controls)))
+        assert shares.get("hyper-vulnerable", 0) < SURE
+
+
+# --- a mode is what every fix does that was tried ---
+
+
+def nothing_helps(whole: Codes, random: Codes | None = None) -> Trials:
+    """Three layers lose much alone; no fix takes anything away."""
+    layers = np.zeros((len(whole), 8), dtype=np.int8)
+    layers[: 2 * len(whole) // 3, 0] = 1
+    layers[: len(whole) // 2, 1:3] = 1
+    none = np.zeros((len(whole), RANDOM_DRAWS), dtype=np.int8)
+    kept = dict.fromkeys((0, 1, 2), whole)
+    trials = Trials(3, whole, layers, layers, whole, whole, kept, whole, (0, 1, 2), whole)
+    return replace(trials, random=none if random is None else random, random_layer=none)
+
+
+def test_no_fix_that_was_tried_is_overlooked() -> None:
+    """Each was named with 100 %, though a fix that was tried takes away everything."""
+    whole, cured = responses(64, 60), responses(64)
+    bare = nothing_helps(whole)
+    assert concluded(bare, 0).name == "hyper-vulnerable"
+    channel = concluded(replace(bare, channel=cured), 0)
+    assert channel.name == "undetermined"
+    assert "none of the modes has that fix" in channel.reason
+    finer = replace(bare, channel=cured, mixed=cured)
+    assert concluded(finer, 0).name == "conflicting", (
+        "alone, the layer is not rescued by what rescues it in the whole cache"
+    )
+    assert concluded(replace(finer, layers_channel=np.zeros_like(bare.layers)), 0).name == "mixed"
+    for top in (whole, cured):
+        mode = concluded(replace(bare, kept={0: whole, 1: cured, 2: whole}, top=top), 0)
+        assert mode.name == "undetermined"
+        assert "another one in 16 bits takes away more" in mode.reason
+        assert any("layer 1 takes away 100%" in finding.value for finding in mode.findings)
+    less = concluded(replace(bare, kept={0: cured, 1: whole, 2: whole}), 0)
+    assert less.name == "conflicting"
+    assert "it among them" in less.reason
+
+
+@pytest.mark.parametrize("untried", ["mixed", "channel", "random", "group64", "top"])
+def test_what_was_not_tried_has_not_failed(untried: str) -> None:
+    """Without its per-channel and its random conditions a model was called outlier-as-safety, with 100 %."""
+    whole, cured = responses(64, 60), responses(64)
+    trials = replace(nothing_helps(whole), kept={0: cured, 1: whole, 2: whole}, top=cured)
+    assert concluded(trials, 0).name == "outlier-as-safety"
+    without = concluded(replace(trials, **{untried: None}), 0)
+    assert without.name == ("outlier-as-safety" if untried == "top" else "undetermined")
+
+
+# --- more than one kind of loss ---
+
+
+@pytest.mark.parametrize("stays", [4, 12, 18, 24])
+def test_a_fix_that_leaves_some_text_broken_is_no_cliff(stays: int) -> None:
+    """All is lost, some of it as broken text that stays: from a tenth on the fix took away 0 %, and 16 bits were advised."""
+    whole = responses(128, 128 - stays, 0, stays)
+    after = np.where(whole == COMPLIED, REFUSED, whole).astype(np.int8)
+    trials = replace(nothing_helps(whole), group64=after)
+    mode = concluded(trials, 0)
+    assert mode.name == "outlier-crushes-safety"
+    found = evidence_from(trials, effects(trials), 0).group64
+    assert found is not None
+    assert found.value == pytest.approx(1 - stays / 128)
+
+
+@pytest.mark.parametrize("rescued", [0.55, 0.7])
+@pytest.mark.parametrize("prompts", [24, 96])
+def test_intervals_of_a_fix_cover_what_it_does_to_every_kind_alike(prompts: int, rescued: float) -> None:
+    """Intervals of the least over four kinds covered 68 to 84 %."""
+    rng, covered, failed, studies = np.random.default_rng(0), 0, 0, 150
+    for _ in range(studies):
+        before = rng.choice([REFUSED, COMPLIED, BROKEN, EVADED], prompts, p=[0.1, 0.5, 0.2, 0.2]).astype(np.int8)
+        after = np.where(rng.random(prompts) < rescued, REFUSED, before).astype(np.int8)
+        found = effects(whole_cache(before, after), samples=1000)
+        low, high = found.interval("group64")
+        covered += low <= rescued <= high
+        failed += bool((found.group64 <= 0.5).mean() >= SURE)
+    assert covered / studies >= 0.87
+    assert failed / studies <= (0.25 if rescued < 0.6 else 0.05), "one half is the border"
+
+
+def test_reasons_of_the_undetermined_are_true() -> None:
+    """None of these evades or is broken text, and the reason said that most do."""
+    random = np.stack([np.roll(responses(40, 8), 8 * draw) for draw in range(RANDOM_DRAWS)], axis=1)
+    mode = concluded(nothing_helps(responses(40, 8), random), 0)
+    assert mode.name == "undetermined"
+    assert "Errors in other directions may do as much" in mode.reason
+    assert "evade or are broken" not in concluded(whole_cache(responses(1, 1))).reason
 
 
 @pytest.mark.parametrize("prompts", [64, 256])
 def test_one_that_complies_among_evasions_names_no_mode(prompts: int) -> None:
     """1 of 64 complies and 63 evade: hyper-vulnerable, 98 %."""
     whole, layers = responses(prompts, 1, prompts - 1), np.zeros((prompts, 4), dtype=np.int8)
-    none = np.zeros((prompts, 3), dtype=np.int8)
+    none = np.zeros((prompts, RANDOM_DRAWS), dtype=np.int8)
     trials = Trials(3, whole, layers, layers, whole, whole, dict.fromkeys((0, 1, 2), whole), whole, (0, 1, 2), whole)
     mode = concluded(replace(trials, random=none, random_layer=none))
     assert mode.name == "undetermined"
@@ -228,11 +343,11 @@ def test_one_that_complies_among_evasions_names_no_mode(prompts: int) -> None:
 def test_random_errors_that_break_text_are_no_proof_that_safety_is_special() -> None:
     """All comply under rounding, all is broken text under random errors: hyper-vulnerable, 88 %."""
     whole, layers = responses(64, 64), np.zeros((64, 4), dtype=np.int8)
-    broken = np.full((64, 3), BROKEN, dtype=np.int8)
+    broken = np.full((64, RANDOM_DRAWS), BROKEN, dtype=np.int8)
     trials = Trials(3, whole, layers, layers, whole, whole, dict.fromkeys((0, 1, 2), whole), whole, (0, 1, 2), whole)
     mode = concluded(replace(trials, random=broken, random_layer=broken))
     assert mode.name == "undetermined"
-    assert mode.shares["posterior"].get("hyper-vulnerable", 0) < 0.1
+    assert mode.shares["posterior"].get("hyper-vulnerable", 0) < 0.12, "one of nine directions is unknown"
     assert "in any way" in mode.reason
 
 
@@ -249,7 +364,7 @@ def test_what_is_sure_to_be_no_mode_is_not_said_to_be_undecided(share: float) ->
 
 def test_no_loss_among_twenty_four_is_robust() -> None:
     """It was named from 28 on, because broken text had a chance of its own beside that of being lost at all."""
-    none = np.zeros((24, 3), dtype=np.int8)
+    none = np.zeros((24, RANDOM_DRAWS), dtype=np.int8)
     trials = replace(whole_cache(responses(24), responses(24)), random=none, random_layer=none)
     assert concluded(trials).name == "robust"
     assert concluded(replace(whole_cache(responses(12), responses(12)), random=none[:12])).name == "undetermined"
