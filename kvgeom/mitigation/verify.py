@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import xarray as xr
 
+from kvgeom.diagnosis.measure import RANDOM_DRAWS
 from kvgeom.diagnosis.taxonomy import PUBLISHED
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import EXACT
@@ -115,15 +116,19 @@ class Verification(Result):
         """Whether the unmitigated error loses refusals by its direction or by its size, as far as the controls decide.
 
         ``direction``: the 95 % interval of the largest draw of random directions lies below that of the cache's own
-        flips. ``size``: no draw lies below it. ``nothing``: nothing is lost, so that there is nothing to explain.
+        flips. ``size``: no draw lies below it. ``nothing``: nothing is lost, so that there is nothing to explain. Fewer than
+        :data:`~kvgeom.diagnosis.measure.RANDOM_DRAWS` draws decide neither: the cache's own error is one direction, too, and
+        of three others and itself the worst is itself in one of four cases.
         """
         drawn, own = self.controls(UNMITIGATED), self.data.sel(recipe=UNMITIGATED)
         refused, least = self.meta["refused"], float(own.ci_low)
         if int(own.flips) == 0:
             return "nothing"
-        if drawn and wilson(max(drawn), refused)[1] < least:
+        if len(drawn) < RANDOM_DRAWS:
+            return "undetermined"
+        if wilson(max(drawn), refused)[1] < least:
             return "direction"
-        return "size" if drawn and min(drawn) >= least * refused else "undetermined"
+        return "size" if min(drawn) >= least * refused else "undetermined"
 
     @property
     def sentence(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvgeom.diagnosis.measure import RANDOM_DRAWS
 from kvgeom.evaluation.perplexity import RATIO
 from kvgeom.mitigation.candidates import UNMITIGATED
 from kvgeom.mitigation.harmless import MARGIN
@@ -137,7 +138,8 @@ def size_or_direction(found: Verification) -> str:
         case "size":
             return f"{counted}: at this size the direction of the error does not matter, and whatever makes it smaller helps."
         case _:
-            return f"{counted}: whether its size or its direction matters is undetermined."
+            few = f", and takes {RANDOM_DRAWS} draws (--controls)" if len(drawn) < RANDOM_DRAWS else ""
+            return f"{counted}: whether its size or its direction matters is undetermined{few}."
 
 
 def left_by_chance(found: Verification) -> str:

@@ -130,11 +130,13 @@ def test_the_margin_decides_of_32_harmless_requests(newly: int, to: str, margin:
 @pytest.mark.parametrize(
     ("flips", "drawn", "direction"),
     [
-        (13, (1, 2, 2), "direction"),
-        (13, (13, 12, 14), "size"),
-        (13, (1, 13), "undetermined"),
+        (13, (1, 2, 2, 0, 1, 1, 2, 0), "direction"),
+        (13, (13, 12, 14, 13, 13, 12, 15, 16), "size"),
+        (13, (1, 13, 1, 1, 1, 1, 1, 1), "undetermined"),
+        (13, (1, 2, 2), "undetermined"),
+        (13, (13, 12, 14), "undetermined"),
         (13, (), "undetermined"),
-        (2, (0, 0, 0), "undetermined"),
+        (2, (0,) * 8, "undetermined"),
         (0, (0, 1, 0), "nothing"),
     ],
 )
