@@ -135,7 +135,7 @@ def test_rotary_embeddings_that_change_with_length(kind: str) -> None:
     with torch.no_grad():
         for weight in hf.parameters():
             weight.mul_(10.0) if weight.ndim > 1 else None
-    model = HFModel(hf, tiny_tokenizer(), name=kind)
+    model = HFModel(hf, tiny_tokenizer(), name=kind, template="{{ messages[0].content }}")  # a short one for 32 tokens
     offsets = Statics.of("any", {(n, "k"): torch.randn(2, 8) for n in range(3)}, rotary=True)  # type: ignore[misc]
     recipe = Recipe.uniform(3, Scheme.parse("int3-asym-token+center"), sites=["k"]).with_statics(offsets=offsets)
     assert theirs(hf, quantized_cache(hf, recipe)) == ours(model, recipe, Placement())

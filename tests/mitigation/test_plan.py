@@ -207,7 +207,7 @@ def test_models_that_a_plan_is_for(tmp_path: Path) -> None:
         tiny_hf_model("qwen2", seed=2), tiny_tokenizer(), name="other", template="{{ messages[0].content }}"
     )
     renamed, ends_early, edited = tiny_tokenizer(), tiny_hf_model("qwen2", seed=2), tiny_hf_model("qwen2", seed=2)
-    renamed.add_tokens(["another word"])
+    renamed.add_special_tokens({"additional_special_tokens": ["<|another|>"]})
     ends_early.generation_config.eos_token_id = 9
     edited.config.rms_norm_eps = 0.01
     one_weight = tiny_hf_model("qwen2", seed=2)
