@@ -1,4 +1,4 @@
-"""The whole pipeline in the dtype of a checkpoint that people serve."""
+"""The whole pipeline in the dtypes of checkpoints that people serve."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ from tests.builders.tiny import tiny_hf_model, tiny_tokenizer
 PROMPTS = Size(3).prompts().take(3)
 
 
-@pytest.fixture(scope="module")
-def half_precision() -> Model:
-    """A random Qwen2 in bfloat16 on the CPU."""
-    return kvgeom.load(tiny_hf_model("qwen2", seed=2).to(torch.bfloat16), tokenizer=tiny_tokenizer(), name="bf16")
+@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def half_precision(request: pytest.FixtureRequest) -> Model:
+    """A random Qwen2 in half precision on the CPU."""
+    return kvgeom.load(tiny_hf_model("qwen2", seed=2).to(request.param), tokenizer=tiny_tokenizer(), name="half")
 
 
-def test_an_audit_in_bfloat16(half_precision: HFModel, tmp_path: Path) -> None:
-    assert half_precision.dtype == torch.bfloat16
+def test_an_audit(half_precision: HFModel, tmp_path: Path) -> None:
     found = kvgeom.audit(
         half_precision, tmp_path, prompts=PROMPTS, judge=ArbitraryJudge(), bits=(8, 3), max_new_tokens=4, progress=False
     )
     told = json.loads((tmp_path / "audit.json").read_text())["model"]
-    assert told["dtype"] == told["weights"] == "bfloat16"
+    assert told["dtype"] == told["weights"] == str(half_precision.dtype).removeprefix("torch.")
     assert np.isfinite(found.curve.data.perplexity_ratio).all()
     # The divergence of a distribution from itself is 0, of another above it, in whatever precision it was computed.
     assert (found.outcomes.data.kl.sel(recipe="exact") == 0).all()
@@ -41,7 +40,7 @@ def test_an_audit_in_bfloat16(half_precision: HFModel, tmp_path: Path) -> None:
     assert (ratio.fillna(1) > 0).all()
 
 
-def test_what_is_said_under_a_recipe_in_bfloat16(half_precision: HFModel) -> None:
+def test_what_is_said_under_a_recipe(half_precision: HFModel) -> None:
     """Responses end as they do in plain generation of the transformers model itself."""
     base = kvgeom.baseline(half_precision, PROMPTS.harmful, max_new_tokens=4, progress=False)
     for prompt, tokens, ended in zip(base.prompts, base.tokens, base.ended, strict=True):
