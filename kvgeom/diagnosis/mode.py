@@ -58,7 +58,7 @@ class Finding:
 
 @dataclass(frozen=True, repr=False)
 class Mode(Result):
-    """The failure mode of a model under a quantized cache. Made by :func:`~kvgeom.diagnosis.taxonomy.classify`.
+    """The failure mode of a model under a quantized cache. Made by :func:`~kvgeom.diagnosis.findings.mode_of`.
 
     ``data`` has over ``finding`` (a number) the variables ``name``, ``value`` (what came out, as text) and ``decisive``
     (whether it decides the mode), ``speaks_for`` over (finding, mode), and ``share`` over (basis, mode): how sure the name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from kvgeom.behaviour.matched import ScanWidth
 from kvgeom.diagnosis.mode import Mode
 from kvgeom.evaluation.perplexity import RATIO
 from kvgeom.prompts.sets import PromptSet
-from kvgeom.stats import WRONG
+from kvgeom.stats import WRONG, shares_above
 from kvgeom.words import times_text
 
 #: With fewer refusals with an exact cache than this, no width can be shown to be safe or unsafe in a useful way.
@@ -119,6 +120,11 @@ def _by_width(rows: Sequence[Row], refused: int) -> list[str]:
         if chosen:
             said.append(f"{title}: {'; '.join(_lost(row, refused) for row in chosen)}.")
     if said:
+        needed = next(n for n in itertools.count(1) if "below" in shares_above([0] * len(rows), n, ONSET))
+        if refused < needed:
+            said.append(
+                f"{refused} refusals cannot show that a width holds, even if none is lost: that takes {needed}."
+            )
         said.append(
             f"95 % intervals of all that is lost in brackets. What is said of compliance, and of broken text, is wrong about any "
             f"of the {len(rows)} widths in no more than {WRONG:.0%} of audits (exact binomial tests, Holm)."

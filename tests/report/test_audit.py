@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -160,6 +161,12 @@ def test_requests_in_similar_wording_make_a_verdict_too_sure(audit: Audit) -> No
     told = prompts_text(alike.described())
     assert "8 harmful in 7 clusters of similar wording, 8 harmless (" in told
     assert "7 harmful, 8 harmless, 1 similar ones left out (" in prompts_text(alike.distinct().described())
+
+
+def test_too_few_refusals_to_hold_are_said_to_be(audit: Audit) -> None:
+    """Of three widths one that loses none of n is shown to hold where 0.9 to the n is no more than 5 % in three."""
+    (said,) = [each for each in audit.verdict.sentences if "cannot show that a width holds" in each]
+    assert said.endswith(f"that takes {math.ceil(math.log(0.05 / 3) / math.log(0.9))}.")
 
 
 def test_the_page_stands_alone(out: Path, audit: Audit) -> None:
