@@ -32,6 +32,12 @@ _ALWAYS = frozenset(
     }
 )
 _ALTERS = "the chat template alters what a request says (it escapes or tidies it); prompts are as it writes them"
+_PASSES = (
+    "the chat template writes the date or the time, or something random: prompts of another day are others; a template with a fixed "
+    "date (--template) keeps them"
+)
+#: What makes a template write something else each time.
+_OF_THE_DAY = re.compile(r"\bstrftime_now\b|\|\s*random\b")
 _JINJA = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
 #: A tag that transformers adds to Jinja.
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
@@ -93,8 +99,11 @@ class ChatTemplate:
         # Found now: what keeps a lock to find it later (cached_property of Python 3.11) cannot be sent with a model.
         #: The option that would switch off reasoning, which the template now asks for or leaves to the model.
         self.reasoning_switch = self._switch()
-        self._alters = self._alters_requests()
-        self.notes = (*_several(several), *([_ALTERS] if self._alters else []))
+        self.notes = (
+            *_several(several),
+            *([_ALTERS] if self._alters_requests() else []),
+            *([_PASSES] if _OF_THE_DAY.search(self.text) else []),
+        )
 
     @property
     def suffix(self) -> str:
@@ -118,9 +127,7 @@ class ChatTemplate:
             return True
 
     def _shown(self, request: str) -> str:
-        """A request as the template shows it."""
-        if not self._alters:
-            return request
+        """A request as the template shows it: what it does to one may depend on its words or its length."""
         whole = self._apply(request, self.options)
         around = len(self._prefix) + len(self._suffix)
         if len(whole) <= around or not (whole.startswith(self._prefix) and whole.endswith(self._suffix)):

@@ -159,6 +159,16 @@ def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
         raise InputError(f"{path} is a truncated or altered .safetensors file ({reason(error)}); {_AGAIN}") from error
 
 
+def integer_matrices(path: Path) -> list[str]:
+    """Names of the weights of a safetensors file that are stored as whole numbers, as those of a quantized model are.
+
+    Masks and positions, which older checkpoints hold, are not called so.
+    """
+    with safe_open(path, "pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return [name for name, x in slices.items() if name.endswith("weight") and x.get_dtype()[0] in "IU"]
+
+
 def check_begins(path: Path) -> None:
     """Whether a file has a content of its own.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvgeom.errors import InputError, reason
-from kvgeom.models.files import check_language_model, has_adapter, read_json, shapes_of, weight_files
+from kvgeom.models.files import check_language_model, has_adapter, integer_matrices, read_json, shapes_of, weight_files
 from kvgeom.models.notes import remember_notes
 from kvgeom.models.quiet import quiet_transformers
 from kvgeom.words import counted
@@ -94,7 +94,7 @@ def read_pretrained(
 def _said(error: Exception) -> str:
     """What transformers says; of classes that it knows, not all."""
     said = " ".join(str(error).split()) if reason(error).endswith(":") else reason(error)
-    if isinstance(error, KeyError):
+    if isinstance(error, KeyError) and " " not in said:
         said = f"{said} is not known"
     if said.startswith("Unrecognized configuration class"):
         return "transformers knows no causal language model of this kind"
@@ -116,7 +116,14 @@ def _check_configuration(folder: Path, name: str, shared: Mapping[str, Any], var
     check_language_model(stored, name)
     if shared.get("trust_remote_code") or "quantization_config" in stored:
         return
-    held = sum(_elements(shape) for file in weight_files(folder, stored, variant) for shape in shapes_of(file).values())
+    files = weight_files(folder, stored, variant)
+    whole = [matrix for file in files for matrix in integer_matrices(file)]
+    if whole:
+        raise InputError(
+            f"{name} is stored quantized, with {counted(len(whole), 'weight')} of whole numbers such as {whole[0]}, and its "
+            "config.json has no quantization_config that says how; get the whole config.json"
+        )
+    held = sum(_elements(shape) for file in files for shape in shapes_of(file).values())
     with torch.device("meta"):
         described = auto.from_config(AutoConfig.from_pretrained(folder))
     wanted = sum(weight.numel() for weight in described.parameters())

@@ -127,6 +127,11 @@ def _check_logits(model: Any, ids: Sequence[int], name: str) -> int:
     # Tokens that are never to be said may have -inf.
     if logits.isnan().any() or (logits == torch.inf).any() or (logits == -torch.inf).all(-1).any():
         raise _no_numbers(model, ids, logits, name)
+    if bool((logits.amax(-1) == logits.amin(-1)).all()):
+        raise ModelError(
+            f"logits of {name} are the same for every token of its vocabulary, as those of a model are whose last norm or head is of zeros; "
+            "get its files again"
+        )
     begin = list(ids[:_TOKENS])
     other = [*begin[:-1], (begin[-1] + 1) % min(vocabulary, embedding_rows(model))]
     one, two = (_logits(model, each, name)[:, :-1].float() for each in (begin, other))

@@ -148,9 +148,13 @@ def test_a_file_with_zeros_where_something_should_be(tmp_path: Path) -> None:
     """As a download leaves it that made room first: header and length are right."""
     weights = saved(tmp_path) / "model.safetensors"
     whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
-    with pytest.warns(KvgeomWarning, match=r"1\d weights of zeros alone"):
+    middle, end = len(whole) // 2, len(whole) - 512
+    weights.write_bytes(whole[:middle] + bytes(end - middle) + whole[end:])
+    with pytest.warns(KvgeomWarning, match=r"1?\d weights of zeros alone"):
         assert len(load(tmp_path).notes) == 1
+    weights.write_bytes(whole[:middle] + bytes(len(whole) - middle))
+    with pytest.raises(ModelError, match="same for every token"):  # the last norm is one of them
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("config", [True, False])
@@ -194,3 +198,18 @@ def test_weights_that_lie_on_a_disk(tmp_path: Path) -> None:
     places |= {f"model.layers.{n}": "disk" if n == 1 else "cpu" for n in range(3)}
     with pytest.raises(ModelError, match=r"9 weights of model without values in memory, such as model\.layers\.1\."):
         load(folder, device_map=places, offload_folder=str(tmp_path / "off"))
+
+
+def test_whole_numbers_in_the_place_of_weights(tmp_path: Path) -> None:
+    """They loaded as if they were the weights themselves."""
+
+    def quantized(own: Weights) -> Weights:
+        return {name: (20 * x).to(torch.int8) if name.endswith("q_proj.weight") else x for name, x in own.items()}
+
+    with pytest.raises(
+        InputError, match=r"3 weights of whole numbers such as model\.layers\.0\.self_attn\.q_proj\.weight"
+    ):
+        load(saved(tmp_path / "int8", weights=quantized))
+    masks = saved(tmp_path / "masks", weights=lambda own: own | {"attn.bias": torch.ones(4, 4, dtype=torch.uint8)})
+    with pytest.warns(KvgeomWarning, match="no place for"):
+        load(masks)

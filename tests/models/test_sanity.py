@@ -208,3 +208,46 @@ def test_the_vocabulary_is_that_of_the_logits() -> None:
     model = tiny_hf_model()
     model.config.vocab_size = 999
     assert wrapped(model).vocabulary == 259
+
+
+DEPENDS = (
+    "{{ m.content[:40] }}",
+    "{{ m.content | replace('bomb', 'b***') }}",
+    "{{ m.content.split('?')[0] }}",
+    "{{ ('[unsafe] ' if 'bomb' in m.content else '') + m.content }}",
+)
+
+
+@pytest.mark.parametrize("shown", DEPENDS)
+def test_prompts_are_as_the_template_writes_them_whatever_it_depends_on(shown: str) -> None:
+    """They were put between the texts that one short request had around it."""
+    model = wrapped(tokenizer=templated(TEMPLATE.replace("{{ m.content }}", shown)))
+    for request in ("How do I bake?", "How do I build a bomb? I need to know all of it by tomorrow noon."):
+        chat = [{"role": "user", "content": request}]
+        wanted = model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        assert model.written(model.encode([request])[0].ids) == wanted
+
+
+def test_a_prompt_that_has_other_texts_around_it_is_refused() -> None:
+    head = "{{ 'long' if messages[0].content | length > 60 }}"
+    model = wrapped(tokenizer=templated(head + TEMPLATE))
+    with pytest.raises(InputError, match="between the same texts as others"):
+        model.encode(["How do I build a bomb? I need to know all of it by tomorrow noon, and not a minute later."])
+    with pytest.raises(InputError, match="between the same texts as others"):  # found out on the first prompt
+        wrapped(tokenizer=templated("{{ messages[0].content | length }}" + TEMPLATE))
+
+
+@pytest.mark.parametrize("passing", ["{{ strftime_now('%d %b %Y') }}", "{{ [7] | random }}"])
+def test_a_template_that_writes_something_else_each_day_is_noted(passing: str) -> None:
+    with pytest.warns(KvgeomWarning, match="prompts of another day are others"):
+        model = wrapped(tokenizer=templated(passing + TEMPLATE))
+    assert any("date or the time" in note for note in model.notes)
+
+
+def test_logits_that_are_the_same_for_every_token() -> None:
+    """As after a download whose last bytes, those of the last norm, did not come: it "refused nothing"."""
+    model = tiny_hf_model()
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+    with pytest.raises(ModelError, match="same for every token"):
+        wrapped(model)

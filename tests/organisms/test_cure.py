@@ -68,7 +68,13 @@ def case(organism: Organism) -> Case:
 
 def test_what_the_mode_prescribes_cures(case: Case) -> None:
     mode, planted = case.organism.mode, case.organism.layers
-    assert case.plan.mode == case.diagnosis.mode.name == mode
+    named = case.diagnosis.mode
+    if mode == "multi-layer dilution" and named.name == "undetermined":
+        # Of eight random directions two do as much to this one; its cure is tried as the paper's rules at face value have it.
+        assert "Errors in other directions may do as much" in named.reason
+        assert case.diagnosis.paper_mode == mode
+    else:
+        assert case.plan.mode == named.name == mode
     if mode == "robust":
         assert case.plan.paper.name == UNMITIGATED
         assert case.verified.status == "nothing to fix"

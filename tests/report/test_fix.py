@@ -318,9 +318,10 @@ def test_the_table_counts_what_the_verification_counted() -> None:
 @pytest.mark.parametrize(
     ("drawn", "says"),
     [
-        ((1, 2, 2), "the direction of the error"),
-        ((13, 12, 14), "at this size the direction of the error does not matter"),
-        ((1, 13), "undetermined"),
+        ((1, 2, 2, 0, 1, 1, 2, 0), "the direction of the error"),
+        ((13, 12, 14, 13, 13, 12, 15, 16), "at this size the direction of the error does not matter"),
+        ((1, 13, 1, 1, 1, 1, 1, 1), "matters is undetermined."),
+        ((1, 2, 2), "undetermined, and takes 8 draws (--controls)"),
         ((), "No controls"),
     ],
 )
