@@ -76,7 +76,7 @@ def check_folder(path: Path, variant: str | None = None) -> None:
         raise InputError(
             f"{path} holds no .safetensors weights; convert them (pickled weights can run code and are not read)"
         )
-    tensors = sum(len(shapes_of(file)) for file in weight_files(path, config, variant))
+    tensors = sum(len(tensors_of(file)) for file in weight_files(path, config, variant))
     for part in _parts(config):
         layers = max((part[name] for name in _LAYERS if isinstance(part.get(name), int)), default=0)
         if layers > tensors:
@@ -143,8 +143,8 @@ def weight_files(path: Path, config: Mapping[str, Any], variant: str | None = No
     return [path / name for name in wanted]
 
 
-def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a safetensors file by name, from its header.
+def tensors_of(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and number format of the tensors of a safetensors file by name, from its header.
 
     Raises
     ------
@@ -154,19 +154,10 @@ def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
     check_begins(path)
     try:
         with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (tuple(x.get_shape()), str(x.get_dtype())) for name, x in slices.items()}
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise InputError(f"{path} is a truncated or altered .safetensors file ({reason(error)}); {_AGAIN}") from error
-
-
-def integer_matrices(path: Path) -> list[str]:
-    """Names of the weights of a safetensors file that are stored as whole numbers, as those of a quantized model are.
-
-    Masks and positions, which older checkpoints hold, are not called so.
-    """
-    with safe_open(path, "pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return [name for name, x in slices.items() if name.endswith("weight") and x.get_dtype()[0] in "IU"]
 
 
 def check_begins(path: Path) -> None:

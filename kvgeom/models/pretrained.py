@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvgeom.errors import InputError, reason
-from kvgeom.models.files import check_language_model, has_adapter, integer_matrices, read_json, shapes_of, weight_files
+from kvgeom.models.files import check_language_model, has_adapter, read_json, tensors_of, weight_files
 from kvgeom.models.notes import remember_notes
 from kvgeom.models.quiet import quiet_transformers
 from kvgeom.words import counted
@@ -116,14 +116,15 @@ def _check_configuration(folder: Path, name: str, shared: Mapping[str, Any], var
     check_language_model(stored, name)
     if shared.get("trust_remote_code") or "quantization_config" in stored:
         return
-    files = weight_files(folder, stored, variant)
-    whole = [matrix for file in files for matrix in integer_matrices(file)]
+    tensors = {name: x for file in weight_files(folder, stored, variant) for name, x in tensors_of(file).items()}
+    # Masks and positions, which older checkpoints hold as whole numbers, are not called weights.
+    whole = [name for name, (_, dtype) in tensors.items() if name.endswith("weight") and dtype[0] in "IU"]
     if whole:
         raise InputError(
             f"{name} is stored quantized, with {counted(len(whole), 'weight')} of whole numbers such as {whole[0]}, and its "
             "config.json has no quantization_config that says how; get the whole config.json"
         )
-    held = sum(_elements(shape) for file in files for shape in shapes_of(file).values())
+    held = sum(_elements(shape) for shape, _ in tensors.values())
     with torch.device("meta"):
         described = auto.from_config(AutoConfig.from_pretrained(folder))
     wanted = sum(weight.numel() for weight in described.parameters())
