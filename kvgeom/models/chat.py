@@ -17,6 +17,8 @@ from kvgeom.models.templates import chosen_template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+#: Context of a model that names none.
+ANY_LENGTH = 2**31
 #: Stands for a request, and is left as it is by templates that escape what they show.
 _REQUEST_MARK = "kvgeomRequest7c41b0"
 #: A request with all that templates are known to escape or to tidy inside a text.
@@ -112,8 +114,9 @@ class ChatTemplate:
 
     @property
     def signature(self) -> str:
-        """What tells templates apart: text and options."""
-        return signature(self.text, self.options)
+        """What tells templates apart: text and options, and what it writes if that is another text each day."""
+        own = signature(self.text, self.options)
+        return f"{own}\n{self._prefix}\n{self._suffix}" if _OF_THE_DAY.search(self.text) else own
 
     def _switch(self) -> str | None:
         whole, known = self._prefix + _REQUEST_MARK + self._suffix, template_variables(self.text)

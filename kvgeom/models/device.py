@@ -10,7 +10,7 @@ from kvgeom.errors import InputError, brief, unknown
 if TYPE_CHECKING:
     import torch
 
-#: Number formats that an error suggests; torch's other floating-point types are taken too.
+#: Number formats that a model can run in.
 _USUAL = ("auto", "bfloat16", "float16", "float32", "float64")
 
 
@@ -52,8 +52,7 @@ def device_and_dtype(
         )
     if dtype is None:
         return device, torch.float32 if device == "cpu" else "auto"
-    known_type = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype != "auto" and not (isinstance(known_type, torch.dtype) and known_type.is_floating_point):
+    if dtype not in (*_USUAL, *(getattr(torch, name) for name in _USUAL[1:])):
         raise unknown("floating-point dtype", dtype, _USUAL)
     return device, dtype
 

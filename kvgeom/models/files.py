@@ -76,7 +76,7 @@ def check_folder(path: Path, variant: str | None = None) -> None:
         raise InputError(
             f"{path} holds no .safetensors weights; convert them (pickled weights can run code and are not read)"
         )
-    tensors = sum(len(tensors_of(file)) for file in weight_files(path, config, variant))
+    tensors = len(stored_tensors(path, config, variant))
     for part in _parts(config):
         layers = max((part[name] for name in _LAYERS if isinstance(part.get(name), int)), default=0)
         if layers > tensors:
@@ -141,6 +141,35 @@ def weight_files(path: Path, config: Mapping[str, Any], variant: str | None = No
             f"{path} lacks {len(missing)} of the {len(wanted)} files that {index} names, such as {missing[0]}; fetch them"
         )
     return [path / name for name in wanted]
+
+
+def stored_tensors(
+    path: Path, config: Mapping[str, Any], variant: str | None = None
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and number format of all tensors that transformers reads from a folder, by name.
+
+    Raises
+    ------
+    InputError
+        If a file is missing or damaged, or two files hold a tensor of one name.
+    """
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    holds: dict[str, Path] = {}
+    for file in weight_files(path, config, variant):
+        for name, tensor in tensors_of(file).items():
+            if name in holds:
+                raise InputError(
+                    f"{holds[name].name} and {file.name} in {path} both hold {name}, and only one can be the model's; they are not of "
+                    "one checkpoint: fetch it again, into an empty folder"
+                )
+            found[name], holds[name] = tensor, file
+    return found
+
+
+def held_twice(path: Path, variant: str | None = None) -> tuple[str, str] | None:
+    """The file of all weights and the index of several where a folder has both; transformers reads the first."""
+    single, index = _names(variant)
+    return (single, index) if (path / single).is_file() and (path / index).is_file() else None
 
 
 def tensors_of(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -19,7 +19,7 @@ from kvgeom.models import hooks
 from kvgeom.models.attention import attention_rule, check_attention
 from kvgeom.models.backends import register_backend
 from kvgeom.models.cache import BatchedEdit, Edit, EditedCache, GradientProbe
-from kvgeom.models.chat import ChatTemplate
+from kvgeom.models.chat import ANY_LENGTH, ChatTemplate
 from kvgeom.models.decoder import find_decoder
 from kvgeom.models.decoding import decode
 from kvgeom.models.identity import identify
@@ -28,6 +28,7 @@ from kvgeom.models.modules import (
     Projection,
     key_bias,
     model_name,
+    named_stops,
     projections,
     read_geometry,
     stop_tokens,
@@ -84,15 +85,16 @@ class HFModel:
         self.tokenizer = tokenizer
         self.name = name
         self._config: Any = model.config.get_text_config()
-        self.max_context = int(getattr(self._config, "max_position_embeddings", None) or 2**31)
+        self.max_context = int(getattr(self._config, "max_position_embeddings", None) or ANY_LENGTH)
         self._chat = ChatTemplate(tokenizer, template, name, self.max_context, template_options)
         self.template, self.template_options = self._chat.text, self._chat.options
-        self._suffix = self._chat.suffix
         self._rows = embedding_rows(model)
         check_vocabulary(self._rows, tokenizer, name)
         prompt = list(self.encode([REQUEST])[0].ids)
         self.vocabulary = check_runs(model, prompt, name)
-        self.notes = (*self._chat.notes, *notes_of(model, tokenizer, prompt))
+        named = named_stops(model, tokenizer, name)
+        self.stop_tokens, cannot_stop = stop_tokens(named, self.vocabulary)
+        self.notes = (*self._chat.notes, *cannot_stop, *notes_of(model, tokenizer, prompt))
         self.decoder = find_decoder(model, name)
         self._layers = self.decoder.layers
         self.geometry = read_geometry(model, self.decoder)
@@ -102,11 +104,10 @@ class HFModel:
         self._projecting: dict[int, dict[str, Projection]] | None = None
         self._late: bool | None = None
         self.weights = weights_stored(model)
-        self.stop_tokens = stop_tokens(model, tokenizer)
-        self.fingerprint, self.identity = self._identified()
+        self.fingerprint, self.identity = self._identified(named)
 
-    def _identified(self) -> tuple[str, str]:
-        return identify(self.hf_model, self.tokenizer, self._chat.signature, self.stop_tokens)
+    def _identified(self, stops: frozenset[int]) -> tuple[str, str]:
+        return identify(self.hf_model, self.tokenizer, self._chat.signature, stops)
 
     @property
     def device(self) -> torch.device:
@@ -151,7 +152,7 @@ class HFModel:
 
     @property
     def prompt_end(self) -> str:
-        return self._suffix
+        return self._chat.suffix
 
     @property
     def reasoning_switch(self) -> str | None:

@@ -70,14 +70,19 @@ def weights_identity(model: nn.Module) -> str:
 
 
 def _weights(model: nn.Module) -> tuple[str, str]:
-    """Weights and configuration, exactly and in what all floating-point types have of them."""
-    tensors = dict(_tensors(model))
+    """Weights and configuration, exactly and in what all floating-point types have of them.
+
+    Frequencies of rotary embedding and the like are stored with no weights, and a type that a model was once in is left in
+    them: they count for the exact one.
+    """
+    tensors, computed = dict(_tensors(model)), dict(_computed(model))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(_digests, tensors, tensors.values()))
+        besides = [exact for exact, _ in pool.map(_digests, computed, computed.values())]
     config: Any = getattr(model, "config", None)
     kept = {} if config is None else _lasting(config.to_dict())
     exact, coarse = ([each[which] for each in digests] for which in (0, 1))
-    return _hash(kept, exact), _hash(kept, coarse)
+    return _hash(kept, exact, besides), _hash(kept, coarse)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -88,6 +93,14 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     found |= {name: x for name, x in stored.items() if isinstance(x, Tensor) and id(x) not in known}
     for name, x in sorted(found.items()):
         yield from _plain(name.replace("_original_component.", ""), x.detach())  # as TransformerLens wraps modules
+
+
+def _computed(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that a model computes and does not store."""
+    stored = model.state_dict(keep_vars=True)
+    for name, x in sorted(dict(model.named_buffers()).items()):
+        if name not in stored:
+            yield from _plain(name.replace("_original_component.", ""), x.detach())
 
 
 def _plain(name: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:

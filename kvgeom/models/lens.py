@@ -10,11 +10,10 @@ from torch import Tensor
 
 from kvgeom.errors import InputError, ModelError
 from kvgeom.models.backends import from_package, register_backend
-from kvgeom.models.chat import signature
+from kvgeom.models.chat import ANY_LENGTH, ChatTemplate
 from kvgeom.models.hf import HFModel
 from kvgeom.models.identity import identify
-from kvgeom.models.modules import model_name, stop_tokens
-from kvgeom.models.templates import chosen_template
+from kvgeom.models.modules import model_name, named_stops
 
 
 class LensModel(HFModel):
@@ -75,8 +74,8 @@ class LensModel(HFModel):
         if not getattr(hf_model.config, "architectures", None):  # models that were not loaded from a checkpoint
             hf_model.config.architectures = [type(hf_model).__name__]
         # Before the bridge splits fused projections, so that a model has one fingerprint on all backends.
-        chat = signature(chosen_template(tokenizer, template, name)[0], template_options or {})
-        identified = identify(hf_model, tokenizer, chat, stop_tokens(hf_model, tokenizer))
+        chat = ChatTemplate(tokenizer, template, name, ANY_LENGTH, template_options).signature
+        identified = identify(hf_model, tokenizer, chat, named_stops(hf_model, tokenizer, name))
         # The bridge makes a tokenizer with a BOS token out of the one it gets, which must know its own name for that.
         theirs = copy.deepcopy(tokenizer)
         theirs.init_kwargs.setdefault("name_or_path", tokenizer.name_or_path or name)
@@ -93,8 +92,8 @@ class LensModel(HFModel):
             identified=identified,
         )
 
-    def _identified(self) -> tuple[str, str]:
-        return self._before_bridge or super()._identified()
+    def _identified(self, stops: frozenset[int]) -> tuple[str, str]:
+        return self._before_bridge or super()._identified(stops)
 
     def _call(self, tokens: Tensor, **inputs: Any) -> Tensor:
         logits: Tensor = self.bridge(tokens, **inputs)

@@ -7,7 +7,10 @@ import warnings
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # of the standard library from Python 3.12 on, for pydantic
 
 from kvgeom.checks import as_path, one_of
 from kvgeom.errors import InputError, KvgeomWarning, brief, unknown_option
@@ -160,14 +163,28 @@ def load(
             return _told(_from_object(model, backend, wrapping), model)
         if tokenizer is not None:
             raise InputError("option 'tokenizer' goes with a loaded transformers model, not with the name of one")
+        _check_types(options)
         device, dtype = device_and_dtype(device, dtype)
         source, own_name, stored = _locate(str(model), revision, options)
         shared = {"revision": revision, "trust_remote_code": trust_remote_code}
-        hf_model, own_tokenizer = read_pretrained(source, own_name, device, dtype, shared, {**options})
+        hf_model, own_tokenizer = read_pretrained(
+            source, own_name, device, dtype, shared, {**options}, converted=stored is not None
+        )
         if stored is not None:
             remember_stored(hf_model, stored)
         wrapping |= {"tokenizer": own_tokenizer, "name": name or own_name}
         return _told(_make(backends()[backend or "hf"], hf_model, wrapping), model)
+
+
+def _check_types(options: PretrainedOptions) -> None:
+    """Refuse options of a wrong type; many of them are otherwise only read where they are needed."""
+    try:
+        TypeAdapter(PretrainedOptions).validate_python(options, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"option {str(first['loc'][0])!r} is {brief(first['input'])}: {first['msg'].lower()}"
+        ) from error
 
 
 def _told(made: Model, given: Any) -> Model:
@@ -223,6 +240,14 @@ def _checked_model(model: Any, backend: str | None, wrapping: dict[str, Any]) ->
             f"a {type(model).__name__} is no kvgeom.models.model.Model: it has no {', '.join(lacking)}; add what is missing"
         )
     if lacking:
+        around = next(
+            (name for name in ("_orig_mod", "module", "model") if hasattr(getattr(model, name, None), "config")), ""
+        )
+        beside = ", tokenizer=it.tokenizer" if around == "model" and hasattr(model, "tokenizer") else ""
+        if around:
+            raise InputError(
+                f"{type(model).__name__} is no model, but has one inside; give load(it.{around}{beside or ', tokenizer=...'})"
+            )
         raise InputError(
             f"a {type(model).__name__} is no model; give a hub id, a folder, a .gguf file, 'demo', a loaded model of "
             "transformers, TransformerLens or nnsight, or an object with the members of kvgeom.models.model.Model"

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvgeom.errors import ModelError
+from kvgeom.errors import InputError, ModelError, brief
 from kvgeom.models.model import KVGeometry
 
 if TYPE_CHECKING:
@@ -233,11 +233,31 @@ def _rope_kind(config: Any, model: nn.Module) -> str:
     return "+".join(sorted(kinds)) if kinds else str(parameters.get("rope_type", "default"))
 
 
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end a response."""
+def named_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> frozenset[int]:
+    """Tokens that end a response, as the generation configuration and the tokenizer name them.
+
+    Raises
+    ------
+    InputError
+        If the configuration names something that is no whole number.
+    """
     configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    return frozenset(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None)
+    listed = configured if isinstance(configured, list | tuple) else [] if configured is None else [configured]
+    for token in listed:
+        if not isinstance(token, int) or isinstance(token, bool):
+            raise InputError(
+                f"eos_token_id in the generation_config of {name} must be a whole number or a list of them, got {brief(configured)}; "
+                "correct it"
+            )
+    return frozenset([*listed, *([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)])])
+
+
+def stop_tokens(named: frozenset[int], vocabulary: int) -> tuple[frozenset[int], tuple[str, ...]]:
+    """Those of some tokens that can end a response, because there are logits of them, and notes of those that cannot."""
+    able = frozenset(token for token in named if 0 <= token < vocabulary)
+    notes = [f"eos_token_id {token} is no token that the model can write" for token in sorted(named - able)]
+    notes += [] if able else ["no token ends a response: each goes on until it has the most new tokens"]
+    return able, tuple(notes)
 
 
 def model_name(model: Any) -> str:

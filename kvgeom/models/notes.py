@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from kvgeom.words import counted
 
@@ -14,8 +17,10 @@ if TYPE_CHECKING:
 
 #: Attribute of a transformers model with what was found while it was read.
 _NOTES = "_kvgeom_notes"
-#: Rows of a matrix that are looked at first.
-_ROWS = 8
+#: A matrix with a larger share of rows of zeros is noted; of an embedding, of the rows that text can reach.
+_ZERO_SHARE = 0.01
+#: Tokens of a prompt that a norm is watched on.
+_TOKENS = 8
 #: Settings of generation that change the next token of greedy decoding, and the value with which they do nothing.
 _CHANGES: dict[str, Any] = {
     "repetition_penalty": 1.0,
@@ -55,26 +60,65 @@ def notes_of(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) 
         Tokens of some request in the chat template.
     """
     found = getattr(model, _NOTES, ())
-    return (*found, *_zeros(model), *_generation(model), *_tokenizer(tokenizer, prompt))
+    return (
+        *found,
+        *_zeros(model, tokenizer),
+        *_silent_norms(model, prompt),
+        *_generation(model),
+        *_tokenizer(tokenizer, prompt),
+    )
 
 
-def _zeros(model: Any) -> list[str]:
-    """Matrices of zeros: room for a file is often made before it is fetched, and what did not come is zero."""
-    zero = [
-        name for name, x in model.named_parameters() if x.ndim > 1 and x.is_floating_point() and _is_zero(x.detach())
-    ]
-    if not zero:
+def _zeros(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Matrices of zeros, in whole or in part: room for a file is often made before it is fetched, and what did not come is zero."""
+    words = [token for token in tokenizer.get_vocab().values() if token not in tokenizer.added_tokens_decoder]
+    tables = {id(module.weight) for module in (model.get_input_embeddings(), _head(model)) if hasattr(module, "weight")}
+    found: list[str] = []
+    for name, x in model.named_parameters():
+        if (
+            x.ndim < 2 or name.endswith("bias") or not x.is_floating_point() or type(x.data) is not Tensor
+        ):  # of a quantization: of other parts
+            continue
+        zero = ~(x.detach() != 0).flatten(1).any(1)
+        if id(x) in tables:  # rows of no token, or of one that no text has, are often left at zero
+            zero = zero[[token for token in words if token < len(zero)]]
+        if int(zero.sum()) > _ZERO_SHARE * len(zero):
+            found.append(name if zero.all() else f"{name} ({int(zero.sum()):,} of {len(zero):,} rows)")
+    if not found:
         return []
     return [
-        f"{counted(len(zero), 'weight')} of zeros alone, as in a file that was not fetched to its end, such as {zero[0]}"
+        f"{counted(len(found), 'weight')} with zeros where numbers should be, as in a file that was not fetched to its end, such as {found[0]}"
     ]
 
 
-def _is_zero(x: Tensor) -> bool:
-    if type(x) is not Tensor:  # of a quantization: read as what it is made of
-        return False
-    few = x[:: max(1, len(x) // _ROWS)]
-    return not bool(few.float().any()) and not bool(x.float().any())
+def _head(model: Any) -> Any:
+    try:
+        return model.get_output_embeddings()
+    except (NotImplementedError, AttributeError):  # code that comes with a model
+        return None
+
+
+@torch.inference_mode()
+def _silent_norms(model: Any, prompt: list[int]) -> list[str]:
+    """Norms that write zeros, or the same of every token: their weights are zero, which only what they compute tells."""
+    silent: list[str] = []
+
+    def look(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.numel():
+            same = output.ndim == 3 and output.shape[1] > 1 and bool((output == output[:, :1]).all())
+            if same or not bool(output.any()):
+                silent.append(name)
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if "norm" in type(module).__name__.lower():
+                stack.callback(module.register_forward_hook(partial(look, name)).remove)
+        model(input_ids=torch.tensor([prompt[:_TOKENS]], device=model.device), use_cache=False)
+    if not silent:
+        return []
+    return [
+        f"{counted(len(silent), 'norm')} that write the same of every token, such as {silent[0]}: their weights are zeros"
+    ]
 
 
 def _generation(model: Any) -> list[str]:

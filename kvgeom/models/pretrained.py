@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvgeom.errors import InputError, reason
-from kvgeom.models.files import check_language_model, has_adapter, read_json, tensors_of, weight_files
+from kvgeom.errors import InputError, brief, reason
+from kvgeom.models.files import check_language_model, has_adapter, held_twice, read_json, stored_tensors
 from kvgeom.models.notes import remember_notes
 from kvgeom.models.quiet import quiet_transformers
+from kvgeom.models.tokenization import other_rules
 from kvgeom.words import counted
 
 if TYPE_CHECKING:
@@ -24,6 +25,15 @@ _SCALES = re.compile(
     r"(weight_scale(_\w+)?|_scale_inv|weight_zero_point|weight_packed|weight_shape|weight_global_scale|scales|qzeros|qweight"
     r"|g_idx|SCB|absmax|quant_map|quant_state\.\w+|_blocks|_scales)$"
 )
+#: Number formats that mean nothing without a scale: whole numbers, and floating point of 8 bits or fewer.
+_CODES = re.compile(r"[IU]\d|F[468]_")
+#: What the code of an older model has stored in its layers beside weights: tables, masks, and scales of a cache in FP8.
+_NO_WEIGHT = re.compile(
+    r"(inv_freq|(cos|sin)_cached|rotary\w*\.(cos|sin)\w*|position_ids|embed_positions|masked_bias|(attn|attention|mixer)\.(bias|mask)|[qkv]_scale"
+    r"|rope\.freqs)$"
+)
+#: Weights of adapters that were saved with the model that they change.
+_ADAPTER = re.compile(r"\b(lora_|loha_|lokr_|ia3_|vera_|oft_|adapter_?\w*\.)")
 #: A model of so many times the weights of its files is another one. Half may be missing, which is said by name.
 _MOST = 2
 #: Names that an error or a note shows.
@@ -38,6 +48,8 @@ def read_pretrained(
     dtype: torch.dtype | str,
     shared: Mapping[str, Any],
     options: Mapping[str, Any],
+    *,
+    converted: bool = False,
 ) -> tuple[Any, Any]:
     """A transformers model and its tokenizer.
 
@@ -53,6 +65,8 @@ def read_pretrained(
         Options for both.
     options : mapping
         Options of ``from_pretrained`` for the model; those that say where files lie are for the tokenizer, too.
+    converted : bool
+        Whether the folder was made of a GGUF file, which has no rules for reading text but the kind of tokenizer.
 
     Raises
     ------
@@ -66,9 +80,9 @@ def read_pretrained(
     try:
         with quiet_transformers():
             for_both = {option: options[option] for option in _SHARED if option in options}
-            tokenizer = AutoTokenizer.from_pretrained(source, **shared, **for_both)
             if folder.is_dir():
                 _check_configuration(folder, name, shared, options.get("variant"))
+            tokenizer = AutoTokenizer.from_pretrained(source, **shared, **for_both)
             loaded, found = auto.from_pretrained(
                 source,
                 dtype=dtype,
@@ -87,7 +101,13 @@ def read_pretrained(
     except Exception as error:  # a damaged checkpoint can raise anything inside
         raise InputError(f"{name} cannot be loaded: {_said(error)}") from error
     loaded.requires_grad_(False)
-    remember_notes(loaded, [*_left_out(found["unexpected_keys"]), *_adapter(folder, loaded)])
+    notes = [
+        *_left_out(found["unexpected_keys"]),
+        *_twice(folder, options.get("variant")),
+        *_adapter(folder, loaded),
+        *([] if converted else other_rules(tokenizer, folder)),
+    ]
+    remember_notes(loaded, notes)
     return loaded, tokenizer
 
 
@@ -96,6 +116,10 @@ def _said(error: Exception) -> str:
     said = " ".join(str(error).split()) if reason(error).endswith(":") else reason(error)
     if isinstance(error, KeyError) and " " not in said:
         said = f"{said} is not known"
+    if isinstance(error, ImportError):
+        said = f"it needs a package that is not installed ({said}); install it, or take quantization_config out if it is not needed"
+    if isinstance(error, TypeError | AttributeError):
+        said = f"an entry of its configuration, or an option, is of a kind that transformers cannot use ({said})"
     if said.startswith("Unrecognized configuration class"):
         return "transformers knows no causal language model of this kind"
     if "issues during automatic conversion" in said:
@@ -114,14 +138,17 @@ def _check_configuration(folder: Path, name: str, shared: Mapping[str, Any], var
     auto: Any = AutoModelForCausalLM
     stored = read_json(folder / "config.json")
     check_language_model(stored, name)
-    if shared.get("trust_remote_code") or "quantization_config" in stored:
+    if stored.get("quantization_config") is not None:
+        _check_quantization(stored["quantization_config"], name)
         return
-    tensors = {name: x for file in weight_files(folder, stored, variant) for name, x in tensors_of(file).items()}
+    if shared.get("trust_remote_code"):
+        return
+    tensors = stored_tensors(folder, stored, variant)
     # Masks and positions, which older checkpoints hold as whole numbers, are not called weights.
-    whole = [name for name, (_, dtype) in tensors.items() if name.endswith("weight") and dtype[0] in "IU"]
-    if whole:
+    coded = [name for name, (_, dtype) in tensors.items() if name.endswith("weight") and _CODES.match(dtype)]
+    if coded:
         raise InputError(
-            f"{name} is stored quantized, with {counted(len(whole), 'weight')} of whole numbers such as {whole[0]}, and its "
+            f"{name} is stored quantized, with {counted(len(coded), 'weight')} in {tensors[coded[0]][1]} such as {coded[0]}, and its "
             "config.json has no quantization_config that says how; get the whole config.json"
         )
     held = sum(_elements(shape) for shape, _ in tensors.values())
@@ -132,6 +159,19 @@ def _check_configuration(folder: Path, name: str, shared: Mapping[str, Any], var
         raise InputError(
             f"the config.json of {name} describes a model of {wanted:,} weights, and its files hold {held:,}; get those that "
             "belong together"
+        )
+
+
+def _check_quantization(found: object, name: str) -> None:
+    """Whether transformers knows how weights are stored: it goes on as if they were not quantized if it does not."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
+
+    method = found.get("quant_method") if isinstance(found, Mapping) else None
+    old = isinstance(found, Mapping) and (found.get("load_in_8bit") or found.get("load_in_4bit"))  # of bitsandbytes
+    if not (isinstance(method, str) and method in KNOWN) and not old:
+        raise InputError(
+            f"quantization_config in the config.json of {name} names the method {brief(method)}, which transformers does not know; if "
+            "its weights are not quantized, take quantization_config out"
         )
 
 
@@ -171,6 +211,12 @@ def check_loaded(model: Any, found: Mapping[str, Any], name: str) -> None:
                 f"{name} is stored quantized, with {_some(scales)}, and its config.json has no quantization_config that says "
                 "how; get the whole config.json"
             )
+    added = [key for key in unexpected if _ADAPTER.search(key)]
+    if added:
+        raise InputError(
+            f"the files of {name} hold {counted(len(added), 'weight')} of an adapter that is not merged: {_some(added)}; load them with peft, "
+            "merge_and_unload(), and save_pretrained() to a folder"
+        )
     more = _layers_beyond(model, unexpected)
     if more:
         count = model.config.get_text_config().num_hidden_layers
@@ -178,6 +224,25 @@ def check_loaded(model: Any, found: Mapping[str, Any], name: str) -> None:
             f"the files of {name} hold layers that its config.json leaves out (it has {count}): {_some(more)}; get the "
             "config.json that belongs to the weights"
         )
+    inside = _inside_layers(model, unexpected)
+    if inside:
+        raise InputError(
+            f"the files of {name} hold {counted(len(inside), 'weight')} inside its layers that a {type(model).__name__} of its config.json "
+            f"does not have: {_some(inside)}; get the config.json that belongs to the weights"
+        )
+
+
+def _inside_layers(model: Any, unexpected: list[str]) -> list[str]:
+    """Weights in the decoder layers of a model that its class has no place for: it would compute something else."""
+    known = {name[: found.end()] for name, _ in model.named_parameters() if (found := _LAYER.search(name))}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return [
+        key
+        for key in unexpected
+        if (found := _LAYER.search(key))
+        and not _NO_WEIGHT.search(key)
+        and (key[: found.end()] in known or prefix + key[: found.end()] in known)
+    ]
 
 
 def _layers_beyond(model: Any, unexpected: list[str]) -> list[str]:
@@ -249,6 +314,11 @@ def _left_out(unexpected: Iterable[str]) -> list[str]:
         if keys
         else []
     )
+
+
+def _twice(folder: Path, variant: str | None) -> list[str]:
+    both = held_twice(folder, variant) if folder.is_dir() else None
+    return [f"{folder} holds weights twice: {both[0]} was read, and what {both[1]} names was not"] if both else []
 
 
 def _adapter(folder: Path, model: Any) -> list[str]:

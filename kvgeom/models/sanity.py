@@ -17,8 +17,8 @@ from kvgeom.words import counted
 
 #: What is put to a model to see whether it runs.
 REQUEST = "Hello"
-#: A head of fewer logits than this is one of classes.
-_CLASSES = 16
+#: A head with fewer logits than this share of the vocabulary is one of classes.
+_LEAST_LOGITS = 0.5
 #: Tokens that show whether a model reads ahead.
 _TOKENS = 8
 #: How far logits of the same tokens may differ, of the largest: in 32 bits, and in fewer. A mixture of experts rounds otherwise
@@ -119,7 +119,7 @@ def check_runs(model: Any, ids: Sequence[int], name: str) -> int:
 def _check_logits(model: Any, ids: Sequence[int], name: str) -> int:
     logits = _logits(model, ids, name)
     vocabulary = int(model.config.get_text_config().vocab_size)
-    if logits.ndim != 3 or logits.shape[1] != len(ids) or logits.shape[2] < min(vocabulary, _CLASSES):
+    if logits.ndim != 3 or logits.shape[1] != len(ids) or logits.shape[2] < _LEAST_LOGITS * vocabulary:
         raise ModelError(
             f"{name} is a {type(model).__name__}, which answers {len(ids)} tokens with {tuple(logits.shape)} numbers instead of "
             "logits of a next token; give a causal language model"

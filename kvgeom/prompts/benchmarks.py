@@ -106,6 +106,8 @@ def _harmbench(subset: str) -> Benchmark:
 
 
 def _xstest(row: Mapping[str, str]) -> bool:
+    if "label" not in row and "type" in row:  # in the file of its second version
+        return row["type"].strip().lower().startswith("contrast_")
     label = row["label"].strip().lower()
     if label not in ("safe", "unsafe"):
         raise InputError(f"label must be safe or unsafe, got {brief(label)}; give the file of XSTest itself")

@@ -170,6 +170,11 @@ def _is_harmful(where: str, columns: Mapping[str, Any]) -> bool:
             f"{where} has {brief(like)}, which may say what is harmful, and no 'label'; rename that column to 'label', or "
             "remove it"
         )
+    kind = columns.get("type")
+    if not labels and isinstance(kind, str) and kind.strip().lower().startswith("contrast_"):
+        raise InputError(
+            f"{where} has type {brief(kind)} and no label, as files of XSTest have, where only such types are unsafe; give it as xstest=FILE"
+        )
     means = {_meaning(value) for value in labels.values()} - {None}
     # The first is the label. A second one may be of anything, but not against it.
     first = next(iter(labels), "")

@@ -8,6 +8,9 @@ from typing import Any, Literal, get_args, get_type_hints
 from kvgeom.checks import whole
 from kvgeom.errors import InputError, unknown
 
+#: No sequence has more tokens than a window or sinks can hold.
+MOST_TOKENS = 2**31
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -59,7 +62,7 @@ class Placement:
         for name, kind in get_type_hints(type(self)).items():
             value: Any = getattr(self, name)
             if kind is int:
-                object.__setattr__(self, name, whole(name, value, 0))
+                object.__setattr__(self, name, whole(name, value, 0, MOST_TOKENS))
             elif value not in get_args(kind):
                 raise unknown(f"{name} of a placement", value, get_args(kind))
         if self.flush == "all" and self.residual == 0:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from kvgeom.checks import whole
-from kvgeom.errors import InputError, brief, check_names
+from kvgeom.checks import as_names, whole
+from kvgeom.errors import InputError, brief
 from kvgeom.quant.scheme import Scheme, runs
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Recipe:
         scheme: Scheme | str | None,
         *,
         layers: Iterable[int] | None = None,
-        sites: Iterable[Site] = ("k", "v"),
+        sites: Iterable[Site] | Site = ("k", "v"),
     ) -> Recipe:
         """The same scheme for k and v (or only one of them) in all layers, or only in ``layers``.
 
@@ -78,12 +78,11 @@ class Recipe:
         InputError
             For layers or sites that do not exist, or a scheme that cannot be read.
         """
-        n_layers = whole("n_layers", n_layers, 0)
+        n_layers = whole("n_layers", n_layers, 1)
         chosen = range(n_layers) if layers is None else _check(layers, n_layers)
-        sites = tuple(sites)
-        check_names("site", sites, get_args(Site))
+        chosen_sites = as_names("site", sites, get_args(Site))
         scheme = _scheme(scheme)
-        pair = (scheme if "k" in sites else None, scheme if "v" in sites else None)
+        pair = (scheme if "k" in chosen_sites else None, scheme if "v" in chosen_sites else None)
         return cls(tuple(pair if layer in chosen else (None, None) for layer in range(n_layers)))
 
     def keep(self, layers: Iterable[int]) -> Recipe:

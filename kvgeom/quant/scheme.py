@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from kvgeom.checks import suggests, whole
+from kvgeom.checks import suggests, whole, whole_numbers
 from kvgeom.errors import InputError, unknown
 from kvgeom.quant.formats.base import DEFAULT, formats, get_format
 from kvgeom.quant.transforms import get_transform
@@ -18,6 +18,7 @@ BITS = (2, 3, 4, 5, 6, 7, 8)
 
 _SIZED = ("group", "channel-group")
 #: Neighbouring channels, or one; no layer has more than a million.
+_LAST_CHANNEL = 999_999
 _RUN = r"\d{1,6}(-\d{1,6})?"
 #: What follows the part that the format itself reads.
 _SUFFIXES = re.compile(r"(?P<format>[^/+@]+)(?:/(?P<scales>\w+))?(?:\+(?P<transform>\w+))?(?:@(?P<channels>[\d,-]+))?")
@@ -115,7 +116,7 @@ class Scheme:
         if self.group_size is not None:
             object.__setattr__(self, "group_size", whole("group_size", self.group_size, 1))
         if self.channels is not None:
-            channels = tuple(whole("a channel", channel, 0) for channel in self.channels)
+            channels = tuple(whole_numbers("channels", self.channels, 0, _LAST_CHANNEL))
             if not channels or list(channels) != sorted({*channels}):
                 raise InputError(
                     f"channels must be in ascending order, each once, and at least one, got {self.channels}; use only()"
@@ -150,9 +151,9 @@ class Scheme:
             f"cannot read scheme {text!r}; write it as {usage}, or as `kvgeom schemes` lists it (int4-asym-group64)"
         )
 
-    def only(self, channels: Iterable[int]) -> Scheme:
+    def only(self, channels: Iterable[int] | int) -> Scheme:
         """The same scheme, rounding nothing but some channels."""
-        return replace(self, channels=tuple(sorted({whole("a channel", channel, None) for channel in channels})))
+        return replace(self, channels=tuple(sorted({*whole_numbers("channels", channels, 0, _LAST_CHANNEL)})))
 
     @property
     def plain(self) -> Scheme:

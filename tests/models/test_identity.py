@@ -231,3 +231,13 @@ def test_a_journal_of_the_model_as_it_was_is_refused(tmp_path: Path) -> None:
             HFModel(hf, tiny_tokenizer(), name=folder.name), ["why?"], journal=journal, judge=ArbitraryJudge(), max_new_tokens=2,
             progress=False,
         )  # fmt: skip
+
+
+def test_frequencies_that_were_once_in_another_type() -> None:
+    """A model that was in bfloat16 keeps coarse frequencies of its rotary embedding, which are stored nowhere."""
+    model, coarse = tiny_hf_model(), tiny_hf_model().bfloat16().float()
+    coarse.load_state_dict(model.state_dict())
+    assert not torch.equal(model.model.rotary_emb.inv_freq, coarse.model.rotary_emb.inv_freq)
+    one, other = (kvgeom.load(each, tokenizer=tiny_tokenizer()) for each in (model, coarse))
+    assert one.fingerprint != other.fingerprint
+    assert one.identity == other.identity

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
+import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import xarray
+from transformers import pipeline
 
 import kvgeom
 from kvgeom.errors import InputError
@@ -164,3 +168,58 @@ def test_a_tokenizer_and_a_template_of_other_kinds() -> None:
             kvgeom.load(tiny_hf_model(), tokenizer=wrong)
     with pytest.raises(InputError, match="template must be a path, got 3"):
         kvgeom.load(tiny_hf_model(), tokenizer=tiny_tokenizer(), template=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("around", "says"),
+    [
+        (torch.compile, r"OptimizedModule is no model, .* load\(it\._orig_mod, tokenizer=\.\.\.\)"),
+        (torch.nn.DataParallel, r"load\(it\.module, tokenizer=\.\.\.\)"),
+        (
+            lambda model: pipeline("text-generation", model=model, tokenizer=tiny_tokenizer()),
+            r"load\(it\.model, tokenizer=it\.tokenizer\)",
+        ),
+    ],
+)
+def test_what_holds_a_model(around: Callable[[Any], Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        load(around(tiny_hf_model()), tokenizer=tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"subfolder": 3},
+        {"variant": b"x"},
+        {"cache_dir": 0},
+        {"max_memory": 3},
+        {"token": 3},
+        {"local_files_only": "yes"},
+        {"use_kernels": 1},
+        {"dtype": "float8_e4m3fn"},
+        {"dtype": torch.float8_e5m2},
+        {"dtype": "int8"},
+        {"dtype": 3},
+    ],
+)
+def test_options_of_a_wrong_type(options: dict[str, Any], checkpoint: Path) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(options))}.*(input should be|float)"):
+        load(checkpoint, **options)
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ({"quantization_config": {"quant_method": "zzz"}}, "the method 'zzz', which transformers does not know"),
+        ({"quantization_config": {"bits": 4}}, "the method None"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "10000"}}, "an entry of its configuration"),
+    ],
+)
+def test_configurations_that_make_no_sense(
+    entries: dict[str, Any], says: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(checkpoint, tmp_path / "copied"))
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | entries))
+    with pytest.raises(InputError, match=says):
+        load(copied)

@@ -150,11 +150,48 @@ def test_a_file_with_zeros_where_something_should_be(tmp_path: Path) -> None:
     whole = weights.read_bytes()
     middle, end = len(whole) // 2, len(whole) - 512
     weights.write_bytes(whole[:middle] + bytes(end - middle) + whole[end:])
-    with pytest.warns(KvgeomWarning, match=r"1?\d weights of zeros alone"):
-        assert len(load(tmp_path).notes) == 1
+    with pytest.warns(KvgeomWarning, match=r"1?\d weights with zeros where numbers should be"):
+        assert len(load(tmp_path).notes) == 2  # norms are among them
     weights.write_bytes(whole[:middle] + bytes(len(whole) - middle))
     with pytest.raises(ModelError, match="same for every token"):  # the last norm is one of them
         load(tmp_path)
+
+
+def zeroed(name: str, rows: slice = slice(None)) -> Callable[[Weights], Weights]:
+    def damaged(own: Weights) -> Weights:
+        own[name][rows] = 0
+        return own
+
+    return damaged
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights", "says"),
+    [
+        ("llama", zeroed("model.layers.1.input_layernorm.weight"), r"1 norm .*layers\.1\.input_layernorm"),
+        ("qwen3", zeroed("model.layers.0.self_attn.q_norm.weight"), r"1 norm .*layers\.0\.self_attn\.q_norm"),
+        ("llama", zeroed("model.layers.2.mlp.up_proj.weight", slice(24, None)), r"up_proj\.weight \(24 of 48 rows\)"),
+        ("llama", zeroed("model.embed_tokens.weight", slice(200, None)), r"embed_tokens\.weight \(\d+ of \d+ rows\)"),
+        ("llama", zeroed("lm_head.weight", slice(200, None)), r"lm_head\.weight \(\d+ of \d+ rows\)"),
+    ],
+)
+def test_a_part_of_the_weights_is_zero(
+    kind: str, weights: Callable[[Weights], Weights], says: str, tmp_path: Path
+) -> None:
+    with pytest.warns(KvgeomWarning, match=says):
+        assert len(load(saved(tmp_path, tiny_hf_model(kind), weights=weights)).notes) == 1
+
+
+def test_rows_of_no_token_and_norms_that_begin_at_zero(tmp_path: Path) -> None:
+    """What vocabularies are filled up with is often zero, and so are the weights of norms that add one to them."""
+    own = tiny_hf_model()
+    own.resize_token_embeddings(320)
+    filled = saved(tmp_path / "filled", own, weights=zeroed("model.embed_tokens.weight", slice(270, None)))
+    assert load(filled).notes == ()
+    gemma = tiny_hf_model("gemma3_text")
+    gemma.model.norm.weight.data.zero_()
+    gemma.model.layers[0].input_layernorm.weight.data.zero_()
+    assert load(saved(tmp_path / "gemma", gemma)).notes == ()
 
 
 @pytest.mark.parametrize("config", [True, False])
@@ -206,10 +243,49 @@ def test_whole_numbers_in_the_place_of_weights(tmp_path: Path) -> None:
     def quantized(own: Weights) -> Weights:
         return {name: (20 * x).to(torch.int8) if name.endswith("q_proj.weight") else x for name, x in own.items()}
 
-    with pytest.raises(
-        InputError, match=r"3 weights of whole numbers such as model\.layers\.0\.self_attn\.q_proj\.weight"
-    ):
+    with pytest.raises(InputError, match=r"3 weights in I8 such as model\.layers\.0\.self_attn\.q_proj\.weight"):
         load(saved(tmp_path / "int8", weights=quantized))
     masks = saved(tmp_path / "masks", weights=lambda own: own | {"attn.bias": torch.ones(4, 4, dtype=torch.uint8)})
     with pytest.warns(KvgeomWarning, match="no place for"):
         load(masks)
+
+
+LAYER = "model.layers.1.self_attn."
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({LAYER + "q_norm.weight": (8,)}, r"1 weight inside its layers that a LlamaForCausalLM .* q_norm\.weight"),
+        ({LAYER + "q_proj.bias": (32,)}, r"q_proj\.bias; get the config\.json"),
+        ({"model.layers.0.mlp.up_proj.w_scale": (1,)}, r"up_proj\.w_scale"),
+        ({LAYER + "q_proj.lora_A.default.weight": (2, 32)}, r"an adapter that is not merged.*merge_and_unload"),
+        ({LAYER + "q_proj.lora_A.weight": (2, 32), LAYER + "q_proj.lora_B.weight": (32, 2)}, "2 weights of an adapter"),
+    ],
+)
+def test_weights_that_would_change_what_a_layer_computes(
+    more: dict[str, tuple[int, ...]], says: str, tmp_path: Path
+) -> None:
+    added = {name: torch.ones(shape) for name, shape in more.items()}
+    with pytest.raises(InputError, match=says):
+        load(saved(tmp_path, weights=lambda own: own | added))
+
+
+def test_weights_in_eight_bits_without_a_scale(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(InputError, match=r"1 weight in F8_E4M3 such as model\.layers\.0\.mlp\.up_proj"):
+        load(saved(tmp_path, weights=lambda own: own | {name: own[name].to(torch.float8_e4m3fn)}))
+
+
+def test_one_tensor_in_two_shards(tmp_path: Path) -> None:
+    saved(tmp_path)
+    tiny_hf_model().save_pretrained(tmp_path, max_shard_size="30KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    with pytest.warns(KvgeomWarning, match=r"holds weights twice: model\.safetensors was read"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert load(tmp_path).notes == ()
+    first = load_file(shards[0])
+    save_file(load_file(shards[1]) | dict([next(iter(first.items()))]), shards[1], metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model-00001.* and model-00002.* both hold .*fetch it again"):
+        load(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,13 @@ def t5() -> Any:
 def test_objects_that_write_no_text(make: Callable[[], Any], says: str) -> None:
     with pytest.raises((InputError, ModelError), match=says):
         wrapped(make())
+
+
+def test_a_head_of_many_classes() -> None:
+    model = tiny_hf_model()
+    model.lm_head = torch.nn.Linear(32, 40)
+    with pytest.raises(ModelError, match=r"answers \d+ tokens with \(1, \d+, 40\) numbers"):
+        wrapped(model)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt2", "jamba"])
@@ -251,3 +259,41 @@ def test_logits_that_are_the_same_for_every_token() -> None:
         model.model.norm.weight.zero_()
     with pytest.raises(ModelError, match="same for every token"):
         wrapped(model)
+
+
+@pytest.mark.parametrize(
+    ("stops", "able", "notes"), [([7, 999], {7, 2}, 1), (-1, {2}, 1), (None, {2}, 0), (7, {7, 2}, 0)]
+)
+def test_tokens_that_are_never_written_end_nothing(stops: Any, able: set[int], notes: int) -> None:
+    model, tokenizer = tiny_hf_model(), tiny_tokenizer()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(2)
+    model.generation_config.eos_token_id = stops
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = wrapped(model, tokenizer)
+    assert found.stop_tokens == able
+    assert len(found.notes) == notes
+
+
+def test_nothing_ends_a_response() -> None:
+    model, tokenizer = tiny_hf_model(), tiny_tokenizer()
+    tokenizer.eos_token, model.generation_config.eos_token_id = None, -1
+    with pytest.warns(KvgeomWarning, match="no token ends a response"):
+        assert wrapped(model, tokenizer).stop_tokens == frozenset()
+
+
+@pytest.mark.parametrize("stops", ["7", 1.5, True, [[7]], [None]])
+def test_stop_tokens_that_are_no_numbers(stops: Any) -> None:
+    model = tiny_hf_model()
+    model.generation_config.eos_token_id = stops
+    with pytest.raises(InputError, match=r"eos_token_id in the generation_config of .* must be a whole number"):
+        wrapped(model)
+
+
+def test_prompts_of_another_day_are_of_another_model() -> None:
+    """What is asked is part of the fingerprint where the template alone does not tell it."""
+    numbers = "{{ range(10**9) | random }}"
+    with pytest.warns(KvgeomWarning, match="prompts of another day are others"):
+        one, other = (wrapped(tokenizer=templated(numbers + TEMPLATE)) for _ in range(2))
+    assert one.fingerprint != other.fingerprint
+    assert one.identity == other.identity

@@ -154,6 +154,11 @@ REFUSED: list[tuple[str, str | bytes, str]] = [
     ("wide-too.txt", "\ufeffab".encode("utf-32-be"), "line 1 .*byte 2 is 0xfe"),
     ("p.parquet", b"PAR1", r"\.tsv, \.json or \.jsonl"),
     ("xstest|no-label.csv", "id,prompt\n1,a\n", "line 2 .*no column 'label'"),
+    (
+        "unlabelled.csv",
+        "prompt,type\na,homonyms\nb,contrast_homonyms\n",
+        "line 3 .*as files of XSTest have.*xstest=FILE",
+    ),
     ("xstest|blank.csv", "prompt,label\na,unsafe\nb,\n", "line 3 .*safe or unsafe, got ''"),
     ("xstest|short.csv", "prompt,label\na,unsafe\nb\n", "line 3 .*too few"),
     ("xstest|nothing.csv", "prompt,label\n,unsafe\n", "line 2 .*no request"),

@@ -156,6 +156,13 @@ def test_spelling_round_trip(scheme: Scheme) -> None:
         lambda: Scheme(4, granularity="group", group_size=1.5),  # type: ignore[arg-type]
         lambda: Scheme(4.0),  # type: ignore[arg-type]
         lambda: Scheme(4).only([0.5]),  # type: ignore[list-item]
+        lambda: Scheme(4).only(None),  # type: ignore[arg-type]
+        lambda: Scheme(4).only([10**12]),
+        lambda: Scheme(4, channels=3.5),  # type: ignore[arg-type]
+        lambda: Recipe.uniform(4, Scheme(4), sites=None),  # type: ignore[arg-type]
+        lambda: Recipe.uniform(0, Scheme(4)),
+        lambda: Placement(residual=10**30),
+        lambda: Placement(sinks=2**40),
         lambda: Recipe.uniform(4, Scheme(4), layers=[4]),
         lambda: Recipe.uniform(4, Scheme(4), layers=[0.5]),  # type: ignore[list-item]
         lambda: Recipe.uniform(4, Scheme(4), layers=[True, False]),
