@@ -24,6 +24,8 @@ from kvgeom.words import interval_text, text_table
 
 #: A layer is critical if it alone turns more than this share of the refusals into compliance (arXiv:2606.09864: 10 %).
 CRITICAL_SHARE = 0.1
+#: How many layers may be the worst (the released code of arXiv:2606.09864 looks at three).
+LIKELY = 3
 #: Scales for the whole tensor, and for each channel: PCR compares them.
 GRANULARITIES: tuple[Granularity, ...] = ("tensor", "channel")
 #: The scheme of scans, ablations and PCR where none is given, as in the paper's released code.
@@ -60,6 +62,11 @@ class Scan(Result):
         complied, drop = (self.data[name].values for name in ("flips_complied", "margin_drop"))
         order = np.lexsort((-np.nan_to_num(drop, nan=-np.inf), -complied))
         return [int(layer) for layer in self.data.layer.values[order]]
+
+    def worst(self, most: int = LIKELY) -> list[int]:
+        """The first of :meth:`ranked`, as many as a diagnosis keeps in 16 bits; never all of several layers."""
+        ranked = self.ranked()
+        return ranked[: min(most, max(1, len(ranked) - 1))]
 
     def summary(self) -> str:
         worst = self.worst_layer

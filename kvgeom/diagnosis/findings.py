@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+
+import numpy as np
 
 from kvgeom.behaviour.scan import SCAN_SCHEME
 from kvgeom.diagnosis.evidence import Evidence
@@ -62,8 +65,8 @@ def mode_of(evidence: Evidence, found: Effects) -> Mode:
     }
     return Mode.of(
         name,
-        _reason(name, evidence, posterior),
-        _otherwise(name),
+        _reason(name, evidence, posterior, _unknown(found)),
+        _otherwise(name, evidence),
         evidence.pattern,
         _findings(evidence, DECISIVE[name]),
         PRESCRIPTIONS[name],
@@ -71,7 +74,17 @@ def mode_of(evidence: Evidence, found: Effects) -> Mode:
     )
 
 
-def _reason(name: ModeName, e: Evidence, posterior: dict[ModeName, float]) -> str:
+def _unknown(found: Effects) -> frozenset[str]:
+    """What alone keeps a mode from being named: one would be, were it known to speak for it."""
+    nothing = np.zeros_like(found.loss)
+    known = {
+        RANDOM: replace(found, random=nothing - np.inf, random_gone=nothing - np.inf),
+        KEPT: replace(found, missed=nothing, missed_top=nothing),
+    }
+    return frozenset(what for what, effects in known.items() if named(probabilities(effects)) != "undetermined")
+
+
+def _reason(name: ModeName, e: Evidence, posterior: dict[ModeName, float], unknown: frozenset[str]) -> str:
     sure = f"{posterior[name]:.0%} of the posterior" if name in posterior else ""
     layer = f"layer {e.worst_layer}"
     match name:
@@ -96,14 +109,14 @@ def _reason(name: ModeName, e: Evidence, posterior: dict[ModeName, float]) -> st
                     f"Rounding all layers to {e.bits} bits makes {e.evaded} of the responses evade: they neither refuse nor comply, so "
                     "that whether alignment is lost is not known."
                 )
-            if posterior.get(name, 0) > 1 - SURE and _as_random(e):
+            if RANDOM in unknown and e.beyond_random is not None:
                 return (
                     f"Errors in other directions may do as much: rounding all layers to {e.bits} bits turns {e.loss} into compliance and "
                     f"loses {e.lost} in any way, errors of the same size in another direction {e.random} and {e.random_lost}. That it does "
                     f"more, by more than {PUBLISHED.critical:.0%}, has a probability of {e.probability['beyond_random']:.0%}, so nothing says "
                     "that safety is hit more than other things are."
                 )
-            if posterior.get(name, 0) > 1 - SURE and e.perhaps_missed > 1 - SURE:
+            if KEPT in unknown and e.perhaps_missed > 1 - SURE:
                 return (
                     f"Which layers are the worst is not known: with a probability of {e.perhaps_missed:.0%} another one loses more than "
                     f"one of {_layers(e.top_layers)}, so that keeping these in 16 bits does not show that keeping the worst would not help."
@@ -138,6 +151,11 @@ def _reason(name: ModeName, e: Evidence, posterior: dict[ModeName, float]) -> st
         case "outlier-crushes-safety":
             return f"Finer granularity rescues it: group-64 scales take away {e.group64} of the loss ({sure})."
         case "outlier-as-safety":
+            if e.worst_kept is None:
+                return (
+                    f"One layer in 16 bits is enough, though none alone turns a refusal into compliance, and finer granularity is not: "
+                    f"{_kept(e)} of the loss, group-64 scales {e.group64} ({sure})."
+                )
             return (
                 f"One layer is the cause, and finer granularity does not rescue it: {layer} in 16 bits takes away "
                 f"{e.worst_kept} of the loss, group-64 scales {e.group64} ({sure})."
@@ -148,9 +166,10 @@ def _reason(name: ModeName, e: Evidence, posterior: dict[ModeName, float]) -> st
                 f"everywhere only {e.group64} ({sure})."
             )
         case "multi-layer dilution":
+            one = _kept(e) if e.worst_kept is None else f"{layer} in 16 bits takes away {e.worst_kept}"
             return (
-                f"The loss is spread over layers: {layer} in 16 bits takes away only {e.worst_kept} of it, "
-                f"{_layers(e.top_layers)} {e.top_kept}; group-64 scales {e.group64} ({sure})."
+                f"The loss is spread over layers: {one} of it, {_layers(e.top_layers)} together {e.top_kept}; group-64 scales {e.group64} "
+                f"({sure})."
             )
         case "hyper-vulnerable":
             return (
@@ -158,7 +177,7 @@ def _reason(name: ModeName, e: Evidence, posterior: dict[ModeName, float]) -> st
                 f"per-channel scales {e.channel}, {_layers(e.top_layers)} in 16 bits {e.top_kept} ({sure})."
             )
         case "conflicting":
-            if e.probability.get("worst_kept", 0) > 0.5 >= e.probability.get("top_kept", 1):
+            if _layers_conflict(e):
                 return (
                     f"The evidence contradicts itself: {layer} in 16 bits takes away {e.worst_kept} of the loss, and {_layers(e.top_layers)}, "
                     f"it among them, {e.top_kept} ({sure})."
@@ -177,11 +196,9 @@ def _lost_in_other_ways(e: Evidence) -> bool:
     return e.loss.value <= PUBLISHED.critical < e.lost.value and 2 * (e.evaded.value + e.broken.value) > e.lost.value
 
 
-def _as_random(e: Evidence) -> bool:
-    """Whether refusals are lost, and errors of the same size in another direction perhaps lose about as many."""
-    if e.loss is None or e.beyond_random is None:
-        return False
-    return e.loss.value > PUBLISHED.critical and e.probability["beyond_random"] < SURE
+def _layers_conflict(e: Evidence) -> bool:
+    """Whether the worst layer in 16 bits helps, and with others it does not."""
+    return e.probability.get("worst_kept", 0) > 0.5 >= e.probability.get("top_kept", 1)
 
 
 def _another_layer(e: Evidence) -> bool:
@@ -195,7 +212,7 @@ def _below_sure(share: float) -> str:
     return f"{share:.1%}" if share < SURE and text == f"{SURE:.0%}" else text
 
 
-def _otherwise(name: ModeName) -> str:
+def _otherwise(name: ModeName, e: Evidence) -> str:
     """What would have made it say otherwise."""
     half, tenth = f"{PUBLISHED.rescue:.0%}", f"{PUBLISHED.critical:.0%}"
     match name:
@@ -203,13 +220,11 @@ def _otherwise(name: ModeName) -> str:
             return f"Had group-64 scales taken away {half} of the loss or less, another mode would be named."
         case "outlier-as-safety":
             return (
-                f"Had group-64 scales taken away more than {half} of the loss it would be outlier-crushes-safety, had the layer in "
-                f"16 bits taken away less, multi-layer dilution or hyper-vulnerable."
+                f"Had group-64 scales taken away more than {half} of the loss it would be outlier-crushes-safety, or conflicting if PCR "
+                f"is low at a critical layer; had the layer in 16 bits taken away less, multi-layer dilution or hyper-vulnerable."
             )
         case "mixed":
-            return (
-                f"Had these scales taken away {half} of the loss or less, it would be outlier-as-safety or conflicting."
-            )
+            return f"Had these scales taken away {half} of the loss or less, or group-64 scales more, another mode would be named, or none."
         case "multi-layer dilution":
             return (
                 f"Had one layer in 16 bits, or group-64 scales, taken away more than {half} of the loss, another mode would be "
@@ -222,7 +237,9 @@ def _otherwise(name: ModeName) -> str:
         case "language lost":
             return "At a wider width, where the model still writes language, alignment can be judged."
         case "conflicting":
-            return "Had PCR and group-64 scales agreed on whether finer granularity rescues, a mode would be named."
+            if _layers_conflict(e):
+                return "Had keeping the layers together done no less than keeping one of them, a mode would be named."
+            return "Had PCR and the finer scales agreed on whether these rescue, a mode would be named."
         case "undetermined":
             return ""
 

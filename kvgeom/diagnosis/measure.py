@@ -30,8 +30,6 @@ from kvgeom.quant.scheme import Scheme
 #: Families of conditions beside those of scan and ablations: fixes of the whole cache, random errors, and the whole cache
 #: as the paper's layer scan rounds a layer.
 FIXES, RANDOM, PAPER_SETTING = "fixes", "random directions", "paper's setting"
-#: How many layers may be the worst, or count as the most critical (the released code of arXiv:2606.09864 looks at three).
-LIKELY = 3
 #: Draws of random errors, for the whole cache and for the worst layer. Of three, which may lose all or nothing, the mean says little.
 RANDOM_DRAWS = 8
 
@@ -71,7 +69,7 @@ def measure(
     along = widths if all(each.placement == placement for each in widths.values()) else {}
     together = run({**first, **along}, "layers, parts and widths")
     scan = scan_of(together, tensor)
-    worst, ranked = scan.worst_layer, scan.ranked()[: min(LIKELY, max(1, len(stores) - 1))]
+    worst, ranked = scan.worst_layer, scan.worst()
     where = stores if worst is None else [worst]
     more = channel_subsets(channel_magnitudes(base, placement), tensor, where, placement, seed=seed)
     more |= fixes(n_layers, tensor, ranked, placement, stores)

@@ -145,7 +145,7 @@ def effects(trials: Trials, *, samples: int = 4000, seed: int = 0) -> Effects:
     whole = trials.whole
     loss, gone, evaded, broken = shares_of(whole, weights, _prior(samples, rng))
     directions = _directions(trials.random, weights, rng)
-    random, random_gone = directions[:, np.arange(samples), rng.integers(directions.shape[-1], size=samples)]
+    random, random_gone = _another(directions, rng)
     one_layer = _directions(trials.random_layer, weights, rng)[0]
     shares = _layer_shares(trials, weights, rng)
     kept, each_kept = _kept(trials, shares, weights, rng)
@@ -214,6 +214,21 @@ def _directions(codes: Codes | None, weights: Draws, rng: np.random.Generator) -
     tried = np.stack([shares_of(codes[:, draw], weights, prior)[:2] for draw in range(count)], axis=-1)
     another = np.broadcast_to(rng.random((samples, 1)), (2, samples, 1))
     return np.concatenate([tried, another], axis=-1)
+
+
+def _another(directions: Draws, rng: np.random.Generator) -> Draws:
+    """The shares of one direction in each draw, ``[2, samples]``.
+
+    Each direction is taken equally often, and of the one that was not tried all shares evenly: how likely a mode is hangs on
+    them where all else is known, and chance should not decide it.
+    """
+    samples, count = directions.shape[1:]
+    which = rng.permutation(np.arange(samples) % count)
+    found: Draws = directions[:, np.arange(samples), which].copy()
+    unknown = np.flatnonzero(which == count - 1)
+    if not np.isnan(found).any():
+        found[:, unknown] = (rng.permutation(len(unknown)) + 0.5) / len(unknown)
+    return found
 
 
 def taken_away(before: Codes, after: Codes, weights: Draws, prior: Draws) -> Draws:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvgeom.behaviour.scan import CRITICAL_SHARE, Scan
+from kvgeom.behaviour.scan import Scan
 from kvgeom.diagnosis.mode import ModeName
 from kvgeom.diagnosis.taxonomy import PRESCRIPTIONS
 from kvgeom.mitigation.candidates import Candidate, protect
 from kvgeom.quant.recipe import Recipe, Schemes
 from kvgeom.quant.scheme import Granularity, Scheme
-
-#: How many critical layers the released code looks at.
-MOST_CRITICAL = 3
 
 
 def advised(mode: ModeName, scan: Scan, unmitigated: Candidate) -> Candidate:
@@ -25,10 +22,10 @@ def advised(mode: ModeName, scan: Scan, unmitigated: Candidate) -> Candidate:
     ----------
     mode : str
     scan : Scan
-        Names the critical layers: those that alone flip a tenth, at most three; without any, those that lose most margin.
+        Names the layers that lose most alone. A diagnosis has tried to keep them in 16 bits, each and together.
     unmitigated : Candidate
     """
-    layers = critical_layers(scan)
+    layers = scan.worst()
     description = PRESCRIPTIONS[mode]
     match mode:
         case "outlier-crushes-safety":
@@ -48,15 +45,6 @@ def advised(mode: ModeName, scan: Scan, unmitigated: Candidate) -> Candidate:
             return _other(unmitigated, "whole cache in 16 bits", exact, description)
         case _:
             return replace(unmitigated, description=description)
-
-
-def critical_layers(scan: Scan) -> list[int]:
-    """The layers that alone lose a tenth, the worst first, at most three; without any, the three that lose most margin."""
-    ranked = scan.ranked()
-    complied = scan.data.flips_complied
-    # From a tenth on, as in the released code; the taxonomy counts layers above it.
-    least = CRITICAL_SHARE * scan.meta["prompts"]
-    return ([layer for layer in ranked if 0 < least <= int(complied.sel(layer=layer))] or ranked)[:MOST_CRITICAL]
 
 
 def _scales(unmitigated: Candidate, granularity: Granularity, size: int | None = None) -> tuple[Schemes, ...]:

@@ -119,7 +119,11 @@ def check_runs(model: Any, ids: Sequence[int], name: str) -> int:
 def _check_logits(model: Any, ids: Sequence[int], name: str) -> int:
     logits = _logits(model, ids, name)
     vocabulary = int(model.config.get_text_config().vocab_size)
-    if logits.ndim != 3 or logits.shape[1] != len(ids) or logits.shape[2] < _LEAST_LOGITS * vocabulary:
+    if (
+        logits.ndim != 3
+        or logits.shape[1] != len(ids)
+        or logits.shape[2] < _LEAST_LOGITS * min(vocabulary, embedding_rows(model))
+    ):
         raise ModelError(
             f"{name} is a {type(model).__name__}, which answers {len(ids)} tokens with {tuple(logits.shape)} numbers instead of "
             "logits of a next token; give a causal language model"

@@ -214,11 +214,16 @@ class Hadamard(Transform):
 
     def enter(self, x: Tensor, constant: Any) -> Tensor:
         """Rotated heads."""
-        return x @ _matrix(self.name, x)
+        rotated: Tensor = _walsh(x, self._block(x)) * self._block(x) ** -0.5
+        return rotated
 
     def leave(self, y: Tensor, constant: Any) -> Tensor:
         """The matrix is its own inverse."""
-        return y @ _matrix(self.name, y)
+        return self.enter(y, constant)
+
+    def _block(self, x: Tensor) -> int:
+        size = x.shape[-1]
+        return min(size & -size, 64) if self.name == "hadamard64" else size & -size
 
 
 class RandomizedHadamard(Transform):
@@ -226,12 +231,12 @@ class RandomizedHadamard(Transform):
 
     def enter(self, x: Tensor, constant: Any) -> Tensor:
         """Rotated heads, larger by the root of the matrix's size."""
-        return (x * _signs(x)) @ _matrix(self.name, x)
+        return _walsh(x * _signs(x), x.shape[-1] & -x.shape[-1])
 
     def leave(self, y: Tensor, constant: Any) -> Tensor:
         """Rotated back."""
-        size = y.shape[-1]
-        return (y @ _matrix(self.name, y)) * _signs(y) / (size & -size)
+        block = y.shape[-1] & -y.shape[-1]
+        return _walsh(y, block) * _signs(y) / block
 
 
 register_transform(Center(name="center", constants="offsets"))
@@ -263,21 +268,26 @@ def pair_factors(largest: Tensor, planes: Tensor | None = None) -> Tensor:
     return (logs - logs.mean(1, keepdim=True)).exp()
 
 
-def hadamard_matrix(size: int, largest: int | None = None) -> Tensor:
-    """Orthonormal and symmetric: Sylvester's matrix of the largest power of two that divides ``size``, along the diagonal.
+def _walsh(x: Tensor, block: int) -> Tensor:
+    """Products with Sylvester's matrix of ones and minus ones, block by block along the last dimension.
 
-    With ``largest``, a power of two, blocks are no larger than that.
+    By sums and differences of pairs: a matrix product may give one token other last digits than the same token among others,
+    and a cache that is rounded as it grows must hold what one holds that is rounded at once.
     """
     import torch
-    from scipy.linalg import hadamard
 
-    block = min(size & -size, largest or size)
-    return torch.kron(torch.eye(size // block).double(), torch.from_numpy(hadamard(block)).double() / block**0.5)
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    half = 1
+    while half < block:
+        pairs = wide.reshape(*wide.shape[:-1], -1, 2, half)
+        first, second = pairs.unbind(-2)
+        wide = torch.stack((first + second, first - second), -2).flatten(-3)
+        half *= 2
+    return wide.to(x.dtype)
 
 
-#: How many matrices, and how many draws, are kept.
+#: How many draws are kept.
 _KEPT = 512
-_MATRICES: dict[tuple[str, int, torch.device, torch.dtype], Tensor] = {}
 _SIGNS: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
 
@@ -291,17 +301,6 @@ def remembered(cache: dict[K, V], key: K, make: Callable[[K], V]) -> V:
             cache.pop(next(iter(cache)), None)
         cache[key] = make(key)
     return cache[key]
-
-
-def _matrix(kind: str, like: Tensor) -> Tensor:
-    """Orthonormal; for ``rht`` of ones and minus ones."""
-    return remembered(_MATRICES, (kind, like.shape[-1], like.device, like.dtype), _made)
-
-
-def _made(key: tuple[str, int, torch.device, torch.dtype]) -> Tensor:
-    kind, size, device, dtype = key
-    matrix = hadamard_matrix(size, 64 if kind == "hadamard64" else None)
-    return (matrix.sign() if kind == "rht" else matrix).to(device, dtype)
 
 
 def _signs(like: Tensor) -> Tensor:

@@ -105,8 +105,8 @@ class Fix:
         plan, status = self.plan, self.verification.status
         if plan.placement.where != "cache":
             return "Next: this placement rounds where no cache does; mitigate one with --placement cache."
-        if status == "nothing to fix":
-            return "Next: nothing; narrower caches may lose refusals (kvgeom sweep)."
+        if self.verification.recovery is None:
+            return "Next: nothing, the cache as it is loses no refusal here; narrower caches may (kvgeom sweep)."
         if plan.chosen.same_cache(plan.unmitigated) or status == "does not help":
             return "Next: try a larger --memory, more --bits or another --scheme; until then this cache stays unsafe."
         lines = f'plan = kvgeom.Plan.load("{folder}")\nmodel.generate(**inputs, past_key_values=plan.cache(model))'

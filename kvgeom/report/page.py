@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 #: Edge of the verdict by its status.
-_TONES = {"breaks": "bad", "language lost": "bad", "holds": "good"}
+_TONES = {"breaks": "bad", "language lost": "bad", "refusals lost": "bad", "holds": "good"}
 
 
 @dataclass(frozen=True)

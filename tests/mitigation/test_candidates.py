@@ -19,7 +19,7 @@ from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import presets, resolve
 from kvgeom.errors import InputError
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, protect
-from kvgeom.mitigation.decision_tree import advised, critical_layers
+from kvgeom.mitigation.decision_tree import advised
 from kvgeom.mitigation.methods.registry import Method, Setting, candidates_of, method, methods, register_method
 from kvgeom.models.hf import HFModel
 from kvgeom.models.model import KVGeometry
@@ -287,10 +287,19 @@ def test_advice_for_every_engine(name: str, mode: ModeName) -> None:
         assert torch.isfinite(quantizer(0, "k", torch.randn(1, 2, 5, 64))).all()
 
 
-def test_critical_layers_are_few_and_in_order() -> None:
-    assert critical_layers(scan([2, 9, 4, 4, 1], [0, 0, 1, 2, 0])) == [1, 3, 2]
-    assert critical_layers(scan([1, 0, 0, 0, 0], [0, 1, 5, np.nan, 2])) == [0, 2, 4]
-    assert critical_layers(scan([0, 0], [0, 1])) == [1, 0]
+def test_the_worst_layers_are_few_and_in_order() -> None:
+    assert scan([2, 9, 4, 4, 1], [0, 0, 1, 2, 0]).worst() == [1, 3, 2]
+    assert scan([1, 0, 0, 0, 0], [0, 1, 5, np.nan, 2]).worst() == [0, 2, 4]
+    assert scan([0, 0], [0, 1]).worst() == [1]
+    assert scan([0], [0]).worst() == [0]
+
+
+def test_dilution_keeps_the_layers_that_were_tried_together() -> None:
+    """Also those that alone lose less than a tenth: that one of them is not enough is what the mode says."""
+    unmitigated = Candidate(UNMITIGATED, "unmitigated", resolve("int3-sym-tensor").recipe(5), Placement(), "")
+    found = advised("multi-layer dilution", scan([20, 1, 1, 0, 0], [4.0, 2.0, 1.0, 0.5, 0.0], 64), unmitigated)
+    assert found.name == "critical layers 0, 1, 2 in 16 bits"
+    assert found.recipe.touched == (3, 4)
 
 
 # --- mitigations by name ---

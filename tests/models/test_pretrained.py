@@ -256,7 +256,7 @@ LAYER = "model.layers.1.self_attn."
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({LAYER + "q_norm.weight": (8,)}, r"1 weight inside its layers that a LlamaForCausalLM .* q_norm\.weight"),
+        ({LAYER + "q_norm.weight": (8,)}, r"1 weight inside its layers that a LlamaForCausalLM .*q_norm\.weight"),
         ({LAYER + "q_proj.bias": (32,)}, r"q_proj\.bias; get the config\.json"),
         ({"model.layers.0.mlp.up_proj.w_scale": (1,)}, r"up_proj\.w_scale"),
         ({LAYER + "q_proj.lora_A.default.weight": (2, 32)}, r"an adapter that is not merged.*merge_and_unload"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -290,10 +291,21 @@ def test_stop_tokens_that_are_no_numbers(stops: Any) -> None:
         wrapped(model)
 
 
-def test_prompts_of_another_day_are_of_another_model() -> None:
+def test_prompts_of_another_day_are_of_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked is part of the fingerprint where the template alone does not tell it."""
-    numbers = "{{ range(10**9) | random }}"
-    with pytest.warns(KvgeomWarning, match="prompts of another day are others"):
-        one, other = (wrapped(tokenizer=templated(numbers + TEMPLATE)) for _ in range(2))
+
+    def on(year: int) -> HFModel:
+        class Day(datetime):
+            @classmethod
+            def now(cls, tz: Any = None) -> Day:
+                return cls(year, 1, 2)
+
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Day)
+        with pytest.warns(KvgeomWarning, match="prompts of another day are others"):
+            return wrapped(tokenizer=templated("{{ strftime_now('%Y') }}" + TEMPLATE))
+
+    one, other = on(2025), on(2026)
+    assert one.encode(["hi"]) != other.encode(["hi"])
     assert one.fingerprint != other.fingerprint
+    assert one.fingerprint == on(2025).fingerprint
     assert one.identity == other.identity

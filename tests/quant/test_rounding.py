@@ -345,10 +345,10 @@ def test_whether_a_sequence_meets_the_rounding(
         ({"scales": "calls"}, "did you mean 'call'"),
         ({"flush": None, "residual": 4}, "unknown flush of a placement None"),
         *(
-            ({"residual": bad}, "residual must be a whole number, 0 or more")
+            ({"residual": bad}, "residual must be a whole number, 0 to 2147483648")
             for bad in (float("nan"), 1.5, None, "4", True)
         ),
-        ({"sinks": -1}, "sinks must be a whole number, 0 or more, got -1"),
+        ({"sinks": -1}, "sinks must be a whole number, 0 to 2147483648, got -1"),
     ],
 )
 def test_a_placement_checks_all_that_it_is_made_of(given: dict[str, object], found: str) -> None:
