@@ -134,8 +134,9 @@ class ChatTemplate:
         whole = self._apply(request, self.options)
         around = len(self._prefix) + len(self._suffix)
         if len(whole) <= around or not (whole.startswith(self._prefix) and whole.endswith(self._suffix)):
+            todo = "load the model again if another day has begun" if _OF_THE_DAY.search(self.text) else "drop it"
             raise InputError(
-                f"the chat template of {self._name} does not show prompt {brief(request)} between the same texts as others; drop it"
+                f"the chat template of {self._name} does not show prompt {brief(request)} between the same texts as others; {todo}"
             )
         return whole[len(self._prefix) : len(whole) - len(self._suffix)]
 

@@ -304,8 +304,12 @@ def test_prompts_of_another_day_are_of_another_model(monkeypatch: pytest.MonkeyP
         with pytest.warns(KvgeomWarning, match="prompts of another day are others"):
             return wrapped(tokenizer=templated("{{ strftime_now('%Y') }}" + TEMPLATE))
 
-    one, other = on(2025), on(2026)
-    assert one.encode(["hi"]) != other.encode(["hi"])
+    one = on(2025)
+    asked = one.encode(["hi"])
+    other = on(2026)
+    assert asked != other.encode(["hi"])
+    with pytest.raises(InputError, match="load the model again if another day has begun"):
+        one.encode(["hi"])
     assert one.fingerprint != other.fingerprint
     assert one.fingerprint == on(2025).fingerprint
     assert one.identity == other.identity
