@@ -65,7 +65,7 @@ def mode_of(evidence: Evidence, found: Effects) -> Mode:
     }
     return Mode.of(
         name,
-        _reason(name, evidence, posterior, _unknown(found)),
+        _reason(name, evidence, posterior, _unknown(found, posterior)),
         _otherwise(name, evidence),
         evidence.pattern,
         _findings(evidence, DECISIVE[name]),
@@ -74,14 +74,20 @@ def mode_of(evidence: Evidence, found: Effects) -> Mode:
     )
 
 
-def _unknown(found: Effects) -> frozenset[str]:
-    """What alone keeps a mode from being named: one would be, were it known to speak for it."""
+def _unknown(found: Effects, posterior: dict[ModeName, float]) -> frozenset[str]:
+    """What keeps a mode from being named: were it known to speak for one, a mode would be, or most of the doubt would be gone."""
     nothing = np.zeros_like(found.loss)
-    known = {
-        RANDOM: replace(found, random=nothing - np.inf, random_gone=nothing - np.inf),
-        KEPT: replace(found, missed=nothing, missed_top=nothing),
-    }
-    return frozenset(what for what, effects in known.items() if named(probabilities(effects)) != "undetermined")
+    harmless = {"random": nothing - np.inf, "random_gone": nothing - np.inf}
+    known = {RANDOM: harmless, KEPT: {"missed": nothing, "missed_top": nothing}}
+
+    def settles(effects: Effects) -> bool:
+        after = probabilities(effects)
+        doubt, left = posterior.get("undetermined", 0), after.get("undetermined", 0)
+        return named(after) != "undetermined" or doubt > 0.5 >= left
+
+    alone = frozenset(what for what, values in known.items() if settles(replace(found, **values)))
+    both = not alone and settles(replace(found, **harmless, missed=nothing, missed_top=nothing))
+    return frozenset(known) if both else alone
 
 
 def _reason(name: ModeName, e: Evidence, posterior: dict[ModeName, float], unknown: frozenset[str]) -> str:
@@ -97,7 +103,7 @@ def _reason(name: ModeName, e: Evidence, posterior: dict[ModeName, float], unkno
             ):
                 return (
                     f"The model has one layer: to keep it in 16 bits is the exact cache, which shows nothing of where the damage is, and "
-                    f"of the loss group-64 scales take away {e.group64}."
+                    f"of the loss group-64 scales take away {_or_not(e.group64)}."
                 )
             if posterior.get(name, 0) >= SURE and _lost_in_other_ways(e):
                 return (
@@ -109,7 +115,7 @@ def _reason(name: ModeName, e: Evidence, posterior: dict[ModeName, float], unkno
                     f"Rounding all layers to {e.bits} bits makes {e.evaded} of the responses evade: they neither refuse nor comply, so "
                     "that whether alignment is lost is not known."
                 )
-            if RANDOM in unknown and e.beyond_random is not None:
+            if RANDOM in unknown and e.probability.get("beyond_random", 1) < SURE:
                 return (
                     f"Errors in other directions may do as much: rounding all layers to {e.bits} bits turns {e.loss} into compliance and "
                     f"loses {e.lost} in any way, errors of the same size in another direction {e.random} and {e.random_lost}. That it does "
@@ -123,7 +129,7 @@ def _reason(name: ModeName, e: Evidence, posterior: dict[ModeName, float], unkno
                 )
             if posterior.get(name, 0) > 1 - SURE and e.probability.get("channel", 0) >= SURE:
                 return (
-                    f"Per-channel scales in all layers take away {e.channel} of the loss, and group-64 scales {e.group64}: finer granularity "
+                    f"Per-channel scales in all layers take away {e.channel} of the loss, and group-64 scales {_or_not(e.group64)}: finer granularity "
                     "rescues it, and none of the modes has that fix."
                 )
             if posterior.get(name, 0) > 1 - SURE and _another_layer(e):
@@ -179,13 +185,13 @@ def _reason(name: ModeName, e: Evidence, posterior: dict[ModeName, float], unkno
         case "conflicting":
             if _layers_conflict(e):
                 return (
-                    f"The evidence contradicts itself: {layer} in 16 bits takes away {e.worst_kept} of the loss, and {_layers(e.top_layers)}, "
-                    f"it among them, {e.top_kept} ({sure})."
+                    f"The evidence contradicts itself: {layer} in 16 bits takes away {_or_not(e.worst_kept)} of the loss, and {_layers(e.top_layers)}, "
+                    f"it among them, {_or_not(e.top_kept)} ({sure})."
                 )
             return (
-                f"The evidence contradicts itself: at {layer}, which is the cause (in 16 bits it takes away {e.worst_kept} of the "
-                f"loss), per-channel scales bring back {e.pcr} of the refusals, while of the loss of the whole cache group-64 scales take away "
-                f"{e.group64}, and per-channel scales there with group-64 elsewhere {e.mixed} ({sure})."
+                f"The evidence contradicts itself: at {layer}, which is the cause (in 16 bits it takes away {_or_not(e.worst_kept)} of the "
+                f"loss), per-channel scales bring back {_or_not(e.pcr)} of the refusals, while of the loss of the whole cache group-64 scales take away "
+                f"{_or_not(e.group64)}, and per-channel scales there with group-64 elsewhere {_or_not(e.mixed)} ({sure})."
             )
 
 
@@ -309,6 +315,11 @@ def _findings(e: Evidence, decisive: tuple[str, ...]) -> tuple[Finding, ...]:
             value += f", overlap of outliers with safety {e.overlap:.2g} (p = {e.overlap_p:.2g})"
         add(GEOMETRY, f"{value}; reported, not used")
     return tuple(found)
+
+
+def _or_not(taken: Estimate | None) -> str:
+    """What a fix takes away, if it was tried."""
+    return "(not tried)" if taken is None else str(taken)
 
 
 def _kept(e: Evidence, layers: list[int] | None = None) -> str:

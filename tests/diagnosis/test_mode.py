@@ -385,7 +385,12 @@ def known(**values: float) -> Effects:
         ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.1, "mixed": np.nan}, "undetermined"),
         ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.1, "channel": np.nan}, "undetermined"),
         ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "top": 0.1, "random": np.nan}, "undetermined"),
-        ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.9, "random_layer": np.nan}, "outlier-as-safety"),
+        ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.9, "random_layer": np.nan}, "conflicting"),
+        ({"loss": 0.9, "group64": 0.9, "kept": 0.9, "pcr": 0.1, "random_layer": np.nan}, "conflicting"),
+        (
+            {"loss": 0.9, "group64": 0.9, "kept": 0.9, "pcr": 0.1, "alone": 0.05, "random_layer": np.nan},
+            "outlier-crushes-safety",
+        ),
         ({"loss": 0.9, "group64": 0.1, "kept": 0.9, "pcr": 0.9}, "conflicting"),
         ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "top": 0.9}, "multi-layer dilution"),
         ({"loss": 0.9, "group64": 0.1, "kept": 0.1, "top": 0.1}, "hyper-vulnerable"),

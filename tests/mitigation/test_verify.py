@@ -21,7 +21,7 @@ from kvgeom.mitigation.harmless import harmless_under
 from kvgeom.mitigation.verify import Verification
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.memory import cache_bytes
-from kvgeom.stats import mcnemar, reduction_estimate
+from kvgeom.stats import mcnemar, reduction_estimate, wilson
 from tests.builders.judges import ArbitraryJudge
 from tests.builders.mitigation import verification as drawn_verification
 from tests.builders.plans import OPTIONS, OTHERS, SET, TINY, plan, verified
@@ -42,6 +42,7 @@ def verification(
         "recovery_high": [nan if e is None else e.high for e in recovery],
         "p": [mcnemar(row, rows["unmitigated"]) for row in rows.values()],
         "spoils": [False, spoils, False],
+        "ci_high": [wilson(int(row.sum()), len(lost))[1] for row in rows.values()],
         "harmless_lost": [0, 7, 0],
         "harmless_margin": np.array(["open", margin, "open"], dtype=object),
         "harmless_refused": [0, 6, 0],
