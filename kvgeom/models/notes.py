@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 #: Attribute of a transformers model with what was found while it was read.
 _NOTES = "_kvgeom_notes"
-#: A matrix with a larger share of rows of zeros is noted; of an embedding, of the rows that text can reach.
-_ZERO_SHARE = 0.01
+#: A matrix with a larger share of rows of zeros is noted, and an embedding or a head with a larger share of those rows that text
+#: reaches. Some heads or channels may have been cut off a model.
+_ZERO_SHARE, _ZERO_TOKENS = 0.1, 0.01
 #: Tokens of a prompt that a norm is watched on.
 _TOKENS = 8
 #: Settings of generation that change the next token of greedy decoding, and the value with which they do nothing.
@@ -80,9 +81,10 @@ def _zeros(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         ):  # of a quantization: of other parts
             continue
         zero = ~(x.detach() != 0).flatten(1).any(1)
+        most = _ZERO_SHARE
         if id(x) in tables:  # rows of no token, or of one that no text has, are often left at zero
-            zero = zero[[token for token in words if token < len(zero)]]
-        if int(zero.sum()) > _ZERO_SHARE * len(zero):
+            zero, most = zero[[token for token in words if token < len(zero)]], _ZERO_TOKENS
+        if int(zero.sum()) > most * len(zero):
             found.append(name if zero.all() else f"{name} ({int(zero.sum()):,} of {len(zero):,} rows)")
     if not found:
         return []

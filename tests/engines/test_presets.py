@@ -219,7 +219,7 @@ def test_scheme_rows() -> None:
 def test_projection_presets_need_no_cache_window() -> None:
     with pytest.raises(InputError, match="keeps no tokens"):
         Placement(where="projection", residual=4)
-    with pytest.raises(InputError, match="0 or more"):
+    with pytest.raises(InputError, match="0 to 2147483648"):
         Placement(sinks=-1)
     with pytest.raises(InputError, match="residual=0"):
         Placement(flush="all")

@@ -88,7 +88,8 @@ def test_what_the_mode_prescribes_cures(case: Case) -> None:
         assert {str(s) for pair in case.plan.paper.recipe for s in pair} == {"int3-sym-group64"}
     else:
         kept = {layer for layer, pair in enumerate(case.plan.paper.recipe) if pair == (None, None)}
-        assert kept == set(planted)
+        # Of several layers those are kept that were tried together: the three that alone lose most.
+        assert kept == set(planted) or (mode == "multi-layer dilution" and kept > set(planted) and len(kept) == 3)
 
 
 def test_what_the_mode_rules_out_does_not(case: Case) -> None:
