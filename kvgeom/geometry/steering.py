@@ -6,13 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 import xarray as xr
 from numpy.typing import NDArray
-from torch import Tensor
 
 from kvgeom.checks import suggests, whole
 from kvgeom.errors import InputError, brief
@@ -21,6 +20,7 @@ from kvgeom.evaluation.inputs import as_encoded, made_with, opened
 from kvgeom.evaluation.reader import Reader
 from kvgeom.evaluation.respond import Responses, respond
 from kvgeom.evaluation.scores import mean_log_likelihood
+from kvgeom.geometry.interventions import ablate, add
 from kvgeom.judges.judge import LABELS, Judge
 from kvgeom.judges.registry import as_judge
 from kvgeom.models.model import EncodedPrompt, Model
@@ -32,56 +32,6 @@ from kvgeom.stats import wilson
 
 if TYPE_CHECKING:
     from kvgeom.models.model import ResidEdit
-
-Point = Literal["pre", "attn", "post"]
-
-
-def ablate(directions: Tensor) -> ResidEdit:
-    """Take a direction out of everything that the residual stream receives, at every layer and token.
-
-    Parameters
-    ----------
-    directions : Tensor [rows, d_model] or [d_model]
-        One for each row of the batch, or one for all; scaled to unit length here.
-
-    References
-    ----------
-    Directional ablation, Arditi et al., arXiv:2406.11717, section 2.4.
-    """
-    unit = (directions / directions.norm(dim=-1, keepdim=True)).reshape(-1, 1, directions.shape[-1])
-
-    def edit(layer: int, point: Point, x: Tensor) -> Tensor:
-        r = unit.to(x.device, x.dtype)
-        ablated: Tensor = x - (x * r).sum(-1, keepdim=True) * r
-        return ablated
-
-    return edit
-
-
-def add(directions: Tensor, layers: int | Sequence[int]) -> ResidEdit:
-    """Add a direction, as long as it is, to the residual stream after a layer, at every token.
-
-    Parameters
-    ----------
-    directions : Tensor [rows, d_model] or [d_model]
-    layers : int or sequence of int
-        After which layer; one for each row, or one for all.
-
-    References
-    ----------
-    Activation addition, Arditi et al., arXiv:2406.11717, section 2.4.
-    """
-    rows = directions.reshape(-1, 1, directions.shape[-1])
-    after = torch.as_tensor([layers] if isinstance(layers, int) else list(layers))
-
-    def edit(layer: int, point: Point, x: Tensor) -> Tensor:
-        here = after == layer
-        if point != "post" or not here.any():
-            return x
-        changed: Tensor = x + (rows * here[:, None, None]).to(x.device, x.dtype)
-        return changed
-
-    return edit
 
 
 @dataclass(frozen=True, repr=False)
