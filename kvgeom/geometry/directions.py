@@ -311,7 +311,7 @@ def _cell(
     gap = difference_of_means(x, harmful)
     size = float(np.linalg.norm(gap))
     if known is not None:
-        unit = along(gap, oriented(known, gap))
+        unit = along(gap, oriented(known, None))
         return unit, {"cosine_with_mean": float(unit @ gap) / size if size > 0 else float("nan")}
     k = min(k, method.most(1, int(min(harmful.sum(), (~harmful).sum()))))
     basis, drawn = bootstrap(x, harmful, method, k=k, samples=samples, seed=seed)

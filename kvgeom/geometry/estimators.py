@@ -88,13 +88,14 @@ def estimate(features: Floats, harmful: NDArray[np.bool_], method: str | Method 
     return oriented(found.directions(features, harmful, k), difference_of_means(features, harmful))
 
 
-def oriented(directions: Floats, gap: Floats) -> Floats:
+def oriented(directions: Floats, gap: Floats | None) -> Floats:
     """Directions made orthonormal one after the other, each with the class difference on its positive side.
 
     Parameters
     ----------
     directions : array [channels, k]
-    gap : array [channels]
+    gap : array [channels] or None
+        Without it each stays on its own side.
 
     Returns
     -------
@@ -111,9 +112,9 @@ def oriented(directions: Floats, gap: Floats) -> Floats:
         if left > DEPENDENT * size:
             columns.append(rest / left)
     if not columns:
-        return np.zeros((len(gap), 1))
+        return np.zeros((len(directions), 1))
     basis = np.stack(columns, axis=1)
-    signed: Floats = basis * np.where(gap @ basis < 0, -1.0, 1.0)
+    signed: Floats = basis if gap is None else basis * np.where(gap @ basis < 0, -1.0, 1.0)
     return signed
 
 
@@ -334,8 +335,10 @@ def fit_direction(
         index = list(names).index(tried[0])
         return Direction(tried[0], gaps[index], np.zeros((len(gaps[index]), k)), Separation(0.5, 1.0, 0.0), False)
     best = max(found, key=lambda index: (found[index].auroc, found[index].effect))
-    directions = by.subspace(x, harmful, best, defined, k) if found_before is None else found_before[best]
-    basis = oriented(directions, gaps[best])
+    if found_before is None:
+        basis = oriented(by.subspace(x, harmful, best, defined, k), gaps[best])
+    else:  # on the side that causes refusal
+        basis = oriented(found_before[best], None)
     gap = by.gap(x[:, best], harmful)
     best_separation = separation(x[:, best], harmful)
     return Direction(list(names)[best], gap.astype(np.float64), basis.astype(np.float64), best_separation, True)

@@ -39,8 +39,9 @@ class Clusters(Method):
         differences = paired_differences(features, harmful)
         # The starts that are drawn depend on the order of the rows: it is made one that prompts and rotations leave alone.
         differences = differences[np.argsort((differences**2).sum(1), kind="stable")]
+        mean: Floats = differences.mean(0)
         if k == 1:
-            return differences.mean(0)[:, None]
+            return mean[:, None]
         k = min(k, len(np.unique(differences, axis=0)))
         found = KMeans(k, n_init=10, random_state=self.seed).fit(differences)
         centres, sizes = found.cluster_centers_, np.bincount(found.labels_, minlength=k)

@@ -58,7 +58,7 @@ def self_organizing_map(rows: Floats, neurons: int, rounds: int = 30, last: floa
         nearest = distance.argmin(1)
         weights = np.exp(-apart[:, nearest] / (2 * radius**2))
         units = weights @ rows / np.maximum(weights.sum(1, keepdims=True), np.finfo(float).tiny)
-    return units, np.bincount(nearest, minlength=neurons)
+    return units, np.bincount(nearest, minlength=neurons).astype(float)
 
 
 @dataclass(frozen=True)
