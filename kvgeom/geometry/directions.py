@@ -210,7 +210,7 @@ def compare(
     InputError
         For methods or positions that do not exist, or numbers that are no whole ones.
     """
-    chosen_methods = _as_methods(methods)
+    chosen_methods = as_methods(methods)
     chosen = (
         [space.positions[-1], space.positions[0]]
         if positions is None
@@ -287,8 +287,8 @@ def compare(
 _NUMBERS = ("stability", "stability_low", "stability_high", "separation", "auroc", "cosine_with_mean")
 
 
-def _as_methods(given: Any) -> list[Method]:
-    """Methods, each with another name."""
+def as_methods(given: Any) -> list[Method]:
+    """Some methods, each with another name; all that need no more of the model than was read by default."""
     if given is None:
         return [METHODS[name] for name in from_features()]
     if isinstance(given, Method):
@@ -314,6 +314,7 @@ def _cell(
         unit = along(gap, oriented(known, None))
         return unit, {"cosine_with_mean": float(unit @ gap) / size if size > 0 else float("nan")}
     k = min(k, method.most(1, int(min(harmful.sum(), (~harmful).sum()))))
+    method = method.resampled(x, harmful)  # what it chooses by the data, once for all that follows
     basis, drawn = bootstrap(x, harmful, method, k=k, samples=samples, seed=seed)
     unit = along(gap, basis)
     found = {

@@ -12,6 +12,7 @@ from kvgeom.engines.registry import resolve
 from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.geometry.activations import ActivationStore
 from kvgeom.geometry.directions import Directions, compare
+from kvgeom.geometry.effects import Effects, effects
 from kvgeom.geometry.estimators import position_of
 from kvgeom.geometry.fitted import FittedSpace, Source, check_prompts
 from kvgeom.geometry.methods.registry import Method
@@ -74,6 +75,17 @@ class Subspace(FittedSpace):
     ) -> Directions:
         """Directions by every method, with their stability; see :func:`kvgeom.geometry.directions.compare`."""
         return compare(self, methods, positions, k=k, heads=heads, samples=samples, progress=progress, seed=seed)
+
+    @suggests(name for name in signature(effects).parameters if name != "space")
+    def effects(self, methods: Sequence[str | Method] | str | Method | None = None, **options: Any) -> Effects:
+        """What directions do when they are ablated and added; see :func:`kvgeom.geometry.effects.effects`.
+
+        Raises
+        ------
+        InputError
+            For an unknown option, and as that function.
+        """
+        return effects(self, methods, **options)
 
     @suggests(name for name in signature(select_direction).parameters if name != "space")
     def select(self, **options: Any) -> Selection:
