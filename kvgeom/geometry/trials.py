@@ -15,7 +15,7 @@ from kvgeom.evaluation.scores import kl_divergence, margin
 from kvgeom.geometry.activations import Site
 from kvgeom.geometry.estimators import along, estimate, oriented
 from kvgeom.geometry.fitted import FittedSpace
-from kvgeom.geometry.interventions import CacheDirections, Change, ablate_subspaces, add
+from kvgeom.geometry.interventions import CacheDirections, CacheSite, Change, ablate_subspaces, add
 from kvgeom.geometry.methods.mean import difference_of_means
 from kvgeom.geometry.methods.registry import as_method
 from kvgeom.models.batching import in_batches, rows_per_batch
@@ -228,19 +228,20 @@ def _adding(
 
 def _caching(model: Model, prompt: EncodedPrompt, adding: bool, where: str) -> Callable[[Sequence[Trial]], Tensor]:
     def run(part: Sequence[Trial]) -> Tensor:
-        edits = [cache_edit(trial.site, trial.parts, adding, where) for trial in part]
         first = [min(trial.parts) for trial in part]
-        return model.forward_branches(prompt.ids, edits, first)[1:, -1]
+        # One edit of all rows, the first of which is left as it is: an edit for each would be asked in turn.
+        edit = CacheDirections([{}, *(changes_of(trial.site, trial.parts, adding) for trial in part)], where)
+        edits = [edit] * len(part)
+        return model.forward_branches(prompt.ids, edits, first, cache=model.new_cache(edit))[1:, -1]
 
     return run
 
 
-def cache_edit(site: Site, parts: Mapping[int, Part], adding: bool, where: str) -> CacheDirections:
-    """The edit of a cache that ablates or adds directions in keys or values, by layer."""
+def changes_of(site: Site, parts: Mapping[int, Part], adding: bool) -> dict[tuple[int, CacheSite], Change]:
+    """What ablates or adds directions in keys or values, by layer."""
     if site == "resid":
         raise ValueError("the residual stream is in no cache")
-    changes = {
+    return {
         (layer, site): Change.addition(part.shift) if adding else Change.ablation(part.basis, part.level)
         for layer, part in parts.items()
     }
-    return CacheDirections(changes, where)
