@@ -14,7 +14,7 @@ from kvgeom.geometry.methods.registry import Floats, Method, register_method
 def shrinkage_of(within: Floats) -> tuple[float, float]:
     """Ledoit and Wolf's shrinkage of a covariance, and the variance that it is shrunk to.
 
-    The same as ``sklearn.covariance.LedoitWolf(assume_centered=True)``, from inner products of rows alone: there are far fewer
+    The same as ``sklearn.covariance.LedoitWolf(assume_centered=True)``, from inner products alone: there are mostly far fewer
     rows than channels.
 
     Parameters
@@ -34,11 +34,12 @@ def shrinkage_of(within: Floats) -> tuple[float, float]:
     Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices, J. Multivar. Anal. 88 (2004).
     """
     rows, channels = within.shape
-    gram = within @ within.T
-    variance = float(np.trace(gram)) / rows / channels
+    squares = (within**2).sum(1)
+    gram = within @ within.T if rows < channels else within.T @ within  # of the same sum of squares
+    variance = float(squares.sum()) / rows / channels
     squared = float((gram**2).sum()) / rows**2  # of the covariance's entries
     distance = squared / channels - variance**2  # of the covariance from its target
-    error = (float((np.diag(gram) ** 2).sum()) / rows - squared) / rows / channels
+    error = (float((squares**2).sum()) / rows - squared) / rows / channels
     if distance <= 0 or error <= 0:
         return (0.0 if error <= 0 < distance else 1.0), variance
     return min(1.0, error / distance), variance
