@@ -16,7 +16,7 @@ from kvgeom.errors import InputError
 from kvgeom.evaluation.scores import margin
 from kvgeom.geometry.directions import compare
 from kvgeom.geometry.estimators import bootstrap, estimate
-from kvgeom.geometry.interventions import ablate, add
+from kvgeom.geometry.interventions import CacheDirections, Change, ablate, add
 from kvgeom.geometry.methods.logistic import logistic_weights
 from kvgeom.geometry.methods.mean import difference_of_means
 from kvgeom.geometry.methods.registry import from_features
@@ -366,6 +366,33 @@ def test_steer(space, tmp_path) -> None:  # type: ignore[no-untyped-def]
     assert str(found.data.text.sel(intervention="ablate", prompt=2).values) == model.decode(tokens)
     with pytest.raises(InputError, match="direction"):
         steer(model, np.zeros(model.geometry.d_model), 1, space.harmful, space.harmless)
+
+
+@pytest.mark.parametrize("site", ["k", "v"])
+def test_steer_in_keys_and_values(space, site: Any) -> None:  # type: ignore[no-untyped-def]
+    """Answers under the edit of a cache, token by token as alone."""
+    model = space.model
+    rng = np.random.default_rng(0)
+    direction, level = 9 * rng.standard_normal(model.geometry.channels), rng.standard_normal(model.geometry.channels)
+    found = steer(
+        model, direction, 1, space.harmful, space.harmless[:3], site=site, level=level, max_new_tokens=5, progress=False
+    )
+    assert found.meta["site"] == site
+    u = (direction / np.linalg.norm(direction))[:, None]
+    for name, change, row, prompt in (
+        ("ablate", Change.ablation(u, level), 1, space.harmful[1]),
+        ("add", Change.addition(direction), len(space.harmful) + 2, space.harmless[2]),
+    ):
+        cache = model.new_cache(CacheDirections({(1, site): change}))
+        first = int(model.forward(prompt.ids, cache)[-1].argmax())
+        alone = model.generate([cache], [first], 5)[0]
+        assert str(found.data.text.sel(intervention=name, prompt=row).values) == model.decode(alone)
+    with pytest.raises(InputError, match="level"):
+        steer(model, direction, 1, space.harmful, space.harmless, site=site, level=[1.0], progress=False)
+    with pytest.raises(InputError, match="shape"):
+        steer(model, direction, 1, space.harmful, space.harmless, progress=False)
+    with pytest.raises(InputError, match="unknown site"):
+        steer(model, direction, 1, space.harmful, space.harmless, site="kk", progress=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
