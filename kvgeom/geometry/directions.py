@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from kvgeom.checks import as_names, as_seed, at_coordinates, suggests, whole
 from kvgeom.errors import InputError, brief
 from kvgeom.geometry.activations import SITES, site_width
-from kvgeom.geometry.estimators import along, bootstrap, defined_at, held_out, oriented
+from kvgeom.geometry.bases import along, oriented
+from kvgeom.geometry.estimators import bootstrap, defined_at, held_out
 from kvgeom.geometry.fitted import FittedSpace
 from kvgeom.geometry.methods.mean import difference_of_means
 from kvgeom.geometry.methods.registry import METHODS, Floats, Method, as_method, from_features
@@ -41,7 +42,7 @@ class Directions(Result):
       ``harmful`` over (prompt).
 
     Of a method with several dimensions the direction is the one within its subspace that lies nearest to the difference of
-    means, and stability is that of the whole subspace (:func:`kvgeom.geometry.estimators.agreement`).
+    means, and stability is that of the whole subspace (:func:`kvgeom.geometry.bases.agreement`).
 
     With ``heads=True`` the directions of every KV head alone, found in its channels, are there too, over (estimator,
     position, layer, kv, head): ``head_stability`` with its interval, ``head_separation``, ``head_auroc``,

@@ -14,14 +14,13 @@ from scipy.stats import rankdata
 from kvgeom.checks import one_of
 from kvgeom.errors import InputError
 from kvgeom.geometry.activations import SITES, Site
+from kvgeom.geometry.bases import agreement, along, oriented
 from kvgeom.geometry.methods.mean import difference_of_means
 from kvgeom.geometry.methods.registry import Floats, Method, as_method
 from kvgeom.geometry.separation import Separation, folds_of, separation
 
 #: A class difference smaller than this share of the mean square is rounding error of the arithmetic, not signal.
 COINCIDENT = 1e-10
-#: A direction with less than this share of its length outside of those before it adds no dimension.
-DEPENDENT = 1e-6
 #: What a direction stands for by where it is read (Zhao et al., arXiv:2507.11878): whether a request is harmful is known at its
 #: own tokens, whether it will be refused at the last token of the template, from which the answer begins.
 CONCEPTS: Mapping[str, str] = {"harmfulness": "instruction", "refusal": "template-1"}
@@ -88,51 +87,6 @@ def estimate(features: Floats, harmful: NDArray[np.bool_], method: str | Method 
     return oriented(found.directions(features, harmful, k), difference_of_means(features, harmful))
 
 
-def oriented(directions: Floats, gap: Floats | None) -> Floats:
-    """Directions made orthonormal one after the other, each with the class difference on its positive side.
-
-    Parameters
-    ----------
-    directions : array [channels, k]
-    gap : array [channels] or None
-        Without it each stays on its own side.
-
-    Returns
-    -------
-    array [channels, at most k]
-        Without directions that depend on those before. A single one of length 0 stays.
-    """
-    columns: list[Floats] = []
-    for direction in directions.T:
-        rest, size = direction.astype(np.float64), float(np.linalg.norm(direction))
-        for _ in range(2):  # twice is enough, once is not
-            for column in columns:
-                rest = rest - column * float(column @ rest)
-        left = float(np.linalg.norm(rest))
-        if left > DEPENDENT * size:
-            columns.append(rest / left)
-    if not columns:
-        return np.zeros((len(directions), 1))
-    basis = np.stack(columns, axis=1)
-    signed: Floats = basis if gap is None else basis * np.where(gap @ basis < 0, -1.0, 1.0)
-    return signed
-
-
-def along(gap: Floats, basis: Floats) -> Floats:
-    """The unit vector of a subspace that lies nearest to the class difference; zero where there is none.
-
-    Parameters
-    ----------
-    gap : array [channels]
-    basis : array [channels, k]
-        Orthonormal.
-    """
-    part = basis @ (basis.T @ gap)
-    size = float(np.linalg.norm(part))
-    found: Floats = part / size if size > 0 else part
-    return found
-
-
 def resampled(harmful: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.int64]:
     """Row numbers of one bootstrap sample: pairs are drawn together where both classes are of one size."""
     bad, good = np.flatnonzero(harmful), np.flatnonzero(~harmful)
@@ -182,26 +136,6 @@ def bootstrap(
         rows = resampled(harmful, rng)
         agreements[number] = agreement(whole, estimate(features[rows], harmful[rows], drawing, k))
     return (whole if turn is None else turn.T @ whole), agreements
-
-
-def agreement(one: Floats, other: Floats) -> float:
-    """How far two subspaces agree: 1 if one contains the other.
-
-    Parameters
-    ----------
-    one, other : array [channels, k]
-        Orthonormal columns, or a column of 0.
-
-    Returns
-    -------
-    float
-        Of two single directions the cosine, with its sign; of more, the root of the mean squared cosine of the principal
-        angles, as many as the smaller has dimensions.
-    """
-    cosines = one.T @ other
-    if cosines.shape == (1, 1):
-        return float(cosines[0, 0])
-    return float(np.sqrt((cosines**2).sum() / min(cosines.shape)))
 
 
 def held_out(
@@ -306,9 +240,12 @@ def fit_direction(
     k: int,
     method: str | Method,
     resolution: NDArray[np.float64],
+    *,
+    stacked: Sequence[str] | None = None,
+    draws: int = 999,
     found_before: Floats | None = None,
 ) -> Direction:
-    """The subspace of one layer and site, at the best separated position.
+    """The subspace of one layer and site, at the best separated of some positions.
 
     Parameters
     ----------
@@ -320,28 +257,50 @@ def fit_direction(
         Those to choose from.
     k : int
     method : str or Method
-        As in :func:`estimate`; ``"mean"`` with k > 1 takes the leading singular vectors of the differences at all positions
-        tried.
+        As in :func:`estimate`; ``"mean"`` with k > 1 takes the leading singular vectors of the differences at several
+        positions.
     resolution : array [positions, channels]
         As in :func:`defined_at`.
+    stacked : sequence of str, optional
+        These positions; those tried by default.
+    draws : int
+        Labelings of the separation's p-value.
     found_before : array [positions, channels, k], optional
         Directions at every position, of a method that needs the model (:meth:`~kvgeom.geometry.methods.registry.Method.bases`).
     """
     by = as_method(method)
     gaps = difference_of_means(x, harmful)
-    defined = defined_at(x, harmful, resolution) & np.isin(names, tried)
+    differ = defined_at(x, harmful, resolution)
+    defined = differ & np.isin(names, tried)
     found = {index: separation(x[:, index], harmful, draws=0) for index in map(int, np.flatnonzero(defined))}
     if not found:
         index = list(names).index(tried[0])
         return Direction(tried[0], gaps[index], np.zeros((len(gaps[index]), k)), Separation(0.5, 1.0, 0.0), False)
     best = max(found, key=lambda index: (found[index].auroc, found[index].effect))
-    if found_before is None:
-        basis = oriented(by.subspace(x, harmful, best, defined, k), gaps[best])
-    else:  # on the side that causes refusal
-        basis = oriented(found_before[best], None)
+    several = differ & np.isin(names, tried if stacked is None else stacked)
+    basis = basis_at(x, harmful, best, several, k, by, found_before)
     gap = by.gap(x[:, best], harmful)
-    best_separation = separation(x[:, best], harmful)
+    best_separation = separation(x[:, best], harmful, draws=draws)
     return Direction(list(names)[best], gap.astype(np.float64), basis.astype(np.float64), best_separation, True)
+
+
+def basis_at(
+    x: NDArray[np.float64],
+    harmful: NDArray[np.bool_],
+    position: int,
+    stacked: NDArray[np.bool_],
+    k: int,
+    method: str | Method,
+    found_before: Floats | None = None,
+) -> Floats:
+    """Orthonormal basis ``[channels, at most k]`` at one position, of ``"mean"`` with k > 1 from the gaps at several.
+
+    Directions that were found before stay on the side that they have, which for a cone is the one that causes refusal.
+    """
+    if found_before is not None:
+        return oriented(found_before[position], None)
+    gap = difference_of_means(x[:, position], harmful)
+    return oriented(as_method(method).subspace(x, harmful, position, stacked, k), gap)
 
 
 def as_dataset(found: Mapping[tuple[int, Site], Direction], layers: Sequence[int], tried: int) -> xr.Dataset:

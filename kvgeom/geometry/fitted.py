@@ -115,7 +115,7 @@ class FittedSpace(Result):
                 k,
                 by,
                 source.resolution(layer, site),
-                bases.get((layer, site)),
+                found_before=bases.get((layer, site)),
             )
             for layer in geometry.stores
             for site in SITES

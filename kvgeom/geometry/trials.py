@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kvgeom.evaluation.scores import kl_divergence, margin
 from kvgeom.geometry.activations import Site
-from kvgeom.geometry.estimators import along, estimate, oriented
+from kvgeom.geometry.bases import along, oriented
+from kvgeom.geometry.estimators import estimate
 from kvgeom.geometry.fitted import FittedSpace
 from kvgeom.geometry.interventions import CacheDirections, CacheSite, Change, ablate_subspaces, add
 from kvgeom.geometry.methods.mean import difference_of_means

@@ -11,16 +11,8 @@ from hypothesis import strategies as st
 
 import kvgeom
 from kvgeom.errors import InputError
-from kvgeom.geometry.estimators import (
-    CONCEPTS,
-    agreement,
-    along,
-    bootstrap,
-    estimate,
-    held_out,
-    most_dimensions,
-    oriented,
-)
+from kvgeom.geometry.bases import agreement, along, oriented
+from kvgeom.geometry.estimators import CONCEPTS, bootstrap, estimate, held_out, most_dimensions
 from kvgeom.geometry.methods.clusters import Clusters
 from kvgeom.geometry.methods.cone import Cone
 from kvgeom.geometry.methods.logistic import Logistic
