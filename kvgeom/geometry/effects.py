@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
-from kvgeom.checks import as_names, as_seed, suggests, whole, whole_numbers
+from kvgeom.checks import as_names, as_seed, one_of, suggests, whole, whole_numbers
 from kvgeom.errors import InputError
 from kvgeom.evaluation.inputs import as_tokens, made_with
 from kvgeom.geometry.activations import SITES, Site
 from kvgeom.geometry.fitted import FittedSpace
 from kvgeom.geometry.methods.registry import Method, as_method
-from kvgeom.geometry.trials import Outcome, Part, Trial, parts_of_heads, parts_of_space, random_part, run_trials
+from kvgeom.geometry.trials import Outcome, run_trials, trials_of
 from kvgeom.progress import shown
 from kvgeom.prompts.load import as_prompt_set
 from kvgeom.prompts.sets import held_out
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     pass
 
 Floats = NDArray[np.float64]
+#: What directions are compared with.
+CONTROLS = ("random", "dealt")
 #: Names of the numbers of every cell: of the ablation in harmful requests, and of the addition in harmless ones.
 SIDES = {"lost": True, "induced": False}
 
@@ -46,8 +48,8 @@ class Effects(Result):
     - ``lost_p``, ``induced_p``: share of random directions that do as much, the direction counted in; with 19 draws it is 0.05
       where none does;
     - ``kl`` (nats): divergence of the next token of harmless requests under the ablation, mean;
-    - ``control_margin``, ``control_refuses`` and ``control_kl`` over (draw, ...): the same of random directions: of as many
-      dimensions as the largest subspace, added at the same length.
+    - ``control_margin``, ``control_refuses`` and ``control_kl`` over (draw, ...): the same of random directions, of the kind
+      that ``meta["control"]`` says: of as many dimensions as the largest subspace, added at the same length.
 
     Of keys and values there is also what the directions of all layers do together: ``together_margin``, ``together_refuses``
     over (estimator, kv, prompt), ``together_kl``, and their controls. With ``heads=True``, what the direction of every KV head
@@ -186,6 +188,7 @@ def effects(
     sites: Sequence[Site] | Site | None = None,
     heads: bool = False,
     controls: int = 19,
+    control: Literal["random", "dealt"] = "random",
     tokens: Iterable[int] | None = None,
     progress: bool = True,
     seed: int = 0,
@@ -221,6 +224,9 @@ def effects(
         Try the direction of every KV head alone, too.
     controls : int
         Random directions beside each layer and site.
+    control : {"random", "dealt"}
+        Directions of any kind, or such along which requests differ: differences of means with the labels of half of the
+        pairs swapped. The second is the harder to beat.
     tokens : iterable of int, optional
         First tokens of refusals; found by asking the model the harmful requests of the space otherwise.
     seed : int
@@ -251,6 +257,7 @@ def effects(
             "effects need at least two of each"
         )
     k, controls, seed = whole("k", k, 1), whole("controls", controls), as_seed(seed)
+    one_of("control", control, CONTROLS)
     at = list(geometry.stores) if layers is None else sorted({*whole_numbers("layers", layers, 0, geometry.layers - 1)})
     geometry.check_stores(at, model.name)
     where: list[Any] = list(SITES) if sites is None else as_names("site", sites, SITES)
@@ -267,7 +274,7 @@ def effects(
             type(space).fit(space.source, min(k, method.most(len(tried), pairs)), method, position)  # type: ignore[arg-type]
             for method in chosen
         ]
-        trials = list(_trials(space, spaces, at, where, heads, controls, seed))
+        trials = list(trials_of(spaces, at, where, heads, controls, control, seed))
         encoded = [*model.encode(asked.harmful), *model.encode(asked.harmless)]
         found = run_trials(model, encoded, len(asked.harmful), trials, r, space.placement.where)
     names = [method.name for method in chosen]
@@ -298,54 +305,11 @@ def effects(
         "k": k,
         "tried": list(tried),
         "tokens": sorted(r),
+        "control": control,
         "seed": seed,
         "head_dim": geometry.head_dim,
     }
     return Effects(data, meta)
-
-
-def _trials(
-    space: FittedSpace,
-    spaces: Sequence[FittedSpace],
-    layers: Sequence[int],
-    sites: Sequence[Site],
-    heads: bool,
-    controls: int,
-    seed: int,
-) -> Iterable[Trial]:
-    """Everything that is tried, each with the variable and the place that its numbers go to."""
-    cached = [site for site in sites if site != "resid"]
-    rng = np.random.default_rng(seed)
-    kv_heads = space.model.geometry.kv_heads
-    for s, site in enumerate(sites):
-        every: list[list[dict[int, Part]]] = [[{} for _ in spaces], [{} for _ in range(controls)]]
-        for row, layer in enumerate(layers):
-            parts = [parts_of_space(one, layer, site) for one in spaces]
-            like = next((part for part in parts if part is not None), None)
-            most = max((part.basis.shape[1] for part in parts if part is not None), default=1)
-            random = [] if like is None else [random_part(like, most, rng) for _ in range(controls)]
-            named: list[tuple[str, Sequence[Part | None]]] = [("", parts), ("control_", random)]
-            for kind, (name, some) in enumerate(named):
-                for number, part in enumerate(some):
-                    if part is not None:
-                        every[kind][number][layer] = part
-                        yield Trial(name, (number, row, s), site, {layer: part})
-            if heads and site != "resid":
-                by_head = [parts_of_heads(one, layer, site) for one in spaces]
-                for head in range(kv_heads):
-                    own = [None if part is None else part[head] for part in by_head]
-                    like = next((part for part in own if part is not None), None)
-                    random = [] if like is None else [random_part(like, most, rng) for _ in range(controls)]
-                    named = [("head_", own), ("head_control_", random)]
-                    for name, some in named:
-                        for number, part in enumerate(some):
-                            if part is not None:
-                                yield Trial(name, (number, row, cached.index(site), head), site, {layer: part})
-        if site != "resid":
-            for name, all_layers in zip(("together_", "together_control_"), every, strict=True):
-                for number, together in enumerate(all_layers):
-                    if together:
-                        yield Trial(name, (number, cached.index(site)), site, together)
 
 
 #: Dimensions of the numbers by the prefix of their names.

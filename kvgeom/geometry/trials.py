@@ -17,7 +17,7 @@ from kvgeom.geometry.bases import along, oriented
 from kvgeom.geometry.estimators import estimate
 from kvgeom.geometry.fitted import FittedSpace
 from kvgeom.geometry.interventions import CacheDirections, CacheSite, Change, ablate_subspaces, add
-from kvgeom.geometry.methods.mean import difference_of_means
+from kvgeom.geometry.methods.mean import difference_of_means, paired_differences
 from kvgeom.geometry.methods.registry import as_method
 from kvgeom.models.batching import in_batches, rows_per_batch
 from kvgeom.models.model import EncodedPrompt, Model
@@ -123,6 +123,82 @@ def random_part(like: Part, k: int, rng: np.random.Generator) -> Part:
     basis = np.zeros((len(like.level), k))
     basis[channels] = np.linalg.qr(rng.standard_normal((len(channels), k)))[0]
     return Part(basis, like.level, basis[:, 0] * float(np.linalg.norm(like.shift)))
+
+
+def dealt_part(like: Part, k: int, rng: np.random.Generator, x: Floats, harmful: NDArray[np.bool_]) -> Part:
+    """Differences of means with the labels of half of the pairs swapped, in the channels that a part touches.
+
+    What all pairs have in common cancels; what is left is along directions in which requests differ, by whatever they differ.
+
+    Parameters
+    ----------
+    like : Part
+        Of the same length is what is added.
+    k : int
+        Such differences, made orthonormal.
+    rng : numpy.random.Generator
+    x : array [prompts, channels]
+    harmful : bool array [prompts]
+    """
+    differences = paired_differences(x, harmful) * like.basis.any(1)
+    pairs = len(differences)
+    signs = np.where(np.argsort(rng.random((k, pairs)), axis=1) < pairs // 2, -1.0, 1.0)
+    basis = oriented((signs @ differences).T / pairs, None)
+    basis64 = basis.astype(np.float64)
+    return Part(basis64, like.level, basis64[:, 0] * float(np.linalg.norm(like.shift)))
+
+
+def trials_of(
+    spaces: Sequence[FittedSpace],
+    layers: Sequence[int],
+    sites: Sequence[Site],
+    heads: bool,
+    controls: int,
+    control: str,
+    seed: int,
+) -> Iterator[Trial]:
+    """Everything that is tried, each with the variable and the place that its numbers go to."""
+    cached = [site for site in sites if site != "resid"]
+    rng = np.random.default_rng(seed)
+    kv_heads = spaces[0].model.geometry.kv_heads
+
+    def beside(parts: Sequence[Part | None], layer: int, site: Site) -> list[Part]:
+        like = next((part for part in parts if part is not None), None)
+        if like is None:
+            return []
+        most = max(part.basis.shape[1] for part in parts if part is not None)
+        if control == "random":
+            return [random_part(like, most, rng) for _ in range(controls)]
+        found = spaces[0].directions[layer, site]
+        x = spaces[0].features(layer, site)[:, spaces[0].positions.index(found.position)]
+        return [dealt_part(like, most, rng, x, spaces[0].is_harmful) for _ in range(controls)]
+
+    for s, site in enumerate(sites):
+        every: list[list[dict[int, Part]]] = [[{} for _ in spaces], [{} for _ in range(controls)]]
+        for row, layer in enumerate(layers):
+            parts = [parts_of_space(one, layer, site) for one in spaces]
+            random = beside(parts, layer, site)
+            named: list[tuple[str, Sequence[Part | None]]] = [("", parts), ("control_", random)]
+            for kind, (name, some) in enumerate(named):
+                for number, part in enumerate(some):
+                    if part is not None:
+                        every[kind][number][layer] = part
+                        yield Trial(name, (number, row, s), site, {layer: part})
+            if heads and site != "resid":
+                by_head = [parts_of_heads(one, layer, site) for one in spaces]
+                for head in range(kv_heads):
+                    own = [None if part is None else part[head] for part in by_head]
+                    random = beside(own, layer, site)
+                    named = [("head_", own), ("head_control_", random)]
+                    for name, some in named:
+                        for number, part in enumerate(some):
+                            if part is not None:
+                                yield Trial(name, (number, row, cached.index(site), head), site, {layer: part})
+        if site != "resid":
+            for name, all_layers in zip(("together_", "together_control_"), every, strict=True):
+                for number, together in enumerate(all_layers):
+                    if together:
+                        yield Trial(name, (number, cached.index(site)), site, together)
 
 
 def run_trials(

@@ -16,11 +16,12 @@ from kvgeom.evaluation.scores import kl_divergence, margin
 from kvgeom.geometry.effects import Effects, cross_fitted, p_of
 from kvgeom.geometry.independence import Independence, independence
 from kvgeom.geometry.interventions import CacheDirections, Change, ablate, ablate_subspaces, add
+from kvgeom.geometry.trials import Part, dealt_part
 from kvgeom.models.hf import HFModel
 from kvgeom.organisms import Size
 from kvgeom.prompts.sets import PromptSet
 from tests.builders.requests import MORE_PAIRS
-from tests.builders.tiny import tiny_model
+from tests.builders.tiny import tiny_hf_model, tiny_model, tiny_tokenizer
 
 TOKENS = {5, 9, 30}
 OTHERS = PromptSet(
@@ -187,12 +188,75 @@ def test_a_refusal_direction_shows_and_random_ones_do_not(trained: HFModel) -> N
         ({"methods": ["men"]}, "mean"),
         ({"k": 0}, "k must be"),
         ({"controls": -1}, "controls"),
+        ({"control": "shuffled"}, "control"),
         ({"contrls": 1}, "controls"),
     ],
 )
 def test_effects_that_cannot_be_had(space: Any, options: dict[str, Any], word: str) -> None:
     with pytest.raises(InputError, match=word):
         space.effects(**{"prompts": OTHERS, "tokens": TOKENS, "progress": False, **options})
+
+
+@pytest.mark.parametrize("backend", ["lens", "nnsight"])
+def test_backends_have_the_same_effects(backend: str) -> None:
+    found = []
+    for name in ("hf", backend):
+        hf = tiny_hf_model("qwen2")
+        hf.set_attn_implementation("eager")
+        model = kvgeom.load(hf, tokenizer=tiny_tokenizer(), backend=name)
+        own = kvgeom.subspace(model, MORE_PAIRS, position="instruction", progress=False)
+        found.append(own.effects(prompts=OTHERS, controls=1, tokens=TOKENS, progress=False).data)
+    for name in ("margin", "control_margin", "together_margin", "kl"):
+        np.testing.assert_allclose(found[1][name], found[0][name], atol=3e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "phi3", "gpt_neox"])
+def test_architectures(kind: str) -> None:
+    """Windows, fused projections, biases: directions at the projection, too."""
+    for placement in ("cache", "paper"):
+        own = kvgeom.subspace(tiny_model(kind), MORE_PAIRS, position="instruction", placement=placement, progress=False)
+        data = own.effects(prompts=OTHERS, controls=1, layers=[1, 2], tokens=TOKENS, progress=False).data
+        assert np.isfinite(data.margin).all()
+        assert (np.abs(data.lost) > 1e-6).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 3))
+def test_dealt_directions_are_differences_without_what_pairs_have_in_common(seed: int, k: int) -> None:
+    rng = np.random.default_rng(seed)
+    twins, common = rng.standard_normal((8, 6)), rng.standard_normal(6)
+    own = np.concatenate([0.1 * rng.standard_normal((8, 5)), np.zeros((8, 1))], axis=1)
+    x, harmful = np.concatenate([twins + 50 * common + own, twins]), np.arange(16) < 8
+    like = Part(np.eye(6)[:, :1] + np.ones((6, 1)), np.zeros(6), np.array([3.0, 0, 4, 0, 0, 0]))
+    found = dealt_part(like, k, np.random.default_rng(seed), x, harmful)
+    np.testing.assert_allclose(found.basis.T @ found.basis, np.eye(k), atol=1e-8)
+    assert np.linalg.norm(found.shift) == pytest.approx(5)
+    # Only the pairs' own differences are left, which are 0 in the last channel.
+    np.testing.assert_allclose(found.basis[5], 0, atol=1e-6)
+
+
+def test_dealt_directions_beside(space: Any) -> None:
+    found = space.effects(
+        prompts=OTHERS, layers=[2], controls=3, control="dealt", heads=True, tokens=TOKENS, progress=False
+    )
+    assert found.meta["control"] == "dealt"
+    assert np.isfinite(found.data.control_margin).all()
+    assert np.isfinite(found.data.head_control_margin).all()
+
+
+def test_figure_of_effects(found: Effects) -> None:
+    figure = found.plot(site="v")
+    lines = {(trace.name, trace.xaxis): trace for trace in figure.data if trace.name in ("mean", "pca")}
+    assert len(lines) == 4
+    for method in ("mean", "pca"):
+        for axis, side in (("x", "lost"), ("x2", "induced")):
+            drawn = lines[method, axis]
+            np.testing.assert_allclose(drawn.y, found.data[side].sel(estimator=method, site="v"), equal_nan=True)
+    band = next(trace for trace in figure.data if trace.name == "random directions")
+    random = found.data.clean_margin - found.data.control_margin.sel(site="v")
+    random = random.isel(prompt=found.data.harmful.values).mean("prompt", skipna=False)
+    assert max(band.y) == pytest.approx(float(random.max()))
+    assert min(band.y) == pytest.approx(float(random.min()))
 
 
 # --- independence ---
@@ -246,7 +310,6 @@ def test_harmfulness_and_refusal_depend_on_each_other_and_not_on_what_nothing_re
     found = independence(trained, directions, size.prompts().take(8).harmful, progress=False)
     share = found.data.dependence
     control = float(found.data.control_high.sel(direction="refusal"))
-    print(share, control)
     assert found.independent("harmfulness", "refusal") is False
     assert float(share.sel(ablated="harmfulness", direction="refusal")) > 2 * control
     assert float(share.sel(ablated="nothing", direction="refusal")) < 2 * control
