@@ -142,8 +142,9 @@ def dealt_part(like: Part, k: int, rng: np.random.Generator, x: Floats, harmful:
     """
     differences = paired_differences(x, harmful) * like.basis.any(1)
     pairs = len(differences)
-    signs = np.where(np.argsort(rng.random((k, pairs)), axis=1) < pairs // 2, -1.0, 1.0)
-    basis = oriented((signs @ differences).T / pairs, None)
+    # More than are needed: of few pairs, two may have the same labels, or the opposite ones.
+    signs = np.where(np.argsort(rng.random((4 * k, pairs)), axis=1) < pairs // 2, -1.0, 1.0)
+    basis = oriented((signs @ differences).T / pairs, None)[:, :k]
     basis64 = basis.astype(np.float64)
     return Part(basis64, like.level, basis64[:, 0] * float(np.linalg.norm(like.shift)))
 
