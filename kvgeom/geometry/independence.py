@@ -31,9 +31,9 @@ class Independence(Result):
     - ``change`` over (ablated, direction, layer, prompt): by how much another direction's ablation moves that cosine;
       ``control_change`` over (draw, direction, layer, prompt): of random directions;
     - ``dependence`` over (ablated, direction): root mean square of ``change`` over layers and requests, relative to that of
-      ``cosine``, with a 95 % bootstrap interval over requests; 0 where directions are representationally independent, near 1
-      where the ablation leaves nothing of the other. ``control`` over (direction): the mean over random directions, and
-      ``control_high``, the largest of them;
+      ``cosine``, with a 95 % bootstrap interval over requests; 0 where directions are representationally independent, 1
+      where the ablation changes the cosine by as much as there is of it, 2 where it turns it around. ``control`` over
+      (direction): the mean over random directions, and ``control_high``, the largest of them;
     - ``between`` over (direction, other): cosine of the directions themselves. Orthogonal ones may depend on each other through
       the layers.
 

@@ -113,7 +113,7 @@ def dependence_map(independence: Plottable) -> go.Figure:
     """How much of each direction is gone when another is ablated.
 
     How to read it: a row is the direction that is ablated, a column the one that is looked at. 0 (white) says that the residual
-    stream lies along it as before, 1 that its ablation changes that as much as there is to lose. The last row is the largest effect
+    stream lies along it as before, 1 that the ablation changes that by as much as there is of it, 2 that it turns it around. The last row is the largest effect
     of any random direction: cells that do not stand out from it are independent by this measure, whatever the cosine of the two
     directions, which the hover text has.
 
@@ -145,7 +145,7 @@ def dependence_map(independence: Plottable) -> go.Figure:
             y=rows,
             z=values,
             zmin=0,
-            zmax=1,
+            zmax=max(1.0, float(np.nanmax(values))),
             colorscale=[[0, "white"], [1, ACCENT]],
             xgap=1,
             ygap=1,
