@@ -102,9 +102,9 @@ def test_backends_have_the_same_derivatives(backend: str) -> None:
 def test_a_cone_reaches_its_losses(trained_space: Any, refusals: frozenset[int], start: Any) -> None:
     """On requests that it has not seen: margin lost, margin induced, and nothing else changed; random directions do not."""
     model = trained_space.model
-    found = trained_space.refit(method=Cone(start=start, tokens=tuple(refusals)))
+    found = trained_space.refit(method=Cone(start=start, tokens=tuple(refusals)), position="instruction")
     notes = found.meta["method_notes"]
-    assert notes["loss_after"] < 0.1 * notes["loss_before"]
+    assert notes["loss_after"] < min(0.05, 0.2 * notes["loss_before"])  # of a class difference there is little to gain
     basis = found.directions[notes["layer"], "resid"].basis
     np.testing.assert_allclose(basis.T @ basis, np.eye(1), atol=1e-5)
     held = Size(3).prompts().take(8)
@@ -134,7 +134,7 @@ def test_a_cone_reaches_its_losses(trained_space: Any, refusals: frozenset[int],
 
 def test_every_direction_between_the_columns_of_a_cone(trained_space: Any, refusals: frozenset[int]) -> None:
     model = trained_space.model
-    found = trained_space.refit(method=Cone(tokens=tuple(refusals), seed=1), k=2)
+    found = trained_space.refit(method=Cone(tokens=tuple(refusals), seed=1), k=2, position="instruction")
     basis = found.directions[2, "resid"].basis
     np.testing.assert_allclose(basis.T @ basis, np.eye(2), atol=1e-5)
     prompts = model.encode(Size(3).prompts().take(6).harmful)
@@ -211,7 +211,7 @@ def test_an_organism_keeps_its_refusal_direction(
     organism = plant(trained, "outlier-crushes-safety", seed=5, prompts=size.prompts("train").take(24), progress=False)
     method = Cone(steps=20, tokens=tuple(refusals))
     here, there = (
-        space.refit(method=method)
+        space.refit(method=method, position="instruction")
         for space in (trained_space, kvgeom.subspace(organism.model, size.prompts("train").take(12), progress=False))
     )
     one, other = (found.directions[1, "resid"].basis[:, 0] for found in (here, there))

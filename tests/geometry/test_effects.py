@@ -160,7 +160,7 @@ def test_the_best_of_many_layers_is_not_better_than_it_is() -> None:
 
 def test_a_refusal_direction_shows_and_random_ones_do_not(trained: HFModel) -> None:
     size = Size(3)
-    space = kvgeom.subspace(trained, size.prompts("train").take(12), progress=False)
+    space = kvgeom.subspace(trained, size.prompts("train").take(12), position="instruction", progress=False)
     found = space.effects(
         ["mean", "whitened"], prompts=size.prompts().take(6), sites=["v", "resid"], controls=19, progress=False
     )
