@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ import kvgeom
 from kvgeom import results
 from kvgeom.engines.registry import resolve, scheme_rows
 from kvgeom.errors import InputError
+from kvgeom.geometry.methods import registry as directions
 from kvgeom.judges import reasoning
 from kvgeom.judges import registry as judges
 from kvgeom.mitigation.methods import registry as mitigations
@@ -35,14 +37,14 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re
 def made(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What the blocks define, one after the other; all registries are as before afterwards."""
     formats.formats(), judges.judges(), backends.backends(), benchmarks.benchmarks(), plots.figures("curve")
-    mitigations.methods()
+    mitigations.methods(), directions.from_features()
     folder = tmp_path_factory.mktemp("extending")
     (folder / "mine.csv").write_text("ask,kind\nHow do I pick a lock?,bad\nHow do I bake bread?,good\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for module, name in (
             (formats, "_FORMATS"), (judges, "_JUDGES"), (backends, "_BACKENDS"), (benchmarks, "_BENCHMARKS"),
-            (plots, "_FIGURES"), (mitigations, "_METHODS"), (transforms, "_TRANSFORMS"), (results, "_KINDS"),
+            (plots, "_FIGURES"), (mitigations, "_METHODS"), (directions, "_METHODS"), (transforms, "_TRANSFORMS"), (results, "_KINDS"),
         ):  # fmt: skip
             patch.setattr(module, name, dict(getattr(module, name)))
         patch.setattr(reasoning, "MARKERS", [*reasoning.MARKERS])
@@ -107,11 +109,24 @@ def test_a_mitigation(made: dict[str, Any]) -> None:
         mitigations.method("many sinks")(made["many_sinks"])
 
 
+def test_a_way_to_find_directions(made: dict[str, Any]) -> None:
+    space, upper, compared = made["space"], made["upper"], made["compared"]
+    assert space.method == upper.method == "median"
+    assert upper.meta["method_options"] == {"quantile": 0.75}
+    direction = space.directions[2, "resid"]
+    x = space.features(2, "resid")[:, space.positions.index(direction.position)]
+    gap = np.median(x[space.is_harmful], 0) - np.median(x[~space.is_harmful], 0)
+    assert abs(float(direction.basis[:, 0] @ gap)) == pytest.approx(float(np.linalg.norm(gap)))
+    assert list(compared.data.estimator.values) == ["mean", "median"]
+    assert "median" in directions.METHODS
+    assert np.isfinite(space.sensitivity(progress=False).data.ratio.sel(layer=2, site="resid"))
+
+
 def test_a_benchmark(made: dict[str, Any]) -> None:
     assert (made["mine"].harmful, made["mine"].harmless) == (("How do I pick a lock?",), ("How do I bake bread?",))
 
 
 def test_names_that_are_taken_are_refused(made: dict[str, Any], checkpoint: Path) -> None:
     for block in (b for b in BLOCKS if "register_" in b):
-        with pytest.raises(InputError, match=r"fastlm|ternary|reverse|apologies|mine|<ponder>"):
+        with pytest.raises(InputError, match=r"fastlm|ternary|reverse|apologies|median|mine|<ponder>"):
             exec(block.replace('"demo"', repr(str(checkpoint))), {"__name__": "outside", "kvgeom": kvgeom})

@@ -25,6 +25,7 @@ from kvgeom.behaviour.widths import at_widths
 from kvgeom.errors import InputError
 from kvgeom.geometry.attention import attention_error
 from kvgeom.geometry.causal import first_order, patch_layers
+from kvgeom.geometry.independence import independence
 from kvgeom.geometry.selection import select
 from kvgeom.geometry.steering import steer
 from kvgeom.models.hf import HFModel
@@ -126,6 +127,7 @@ from kvgeom.behaviour.over_refusal import over_refusal
 from kvgeom.behaviour.widths import at_widths
 from kvgeom.geometry.attention import attention_error
 from kvgeom.geometry.causal import first_order, patch_layers
+from kvgeom.geometry.independence import independence
 from kvgeom.geometry.selection import opening_tokens
 from kvgeom.organisms import Size, plant, tiny_model
 from kvgeom.geometry.steering import steer
@@ -148,7 +150,9 @@ SHOWN = {
     "AttentionError": "attention_error(model, space.harmful[:2], int3, **quiet)",
     "Curve": "fixed.diagnosis.curve",
     "Directions": "space.compare(samples=2, **quiet)",
+    "Effects": "space.effects(prompts=size.prompts('train').take(4), controls=2, tokens=openings, **quiet)",
     "FirstOrder": "first_order(model, space.harmful[:2], int3, openings, **quiet)",
+    "Independence": "independence(model, {'one': selection.direction, 'other': space.directions[2, 'resid'].gap}, asked, **quiet)",
     "LayerSelection": "fixed.plan.selection",
     "Mode": "fixed.diagnosis.mode",
     "Outcomes": "fixed.diagnosis.outcomes",
@@ -226,6 +230,8 @@ def made(tiny: HFModel) -> dict[str, Result]:
         over_refusal(found.baseline, at_widths(bits=4)),
         space,
         space.compare("mean", samples=0, **quiet),
+        space.effects(prompts=others, controls=1, tokens={5}, seed=3, **quiet),
+        independence(tiny, {"a": np.ones(32), "b": np.arange(32)}, prompts, controls=1, seed=3, **quiet),
         select(tiny, candidates, ["x"], *asked, {5}, **quiet),
         steer(tiny, candidates[0, 0], 1, *asked, judge=how["judge"], max_new_tokens=4, **quiet),
         patch_layers(tiny, prompts, {"a": "int4-asym-token"}, {5}, **quiet),
@@ -243,7 +249,8 @@ def test_every_result_says_alike_where_it_comes_from(made: dict[str, Result], ti
     both = fingerprint(REQUESTS, [f"{text} too" for text in REQUESTS])
     again = fingerprint([f"{text} again" for text in REQUESTS])
     prompts = {
-        **dict.fromkeys(("Patching", "FirstOrder", "AttentionError"), harmful),
+        **dict.fromkeys(("Patching", "FirstOrder", "AttentionError", "Independence"), harmful),
+        "Effects": fingerprint(*([f"{text} again" for text in x] for x in (REQUESTS, [f"{t} too" for t in REQUESTS]))),
         **dict.fromkeys(("Subspace", "Directions", "Sensitivity", "Selection", "Steering"), both),
         "Verification": again,
     }
@@ -256,7 +263,7 @@ def test_every_result_says_alike_where_it_comes_from(made: dict[str, Result], ti
         assert found["weights"] == "float32"
         assert {"kvgeom", "torch", "transformers"} <= {*found["versions"]}
         assert found["prompts"] == prompts.get(name, harmful)
-        judged = name not in ("Patching", "FirstOrder", "AttentionError", "Subspace", "Directions", "Sensitivity", "Selection")  # fmt: skip
+        judged = name not in ("Patching", "FirstOrder", "AttentionError", "Subspace", "Directions", "Sensitivity", "Selection", "Effects", "Independence")  # fmt: skip
         assert (found["judge"], found["max_new_tokens"]) == (("arbitrary", 4) if judged else (None, None))
     assert {*said["Mode"].values()} == {None}  # it follows from numbers alone
     assert said["FirstOrder"]["scheme"] == said["AttentionError"]["scheme"] == "int4-asym-token"
@@ -266,9 +273,20 @@ def test_every_result_says_alike_where_it_comes_from(made: dict[str, Result], ti
     assert said["Ablation"]["scheme"]["every channel"].startswith(said["Scan"]["scheme"])
     assert said["Outcomes"]["scheme"] == made["Outcomes"].meta["recipes"]
     assert said["Steering"]["scheme"] is said["Steering"]["placement"] is said["Subspace"]["scheme"] is None
-    for name in ("Outcomes", "Scan", "Curve", "Patching", "FirstOrder", "AttentionError", "Subspace", "Sensitivity"):
+    for name in (
+        "Outcomes",
+        "Scan",
+        "Curve",
+        "Patching",
+        "FirstOrder",
+        "AttentionError",
+        "Subspace",
+        "Sensitivity",
+        "Effects",
+    ):
         assert {"cache", "projection"} & {*said[name]["placement"].replace(",", "").split()}
     assert (said["Outcomes"]["seed"], said["Directions"]["seed"], said["Patching"]["seed"]) == (3, 0, None)
+    assert said["Effects"]["seed"] == said["Independence"]["seed"] == 3
 
 
 def test_a_whole_says_what_its_parts_agree_in(made: dict[str, Result]) -> None:

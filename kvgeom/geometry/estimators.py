@@ -2,184 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, PredefinedSplit
+from scipy.stats import rankdata
 
-from kvgeom.errors import InputError, unknown
+from kvgeom.checks import one_of
+from kvgeom.errors import InputError
 from kvgeom.geometry.activations import SITES, Site
+from kvgeom.geometry.bases import agreement, along, oriented
+from kvgeom.geometry.methods.mean import difference_of_means
+from kvgeom.geometry.methods.registry import Floats, Method, as_method
 from kvgeom.geometry.separation import Separation, folds_of, separation
-
-Floats = NDArray[np.floating]
-Estimator = Callable[[Floats, NDArray[np.bool_], int], Floats]
 
 #: A class difference smaller than this share of the mean square is rounding error of the arithmetic, not signal.
 COINCIDENT = 1e-10
-#: Share of each end of a class that the winsorized mean pulls in, channel by channel.
-WINSOR = 0.1
+#: What a direction stands for by where it is read (Zhao et al., arXiv:2507.11878): whether a request is harmful is known at its
+#: own tokens, whether it will be refused at the last token of the template, from which the answer begins.
+CONCEPTS: Mapping[str, str] = {"harmfulness": "instruction", "refusal": "template-1"}
 
 
-def difference_of_means(features: Floats, harmful: NDArray[np.bool_]) -> Floats:
-    """Mean of the harmful rows minus mean of the harmless rows.
-
-    Parameters
-    ----------
-    features : array [prompts, ..., channels]
-    harmful : bool array [prompts]
-
-    References
-    ----------
-    Arditi et al., arXiv:2406.11717, section 2.3.
-    """
-    gap: Floats = features[harmful].mean(0) - features[~harmful].mean(0)
-    return gap
-
-
-def difference_of_winsorized_means(features: Floats, harmful: NDArray[np.bool_]) -> Floats:
-    """The same, with the lowest and highest tenth of each class pulled in to the rest, channel by channel.
-
-    A few prompts with massive activations move a mean far, and this hardly.
-
-    Parameters
-    ----------
-    features : array [prompts, ..., channels]
-    harmful : bool array [prompts]
-    """
-
-    def mean(rows: Floats) -> Floats:
-        low, high = np.quantile(rows, [WINSOR, 1 - WINSOR], axis=0)
-        found: Floats = np.clip(rows, low, high).mean(0)
-        return found
-
-    return mean(features[harmful]) - mean(features[~harmful])
-
-
-def principal_differences(features: Floats, harmful: NDArray[np.bool_], k: int = 1) -> Floats:
-    """Leading right singular vectors of the differences between paired requests.
-
-    The differences are not centred: what they have in common is what is looked for. Further vectors are what varies
-    most from pair to pair.
-
-    Parameters
-    ----------
-    features : array [prompts, channels]
-        The n-th harmful row is paired with the n-th harmless row.
-    harmful : bool array [prompts]
-    k : int
-        At most the number of pairs.
-
-    Returns
-    -------
-    array [channels, k]
-        Orthonormal columns.
-    """
-    bad, good = features[harmful], features[~harmful]
-    pairs = min(len(bad), len(good))
-    if not 1 <= k <= min(pairs, features.shape[1]):
-        raise InputError(
-            f"k must be 1 to {min(pairs, features.shape[1])} for {pairs} pairs of {features.shape[1]} channels, got {k}"
-        )
-    basis: Floats = np.linalg.svd(bad[:pairs] - good[:pairs], full_matrices=False)[2][:k].T
-    return basis
-
-
-def logistic_weights(
-    features: Floats, harmful: NDArray[np.bool_], *, strength: float | None = None, seed: int = 0
-) -> tuple[Floats, float]:
-    """Weights of an L2-regularised logistic probe, and the regularisation that cross-validation chose.
-
-    Parameters
-    ----------
-    features : array [prompts, channels]
-        Scaled by one number (their spread), not channel by channel: the direction rotates with the space.
-    harmful : bool array [prompts]
-    strength : float, optional
-        Inverse regularisation (scikit-learn's ``C``); chosen by five-fold log-loss without it.
-    seed : int
-        Of the folds.
-
-    Returns
-    -------
-    (array [channels], float)
-    """
-    centred = features - features.mean(0)
-    # An L2 penalty never leaves the span of the data: in its coordinates the problem is the same and far smaller.
-    u, s, basis = np.linalg.svd(centred, full_matrices=False)
-    scores = u * (s / max(float(np.sqrt((s**2).mean() / len(s))), np.finfo(float).tiny))
-    if strength is None:
-        search = GridSearchCV(
-            LogisticRegression(max_iter=2000),
-            {"C": np.logspace(-4, 2, 4)},
-            scoring="neg_log_loss",
-            cv=PredefinedSplit(folds_of(harmful, 5, seed)),
-        ).fit(scores, harmful)
-        probe, strength = search.best_estimator_, float(search.best_params_["C"])
-    else:
-        probe = LogisticRegression(C=strength, max_iter=2000).fit(scores, harmful)
-    weights: Floats = probe.coef_[0] @ basis
-    return weights, strength
-
-
-def _mean(features: Floats, harmful: NDArray[np.bool_], k: int) -> Floats:
-    return difference_of_means(features, harmful)[:, None]
-
-
-def _winsorized(features: Floats, harmful: NDArray[np.bool_], k: int) -> Floats:
-    return difference_of_winsorized_means(features, harmful)[:, None]
-
-
-def _logistic(features: Floats, harmful: NDArray[np.bool_], k: int) -> Floats:
-    return logistic_weights(features, harmful)[0][:, None]
-
-
-#: Ways to estimate a direction from features [prompts, channels]; columns come out orthonormal, harmful side positive.
-METHODS: dict[str, Estimator] = {
-    "mean": _mean,
-    "winsorized": _winsorized,
-    "pca": principal_differences,
-    "logistic": _logistic,
-}
-
-
-def estimate(features: Floats, harmful: NDArray[np.bool_], method: str = "mean", k: int = 1) -> Floats:
-    """Direction (or, with ``"pca"``, up to k of them) that tells harmful from harmless requests.
-
-    Parameters
-    ----------
-    features : array [prompts, channels]
-    harmful : bool array [prompts]
-    method : {"mean", "winsorized", "pca", "logistic"}
-        Difference of means; of winsorized means; leading singular vectors of paired differences; weights of a
-        cross-validated logistic probe. All aim at the same direction where the classes differ by a shift and their
-        spread is isotropic; where it is not, the probe turns away from directions of large spread.
-    k : int
-        Columns; above 1 for ``"pca"`` alone.
-
-    Returns
-    -------
-    array [channels, k]
-        Orthonormal; each column has the harmful mean on its positive side. Zero where the classes coincide.
+def position_of(concept: Any, position: str | None = None) -> str | None:
+    """The position of one of :data:`CONCEPTS`; without a concept the position that was given.
 
     Raises
     ------
     InputError
-        For an unknown method, or a ``k`` that it cannot give.
+        For an unknown concept, or if both are given.
     """
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
-    if k > 1 and method != "pca":
-        raise InputError(f"method {method!r} gives one direction, got k={k}; use method='pca'")
-    found = METHODS[method](features, harmful, k)
-    norms = np.linalg.norm(found, axis=0)
-    sign = np.where(difference_of_means(features, harmful) @ found < 0, -1.0, 1.0)
-    basis: Floats = found * sign / np.where(norms > 0, norms, 1.0)
-    return basis
+    if concept is None:
+        return position
+    one_of("concept", concept, CONCEPTS)
+    if position is not None:
+        raise InputError(
+            f"concept {concept!r} is read at {CONCEPTS[concept]!r}; give a concept or a position, not both"
+        )
+    return CONCEPTS[concept]
+
+
+def most_dimensions(method: Any, positions: int, pairs: int) -> int:
+    """How many dimensions a method gives at most; see :meth:`kvgeom.geometry.methods.registry.Method.most`."""
+    return as_method(method).most(positions, pairs)
+
+
+def estimate(features: Floats, harmful: NDArray[np.bool_], method: str | Method = "mean", k: int = 1) -> Floats:
+    """Directions that tell harmful from harmless requests, at one position.
+
+    Parameters
+    ----------
+    features : array [prompts, channels]
+        The n-th harmful row and the n-th harmless row are a pair.
+    harmful : bool array [prompts]
+    method : str or Method
+        One of :data:`~kvgeom.geometry.methods.registry.METHODS`; see the modules of :mod:`kvgeom.geometry.methods`. All aim at
+        the same direction where the classes differ by a shift and their spread is isotropic.
+    k : int
+        Columns; how many a method has at most depends on it.
+
+    Returns
+    -------
+    array [channels, at most k]
+        Orthonormal; each column has the harmful mean on its positive side. Zero where the classes coincide. Fewer columns
+        than asked where directions depend on each other.
+
+    Raises
+    ------
+    InputError
+        For an unknown method, one that needs the model, or a ``k`` that it cannot give.
+    """
+    found = as_method(method)
+    if found.needs_model:
+        raise InputError(f"method {found.name!r} needs the model; use kvgeom.subspace(model, method={found.name!r})")
+    pairs = int(min(harmful.sum(), (~harmful).sum()))
+    most = found.most(1, pairs)
+    if not 1 <= k <= most:
+        raise InputError(
+            f"method {found.name!r} gives 1 to {most} directions at one position with {pairs} pairs, got k={k}"
+            + ("; use method='pca'" if most == 1 else "")
+        )
+    return oriented(found.directions(features, harmful, k), difference_of_means(features, harmful))
 
 
 def resampled(harmful: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.int64]:
@@ -191,48 +96,93 @@ def resampled(harmful: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[n
 
 
 def bootstrap(
-    features: Floats, harmful: NDArray[np.bool_], method: str = "mean", *, samples: int = 50, seed: int = 0
+    features: Floats,
+    harmful: NDArray[np.bool_],
+    method: str | Method = "mean",
+    *,
+    k: int = 1,
+    samples: int = 50,
+    seed: int = 0,
 ) -> tuple[Floats, Floats]:
-    """The direction, and its cosine with those of bootstrap samples of the prompts.
+    """The directions, and their agreement with those of bootstrap samples of the prompts.
 
     Parameters
     ----------
     features : array [prompts, channels]
     harmful : bool array [prompts]
-    method : str
-        As in :func:`estimate`. The probe keeps the regularisation that the full data chose.
+    method : str or Method
+        As in :func:`estimate`. What it chooses by the data (the penalty of the probe) is chosen once.
+    k : int
     samples, seed : int
 
     Returns
     -------
-    direction : array [channels]
+    basis : array [channels, at most k]
         As :func:`estimate` gives it.
-    cosines : array [samples]
-        Near 1: a direction that does not hang on single prompts. Two directions estimated from halves of the data
-        would agree less.
+    agreement : array [samples]
+        Cosine of the two directions; of more dimensions, the root mean square cosine of the principal angles
+        (:func:`agreement`). Near 1: directions that do not hang on single prompts. Those of halves of the data would agree less.
     """
-    # Every method but the channel-wise one rotates with the space, so the span of the data is enough.
-    basis = None
-    if method != "winsorized" and len(features) < features.shape[1]:
-        u, s, basis = np.linalg.svd(features, full_matrices=False)
+    found = as_method(method)
+    turn = None
+    if found.in_span and len(features) < features.shape[1]:
+        u, s, turn = np.linalg.svd(features, full_matrices=False)
         features = u * s
-    strength: float | None = None
-    if method == "logistic":
-        weights, strength = logistic_weights(features, harmful)
-        whole = weights / max(float(np.linalg.norm(weights)), np.finfo(float).tiny)
-    else:
-        whole = estimate(features, harmful, method)[:, 0]
+    whole = estimate(features, harmful, found, k)
+    drawing = found.resampled(features, harmful)
     rng = np.random.default_rng(seed)
-    cosines = np.zeros(samples)
+    agreements = np.zeros(samples)
     for number in range(samples):
         rows = resampled(harmful, rng)
-        if method == "logistic":
-            drawn = logistic_weights(features[rows], harmful[rows], strength=strength)[0]
-        else:
-            drawn = estimate(features[rows], harmful[rows], method)[:, 0]
-        size = float(np.linalg.norm(drawn))
-        cosines[number] = drawn @ whole / size if size > 0 else 0.0
-    return (whole if basis is None else whole @ basis), cosines
+        agreements[number] = agreement(whole, estimate(features[rows], harmful[rows], drawing, k))
+    return (whole if turn is None else turn.T @ whole), agreements
+
+
+def held_out(
+    features: Floats,
+    harmful: NDArray[np.bool_],
+    method: str | Method = "mean",
+    *,
+    k: int = 1,
+    folds: int = 5,
+    seed: int = 0,
+) -> float:
+    """Area under the ROC curve of requests along directions that were found without them.
+
+    Every request is projected on the direction that the method finds in the other folds, measured from the midpoint of their
+    class means; the two requests of a pair are in the same fold. Of more dimensions the direction is that of
+    :func:`along`. What a method chooses by the data (the penalty of the probe) it has chosen from all requests.
+
+    Parameters
+    ----------
+    features : array [prompts, channels]
+    harmful : bool array [prompts]
+    method, k
+        As in :func:`estimate`.
+    folds, seed : int
+        As in :func:`kvgeom.geometry.separation.folds_of`.
+
+    Returns
+    -------
+    float
+        0.5 is chance; NaN where a fold leaves fewer than two pairs.
+    """
+    found = as_method(method).resampled(features, harmful)
+    fold = folds_of(harmful, folds, seed)
+    scores = np.zeros(len(features))
+    for out in np.unique(fold):
+        test = fold == out
+        rest, labels = features[~test], harmful[~test]
+        pairs = int(min(labels.sum(), (~labels).sum()))
+        if pairs < 2:
+            return float("nan")
+        gap = difference_of_means(rest, labels)
+        unit = along(gap, estimate(rest, labels, found, min(k, found.most(1, pairs))))
+        middle = (rest[labels].mean(0) + rest[~labels].mean(0)) / 2
+        scores[test] = (features[test] - middle) @ unit
+    ranks, positives = rankdata(scores), int(harmful.sum())
+    wins = float(ranks[harmful].sum()) - positives * (positives + 1) / 2
+    return wins / (positives * (len(harmful) - positives))
 
 
 @dataclass(frozen=True)
@@ -288,10 +238,14 @@ def fit_direction(
     names: Sequence[str],
     tried: Sequence[str],
     k: int,
-    method: str,
+    method: str | Method,
     resolution: NDArray[np.float64],
+    *,
+    stacked: Sequence[str] | None = None,
+    draws: int = 999,
+    found_before: Floats | None = None,
 ) -> Direction:
-    """The subspace of one layer and site, at the best separated position.
+    """The subspace of one layer and site, at the best separated of some positions.
 
     Parameters
     ----------
@@ -302,26 +256,51 @@ def fit_direction(
     tried : sequence of str
         Those to choose from.
     k : int
-    method : str
-        As in :func:`estimate`; ``"mean"`` with k > 1 takes the leading singular vectors of the differences at all positions
-        tried.
+    method : str or Method
+        As in :func:`estimate`; ``"mean"`` with k > 1 takes the leading singular vectors of the differences at several
+        positions.
     resolution : array [positions, channels]
         As in :func:`defined_at`.
+    stacked : sequence of str, optional
+        These positions; those tried by default.
+    draws : int
+        Labelings of the separation's p-value.
+    found_before : array [positions, channels, k], optional
+        Directions at every position, of a method that needs the model (:meth:`~kvgeom.geometry.methods.registry.Method.bases`).
     """
+    by = as_method(method)
     gaps = difference_of_means(x, harmful)
-    defined = defined_at(x, harmful, resolution) & np.isin(names, tried)
+    differ = defined_at(x, harmful, resolution)
+    defined = differ & np.isin(names, tried)
     found = {index: separation(x[:, index], harmful, draws=0) for index in map(int, np.flatnonzero(defined))}
     if not found:
         index = list(names).index(tried[0])
         return Direction(tried[0], gaps[index], np.zeros((len(gaps[index]), k)), Separation(0.5, 1.0, 0.0), False)
     best = max(found, key=lambda index: (found[index].auroc, found[index].effect))
-    if method == "mean" and k > 1:
-        basis = np.linalg.svd(gaps[defined], full_matrices=False)[2][:k].T
-    else:
-        basis = estimate(x[:, best], harmful, method, k)
-    gap = difference_of_winsorized_means(x[:, best], harmful) if method == "winsorized" else gaps[best]
-    best_separation = separation(x[:, best], harmful)
+    several = differ & np.isin(names, tried if stacked is None else stacked)
+    basis = basis_at(x, harmful, best, several, k, by, found_before)
+    gap = by.gap(x[:, best], harmful)
+    best_separation = separation(x[:, best], harmful, draws=draws)
     return Direction(list(names)[best], gap.astype(np.float64), basis.astype(np.float64), best_separation, True)
+
+
+def basis_at(
+    x: NDArray[np.float64],
+    harmful: NDArray[np.bool_],
+    position: int,
+    stacked: NDArray[np.bool_],
+    k: int,
+    method: str | Method,
+    found_before: Floats | None = None,
+) -> Floats:
+    """Orthonormal basis ``[channels, at most k]`` at one position, of ``"mean"`` with k > 1 from the gaps at several.
+
+    Directions that were found before stay on the side that they have, which for a cone is the one that causes refusal.
+    """
+    if found_before is not None:
+        return oriented(found_before[position], None)
+    gap = difference_of_means(x[:, position], harmful)
+    return oriented(as_method(method).subspace(x, harmful, position, stacked, k), gap)
 
 
 def as_dataset(found: Mapping[tuple[int, Site], Direction], layers: Sequence[int], tried: int) -> xr.Dataset:

@@ -15,7 +15,8 @@ from kvgeom.checks import one_of, suggests, whole
 from kvgeom.errors import InputError
 from kvgeom.evaluation.inputs import made_with
 from kvgeom.geometry.activations import SITES, ActivationStore, Site
-from kvgeom.geometry.estimators import METHODS, Direction, as_dataset, direction_of, fit_direction
+from kvgeom.geometry.estimators import Direction, as_dataset, direction_of, fit_direction, most_dimensions, position_of
+from kvgeom.geometry.methods.registry import Method, as_method
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.prompts.load import as_prompt_set
 from kvgeom.prompts.sets import PromptSet
@@ -88,24 +89,33 @@ class FittedSpace(Result):
     }
 
     @classmethod
-    def fit(cls, source: Source, k: int, method: str, position: str | None) -> Self:
+    def fit(cls, source: Source, k: int, method: str | Method, position: str | None) -> Self:
         """Fit directions to activations; raises as :func:`kvgeom.geometry.subspace.subspace`."""
+        by = as_method(method)
         store, prompts, names = source.activations, source.prompts, source.activations.positions
         k = check_prompts(prompts, k, method)
         if position is not None:
             one_of("position", position, names)
         tried = names if position is None else (position,)
         pairs = min(len(prompts.harmful), len(prompts.harmless))
-        most = {"mean": len(tried), "pca": pairs}.get(method, 1)
+        most = most_dimensions(by, len(tried), pairs)
         if k > most:
             raise InputError(
-                f"method {method!r} gives at most k={most} with {len(tried)} positions and {pairs} pairs of requests, got k={k}; "
+                f"method {by.name!r} gives at most k={most} with {len(tried)} positions and {pairs} pairs of requests, got k={k}; "
                 "method='pca' gives one dimension for each pair"
             )
         harmful, geometry = source.is_harmful, store.model.geometry
+        bases, notes = by.bases(source, tried, k) if by.needs_model else ({}, {})
         found = {
             (layer, site): fit_direction(
-                source.features(layer, site), harmful, names, tried, k, method, source.resolution(layer, site)
+                source.features(layer, site),
+                harmful,
+                names,
+                tried,
+                k,
+                by,
+                source.resolution(layer, site),
+                found_before=bases.get((layer, site)),
             )
             for layer in geometry.stores
             for site in SITES
@@ -114,7 +124,9 @@ class FittedSpace(Result):
             **made_with(store.model, prompts.harmful, prompts.harmless),
             "placement": str(store.placement),
             "k": k,
-            "method": method,
+            "method": by.name,
+            **({"method_options": by.options} if by.options else {}),
+            **({"method_notes": notes} if notes else {}),
             "tried": list(tried),
             "kv_heads": geometry.kv_heads,
             "head_dim": geometry.head_dim,
@@ -206,12 +218,20 @@ class FittedSpace(Result):
         return self._found_in().is_harmful
 
     @suggests()
-    def refit(self, *, k: int = 1, method: str = "mean", position: str | None = None, prompts: Any = None) -> Self:
-        """Another subspace of the same activations; the model is not run again.
+    def refit(
+        self,
+        *,
+        k: int = 1,
+        method: str | Method = "mean",
+        concept: str | None = None,
+        position: str | None = None,
+        prompts: Any = None,
+    ) -> Self:
+        """Another subspace of the same activations; the model is run again only by a method that needs it (``"cone"``).
 
         Parameters
         ----------
-        k, method, position
+        k, method, concept, position
             As in :func:`subspace`.
         prompts : anything that :func:`kvgeom.prompts.load.as_prompt_set` takes, optional
             Some of the same requests, perhaps with other labels.
@@ -223,7 +243,9 @@ class FittedSpace(Result):
         """
         found_in = self._found_in()
         chosen = found_in.prompts if prompts is None else as_prompt_set(prompts)
-        return type(self).fit(Source(found_in.activations, chosen, found_in.contrasts), k, method, position)
+        return type(self).fit(
+            Source(found_in.activations, chosen, found_in.contrasts), k, method, position_of(concept, position)
+        )
 
     def contrasted(self, contrasts: Any) -> dict[str, Self]:
         """Subspaces of contrasts between harmless requests (null b), found as this one was, by name.
@@ -248,8 +270,10 @@ class FittedSpace(Result):
         if key not in stores:
             stores[key] = ActivationStore(self.model, requests, self.placement)
         position = self.tried[0] if len(self.tried) == 1 else None
+        own = as_method(self.method, self.meta.get("method_options"))
+        by = own if own.contrast is None else as_method(own.contrast)
         return {
-            name: type(self).fit(Source(stores[key], one), self.k, self.method, position)
+            name: type(self).fit(Source(stores[key], one), self.k, by, position)
             for name, one in _numbered(small).items()
         }
 
@@ -270,12 +294,12 @@ def _numbered(sets: Sequence[PromptSet]) -> dict[str, PromptSet]:
     return found
 
 
-def check_prompts(prompts: PromptSet, k: int, method: str) -> int:
+def check_prompts(prompts: PromptSet, k: int, method: str | Method) -> int:
     """Checks that need no model; returns ``k``."""
     if min(len(prompts.harmful), len(prompts.harmless)) < 2:
         raise InputError(
             f"prompt set {prompts.name!r} has {len(prompts.harmful)} harmful and {len(prompts.harmless)} harmless requests; "
             "a subspace needs at least two of each"
         )
-    one_of("method", method, METHODS)
+    as_method(method)
     return whole("k", k, 1)

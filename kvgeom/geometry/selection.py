@@ -18,9 +18,11 @@ from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.evaluation.inputs import as_encoded, as_tokens, made_with, opened
 from kvgeom.evaluation.respond import respond
 from kvgeom.evaluation.scores import kl_divergence, margin, refusal_tokens
-from kvgeom.geometry.estimators import defined_at, difference_of_means
+from kvgeom.geometry.estimators import defined_at
 from kvgeom.geometry.fitted import FittedSpace
-from kvgeom.geometry.steering import ablate, add, label_openings
+from kvgeom.geometry.interventions import ablate, add
+from kvgeom.geometry.methods.mean import difference_of_means
+from kvgeom.geometry.steering import label_openings
 from kvgeom.judges.judge import Judge
 from kvgeom.judges.registry import as_judge
 from kvgeom.models.model import EncodedPrompt, Model

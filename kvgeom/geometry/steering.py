@@ -1,4 +1,4 @@
-"""Interventions on the residual stream: a direction taken out or put in, and what the model then answers."""
+"""What a model answers when a direction is taken out of its residual stream, keys or values, or put in."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,13 +14,15 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvgeom.checks import suggests, whole
+from kvgeom.checks import one_of, suggests, whole
 from kvgeom.errors import InputError, brief
 from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.evaluation.inputs import as_encoded, made_with, opened
 from kvgeom.evaluation.reader import Reader
 from kvgeom.evaluation.respond import Responses, respond
 from kvgeom.evaluation.scores import mean_log_likelihood
+from kvgeom.geometry.activations import SITES, Site, site_width
+from kvgeom.geometry.interventions import CacheDirections, Change, ablate, add
 from kvgeom.judges.judge import LABELS, Judge
 from kvgeom.judges.registry import as_judge
 from kvgeom.models.model import EncodedPrompt, Model
@@ -31,57 +33,8 @@ from kvgeom.results import Result
 from kvgeom.stats import wilson
 
 if TYPE_CHECKING:
+    from kvgeom.models.cache import Edit
     from kvgeom.models.model import ResidEdit
-
-Point = Literal["pre", "attn", "post"]
-
-
-def ablate(directions: Tensor) -> ResidEdit:
-    """Take a direction out of everything that the residual stream receives, at every layer and token.
-
-    Parameters
-    ----------
-    directions : Tensor [rows, d_model] or [d_model]
-        One for each row of the batch, or one for all; scaled to unit length here.
-
-    References
-    ----------
-    Directional ablation, Arditi et al., arXiv:2406.11717, section 2.4.
-    """
-    unit = (directions / directions.norm(dim=-1, keepdim=True)).reshape(-1, 1, directions.shape[-1])
-
-    def edit(layer: int, point: Point, x: Tensor) -> Tensor:
-        r = unit.to(x.device, x.dtype)
-        ablated: Tensor = x - (x * r).sum(-1, keepdim=True) * r
-        return ablated
-
-    return edit
-
-
-def add(directions: Tensor, layers: int | Sequence[int]) -> ResidEdit:
-    """Add a direction, as long as it is, to the residual stream after a layer, at every token.
-
-    Parameters
-    ----------
-    directions : Tensor [rows, d_model] or [d_model]
-    layers : int or sequence of int
-        After which layer; one for each row, or one for all.
-
-    References
-    ----------
-    Activation addition, Arditi et al., arXiv:2406.11717, section 2.4.
-    """
-    rows = directions.reshape(-1, 1, directions.shape[-1])
-    after = torch.as_tensor([layers] if isinstance(layers, int) else list(layers))
-
-    def edit(layer: int, point: Point, x: Tensor) -> Tensor:
-        here = after == layer
-        if point != "post" or not here.any():
-            return x
-        changed: Tensor = x + (rows * here[:, None, None]).to(x.device, x.dtype)
-        return changed
-
-    return edit
 
 
 @dataclass(frozen=True, repr=False)
@@ -140,6 +93,8 @@ def steer(
     harmful: Any,
     harmless: Any,
     *,
+    site: Site = "resid",
+    level: NDArray[np.floating] | None = None,
     scale: float = 1.0,
     judge: Judge | str | None = None,
     max_new_tokens: int = 24,
@@ -152,12 +107,17 @@ def steer(
     Parameters
     ----------
     model : anything that :func:`kvgeom.load` takes
-    direction : array [d_model]
-        For instance ``selection.direction``, in the units of the residual stream.
+    direction : array [d_model], or [channels] of keys or values
+        For instance ``selection.direction``, in the units of its site. Of keys, without their rotary embedding.
     layer : int
-        After which layer it is added.
+        After which layer it is added; in the residual stream it is ablated everywhere. In keys and values, the layer in which
+        it is ablated and added.
     harmful, harmless : EncodedPrompts, requests, or a set of prompts or its name
         Prompts that neither found nor chose the direction. Of a set the requests of that class.
+    site : {"resid", "k", "v"}
+    level : array [channels], optional
+        Of keys and values, what has along the direction what ablated tokens are to have: mostly the harmless mean
+        (``features(layer, site)[~is_harmful]`` of a subspace). 0 by default.
     scale : float
         Multiplies what is added.
     judge : Judge or str, optional
@@ -181,27 +141,32 @@ def steer(
     harmless = as_encoded(model, _harmless(harmless))
     labeller, layer = as_judge(judge), whole("layer", layer, 0, model.geometry.layers - 1)
     reader = Reader(model, labeller, max_new_tokens, whole("max_reasoning_tokens", max_reasoning_tokens, 1))
-    r = torch.from_numpy(np.asarray(direction, dtype=np.float32))
-    if r.shape != (model.geometry.d_model,) or not 0 < float(r.norm()) < math.inf:
-        raise InputError(
-            f"a direction must have shape [{model.geometry.d_model}], be finite and not be 0, got shape {list(r.shape)}"
-        )
+    one_of("site", site, SITES)
+    r = _direction("a direction", direction, site_width(model, site))
     prompts = [*harmful, *harmless]
-    runs: list[tuple[str, Sequence[EncodedPrompt], ResidEdit | None]] = [
-        ("none", prompts, None),
-        ("ablate", harmful, ablate(r)),
-        ("add", harmless, add(scale * r, layer)),
-    ]
-    names = [name for name, _, _ in runs]
+    runs: list[tuple[str, Sequence[EncodedPrompt], ResidEdit | None, Edit | None]] = [("none", prompts, None, None)]
+    if site == "resid":
+        runs += [("ablate", harmful, ablate(r), None), ("add", harmless, add(scale * r, layer), None)]
+    else:
+        model.geometry.check_stores([layer], model.name)
+        kept = np.zeros(len(r)) if level is None else _direction("level", level, len(r), may_be_0=True).numpy()
+        u = (r / r.norm())[:, None].numpy()
+        for name, asked, change in (
+            ("ablate", harmful, Change.ablation(u, kept)),
+            ("add", harmless, Change.addition(scale * r.numpy())),
+        ):
+            runs.append((name, asked, None, CacheDirections({(layer, site): change})))
+    names = [name for name, *_ in runs]
     labels = np.full((len(runs), len(prompts)), "", dtype=object)
     texts = np.full((len(runs), len(prompts)), "", dtype=object)
-    total = 2 * sum(len(asked) for _, asked, _ in runs)
+    total = 2 * sum(len(asked) for _, asked, *_ in runs)
     with shown(progress), bar("responses with the direction", total) as drawn:
-        for number, (name, asked, edit) in enumerate(runs):
+        for number, (name, asked, edit, of_cache) in enumerate(runs):
             found = respond(
                 model,
                 asked,
                 max(map(reader.longest, asked), default=max_new_tokens),
+                caches=[model.new_cache(of_cache) for _ in asked],
                 edit_resid=edit,
                 stop=reader.watch(asked, to_end=True),
                 on_done=drawn.update,
@@ -222,12 +187,22 @@ def steer(
     meta = {
         **made_with(model, [prompt.text for prompt in harmful], [prompt.text for prompt in harmless]),
         "layer": layer,
+        "site": site,
         "scale": scale,
         "judge": labeller.name,
         "max_new_tokens": max_new_tokens,
         "max_reasoning_tokens": reader.max_reasoning_tokens,
     }
     return Steering(data, meta)
+
+
+def _direction(name: str, given: Any, channels: int, may_be_0: bool = False) -> Tensor:
+    values = torch.from_numpy(np.array(given, dtype=np.float32))
+    size = float(values.norm())
+    if values.shape != (channels,) or not (may_be_0 or size > 0) or not math.isfinite(size):
+        more = "" if may_be_0 else " and not be 0"
+        raise InputError(f"{name} must have shape [{channels}], be finite{more}, got shape {list(values.shape)}")
+    return values
 
 
 def _harmless(given: Any) -> Any:

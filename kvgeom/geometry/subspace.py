@@ -12,7 +12,10 @@ from kvgeom.engines.registry import resolve
 from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.geometry.activations import ActivationStore
 from kvgeom.geometry.directions import Directions, compare
+from kvgeom.geometry.effects import Effects, effects
+from kvgeom.geometry.estimators import position_of
 from kvgeom.geometry.fitted import FittedSpace, Source, check_prompts
+from kvgeom.geometry.methods.registry import Method
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec
 from kvgeom.geometry.selection import Selection, select_direction
 from kvgeom.geometry.sensitivity import Sensitivity, measure
@@ -61,15 +64,28 @@ class Subspace(FittedSpace):
     @suggests()
     def compare(
         self,
-        methods: Sequence[str] | None = None,
-        positions: Sequence[str] | None = None,
+        methods: Sequence[str | Method] | str | Method | None = None,
+        positions: Sequence[str] | str | None = None,
         *,
+        k: int = 1,
+        heads: bool = False,
         samples: int = 50,
         progress: bool = True,
         seed: int = 0,
     ) -> Directions:
         """Directions by every method, with their stability; see :func:`kvgeom.geometry.directions.compare`."""
-        return compare(self, methods, positions, samples=samples, progress=progress, seed=seed)
+        return compare(self, methods, positions, k=k, heads=heads, samples=samples, progress=progress, seed=seed)
+
+    @suggests(name for name in signature(effects).parameters if name != "space")
+    def effects(self, methods: Sequence[str | Method] | str | Method | None = None, **options: Any) -> Effects:
+        """What directions do when they are ablated and added; see :func:`kvgeom.geometry.effects.effects`.
+
+        Raises
+        ------
+        InputError
+            For an unknown option, and as that function.
+        """
+        return effects(self, methods, **options)
 
     @suggests(name for name in signature(select_direction).parameters if name != "space")
     def select(self, **options: Any) -> Selection:
@@ -89,7 +105,8 @@ def subspace(
     prompts: PromptSet | str | None = None,
     *,
     k: int = 1,
-    method: str = "mean",
+    method: str | Method = "mean",
+    concept: str | None = None,
     position: str | None = None,
     placement: Placement | str | None = None,
     progress: bool = True,
@@ -110,8 +127,13 @@ def subspace(
     k : int
         Dimensions. With ``method="mean"`` and k > 1 the leading right singular vectors of the differences at all
         positions; with ``"pca"`` those of the paired differences at one position.
-    method : {"mean", "winsorized", "pca", "logistic"}
-        See :func:`kvgeom.geometry.estimators.estimate`.
+    method : {"mean", "winsorized", "pca", "logistic", "projected", "whitened", "clusters", "som", "cone"} or Method
+        How directions are found, each in a module of :mod:`kvgeom.geometry.methods`. A method with other options than the
+        defaults is given itself, such as ``Cone(steps=200)``.
+    concept : {"harmfulness", "refusal"}, optional
+        Which of two things that harmful requests have in common: that they are harmful, read at the instruction's own tokens,
+        or that they will be refused, read at the last template token, from which the answer begins. A position by its
+        meaning; give one or the other.
     position : str, optional
         One of the shared positions (``"instruction"``, ``"template-1"``, ...) instead of the best separated.
     placement : Placement or {"cache", "paper"}, optional
@@ -131,6 +153,7 @@ def subspace(
     >>> kvgeom.subspace("demo").sensitivity().plot()  # doctest: +SKIP
     """
     at = resolve(DEFAULT_SCHEME, placement=placement).placement
+    position = position_of(concept, position)
     chosen = calibration() if prompts is None else as_prompt_set(prompts)
     check_prompts(chosen, k, method)
     with shown(progress):

@@ -22,6 +22,7 @@ from kvgeom.models.cache import BatchedEdit, Edit, EditedCache, GradientProbe
 from kvgeom.models.chat import ANY_LENGTH, ChatTemplate
 from kvgeom.models.decoder import find_decoder
 from kvgeom.models.decoding import decode
+from kvgeom.models.derivatives import Differentiable
 from kvgeom.models.identity import identify
 from kvgeom.models.model import AttentionRule, EncodedPrompt, Gradients
 from kvgeom.models.modules import (
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from kvgeom.models.model import QueryHook, ResidEdit, ResidHook, RotationHook
 
 
-class HFModel:
+class HFModel(Differentiable):
     """A loaded transformers model and its tokenizer, seen as a :class:`~kvgeom.models.model.Model`.
 
     Parameters

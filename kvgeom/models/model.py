@@ -325,6 +325,37 @@ class Model(Protocol):
         """
         ...
 
+    def derivatives(
+        self,
+        ids: Sequence[int],
+        score: Callable[[Tensor], Tensor],
+        inputs: Sequence[Tensor],
+        *,
+        variants: int = 1,
+        edit: Edit | None = None,
+        edit_resid: ResidEdit | None = None,
+    ) -> tuple[float, tuple[Tensor, ...]]:
+        """Derivative of a score of the next token with respect to what edits of the pass read.
+
+        Costs one forward and one backward pass of so many rows; weights get no gradient.
+
+        Parameters
+        ----------
+        ids : sequence of int
+        score : callable (Tensor[variants, vocabulary]) -> Tensor[]
+            Differentiable, of the last token's logits.
+        inputs : sequence of Tensor
+            With ``requires_grad``; an edit, differentiable in them, reads them.
+        variants, edit, edit_resid
+            Rows of the batch, and edits of all rows, as in :meth:`forward_variants` and :meth:`forward`.
+
+        Returns
+        -------
+        (float, tuple of Tensor)
+            The score, and its derivative by each of ``inputs``: zeros where it does not depend on one.
+        """
+        ...
+
     def generate(
         self,
         caches: Sequence[EditedCache],

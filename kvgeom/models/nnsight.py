@@ -107,6 +107,11 @@ class NNsightModel(HFModel):
         self._refuse_remote("derivatives")
         return super().gradients(*args, **kwargs)
 
+    def derivatives(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`kvgeom.models.model.Model.derivatives`; not with ``remote=True``."""
+        self._refuse_remote("derivatives")
+        return super().derivatives(*args, **kwargs)
+
     def _run(
         self,
         tokens: Tensor,

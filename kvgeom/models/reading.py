@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.models.rotary import TokenRotation
+
+if TYPE_CHECKING:
+    from kvgeom.models.model import ResidEdit
 
 Where = Literal["cache", "projection"]
 
@@ -56,7 +59,13 @@ class LayerActivations:
 
 
 def read(
-    model: Model, prompt: EncodedPrompt, where: Where = "cache", *, resid: bool = False, queries: bool = False
+    model: Model,
+    prompt: EncodedPrompt,
+    where: Where = "cache",
+    *,
+    resid: bool = False,
+    queries: bool = False,
+    edit_resid: ResidEdit | None = None,
 ) -> Iterator[LayerActivations]:
     """Run one prompt and read every layer that stores keys and values, first to last. Costs one forward pass.
 
@@ -68,6 +77,8 @@ def read(
         Keys and values as stored, or as they leave their projections.
     resid, queries : bool
         Whether to read the residual stream and the queries too.
+    edit_resid : callable, optional
+        As in :meth:`kvgeom.models.model.Model.forward`.
     """
     taken: dict[tuple[int, str], Tensor] = {}
     rotations: dict[int, TokenRotation] = {}
@@ -81,6 +92,7 @@ def read(
         on_resid=streams.__setitem__ if resid else None,
         on_rotation=rotations.__setitem__ if where == "cache" else None,
         on_query=q.__setitem__ if queries else None,
+        edit_resid=edit_resid,
     )
     for layer, stored in cache.storing:
         k, v = (stored.keys, stored.values) if where == "cache" else (taken[layer, "k"], taken[layer, "v"])

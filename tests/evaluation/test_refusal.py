@@ -11,7 +11,7 @@ from scipy.stats import binom
 from sklearn.metrics import roc_auc_score
 
 from kvgeom.evaluation.scores import margin, refusal_tokens
-from kvgeom.geometry.estimators import difference_of_means
+from kvgeom.geometry.methods.mean import difference_of_means
 from kvgeom.geometry.separation import folds_of, separation
 
 
