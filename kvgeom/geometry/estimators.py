@@ -290,8 +290,11 @@ def fit_direction(
     k: int,
     method: str,
     resolution: NDArray[np.float64],
+    *,
+    stacked: Sequence[str] | None = None,
+    draws: int = 999,
 ) -> Direction:
-    """The subspace of one layer and site, at the best separated position.
+    """The subspace of one layer and site, at the best separated of some positions.
 
     Parameters
     ----------
@@ -303,25 +306,42 @@ def fit_direction(
         Those to choose from.
     k : int
     method : str
-        As in :func:`estimate`; ``"mean"`` with k > 1 takes the leading singular vectors of the differences at all positions
-        tried.
+        As in :func:`estimate`; ``"mean"`` with k > 1 takes the leading singular vectors of the differences at several
+        positions.
     resolution : array [positions, channels]
         As in :func:`defined_at`.
+    stacked : sequence of str, optional
+        These positions; those tried by default.
+    draws : int
+        Labelings of the separation's p-value.
     """
     gaps = difference_of_means(x, harmful)
-    defined = defined_at(x, harmful, resolution) & np.isin(names, tried)
+    differ = defined_at(x, harmful, resolution)
+    defined = differ & np.isin(names, tried)
     found = {index: separation(x[:, index], harmful, draws=0) for index in map(int, np.flatnonzero(defined))}
     if not found:
         index = list(names).index(tried[0])
         return Direction(tried[0], gaps[index], np.zeros((len(gaps[index]), k)), Separation(0.5, 1.0, 0.0), False)
     best = max(found, key=lambda index: (found[index].auroc, found[index].effect))
-    if method == "mean" and k > 1:
-        basis = np.linalg.svd(gaps[defined], full_matrices=False)[2][:k].T
-    else:
-        basis = estimate(x[:, best], harmful, method, k)
+    basis = basis_at(x, harmful, best, differ & np.isin(names, tried if stacked is None else stacked), k, method)
     gap = difference_of_winsorized_means(x[:, best], harmful) if method == "winsorized" else gaps[best]
-    best_separation = separation(x[:, best], harmful)
+    best_separation = separation(x[:, best], harmful, draws=draws)
     return Direction(list(names)[best], gap.astype(np.float64), basis.astype(np.float64), best_separation, True)
+
+
+def basis_at(
+    x: NDArray[np.float64],
+    harmful: NDArray[np.bool_],
+    position: int,
+    stacked: NDArray[np.bool_],
+    k: int,
+    method: str,
+) -> Floats:
+    """Orthonormal basis ``[channels, k]`` at one position, of ``"mean"`` with k > 1 from the gaps at several."""
+    if method == "mean" and k > 1:
+        basis: Floats = np.linalg.svd(difference_of_means(x, harmful)[stacked], full_matrices=False)[2][:k].T
+        return basis
+    return estimate(x[:, position], harmful, method, k)
 
 
 def as_dataset(found: Mapping[tuple[int, Site], Direction], layers: Sequence[int], tried: int) -> xr.Dataset:
