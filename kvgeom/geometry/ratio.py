@@ -187,9 +187,9 @@ def quantities(moments: Moments, contrast: Contrast) -> dict[str, float]:
 def null_quantities(moments: Moments, contrast: Contrast, signal_gap: float) -> dict[str, float]:
     """Null (a): the ratio if the same class difference lay in another direction (docs/definitions.md).
 
-    The signal is held fixed: only the noise along the direction is another. Directions are uniformly random, or those of the
-    class differences that chance makes of the same requests (labels dealt anew within twins), which lie where requests
-    differ.
+    The signal is held fixed: only the noise along the direction is another. Directions are uniformly random, or those in
+    which the same requests differ by chance: class differences under labels that are dealt anew within twins, with the
+    class difference itself taken out, of which they would mostly consist where it is large.
 
     Parameters
     ----------
@@ -216,7 +216,8 @@ def null_quantities(moments: Moments, contrast: Contrast, signal_gap: float) -> 
             k = contrast.basis.shape[1]
             own = np.float64(moments.safety_e2) / n / k / even
         random = moments.null_e2 / n / k / even
-        dealt = ((contrast.dealt @ noise) * contrast.dealt).sum(1) / ((contrast.dealt @ gram) * contrast.dealt).sum(1)
+        drawn = contrast.design.centred(contrast.dealt)
+        dealt = ((drawn @ noise) * drawn).sum(1) / ((drawn @ gram) * drawn).sum(1)
         dealt = dealt[np.isfinite(dealt)] / even
     found: dict[str, float] = {}
     for name, draws in (("null", random), ("dealt", dealt)):

@@ -103,6 +103,13 @@ class Design:
             return np.where(rng.random((draws, len(self.sign))) < 0.5, -1.0, 1.0) * self.weights
         return rng.permuted(np.tile(self.weights, (draws, 1)), axis=1)
 
+    def centred(self, weights: Floats) -> NDArray[np.float64]:
+        """Weights ``[..., units]`` of differences in which the means of the sides have no part."""
+        found = np.array(weights, dtype=np.float64)
+        for side in {*self.sign.tolist()}:
+            found[..., self.sign == side] -= found[..., self.sign == side].mean(-1, keepdims=True)
+        return found
+
 
 def cross_fit(gram: Floats, design: Design) -> float:
     """Unbiased ``mu' A mu`` from the Gram matrix ``rows A rows'``: the mean product of two different units.

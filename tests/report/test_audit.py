@@ -262,7 +262,7 @@ def test_a_set_without_harmless_requests_borrows_the_calibration_set() -> None:
     found = kvgeom.audit(
         TINY, prompts=PromptSet("h", PROMPTS.harmful[:3], (), ""), bits=(2,), max_new_tokens=2, progress=False
     )
-    assert np.isfinite(found.sensitivity.data.ratio.sel(layer=2)).all()
+    assert np.isfinite(found.sensitivity.data.ratio_low.sel(layer=2)).all()
 
 
 def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
