@@ -196,8 +196,9 @@ def test_stored_vectors() -> None:
 
 
 def test_outliers_are_many_times_the_median_of_their_layer() -> None:
-    magnitude = np.array([[1.0, 1.0, 1.0, OUTLIER_FACTOR, 6.0], [2.0, 2.0, 2.0, 9.9, 10.1]])
-    np.testing.assert_array_equal(outliers(magnitude), [[False] * 4 + [True]] * 2)
+    magnitude = np.array([[1.0, 1.0, 1.0, OUTLIER_FACTOR, 6.0], [2.0, 2.0, 2.0, 9.9, 10.1], [1.0, 1.0, 1.0, 19.9, 100]])
+    np.testing.assert_array_equal(outliers(magnitude), [[False] * 4 + [True]] * 3)
+    np.testing.assert_array_equal(outliers(np.array([1.0, 1.0, 1.0, 21.0, 100.0])), [False] * 3 + [True] * 2)
 
 
 def test_outlier_share() -> None:
