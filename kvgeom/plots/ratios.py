@@ -45,8 +45,6 @@ def ratio_overview(ratios: Plottable) -> go.Figure:
     low, high = (float(edge) for edge in ratios.meta["published"])
     for column, site in enumerate(sites, 1):
         panel_title(figure, SITE_NAMES[site], row=1, col=column)
-        figure.add_vrect(x0=low, x1=high, fillcolor=_BAND, line_width=0, layer="below", row=1, col=column)
-        figure.add_vline(x=1, line={"color": LINE, "width": 1}, row=1, col=column)
         drawn = [np.array([low, high])]
         for number, model in enumerate(models):
             one = frame[(frame.site == site) & (frame.model == model)]
@@ -72,6 +70,9 @@ def ratio_overview(ratios: Plottable) -> go.Figure:
                 row=1,
                 col=column,
             )
+        # After the marks: a panel that has none yet gets no shapes.
+        figure.add_vrect(x0=low, x1=high, fillcolor=_BAND, line_width=0, layer="below", row=1, col=column)
+        figure.add_vline(x=1, line={"color": LINE, "width": 1}, row=1, col=column)
         figure.update_xaxes(**log_axis(1.0, *drawn), title_text="ratio (log)", row=1, col=column)
         figure.update_yaxes(
             tickvals=list(at.values()),

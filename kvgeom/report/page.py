@@ -188,9 +188,19 @@ def _geometry_sections(audit: AuditPage, found: Sensitivity | None, layer: int, 
                 channel_loading(found, layer, site),
                 None,
             )
-            for site, name in (("k", "keys"), ("v", "values"))
+            for site, name in _failing_first(audit)
         ),
     ]
+
+
+def _failing_first(audit: AuditPage) -> list[tuple[str, str]]:
+    """Keys and values; first the site whose rounding alone, in all layers, loses more margin."""
+    data, sites = audit.diagnosis.ablation.data, [("k", "keys"), ("v", "values")]
+    names = [f"{name} only" for _, name in sites]
+    if not {*names} <= {*map(str, data.recipe.values)}:
+        return sites
+    lost = [float(data.margin_drop.sel(recipe=name)) for name in names]
+    return sites[::-1] if lost[1] > lost[0] else sites
 
 
 def _pcr_table(audit: AuditPage) -> pd.DataFrame:
