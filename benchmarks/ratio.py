@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=["demo"])
     parser.add_argument("--out", type=Path, default=Path("ratios"))
     parser.add_argument("--scheme", default="int3-sym-tensor")
+    parser.add_argument("--no-contrasts", action="store_true", help="without null (b), which is most of the time")
     options = parser.parse_args()
     found: dict[str, Sensitivity] = {}
     options.out.mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,7 @@ def main() -> None:
         space = kvgeom.subspace(name, progress=False)
         captured = time.perf_counter()
         label = Path(name).name
-        found[label] = space.sensitivity(options.scheme, progress=False)
+        found[label] = space.sensitivity(options.scheme, contrasts=() if options.no_contrasts else None, progress=False)
         found[label].save(options.out / f"{label}.nc")
         print(f"== {label}: capture {captured - begin:.0f} s, ratio with nulls {time.perf_counter() - captured:.0f} s")
         print(spread(found[label]), flush=True)
