@@ -63,9 +63,9 @@ class Sensitivity(Result):
       there is no signal to be told from 0), ``contrast_highest`` the highest estimate among them (NaN where one of them
       has no signal, and so no bound), ``ratio_matched`` the estimate for safety from as few pairs, ``contrasts`` how many
       are defined, ``specific_p`` the rank of ``ratio_matched`` among them, and ``specific``: ``"yes"`` where that is at most
-      0.05, ``"no"`` where it is not, ``"undetermined"`` where the ratio is weak or undefined, or contrasts are fewer than 19;
-    - ``status``: ``"ok"``, ``"weak"`` (the class difference cannot be told from chance) or ``"undefined"``; ``reason`` says
-      why;
+      0.05, ``"no"`` where it is not, ``"undetermined"`` where the ratio is weak or undefined, safety has no signal in as few pairs, or contrasts are fewer than 19;
+    - ``status``: ``"ok"``, ``"weak"`` (the class difference cannot be told from chance, or the noise along it from 0; then
+      there is no bound either) or ``"undefined"``; ``reason`` says why;
     - ``position``: which tokens were used (``"instruction"`` or ``"template-1"``, the last template token, ...).
 
     At every position, over ``(layer, site, at)``, of the difference of means: ``at_ratio``, ``at_ratio_low``,
@@ -200,7 +200,8 @@ def _with_contrasts(data: xr.Dataset, matched: list[NoiseSums], others: Mapping[
         if matched:
             own[row, column] = _value(matched[0], layer, site)[1]
     count = (~np.isnan(raw)).sum(0)
-    decided = (data.status.values == "ok") & ~np.isnan(own) & (count > 0)
+    # Safety without a signal in so few pairs would rank above all: nothing is known of it.
+    decided = (data.status.values == "ok") & np.isfinite(own) & (count > 0)
     p = np.full(own.shape, np.nan)
     for at in zip(*np.nonzero(decided), strict=True):
         p[at] = above_all(own[at], raw[(slice(None), *at)])
@@ -282,7 +283,9 @@ def _cell(
     elif not np.isfinite(numbers["ratio"]):
         status = "weak"
         reason = (
-            f"the class difference cannot be told from chance ({100 * max(0.0, numbers['signal_share']):.0f} % of its square "
+            "rounding noise along the class difference cannot be told from 0: the ratio may be small"
+            if numbers["signal_p"] <= ALPHA and numbers["signal"] > 0
+            else f"the class difference cannot be told from chance ({100 * max(0.0, numbers['signal_share']):.0f} % of its square "
             f"is not chance, p {numbers['signal_p']:.2g})"
         )
     if status == "undefined":

@@ -247,8 +247,9 @@ class NoiseToSignal:
     ----------
     estimate : Estimate
         Of ``(mu'Ne mu / |mu|^2) / |mu|^2``, in units of the Gram matrices. The value is NaN where the class difference
-        cannot be told from 0; ``low`` is then the noise along the fitted direction over the largest signal. ``high`` is
-        NaN where the signal's interval reaches 0.
+        cannot be told from 0; ``low`` is then the noise along the fitted direction over the largest signal. Where the class
+        difference can be told from 0 and the noise along it cannot, nothing is known but that the ratio may be small: value
+        and ``low`` are NaN. ``high`` is NaN where the signal's interval reaches 0.
     noise : float
         The numerator alone: along the class difference without what chance adds to it. NaN as the value.
     raw : float
@@ -284,6 +285,8 @@ def noise_to_signal(gram: Floats, noise: Floats, design: Design, found: Signal, 
     plain = float(weights @ noise @ weights) / max(float(weights @ gram @ weights), np.finfo(float).tiny)
     least = plain / found.high if found.high > 0 else nan
     raw = along / value**2 if value > 0 and along > 0 else float("inf")
+    if known and value > 0 and not along > 0:  # noise along the class difference itself may be next to nothing
+        least = nan
     if not (known and np.isfinite(raw)):
         return NoiseToSignal(Estimate(nan, least, nan), nan, raw)
     signals, noises = left_out(gram, design), left_out(noise, design)

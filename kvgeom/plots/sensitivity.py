@@ -171,9 +171,9 @@ def _hover(data: xr.Dataset, sites: list[str]) -> np.ndarray:
             return f"{head}<br>undefined: {plain(one.reason.item())}"
         separation = f"<br>separation (AUROC) {float(one.separation):.2f}"
         if status == "weak":
-            return (
-                f"{head}<br>ratio at least {float(one.ratio_low):,.3g}{separation}<br>weak: {plain(one.reason.item())}"
-            )
+            low = float(one.ratio_low)
+            bound = f"ratio at least {low:,.3g}" if np.isfinite(low) else "no bound on the ratio"
+            return f"{head}<br>{bound}{separation}<br>weak: {plain(one.reason.item())}"
         high = float(one.ratio_high)
         upper = f"to {high:,.3g}" if np.isfinite(high) else "without upper limit"
         return (

@@ -151,6 +151,19 @@ def test_one_dimension_has_the_upper_limit_of_the_mean() -> None:
     assert signal(g @ g.T, design(9)).high >= high**2 * (1 - 1e-9)
 
 
+def test_noise_that_misses_the_class_difference_leaves_no_bound() -> None:
+    """Along the fitted direction there is some, by what chance adds to it; along the true one there is none."""
+    rng, one = np.random.default_rng(11), design(12)
+    none = 0
+    for _ in range(200):
+        rows = np.eye(6)[0] * 2 + rng.standard_normal((12, 6)) * 0.5
+        found = signal(rows @ rows.T, one)
+        both = noise_to_signal(rows @ rows.T, (rows * np.r_[0, np.ones(5)]) @ rows.T, one, found, True)
+        assert not both.estimate.low > 0.02, "no bound that is above what is true, or nearly so"
+        none += np.isnan(both.estimate.low)
+    assert none > 50
+
+
 @pytest.mark.parametrize("sizes", [(12, 12), (7, 15)])
 def test_labels_that_mean_nothing_are_told_from_chance_in_one_of_twenty(sizes: tuple[int, int]) -> None:
     rng, one = np.random.default_rng(6), design(*sizes)

@@ -93,7 +93,7 @@ def test_audit_json_has_what_was_promised(numbers: dict[str, Any], audit: Audit)
         assert width["flips"] == width["flips_complied"] + width["flips_evaded"] + width["flips_degenerate"]
     for cell_ in numbers["sensitivity"]:
         assert (cell_["ratio"] is not None) == (cell_["status"] == "ok")
-        assert (cell_["ratio_low"] is None) == (cell_["status"] == "undefined")
+        assert cell_["ratio_low"] is None or cell_["status"] != "undefined"
         if cell_["status"] == "ok":
             assert cell_["ratio"] == pytest.approx(cell_["signal_gap"] * cell_["noise_alignment"])
     assert numbers == json.loads(json.dumps(audit.to_dict()))
