@@ -344,14 +344,13 @@ class PeakMemory:
 @pytest.mark.slow
 def test_demo_separates_harmful_from_harmless(demo: HFModel) -> None:
     """More than any of 19 sets does in which chance says which request of a pair is the harmful one: p = 0.05."""
-    space = kvgeom.subspace(demo, calibration(), progress=False)
-    dealt = [space.refit(prompts=dealt_anew(calibration(), seed)) for seed in range(19)]
+    space = kvgeom.subspace(demo, calibration(), position="best", progress=False)
+    dealt = [space.refit(prompts=dealt_anew(calibration(), seed), position="best") for seed in range(19)]
     for site in ("k", "v", "resid"):
         assert late_auroc(space, site) > max(late_auroc(chance, site) for chance in dealt), site
-    found = space.sensitivity(progress=False).data
-    late = found.sel(layer=range(12, 24))
-    assert (late.separation.sel(site=["v", "resid"]) > 0.8).all()
-    assert (late.status == "ok").all()
+    assert (space.data.separation.sel(layer=range(12, 24), site=["v", "resid"]) > 0.8).all()
+    found = space.refit().sensitivity(contrasts=(), progress=False).data
+    assert (found.sel(layer=range(12, 24)).status == "ok").all()
     assert float(found.ratio.sel(site="k").median()) > 1
 
 
