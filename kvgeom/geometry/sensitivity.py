@@ -104,10 +104,22 @@ class Sensitivity(Result):
         picked = self.data[list(names)].rename(names)
         return picked.rename(resid_channel="channel") if site == "resid" else picked.sel(kv=site, drop=True)
 
-    def summary(self) -> str:
+    @property
+    def conclusion(self) -> str:
+        """What null (b) says of all layers and sites together: how many are above all contrasts, and how many would be by chance."""
+        count = int(self.data.sizes.get("contrast", 0))
+        if count < ENOUGH_CONTRASTS:
+            return f"whether any of it is about safety is not decided: that takes {ENOUGH_CONTRASTS} contrasts, got {count}"
+        said = self.data.specific.values.ravel()
+        above, decided = int((said == "yes").sum()), int((said != "undetermined").sum())
         return (
-            f"ratio of {self.data.sizes['layer']} layers x {self.data.site.values.tolist()} under {self.meta['scheme']}"
+            f"above all {count} harmless contrasts in {above} of {decided} layers and sites where that can be decided; were safety one "
+            f"more contrast of the kind, it would be in up to {ALPHA * decided:.1f} of them"
         )
+
+    def summary(self) -> str:
+        what = f"{self.data.sizes['layer']} layers x {self.data.site.values.tolist()} under {self.meta['scheme']}"
+        return f"ratio of {what}; {self.conclusion}" if "specific" in self.data else f"ratio of {what}"
 
 
 @suggests()

@@ -173,7 +173,9 @@ def _geometry_sections(audit: AuditPage, found: Sensitivity | None, layer: int, 
             "from chance. Grey: "
             "undefined. Keys (k) and values (v) are what the cache stores; the residual stream (resid) is not stored, and is shown "
             "as if it were rounded alike. The table says whether a ratio is above those of 19 harmless contrasts: only "
-            "then is it specific to safety, and of 20 layers and sites one is so by chance. Geometry alone does not decide behaviour: compare with the layer scan.",
+            "then is it specific to safety, and of 20 layers and sites one is so by chance. "
+            f"Here: {found.conclusion}. "
+            "Geometry alone does not decide behaviour: compare with the layer scan.",
             ratio_map(found),
             _sensitivity_table(found),
         ),

@@ -150,11 +150,16 @@ def test_null_b_is_the_ratio_of_that_contrast() -> None:
     assert ((found.data.specific == "undetermined") == ~decided).all()
     assert ((found.data.specific == "yes") == (found.data.specific_p <= 0.05)).all()
     assert (found.data.contrasts == 19).all()
+    yes, count = int((found.data.specific == "yes").sum()), int((found.data.specific != "undetermined").sum())
+    assert f"above all 19 harmless contrasts in {yes} of {count} layers" in found.conclusion
+    assert f"up to {0.05 * count:.1f} of them" in repr(found)
 
 
 def test_few_contrasts_decide_nothing() -> None:
     space = kvgeom.subspace(tiny_model(), MORE_PAIRS, progress=False)
-    found = space.sensitivity(TENSOR, contrasts=concept_contrasts()[:5], progress=False).data
+    result = space.sensitivity(TENSOR, contrasts=concept_contrasts()[:5], progress=False)
+    assert "takes 19 contrasts, got 5" in result.conclusion
+    found = result.data
     assert (found.specific == "undetermined").all()
     assert (found.specific_p.values[found.status.values == "ok"] >= 1 / 6).all()
 
