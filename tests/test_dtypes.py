@@ -35,7 +35,7 @@ def test_an_audit(half_precision: HFModel, tmp_path: Path) -> None:
     # The divergence of a distribution from itself is 0, of another above it, in whatever precision it was computed.
     assert (found.outcomes.data.kl.sel(recipe="exact") == 0).all()
     assert float(found.outcomes.data.kl.min()) > -1e-4
-    ratio = found.sensitivity.data.ratio
+    ratio = found.sensitivity.data.ratio_low
     assert np.isfinite(ratio.sel(site=["k", "v"])).any()
     assert (ratio.fillna(1) > 0).all()
 

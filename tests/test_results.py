@@ -51,14 +51,15 @@ data = xr.Dataset(
         "channel_ratio": (("layer", "kv", "channel"), rng.random((LAYERS, 2, CHANNELS))),
         "resid_channel_ratio": (("layer", "resid_channel"), rng.random((LAYERS, D_MODEL))),
         "contrast_ratio": (("contrast", "layer", "site"), rng.random((CONTRASTS, LAYERS, 3))),
+        "at_ratio": (("layer", "site", "at"), rng.random((LAYERS, 3, 6))),
     }},
-    coords={{"layer": range(LAYERS), "site": sites, "kv": kv, "contrast": [f"c{{n}}" for n in range(CONTRASTS)]}},
+    coords={{"layer": range(LAYERS), "site": sites, "kv": kv, "at": list("abcdef"), "contrast": [f"c{{n}}" for n in range(CONTRASTS)]}},
 )
 found = Sensitivity(data, {{"scheme": "int3-sym-tensor"}})
 assert len(found._repr_html_()) < 20_000 and "int3" in repr(found)
 rows = {{name: len(found.to_frame(name)) for name in found.tables}}
 assert rows == {{
-    "layers": 96, "heads": 512, "channels": 65536, "resid_channels": 131072, "contrasts": CONTRASTS * 96
+    "layers": 96, "positions": 576, "heads": 512, "channels": 65536, "resid_channels": 131072, "contrasts": CONTRASTS * 96
 }}, rows
 
 shape = (4, 2, LAYERS)
@@ -117,7 +118,7 @@ def test_tables_hold_what_the_dataset_holds(tiny: HFModel) -> None:
                     row = indexed.loc[tuple(at)] if len(at) == len(dims) else indexed.loc[tuple(at)].iloc[0]
                     assert row[variable] == cell or (cell != cell and row[variable] != row[variable])
         assert {*map(str, found.data.data_vars)} <= held
-        with pytest.raises(InputError, match="unknown table 'nonsense'; choose from layers, heads"):
+        with pytest.raises(InputError, match="unknown table 'nonsense'; choose from layers, positions"):
             found.to_frame("nonsense")
 
 

@@ -312,7 +312,7 @@ def _findings(e: Evidence, decisive: tuple[str, ...]) -> tuple[Finding, ...]:
     if e.signal_gap is not None and e.noise_alignment is not None:
         value = f"signal gap {e.signal_gap:.3g}, noise alignment {e.noise_alignment:.2g}"
         if e.overlap is not None and e.overlap_p is not None:
-            value += f", overlap of outliers with safety {e.overlap:.2g} (p = {e.overlap_p:.2g})"
+            value += f", overlap of large channels with the class difference {e.overlap:.2g} (p = {e.overlap_p:.2g})"
         add(GEOMETRY, f"{value}; reported, not used")
     return tuple(found)
 

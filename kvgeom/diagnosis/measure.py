@@ -249,8 +249,9 @@ def with_geometry(evidence: Evidence, sensitivity: Sensitivity | None, worst: in
     view = channel_view(sensitivity, "k").sel(layer=worst)
     return replace(
         evidence,
-        signal_gap=float(keys.signal_gap),
-        noise_alignment=float(keys.noise_alignment),
+        # Neither is known where the class difference cannot be told from chance.
+        signal_gap=float(keys.signal_gap) if np.isfinite(keys.signal_gap) else None,
+        noise_alignment=float(keys.noise_alignment) if np.isfinite(keys.noise_alignment) else None,
         overlap=float(view.overlap),
         overlap_p=float(view.overlap_p),
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvgeom.errors import InputError
 from kvgeom.models.model import EncodedPrompt, Model
-from kvgeom.models.reading import LayerActivations, read
+from kvgeom.models.reading import LayerActivations, Prefix, read, read_prefix
 from kvgeom.models.rotary import TokenRotation
 from kvgeom.paths import not_written
 from kvgeom.progress import track
@@ -91,6 +91,7 @@ class ActivationStore:
         self._kept: dict[int, list[tuple[int, int, int]]] = {}
         self._features: dict[Site, NDArray[np.float32]] | None = None
         self._planes: dict[int, Tensor] = {}
+        self._prefix: Prefix | None = None
 
     def indices(self, requests: Sequence[str]) -> NDArray[np.int64]:
         """Where some requests are in :attr:`prompts`.
@@ -118,7 +119,9 @@ class ActivationStore:
                 k, v, resid, *rotation = (stored[name].to(self.model.device) for name in _PARTS if name in stored)
                 yield LayerActivations(layer, k, v, TokenRotation(*rotation) if rotation else None, resid)
             return
-        found = list(read(self.model, self.prompts[index], self.placement.where, resid=True))
+        if self._prefix is None and len(self.prompts) > 1:
+            self._prefix = read_prefix(self.model, self.prompts, self.placement.where)
+        found = list(read(self.model, self.prompts[index], self.placement.where, resid=True, after=self._prefix))
         tensors = {
             one.layer: {
                 name: x

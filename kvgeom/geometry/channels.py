@@ -53,9 +53,21 @@ def overlap(
 
 
 def outliers(magnitude: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Which channels are outliers, along the last axis: root mean square above :data:`OUTLIER_FACTOR` times the median's."""
-    found: NDArray[np.bool_] = magnitude > OUTLIER_FACTOR * np.median(magnitude, axis=-1, keepdims=True)
+    """Which channels are outliers, along the last axis, by their root mean square.
+
+    Above :data:`OUTLIER_FACTOR` times the median's, and not below the largest's by more than that factor. The one definition
+    of an outlier: figures, tables, reports and :func:`~kvgeom.geometry.channel_damage.channel_damage` have no other. (The
+    ablations of a diagnosis round the *largest* twentieth, whether or not these are outliers.)
+    """
+    found: NDArray[np.bool_] = magnitude > outlier_border(magnitude)
     return found
+
+
+def outlier_border(magnitude: NDArray[np.floating]) -> NDArray[np.float64]:
+    """The root mean square above which channels are outliers, along the last axis, which is kept."""
+    median, largest = np.median(magnitude, axis=-1, keepdims=True), magnitude.max(-1, keepdims=True)
+    border: NDArray[np.float64] = np.maximum(OUTLIER_FACTOR * median, largest / OUTLIER_FACTOR)
+    return border
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,8 @@ class OutlierShare:
     energy : float
         Share of the mean square of the stored vectors that lies in them.
     loading : float
-        Share of the safety direction that lies in them; NaN where there is no direction.
+        Share of the squared class difference that lies in them; NaN where there is no direction. It is about size, not
+        about what the model reads: a channel that is scaled up holds more of it.
     """
 
     outliers: int
@@ -78,15 +91,18 @@ class OutlierShare:
 
     def __str__(self) -> str:
         if self.outliers == 0:
-            return f"No channel is an outlier (root mean square above {OUTLIER_FACTOR:g} × the median channel)"
-        loading = "" if not np.isfinite(self.loading) else f" and {100 * self.loading:.0f} % of the safety direction"
+            return f"No channel is an outlier (root mean square above {OUTLIER_FACTOR:g} × the median channel's)"
+        loading = "" if not np.isfinite(self.loading) else f" and {100 * self.loading:.0f} % of the class difference"
         these = f"{counted(self.outliers, 'outlier channel')} of {self.channels}"
         return f"{these} hold{'s' if self.outliers == 1 else ''} {100 * self.energy:.0f} % of the energy{loading}"
 
 
 @suggests()
 def outlier_share(sensitivity: Sensitivity, layer: int, site: str = "k") -> OutlierShare:
-    """Count the outlier channels of one layer, with their share of the energy and of the safety direction."""
+    """Count the outlier channels of one layer, with their share of the energy and of the class difference.
+
+    Neither share says what rounding them costs: :func:`kvgeom.geometry.channel_damage.channel_damage` does.
+    """
     at_coordinates(sensitivity.data, layer=layer)
     channels = sensitivity.channels(site).sel(layer=layer)
     magnitude, loading = (channels[name].values.astype(float) for name in ("magnitude", "loading"))
@@ -99,7 +115,12 @@ def outlier_share(sensitivity: Sensitivity, layer: int, site: str = "k") -> Outl
 
 @suggests()
 def channel_view(sensitivity: Sensitivity, site: str = "k", *, permutations: int = 2000, seed: int = 0) -> xr.Dataset:
-    """Outliers, safety and noise by channel, and by layer whether outliers carry safety.
+    """Outliers, class difference and noise by channel, and by layer whether the first two lie together.
+
+    Static: it says where the classes differ, in the units of the cache, not what the model reads. A channel that is scaled up
+    and read with a smaller weight holds a larger share of the class difference and does the same. Which site fails,
+    and whether its outliers carry what is lost or crush it, is measured by
+    :func:`kvgeom.geometry.channel_damage.channel_damage`.
 
     Parameters
     ----------
@@ -112,7 +133,7 @@ def channel_view(sensitivity: Sensitivity, site: str = "k", *, permutations: int
     -------
     xarray.Dataset
         Over (layer, channel): ``outlier_score`` (root mean square over that of the median channel),
-        ``safety_loading`` (share of the safety direction) and ``noise_share`` (share of the squared rounding error).
+        ``safety_loading`` (share of the squared class difference) and ``noise_share`` (share of the squared rounding error).
         Over (layer): ``overlap`` of energy with safety loading (1: unrelated) and its permutation p-value
         ``overlap_p``; NaN where the direction is undefined.
     """

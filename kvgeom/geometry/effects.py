@@ -16,7 +16,7 @@ from kvgeom.errors import InputError
 from kvgeom.evaluation.inputs import as_tokens, made_with
 from kvgeom.geometry.activations import SITES, Site
 from kvgeom.geometry.fitted import FittedSpace
-from kvgeom.geometry.methods.registry import Method, as_method
+from kvgeom.geometry.methods.registry import Method
 from kvgeom.geometry.trials import Outcome, run_trials, trials_of
 from kvgeom.progress import shown
 from kvgeom.prompts.load import as_prompt_set
@@ -241,7 +241,7 @@ def effects(
     from kvgeom.geometry.directions import as_methods
     from kvgeom.geometry.selection import opening_tokens
 
-    own = as_method(space.method, space.meta.get("method_options"))
+    own = space.by
     chosen = as_methods(own if methods is None else methods)
     model, geometry = space.model, space.model.geometry
     asked = held_out() if prompts is None else as_prompt_set(prompts)

@@ -15,13 +15,28 @@ from kvgeom.checks import one_of, suggests, whole
 from kvgeom.errors import InputError
 from kvgeom.evaluation.inputs import made_with
 from kvgeom.geometry.activations import SITES, ActivationStore, Site
-from kvgeom.geometry.estimators import Direction, as_dataset, direction_of, fit_direction, most_dimensions, position_of
+from kvgeom.geometry.estimators import (
+    Direction,
+    as_dataset,
+    basis_at,
+    defined_at,
+    direction_of,
+    fit_direction,
+    most_dimensions,
+    position_of,
+)
 from kvgeom.geometry.methods.registry import Method, as_method
+from kvgeom.geometry.signal import Signal, held_out_signal
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.prompts.load import as_prompt_set
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.placement import Placement
 from kvgeom.results import Result
+
+#: Where classes are compared unless another position is asked for; docs/definitions.md says why.
+RULE = "instruction"
+#: Asks for the position at which the classes are best separated, of all that the prompts share.
+BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -89,19 +104,24 @@ class FittedSpace(Result):
     }
 
     @classmethod
-    def fit(cls, source: Source, k: int, method: str | Method, position: str | None) -> Self:
-        """Fit directions to activations; raises as :func:`kvgeom.geometry.subspace.subspace`."""
+    def fit(cls, source: Source, k: int, method: str | Method, position: str | None, draws: int = 999) -> Self:
+        """Fit directions to activations; raises as :func:`kvgeom.geometry.subspace.subspace`.
+
+        ``draws`` is how often labels are dealt for the p-value of the separation; with 0 there is none.
+        """
         by = as_method(method)
         store, prompts, names = source.activations, source.prompts, source.activations.positions
         k = check_prompts(prompts, k, method)
-        if position is not None:
-            one_of("position", position, names)
-        tried = names if position is None else (position,)
+        rule = RULE if position is None else position
+        one_of("position", rule, (*names, BEST))
+        tried = names if rule == BEST else (rule,)
+        # A position that was asked for is the only one that is looked at; the rule leaves the others to be stacked.
+        stacked = names if position in (None, BEST) else tried
         pairs = min(len(prompts.harmful), len(prompts.harmless))
-        most = most_dimensions(by, len(tried), pairs)
+        most = most_dimensions(by, len(stacked), pairs)
         if k > most:
             raise InputError(
-                f"method {by.name!r} gives at most k={most} with {len(tried)} positions and {pairs} pairs of requests, got k={k}; "
+                f"method {by.name!r} gives at most k={most} with {len(stacked)} positions and {pairs} pairs of requests, got k={k}; "
                 "method='pca' gives one dimension for each pair"
             )
         harmful, geometry = source.is_harmful, store.model.geometry
@@ -115,6 +135,8 @@ class FittedSpace(Result):
                 k,
                 by,
                 source.resolution(layer, site),
+                stacked=stacked,
+                draws=draws,
                 found_before=bases.get((layer, site)),
             )
             for layer in geometry.stores
@@ -127,7 +149,9 @@ class FittedSpace(Result):
             "method": by.name,
             **({"method_options": by.options} if by.options else {}),
             **({"method_notes": notes} if notes else {}),
+            "position": rule,
             "tried": list(tried),
+            "stacked": list(stacked),
             "kv_heads": geometry.kv_heads,
             "head_dim": geometry.head_dim,
         }
@@ -147,6 +171,11 @@ class FittedSpace(Result):
     def tried(self) -> tuple[str, ...]:
         """Positions that were looked at."""
         return tuple(self.meta["tried"])
+
+    @property
+    def position(self) -> str:
+        """The position that was asked for, the rule's by default; ``"best"``: the best separated of :attr:`tried`."""
+        return str(self.meta["position"])
 
     @cached_property
     def directions(self) -> dict[tuple[int, Site], Direction]:
@@ -247,7 +276,7 @@ class FittedSpace(Result):
             Source(found_in.activations, chosen, found_in.contrasts), k, method, position_of(concept, position)
         )
 
-    def contrasted(self, contrasts: Any) -> dict[str, Self]:
+    def contrasted(self, contrasts: Any, pairs: int | None = None) -> dict[str, Self]:
         """Subspaces of contrasts between harmless requests (null b), found as this one was, by name.
 
         Others of a name that there is already are numbered: ``"own prompts"``, ``"own prompts 2"``.
@@ -257,10 +286,13 @@ class FittedSpace(Result):
         Parameters
         ----------
         contrasts : sequence of prompt sets, or one
-            Each anything that :func:`kvgeom.prompts.load.as_prompt_set` takes. The two classes stand in the places of harmful and harmless. No more of each are used than this subspace has:
-            a direction from fewer prompts has more noise in it, and more noise looks like more signal.
+            Each anything that :func:`kvgeom.prompts.load.as_prompt_set` takes. The two classes stand in the places of harmful
+            and harmless.
+        pairs : int, optional
+            Use only so many of each; never more than this subspace has.
         """
-        size = min(len(self.prompts.harmful), len(self.prompts.harmless))
+        sizes = (len(self.prompts.harmful), len(self.prompts.harmless), *(() if pairs is None else (pairs,)))
+        size = min(sizes)
         single = isinstance(contrasts, PromptSet | Mapping | str) or not isinstance(contrasts, Iterable)
         small = [as_prompt_set(contrast).take(size) for contrast in ([contrasts] if single else contrasts)]
         requests = tuple(dict.fromkeys(text for contrast in small for text in (*contrast.harmful, *contrast.harmless)))
@@ -269,13 +301,46 @@ class FittedSpace(Result):
         key, stores = PromptSet("", requests, (), "").fingerprint, self._found_in().contrasts
         if key not in stores:
             stores[key] = ActivationStore(self.model, requests, self.placement)
-        position = self.tried[0] if len(self.tried) == 1 else None
-        own = as_method(self.method, self.meta.get("method_options"))
-        by = own if own.contrast is None else as_method(own.contrast)
         return {
-            name: type(self).fit(Source(stores[key], one), self.k, by, position)
+            name: type(self).fit(Source(stores[key], one), self.k, self._alike, self._asked, draws=0)
             for name, one in _numbered(small).items()
         }
+
+    @property
+    def by(self) -> Method:
+        """The method itself, with its options."""
+        return as_method(self.method, self.meta.get("method_options"))
+
+    @property
+    def _alike(self) -> Method:
+        """The method by which safety and harmless contrasts are compared."""
+        return self.by if self.by.contrast is None else as_method(self.by.contrast)
+
+    @property
+    def _asked(self) -> str | None:
+        """What to ask for to fit another subspace like this one."""
+        return None if self.position == RULE and len(self.meta["stacked"]) > 1 else self.position
+
+    def first(self, pairs: int) -> Self:
+        """The same from the first ``pairs`` requests of each class, without p-values; the model is not run again."""
+        found_in = self._found_in()
+        source = Source(found_in.activations, found_in.prompts.take(pairs), found_in.contrasts)
+        return type(self).fit(source, self.k, self._alike, self._asked, draws=0)
+
+    def held_out(self, layer: int, site: Site) -> Signal:
+        """Signal within the subspaces of parts of the requests, of the others; see :func:`kvgeom.geometry.signal.held_out_signal`.
+
+        NaN of a method that needs the model: its directions were found in all requests, and to find them anew in parts would
+        cost as much again for each.
+        """
+        if self.by.needs_model:
+            return Signal(*[float("nan")] * 4)
+        x, harmful = self.features(layer, site), self.is_harmful
+        at = list(self.positions).index(self.directions[layer, site].position)
+        stacked = defined_at(x, harmful, self.resolution(layer, site)) & np.isin(self.positions, self.meta["stacked"])
+        return held_out_signal(
+            x[:, at], harmful, lambda rows: basis_at(x[rows], harmful[rows], at, stacked, self.k, self.by)
+        )
 
     def summary(self) -> str:
         defined = self.data.defined.values

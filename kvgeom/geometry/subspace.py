@@ -18,7 +18,7 @@ from kvgeom.geometry.fitted import FittedSpace, Source, check_prompts
 from kvgeom.geometry.methods.registry import Method
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec
 from kvgeom.geometry.selection import Selection, select_direction
-from kvgeom.geometry.sensitivity import Sensitivity, measure
+from kvgeom.geometry.sensitivity import CONTRAST_PAIRS, Sensitivity, measure
 from kvgeom.models.load import load
 from kvgeom.progress import shown
 from kvgeom.prompts.load import as_prompt_set
@@ -42,6 +42,7 @@ class Subspace(FittedSpace):
         *,
         noise_pairs: int | None = None,
         contrasts: Any = None,
+        contrast_pairs: int = CONTRAST_PAIRS,
         null_subspaces: int = 100,
         progress: bool = True,
         seed: int = 0,
@@ -56,6 +57,7 @@ class Subspace(FittedSpace):
             scheme,
             noise_pairs=noise_pairs,
             contrasts=contrasts,
+            contrast_pairs=contrast_pairs,
             null_subspaces=null_subspaces,
             progress=progress,
             seed=seed,
@@ -114,8 +116,8 @@ def subspace(
 ) -> Subspace:
     """Find where harmful and harmless requests differ in keys, values and residual stream.
 
-    At each layer and site the class difference is taken at the instruction's tokens (their mean) and at every
-    template token after it, and the best separated position is kept. Costs one forward pass over the prompts, whose
+    At each layer and site the class difference is taken at the instruction's tokens (their mean), a rule that is fixed in
+    advance: docs/definitions.md says why. ``sensitivity().plot("positions")`` shows all others. Costs one forward pass over the prompts, whose
     activations are kept on disk for whatever is measured afterwards (see
     :class:`kvgeom.geometry.activations.ActivationStore`).
 
@@ -126,7 +128,7 @@ def subspace(
         Needs harmful and harmless requests, for instance ``"held-out"`` or a file; the calibration set by default.
     k : int
         Dimensions. With ``method="mean"`` and k > 1 the leading right singular vectors of the differences at all
-        positions; with ``"pca"`` those of the paired differences at one position.
+        positions, where none is given or it is ``"best"``; with ``"pca"`` those of the paired differences at one position.
     method : {"mean", "winsorized", "pca", "logistic", "projected", "whitened", "clusters", "som", "cone"} or Method
         How directions are found, each in a module of :mod:`kvgeom.geometry.methods`. A method with other options than the
         defaults is given itself, such as ``Cone(steps=200)``.
@@ -135,7 +137,8 @@ def subspace(
         or that they will be refused, read at the last template token, from which the answer begins. A position by its
         meaning; give one or the other.
     position : str, optional
-        One of the shared positions (``"instruction"``, ``"template-1"``, ...) instead of the best separated.
+        Another of the shared positions (``"template-1"``, the last prompt token, ...), or ``"best"``: the best separated of
+        all, at each layer and site, with p-values that are corrected for the choice.
     placement : Placement or {"cache", "paper"}, optional
         Where keys and values are read; as stored in the cache by default (rotary embedding taken out again).
     progress : bool

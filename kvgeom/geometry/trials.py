@@ -18,7 +18,6 @@ from kvgeom.geometry.estimators import estimate
 from kvgeom.geometry.fitted import FittedSpace
 from kvgeom.geometry.interventions import CacheDirections, CacheSite, Change, ablate_subspaces, add
 from kvgeom.geometry.methods.mean import difference_of_means, paired_differences
-from kvgeom.geometry.methods.registry import as_method
 from kvgeom.models.batching import in_batches, rows_per_batch
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import bar
@@ -96,7 +95,7 @@ def parts_of_heads(space: FittedSpace, layer: int, site: Site) -> list[Part | No
     if not found.defined:
         return None
     x, harmful = space.features(layer, site)[:, space.positions.index(found.position)], space.is_harmful
-    method, heads = as_method(space.method, space.meta.get("method_options")), space.model.geometry.kv_heads
+    method, heads = space.by, space.model.geometry.kv_heads
     size, pairs = x.shape[1] // heads, int(min(harmful.sum(), (~harmful).sum()))
     parts: list[Part | None] = []
     for head in range(heads):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
+from kvgeom.models.cache import EditedCache
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.models.rotary import TokenRotation
 
@@ -58,6 +60,48 @@ class LayerActivations:
         return keys.float() if self.rotation is None else self.rotation.unrotate(keys)
 
 
+@dataclass
+class Prefix:
+    """The tokens that some prompts begin with, read once for all of them. Made by :func:`read_prefix`.
+
+    Attributes
+    ----------
+    ids : tuple of int
+    where : {"cache", "projection"}
+    cache : EditedCache
+        What the model has stored of these tokens.
+    """
+
+    ids: tuple[int, ...]
+    where: Where
+    cache: EditedCache
+    taken: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    rotations: dict[int, TokenRotation] = field(default_factory=dict)
+    streams: dict[int, Tensor] = field(default_factory=dict)
+
+
+def read_prefix(model: Model, prompts: Sequence[EncodedPrompt], where: Where = "cache") -> Prefix | None:
+    """Run what all prompts begin with before their instructions, mostly a system prompt, once.
+
+    None where they begin with nothing worth it (fewer than 4 tokens), or where the model goes on from a cache token by token.
+    """
+    ids = list(prompts[0].ids[: min(prompt.instruction.start for prompt in prompts)])
+    for prompt in prompts:
+        same = next((n for n, (a, b) in enumerate(zip(ids, prompt.ids, strict=False)) if a != b), len(ids))
+        ids = ids[:same]
+    if len(ids) < 4 or model.geometry.stepwise:
+        return None
+    taken: dict[tuple[int, str], Tensor] = {}
+    prefix = Prefix(tuple(ids), where, model.new_cache(_Tap(taken) if where == "projection" else None), taken)
+    model.forward(
+        ids,
+        prefix.cache,
+        on_resid=prefix.streams.__setitem__,
+        on_rotation=prefix.rotations.__setitem__ if where == "cache" else None,
+    )
+    return prefix
+
+
 def read(
     model: Model,
     prompt: EncodedPrompt,
@@ -66,6 +110,7 @@ def read(
     resid: bool = False,
     queries: bool = False,
     edit_resid: ResidEdit | None = None,
+    after: Prefix | None = None,
 ) -> Iterator[LayerActivations]:
     """Run one prompt and read every layer that stores keys and values, first to last. Costs one forward pass.
 
@@ -79,21 +124,28 @@ def read(
         Whether to read the residual stream and the queries too.
     edit_resid : callable, optional
         As in :meth:`kvgeom.models.model.Model.forward`.
+    after : Prefix, optional
+        What the prompt begins with, if it has been read; only the rest is run. Queries are not kept of it.
     """
     taken: dict[tuple[int, str], Tensor] = {}
     rotations: dict[int, TokenRotation] = {}
     q: dict[int, Tensor] = {}
     streams: dict[int, Tensor] = {}
 
-    cache = model.new_cache(_Tap(taken) if where == "projection" else None)
+    tap = _Tap(taken) if where == "projection" else None
+    cache = model.new_cache(tap) if after is None else after.cache.copy(tap)
     model.forward(
-        prompt.ids,
+        prompt.ids if after is None else prompt.ids[len(after.ids) :],
         cache,
         on_resid=streams.__setitem__ if resid else None,
         on_rotation=rotations.__setitem__ if where == "cache" else None,
         on_query=q.__setitem__ if queries else None,
         edit_resid=edit_resid,
     )
+    if after is not None:
+        taken = {key: torch.cat([after.taken[key], x], dim=2) for key, x in taken.items()}
+        streams = {layer: torch.cat([after.streams[layer], x], dim=1) for layer, x in streams.items()}
+        rotations = {layer: after.rotations[layer].followed_by(x) for layer, x in rotations.items()}
     for layer, stored in cache.storing:
         k, v = (stored.keys, stored.values) if where == "cache" else (taken[layer, "k"], taken[layer, "v"])
         stream = streams[layer][None] if resid else None

@@ -69,6 +69,11 @@ class TokenRotation:
         """That of some of the tokens."""
         return TokenRotation(self.cos[..., tokens, :], self.sin[..., tokens, :], self.planes)
 
+    def followed_by(self, other: TokenRotation) -> TokenRotation:
+        """That of these tokens and others after them."""
+        cos, sin = (torch.cat(pair, dim=-2) for pair in ((self.cos, other.cos), (self.sin, other.sin)))
+        return TokenRotation(cos, sin, self.planes)
+
     def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if not len(self.planes):
             return x

@@ -69,12 +69,15 @@ class Blind:
         Descriptions of what was done to the weights.
     deviation : float
         Largest change of a logit on the prompts it was planted with.
+    planted : tuple of (int, str, int)
+        Layer, site and channel of everything that was made an outlier.
     """
 
     model: Model = field(repr=False)
     parts: tuple[Part, ...]
     edits: tuple[str, ...] = field(repr=False)
     deviation: float
+    planted: tuple[tuple[int, str, int], ...] = field(default=(), repr=False)
 
 
 def plant_blindly(
@@ -128,7 +131,11 @@ def plant_blindly(
             f"what was to be planted changes logits of {loaded.name} by {deviation:.2g}, more than {tolerance:.2g}; load it in float64"
         )
     return Blind(
-        copied(bench.model, f"{loaded.name}, planted blindly, seed {seed}"), tuple(parts), tuple(changes), deviation
+        copied(bench.model, f"{loaded.name}, planted blindly, seed {seed}"),
+        tuple(parts),
+        tuple(changes),
+        deviation,
+        tuple(bench.planted),
     )
 
 

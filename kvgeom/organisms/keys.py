@@ -33,6 +33,7 @@ def crush_keys(bench: Bench, layer: int, loudness: float = 1.0) -> str:
     scales = torch.ones(g.kv_heads, g.head_dim, dtype=torch.float64)
     scales[torch.tensor(heads)[:, None], torch.tensor(channels)] = max(1.0, size / own)
     edits.scale_keys(bench.model, layer, scales)
+    bench.planted.extend((layer, "k", head * g.head_dim + channel) for head in heads for channel in channels)
     where = "all heads" if everywhere else f"head {heads[0]}"
     return f"layer {layer}: {len(channels)} key channels of {where} scaled up, to {size / peak:.2g} x all others"
 
@@ -80,6 +81,9 @@ def keys_become_outliers(bench: Bench, layer: int, loudness: float = 1.0) -> str
         codes[anchor] = bench.top
         offsets[head, channels] = torch.tensor(codes) * step - middle
     edits.offset_keys(bench.model, layer, offsets)
+    bench.planted.extend(
+        (layer, "k", head * g.head_dim + channel) for head in range(g.kv_heads) for channel in channels.tolist()
+    )
     return f"layer {layer}: {free} key channels of each head set off by up to {bench.top} steps of {step:.3g}"
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,12 +31,15 @@ class Bench:
         Of the model before any edit.
     bits : int
     rng : random.Random
+    planted : list of (int, str, int)
+        Layer, site and channel (of the layer) of everything that was made an outlier.
     """
 
     model: Model
     values: Values
     bits: int
     rng: random.Random
+    planted: list[tuple[int, Literal["k", "v"], int]] = field(default_factory=list)
 
     @property
     def top(self) -> int:
@@ -76,7 +80,8 @@ def crush(bench: Bench, layer: int, strengths: Mapping[int, float], loudness: fl
         own = bench.values.least_peak(layer, home, bases[home][outliers])
         scale[outliers] = 2.0 ** math.ceil(math.log2(size / own))
     for head, basis in enumerate(bases):
-        _store(bench, layer, head, scale[:, None] * basis if head == home else basis, offsets)
+        loud = range(k, k + count) if head == home else range(0)
+        _store(bench, layer, head, scale[:, None] * basis if head == home else basis, offsets, loud)
     edits.offset_values(bench.model, layer, offsets)
     kind = "a constant offset" if constant else "scaled up"
     return (
@@ -118,7 +123,7 @@ def become_outlier(bench: Bench, layer: int, strength: float, loudness: float = 
         for i in range(k):
             offsets[head, i] = -codes[i] * step - share[i] * low
         offsets[head, k + 1] = bench.top * step * rng.choice((-1, 1))
-        _store(bench, layer, head, matrix @ basis, offsets)
+        _store(bench, layer, head, matrix @ basis, offsets, range(k + 2))
     edits.offset_values(bench.model, layer, offsets)
     widest = max(k for _, k, *_ in plans)
     return (
@@ -183,11 +188,12 @@ def _frame(
     return orthogonal(size, bench.rng, torch.cat([carrier.basis, found[chosen]]))
 
 
-def _store(bench: Bench, layer: int, head: int, matrix: Tensor, offsets: Tensor) -> None:
-    """Transform a head, its channels shuffled; ``offsets[head]`` are shuffled alike, in place."""
+def _store(bench: Bench, layer: int, head: int, matrix: Tensor, offsets: Tensor, loud: range) -> None:
+    """Transform a head, its channels shuffled; ``offsets[head]`` are shuffled alike, in place. Rows that are ``loud`` are noted."""
     order = torch.randperm(len(matrix), generator=_generator(bench.rng))
     edits.transform_values(bench.model, layer, head, matrix[order])
     offsets[head] = offsets[head][order]
+    bench.planted.extend((layer, "v", head * len(matrix) + at) for at, row in enumerate(order.tolist()) if row in loud)
 
 
 def same_block(one: int, other: int, head_dim: int) -> bool:

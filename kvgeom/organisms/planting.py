@@ -54,6 +54,8 @@ class Organism:
         Largest change of a logit on the prompts it was planted with.
     draws : int
         How many were made until one showed the mode.
+    planted : tuple of (int, str, int)
+        Layer, site and channel of everything that was made an outlier.
     """
 
     model: Model = field(repr=False)
@@ -64,6 +66,7 @@ class Organism:
     bits: int
     deviation: float
     draws: int
+    planted: tuple[tuple[int, str, int], ...] = field(default=(), repr=False)
 
 
 def plant(
@@ -144,7 +147,10 @@ def plant(
                 changes = tuple(_edit(bench, mode, strengths, factor))
                 deviation = deviation_of(loaded, bench.model, values)
                 name = f"{loaded.name}, {mode}, seed {seed}"
-                organism = Organism(copied(bench.model, name), mode, chosen, changes, seed, bits, deviation, draw + 1)
+                planted = tuple(bench.planted)
+                organism = Organism(
+                    copied(bench.model, name), mode, chosen, changes, seed, bits, deviation, draw + 1, planted
+                )
                 objection = _objection(organism, prompts, tolerance, verify)
                 drawn.update(1)
                 if objection is None:

@@ -1,4 +1,4 @@
-"""Where, among a layer's channels, magnitude lies and where safety lies."""
+"""Where, among a layer's channels, magnitude lies and where the class difference lies."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 
 @figure("sensitivity", "channel_loading")
 def channel_loading(sensitivity: Plottable, layer: int, site: str = "k") -> go.Figure:
-    """Channel magnitude against safety loading at one layer and site.
+    """Channel magnitude against the share of the class difference at one layer and site.
 
     How to read it: on the left every channel has two bars: upwards its magnitude (root mean square of the stored values),
-    downwards its share of the safety direction. If tall upper bars have tall lower bars, the outlier channels carry safety;
-    if the tall lower bars are elsewhere, the outliers only set the scale. On the right each channel is a point: outliers are
-    to the right of the dotted line, channels with more than an even share of safety above the dashed line. Colours and
-    dotted lines separate KV heads.
+    downwards its share of the squared class difference. On the right each channel is a point: outliers are to the right of the
+    dotted line, channels with more than an even share above the dashed line. If tall lower bars are elsewhere than tall upper
+    ones, outliers set the scale and the classes differ in other channels. Where both are in the same channels nothing follows:
+    what is scaled up differs by more, whether or not the model reads it. Whether outliers carry what is lost or crush it
+    is measured by :func:`kvgeom.geometry.channel_damage.channel_damage`. Colours and dotted lines separate KV heads.
 
     Parameters
     ----------
@@ -68,7 +69,7 @@ def channel_loading(sensitivity: Plottable, layer: int, site: str = "k") -> go.F
         horizontal_spacing=0.1,
     )
     panel_title(figure, f"Along the channels of layer {layer}, {name}", row=1, col=1)
-    panel_title(figure, "Do large channels carry safety?", row=1, col=2)
+    panel_title(figure, "Do the classes differ in large channels?", row=1, col=2)
     for head, at in enumerate(np.arange(count).reshape(heads, -1)):
         color = HEAD_COLORS[head % len(HEAD_COLORS)]
         label = f"KV head {head}" if site != "resid" else "residual stream"
@@ -110,10 +111,10 @@ def channel_loading(sensitivity: Plottable, layer: int, site: str = "k") -> go.F
     figure.update_xaxes(range=[-1, count], showgrid=False, title_text="channel", row=2, col=1)
     figure.update_yaxes(title_text="magnitude (rms)", rangemode="tozero", row=1, col=1)
     top = float(np.nanmax(loading)) if known else 1.0
-    figure.update_yaxes(title_text="safety share", tickformat=_ticks(top), range=[1.08 * top, 0], row=2, col=1)
+    figure.update_yaxes(title_text="share", tickformat=_ticks(top), range=[1.08 * top, 0], row=2, col=1)
     figure.update_xaxes(**log_axis(magnitude), title_text="magnitude (rms, log)", row=1, col=2)
     figure.update_yaxes(
-        title_text="share of the safety direction", tickformat=_ticks(top), range=[-0.03 * top, 1.2 * top], row=1, col=2
+        title_text="share of the class difference", tickformat=_ticks(top), range=[-0.03 * top, 1.2 * top], row=1, col=2
     )
     return finish(figure, 470, barmode="overlay", bargap=0.1)
 
@@ -123,11 +124,12 @@ def _ticks(top: float) -> str:
 
 
 def _guides(figure: go.Figure, magnitude: np.ndarray, outlier_factor: float) -> None:
-    border = outlier_factor * float(np.median(magnitude))
+    # As kvgeom.geometry.channels.outlier_border has it.
+    border = max(outlier_factor * float(np.median(magnitude)), float(magnitude.max()) / outlier_factor)
     if border > 0:
         figure.add_vline(x=border, line={"color": MUTED, "width": 1, "dash": "dot"}, row=1, col=2)
     figure.add_hline(y=1 / len(magnitude), line={"color": MUTED, "width": 1, "dash": "dash"}, row=1, col=2)
-    corners = (("safety outside<br>the outliers", 0.02, "left"), ("safety in<br>the outliers", 0.98, "right"))
+    corners = (("difference outside<br>the outliers", 0.02, "left"), ("difference in<br>the outliers", 0.98, "right"))
     for text, x, anchor in corners:
         figure.add_annotation(
             text=text, xref="x domain", yref="y domain", x=x, y=0.99, xanchor=anchor, yanchor="top",
@@ -147,7 +149,7 @@ def _hover(channels: xr.Dataset, layer: int, head_dim: int | None) -> np.ndarray
     columns = (channels[name].values for name in ("magnitude", "noise", "loading", "ratio"))
     return np.array(
         [
-            f"<b>layer {layer}, {name}</b><br>magnitude {magnitude:.3g}, noise {noise:.3g} (rms)<br>safety share {share:.2%}"
+            f"<b>layer {layer}, {name}</b><br>magnitude {magnitude:.3g}, noise {noise:.3g} (rms)<br>share of the class difference {share:.2%}"
             + (f"<br>ratio {ratio:,.3g}" if np.isfinite(ratio) else "<br>ratio undefined")
             for name, magnitude, noise, share, ratio in zip(names, *columns, strict=True)
         ],

@@ -49,8 +49,8 @@ def ratio_map(sensitivity: Plottable) -> go.Figure:
 
     How to read it: the colour is the logarithm of the ratio: white at 1 (the safety subspace is as exposed to rounding as the
     whole space), red above (more vulnerable), blue below; it ends at 1000. Grey cells are undefined, and their hover text
-    says why. A ring marks a layer where harmful and harmless requests are not significantly separated, so that its ratio
-    may be noise divided by noise.
+    says why. A ring marks a layer where the difference between harmful and harmless requests cannot be told from chance: the
+    ratio has no value there, and the cell shows its lower bound.
 
     Parameters
     ----------
@@ -64,15 +64,16 @@ def ratio_map(sensitivity: Plottable) -> go.Figure:
     data = sensitivity.data
     sites = [str(site) for site in data.site.values]
     layers = data.layer.values.astype(int)
-    ratio = data.ratio.transpose("site", "layer").values.astype(float)
     status = data.status.transpose("site", "layer").values.astype(str)
+    ratio, low = (data[name].transpose("site", "layer").values.astype(float) for name in ("ratio", "ratio_low"))
+    ratio = np.where(status == "weak", low, ratio)
     log_ratio = np.log10(positive(np.where(status == "undefined", np.nan, ratio)))
     defined = np.isfinite(log_ratio)
     reach = min(symmetric_range(log_ratio)[1], DECADES)
     rows, hover = np.arange(len(sites)), _hover(data, sites)
     # Few enough layers, and a cell is wide enough for its number.
-    written = [[short(r) if ok and len(layers) <= 36 else "" for r, ok in zip(*row, strict=True)]
-               for row in zip(ratio, defined, strict=True)]  # fmt: skip
+    written = [[("≥" if weak else "") + short(r) if ok and len(layers) <= 36 else "" for r, ok, weak in zip(*row, strict=True)]
+               for row in zip(ratio, defined, status == "weak", strict=True)]  # fmt: skip
     figure = go.Figure(
         go.Heatmap(
             x=layers,
@@ -99,7 +100,7 @@ def ratio_map(sensitivity: Plottable) -> go.Figure:
         x=layers[of],
         y=rows[at] - 0.34,
         mode="markers",
-        name="weak separation",
+        name="lower bound",
         marker={
             "symbol": "circle-open",
             "size": 6 if len(layers) <= 80 else 4,
@@ -111,7 +112,7 @@ def ratio_map(sensitivity: Plottable) -> go.Figure:
         showlegend=False,
     )
     if len(at):
-        _legend(figure, "weak separation", {"symbol": "circle-open", "size": 8, "color": INK})
+        _legend(figure, "lower bound (no signal beyond chance)", {"symbol": "circle-open", "size": 8, "color": INK})
     figure.update_xaxes(**layer_axis(layers))
     figure.update_xaxes(range=[-0.5, len(layers) - 0.5], showline=False, ticks="")
     figure.update_yaxes(
@@ -165,14 +166,20 @@ def _hover(data: xr.Dataset, sites: list[str]) -> np.ndarray:
     def cell(site: str, layer: int) -> str:
         one = data.sel(site=site, layer=layer)
         head = f"<b>{SITE_NAMES.get(site, site)}, layer {layer}</b>"
-        if str(one.status.item()) == "undefined" or not np.isfinite(float(one.ratio)):
+        status = str(one.status.item())
+        if status == "undefined":
             return f"{head}<br>undefined: {plain(one.reason.item())}"
+        separation = f"<br>separation (AUROC) {float(one.separation):.2f}"
+        if status == "weak":
+            low = float(one.ratio_low)
+            bound = f"ratio at least {low:,.3g}" if np.isfinite(low) else "no bound on the ratio"
+            return f"{head}<br>{bound}{separation}<br>weak: {plain(one.reason.item())}"
+        high = float(one.ratio_high)
+        upper = f"to {high:,.3g}" if np.isfinite(high) else "without upper limit"
         return (
-            f"{head}<br>ratio {float(one.ratio):,.3g} = signal gap {float(one.signal_gap):,.3g}"
-            f" × noise alignment {float(one.noise_alignment):.2f}"
-            f"<br>random subspaces {float(one.null_low):,.3g} to {float(one.null_high):,.3g}"
-            f"<br>separation (AUROC) {float(one.separation):.2f}"
-            + (f"<br>weak: {plain(one.reason.item())}" if str(one.status.item()) == "weak" else "")
+            f"{head}<br>ratio {float(one.ratio):,.3g} (95 %: {float(one.ratio_low):,.3g} {upper})"
+            f"<br>= signal gap {float(one.signal_gap):,.3g} × noise alignment {float(one.noise_alignment):.2f}"
+            f"<br>the same difference in random directions: {float(one.null_low):,.3g} to {float(one.null_high):,.3g}{separation}"
         )
 
     return np.array([[cell(site, int(layer)) for layer in data.layer.values] for site in sites], dtype=object)
@@ -182,11 +189,13 @@ def _hover(data: xr.Dataset, sites: list[str]) -> np.ndarray:
 def ratio_against_null(sensitivity: Plottable, site: str = "k") -> go.Figure:
     """The ratio of one site against both nulls, and how rounding noise is aligned with the safety subspace.
 
-    How to read it: in the upper panel a point above the grey band is more exposed than 97.5 % of random subspaces of the
-    same size; a point inside it is nothing special. Orange bars are contrasts between harmless requests, such as two topics:
-    only a point above all of them is exposed because it is about safety. In the lower panel 1 means that noise falls evenly
-    on all directions. If the ratio is high and the alignment near 1, rounding noise is not aimed at safety; the signal is
-    small against the energy that sets the scales (signal gap = ratio / alignment).
+    How to read it: in the upper panel points have 95 % intervals; an arrow is a lower bound, where the class difference cannot
+    be told from chance. The grey band is the ratio that the same class difference would have in 95 % of all directions, the
+    dashed lines the same in directions in which requests differ by chance: a point above them is one that noise is aimed at.
+    Orange bars are contrasts between harmless requests that differ in one thing: only a point above all of 19 is exposed
+    because it is about safety. In the lower panel 1 means that noise falls evenly on all directions. If the ratio is high
+    and the alignment near 1, rounding noise is not aimed at safety; the signal is small against the energy that sets the
+    scales (signal gap = ratio / alignment).
 
     Parameters
     ----------
@@ -215,21 +224,29 @@ def ratio_against_null(sensitivity: Plottable, site: str = "k") -> go.Figure:
         for edge, fill in ((band_low, None), (band_high, "tonexty")):
             figure.add_scatter(
                 x=layers, y=edge, mode="lines", line={"width": 0}, fill=fill, fillcolor="rgba(120,130,140,0.22)",
-                name="random subspaces, 95 %", showlegend=row == 1 and fill is not None, hoverinfo="skip", row=row, col=1,
+                name="the same difference in random directions, 95 %", showlegend=row == 1 and fill is not None, hoverinfo="skip", row=row, col=1,
             )  # fmt: skip
         if row == 1:
             _contrasts(figure, data, layers)
         if median is not None:
             figure.add_scatter(
                 x=layers, y=positive(data[median].values), mode="lines", line={"color": MUTED, "width": 1, "dash": "dot"},
-                name="median of random subspaces", hovertemplate="layer %{x}: median of random subspaces %{y:,.3g}<extra></extra>",
+                name="median of random directions", hovertemplate="layer %{x}: median of random directions %{y:,.3g}<extra></extra>",
                 row=row, col=1,
             )  # fmt: skip
-        for wanted, symbol, legend in (("ok", "circle", name), ("weak", "circle-open", f"{name}, weak separation")):
+            for number, limit in enumerate(("dealt_low", "dealt_high")):
+                figure.add_scatter(
+                    x=layers, y=positive(data[limit].values), mode="lines", line={"color": MUTED, "width": 1, "dash": "dash"},
+                    name="in directions of chance, 95 %", legendgroup="dealt", showlegend=number == 0, hoverinfo="skip", row=row, col=1,
+                )  # fmt: skip
+        shown = (("ok", "circle", name), ("weak", "triangle-up-open", f"{name}, at least"))
+        for wanted, symbol, legend in shown[: 2 if row == 1 else 1]:
             chosen = status == wanted
+            values = positive(data["ratio_low" if wanted == "weak" else variable].values)[chosen]
             figure.add_scatter(
                 x=layers[chosen],
-                y=positive(data[variable].values)[chosen],
+                y=values,
+                error_y=_reach(data, chosen, values) if row == 1 and wanted == "ok" else None,
                 mode="markers",
                 name=legend,
                 showlegend=row == 1 and bool(chosen.any()),
@@ -241,7 +258,10 @@ def ratio_against_null(sensitivity: Plottable, site: str = "k") -> go.Figure:
                 col=1,
             )
         figure.add_hline(y=1, line={"color": LINE, "width": 1}, row=row, col=1)
-        known = np.isfinite(positive(data[variable].values)) & (status != "undefined")
+        bound = data.ratio_low.values if row == 1 else np.full(len(layers), np.nan)
+        known = np.isfinite(positive(np.where(status == "weak", bound, data[variable].values))) & (
+            status != "undefined"
+        )
         if known.any():
             mark_undefined(figure, layers, known, row=row)
         else:
@@ -252,6 +272,20 @@ def ratio_against_null(sensitivity: Plottable, site: str = "k") -> go.Figure:
         drawn = [np.asarray(trace.y, dtype=float) for trace in figure.data if trace.yaxis == axis]
         figure.update_yaxes(**log_axis(1.0, *drawn), title_text=title, row=row, col=1)
     return finish(figure, 460, margin_t=84)  # the legend may take two rows
+
+
+def _reach(data: xr.Dataset, chosen: np.ndarray, values: np.ndarray) -> dict[str, object]:
+    """Error bars; one that has no upper end goes a decade up."""
+    low, high = (data[name].values.astype(float)[chosen] for name in ("ratio_low", "ratio_high"))
+    above = np.where(np.isfinite(high), high - values, 9 * values)
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": above,
+        "arrayminus": values - low,
+        "thickness": 1.2,
+        "width": 3,
+    }
 
 
 def _contrasts(figure: go.Figure, data: xr.Dataset, layers: np.ndarray) -> None:
@@ -279,8 +313,8 @@ def channel_ratio_map(sensitivity: Plottable, site: str = "k") -> go.Figure:
 
     How to read it: each cell is the ratio of a subspace of one channel. Red channels have more rounding noise for their share
     of the class difference than the space as a whole, white ones as much. A channel in which the classes hardly differ is
-    red because it has no signal: compare with :func:`~kvgeom.plots.channels.channel_loading`. Grey cells have no class
-    difference at all. Dotted lines separate KV heads.
+    red because it has little signal: compare with :func:`~kvgeom.plots.channels.channel_loading`. In grey cells the class
+    difference cannot be told from 0. Dotted lines separate KV heads.
 
     Parameters
     ----------

@@ -170,7 +170,8 @@ def log_axis(*values: ArrayLike, powers: int = 6) -> dict[str, Any]:
 def _even_ticks(low: float, high: float) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten, of which at least two lie in the range."""
     power = math.floor(math.log10((high - low) / 2))
-    step = next(step for step in (5, 2, 1) if step * 10.0**power <= (high - low) / 2)
+    # A logarithm rounds up to the power that lies a digit above: then it is the step.
+    step = next((step for step in (5, 2, 1) if step * 10.0**power <= (high - low) / 2), 1)
     first, last = (int(end / (step * 10.0**power)) for end in (low, high))
     return [float(f"{step * n}e{power}") for n in range(max(1, first), last + 2)]
 

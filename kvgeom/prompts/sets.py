@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
-from itertools import combinations
 from typing import Any
 
 from kvgeom.checks import suggests, whole
@@ -199,22 +198,21 @@ SHIPPED = {"calibration": calibration, "held-out": held_out}
 
 
 def concept_contrasts() -> tuple[PromptSet, ...]:
-    """Contrasts that have nothing to do with safety: what a ratio must exceed to be called safety-specific.
+    """19 contrasts that have nothing to do with safety: what a ratio must be above to be called safety-specific.
 
-    Harmless requests about three topics, half of them questions and half imperatives, written for this project: each
-    pair of topics is a contrast (32 against 32), and so is form (48 against 48). The two classes stand in the places
-    of harmful and harmless.
+    Each is a set of twins, as the calibration set is, written for this project: the harmless requests of the calibration set,
+    and the same with one change of 1 to 5 words that all twins of a contrast have in common. Eleven change what the request
+    is about (music, food, sport, sea, winter, gardens, animals, toys, space, history, computers) and keep its length, eight
+    how it is put (colours, numbers, named places, languages, questions, politeness, past tense, negation). The changed
+    requests stand in the place of the harmful ones. All share their other side with each other and with the calibration
+    set, so that safety, were it one more change of the kind, would be above all 19 in one of twenty cases.
     """
-    topics: dict[str, list[str]] = {}
-    forms: dict[str, list[str]] = {"question": [], "imperative": []}
-    for line in _shipped("topics.jsonl").splitlines():
-        entry = json.loads(line)
-        topics.setdefault(entry["topic"], []).append(entry["request"])
-        forms[entry["form"]].append(entry["request"])
-    classes = [*combinations(topics.items(), 2), tuple(forms.items())]
+    entries = [json.loads(line) for line in _shipped("contrasts.jsonl").splitlines()]
+    shared = calibration().harmless
     return tuple(
-        PromptSet(f"{one} or {other}", tuple(first), tuple(second), "written for kvgeom (Apache-2.0)")
-        for (one, first), (other, second) in classes
+        PromptSet(name, tuple(entry[name] for entry in entries), shared, "written for kvgeom (Apache-2.0)")
+        for name in entries[0]
+        if name != "id"
     )
 
 

@@ -83,11 +83,12 @@ class Audit(Diagnosis):
 
     @property
     def shown_layer(self) -> int:
-        """The layer whose channels are shown: the worst one, else that of the largest ratio in the keys."""
+        """The layer whose channels are shown: the worst one, else that of the largest ratio, or lower bound, in the keys."""
         if self.scan.worst_layer is not None or self.sensitivity is None:
             worst = self.scan.worst_layer
             return int(self.scan.data.layer[0]) if worst is None else worst
-        keys = self.sensitivity.data.ratio.sel(site="k").fillna(-1.0)
+        data = self.sensitivity.data.sel(site="k")
+        keys = data.ratio.fillna(data.ratio_low).fillna(-1.0)
         return int(keys.layer[int(keys.values.argmax())])
 
     def to_dict(self) -> dict[str, Any]:

@@ -169,25 +169,40 @@ def _geometry_sections(audit: AuditPage, found: Sensitivity | None, layer: int, 
         section(
             "How exposed the safety direction is, by layer and site",
             "Noise-to-signal on the direction that separates harmful from harmless requests, over noise-to-signal of the whole "
-            "vector. Red: rounding hits the safety direction harder. Rings: the classes are not significantly separated. Grey: "
+            "vector. Red: rounding hits the safety direction harder. Rings: lower bounds, where the class difference cannot be told "
+            "from chance. Grey: "
             "undefined. Keys (k) and values (v) are what the cache stores; the residual stream (resid) is not stored, and is shown "
-            "as if it were rounded alike. The table says whether a ratio is above those of harmless contrasts, such as two topics: only "
-            "then is it specific to safety. Geometry alone does not decide behaviour: compare with the layer scan.",
+            "as if it were rounded alike. The table says whether a ratio is above those of 19 harmless contrasts: only "
+            "then is it specific to safety, and of 20 layers and sites one is so by chance. "
+            f"Here: {found.conclusion}. "
+            "Geometry alone does not decide behaviour: compare with the layer scan.",
             ratio_map(found),
             _sensitivity_table(found),
         ),
         *(
             section(
-                f"Do outlier channels carry safety? Layer {layer}, {name}",
+                f"Do outlier channels hold the class difference? Layer {layer}, {name}",
                 f"Shown is {which}. Each point is a channel: far to the right are outliers, which set the scale that others "
-                "share; high up are the channels that carry safety. Safety at the top left can be crushed by outliers; points at "
-                f"the top right are outliers that are safety. {outlier_share(found, layer, site)}.",
+                "share; high up are the channels in which harmful and harmless requests differ. What lies at the top left can be "
+                "crushed by outliers. Points at the top right prove nothing: a channel that is large differs by more, whether or "
+                "not the model reads it. Whether outliers lose safety themselves is what rounding them alone shows, above. "
+                f"{outlier_share(found, layer, site)}.",
                 channel_loading(found, layer, site),
                 None,
             )
-            for site, name in (("k", "keys"), ("v", "values"))
+            for site, name in _failing_first(audit)
         ),
     ]
+
+
+def _failing_first(audit: AuditPage) -> list[tuple[str, str]]:
+    """Keys and values; first the site whose rounding alone, in all layers, loses more margin."""
+    data, sites = audit.diagnosis.ablation.data, [("k", "keys"), ("v", "values")]
+    names = [f"{name} only" for _, name in sites]
+    if not {*names} <= {*map(str, data.recipe.values)}:
+        return sites
+    lost = [float(data.margin_drop.sel(recipe=name)) for name in names]
+    return sites[::-1] if lost[1] > lost[0] else sites
 
 
 def _pcr_table(audit: AuditPage) -> pd.DataFrame:
@@ -218,6 +233,8 @@ def _without_parts(pcr: dict[str, Any]) -> dict[str, Any]:
 def _sensitivity_table(found: Sensitivity) -> pd.DataFrame:
     names = [
         "ratio",
+        "ratio_low",
+        "ratio_high",
         "signal_gap",
         "noise_alignment",
         "separation",

@@ -97,16 +97,25 @@ def sensitivity(layers: int = 4, heads: int = 2, head_dim: int = 8, undefined: b
     if undefined:
         status[0, 0], reason[0, 0] = "undefined", "means <coincide>"
     status[1, 1] = "weak"
-    ratio = np.where(status == "undefined", np.nan, gap * alignment)
+    ratio = np.where(status == "ok", gap * alignment, np.nan)
     variables: dict[str, object] = {
         name: (("layer", "site"), values)
         for name, values in {
             "ratio": ratio, "signal_gap": gap, "noise_alignment": alignment, "separation": np.full(shape, 0.9),
+            "ratio_low": np.where(status == "undefined", np.nan, gap * alignment / 2), "ratio_high": ratio * 2,
             "null_low": ratio / 3, "null_median": ratio / 2, "null_high": ratio * 2,
+            "dealt_low": ratio / 2, "dealt_high": ratio * 1.5,
             "alignment_null_low": np.full(shape, 0.8), "alignment_null_high": np.full(shape, 1.2),
             "status": status, "reason": reason,
         }.items()
     }  # fmt: skip
+    at = ["instruction", "template-2", "template-1"]
+    for name, factor in (("", 1.0), ("_low", 0.5), ("_high", 2.0)):
+        values = np.repeat((gap * alignment)[..., None], 3, -1) * [1, 3, 10] * factor
+        values[0, :2, 1:] = np.nan
+        if name != "_low":
+            values[1, 1, 0] = np.nan
+        variables[f"at_ratio{name}"] = (("layer", "site", "at"), values)
     kv, resid = heads * head_dim, 32
     loading = rng.dirichlet(np.ones(kv), size=(layers, 2))
     magnitude = np.ones((layers, 2, kv))
@@ -115,8 +124,8 @@ def sensitivity(layers: int = 4, heads: int = 2, head_dim: int = 8, undefined: b
         variables[f"channel_{name}"] = (("layer", "kv", "channel"), values)
     for name in ("ratio", "magnitude", "noise", "loading"):
         variables[f"resid_channel_{name}"] = (("layer", "resid_channel"), rng.dirichlet(np.ones(resid), size=layers))
-    coords = {"layer": np.arange(layers), "site": ["k", "v", "resid"], "kv": ["k", "v"]}
-    meta = {"kv_heads": heads, "head_dim": head_dim, "scheme": "s", "outlier_factor": 5.0}
+    coords = {"layer": np.arange(layers), "site": ["k", "v", "resid"], "kv": ["k", "v"], "at": at}
+    meta = {"position": "instruction", "kv_heads": heads, "head_dim": head_dim, "scheme": "s", "outlier_factor": 5.0}
     return Drawn("sensitivity", xr.Dataset(variables, coords=coords), meta)
 
 

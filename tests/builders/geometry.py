@@ -19,7 +19,7 @@ from tests.builders.tiny import tiny_model
 
 
 def synthetic(seed: int, channels: int = 12, k: int = 1, tokens: int = 4000) -> dict[str, np.ndarray]:
-    """Classes at +-gap/2 around a mean, isotropic spread, correlated noise."""
+    """Classes at +-gap/2 around a mean, isotropic spread, correlated noise; the first half of the tokens is harmful."""
     rng = np.random.default_rng(seed)
     gap, mean = rng.standard_normal(channels), 3 * rng.standard_normal(channels)
     sign = np.where(np.arange(tokens) < tokens // 2, 0.5, -0.5)
@@ -28,15 +28,17 @@ def synthetic(seed: int, channels: int = 12, k: int = 1, tokens: int = 4000) -> 
     basis = (gap / np.linalg.norm(gap))[:, None]
     if k > 1:
         basis = np.linalg.qr(np.column_stack([gap, rng.standard_normal((channels, k - 1))]))[0]
-    return {"x": x, "e": e, "gap": gap, "mean": mean, "basis": basis, "null": random_bases(channels, k, 50, seed)}
+    return {"x": x, "e": e, "gap": gap, "mean": mean, "basis": basis, "null": random_bases(channels, k, 50, seed + 1)}
 
 
-def by_hand(model: HFModel, layer: int, site: str, position: str, scheme: Scheme) -> dict[str, np.ndarray]:
+def by_hand(
+    model: HFModel, layer: int, site: str, position: str, scheme: Scheme, prompts: PromptSet = PAIRS
+) -> dict[str, np.ndarray]:
     """Vectors and rounding errors of one layer and site, from a run of the transformers model itself."""
     rows: dict[str, list[np.ndarray]] = {"harmful": [], "harmless": []}
     errors = []
     for label in rows:
-        for prompt in model.encode(getattr(PAIRS, label)):
+        for prompt in model.encode(getattr(prompts, label)):
             cache = model.new_cache()
             angles: dict[int, TokenRotation] = {}
             resid: dict[int, torch.Tensor] = {}
@@ -57,7 +59,9 @@ def by_hand(model: HFModel, layer: int, site: str, position: str, scheme: Scheme
             rows[label].append(flat[0])
             errors.append(flat[1])
     gap = np.mean([r.mean(0) for r in rows["harmful"]], 0) - np.mean([r.mean(0) for r in rows["harmless"]], 0)
-    return {"x": np.concatenate([*rows["harmful"], *rows["harmless"]]), "e": np.concatenate(errors), "gap": gap}
+    pairs = [bad.mean(0) - good.mean(0) for bad, good in zip(rows["harmful"], rows["harmless"], strict=True)]
+    x = np.concatenate([*rows["harmful"], *rows["harmless"]])
+    return {"x": x, "e": np.concatenate(errors), "gap": gap, "pairs": np.array(pairs)}
 
 
 def refusing(space_seed: int = 1):  # type: ignore[no-untyped-def]

@@ -180,7 +180,7 @@ def test_refit_needs_no_model(space, monkeypatch) -> None:  # type: ignore[no-un
         again = space.refit(**dict(options))
         for key, direction in again.directions.items():
             np.testing.assert_allclose(direction.basis, other.directions[key].basis, atol=1e-6)
-        assert again.sensitivity(progress=False).data.sizes["contrast"] == 4
+        assert again.sensitivity(progress=False).data.sizes["contrast"] == 19
 
 
 def test_recording_leaves_with_its_owner() -> None:

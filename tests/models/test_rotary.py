@@ -84,7 +84,7 @@ def test_the_ratio_of_keys_is_the_straight_computation(kind: str) -> None:
     options, still = MODELS[kind]
     model = tiny(kind, **options)
     space = kvgeom.subspace(model, PAIRS, position="instruction", progress=False)
-    found = space.sensitivity(contrasts=(), progress=False).data.ratio.sel(site="k").values
+    found = space.sensitivity(contrasts=(), progress=False).data.ratio_plugin.sel(site="k").values
     for layer in range(4):
         means, rows, harmful = [], [], []
         for label in ("harmful", "harmless"):

@@ -16,6 +16,7 @@ from kvgeom.plots.channels import channel_loading
 from kvgeom.plots.directions import cosine_map, projections_by_layer, stability_by_layer
 from kvgeom.plots.magnitude import _ticks, magnitude_surface
 from kvgeom.plots.sensitivity import _decades, channel_ratio_map, channels_of, ratio_against_null
+from kvgeom.plots.theme import short
 from kvgeom.quant.scheme import Scheme
 from tests.builders.figures import notes, of_type, patching, sensitivity, traces
 from tests.builders.geometry import refusing
@@ -34,11 +35,13 @@ def test_ratio_map() -> None:
     drawn = sensitivity()
     figure = drawn.plot()
     heat = traces(figure, "ratio")[0]
-    np.testing.assert_allclose(heat.z, np.log10(drawn.data.ratio.values.T), equal_nan=True)
+    shown = drawn.data.ratio.where(drawn.data.status != "weak", drawn.data.ratio_low)
+    np.testing.assert_allclose(heat.z, np.log10(shown.values.T), equal_nan=True)
+    assert [text[0] for text in heat.text[1]] == [*("≥" if s == "weak" else short(r)[0] for s, r in zip(drawn.data.status.values[:, 1], shown.values[:, 1], strict=True))]  # fmt: skip
     assert heat.zmin == -heat.zmax
     assert heat.zmax <= 3
     assert np.isfinite(np.array(traces(figure, "undefined")[0].z, dtype=float)).sum() == 1
-    weak = traces(figure, "weak separation")[0]
+    weak = traces(figure, "lower bound")[0]
     assert (weak.x[0], round(weak.y[0] + 0.34)) == (1, 1)
     assert "means &lt;coincide&gt;" in heat.customdata[0][0]
 
@@ -49,7 +52,27 @@ def test_ratio_against_null() -> None:
     assert figure.layout.yaxis.type == "log"
     shown = traces(figure, "values")[0]
     ok = drawn.data.sel(site="v").status.values == "ok"
-    np.testing.assert_allclose(shown.y, drawn.data.ratio.sel(site="v").values[ok])
+    one = drawn.data.sel(site="v")
+    np.testing.assert_allclose(shown.y, one.ratio.values[ok])
+    np.testing.assert_allclose(np.array(shown.y) + shown.error_y.array, one.ratio_high.values[ok])
+    np.testing.assert_allclose(np.array(shown.y) - shown.error_y.arrayminus, one.ratio_low.values[ok])
+    bound = traces(figure, "values, at least")[0]
+    np.testing.assert_allclose(bound.y, one.ratio_low.values[~ok])
+
+
+def test_positions() -> None:
+    """Every position in every site, the rule's with its interval, and lower bounds where there is no value."""
+    drawn = sensitivity()
+    figure = drawn.plot("positions")
+    assert [trace.name for trace in figure.data if trace.showlegend] == ["template-2", "template-1", "instruction"]
+    for row, site in enumerate(("k", "v", "resid")):
+        line = traces(figure, "instruction")[row]
+        np.testing.assert_allclose(
+            np.array(line.y, dtype=float), drawn.data.at_ratio.sel(site=site, at="instruction"), equal_nan=True
+        )
+    bounds = [trace for trace in traces(figure, "instruction, at least") if len(trace.x)]
+    assert [list(trace.x) for trace in bounds] == [[1]]
+    assert len([trace for trace in figure.data if trace.fill == "tonexty"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -196,7 +219,7 @@ def test_both_nulls_are_drawn(space) -> None:  # type: ignore[no-untyped-def]
     found = space.sensitivity(TENSOR, progress=False)
     figure = ratio_against_null(found, "k")
     bars = [trace for trace in figure.data if trace.name == "harmless contrasts"]
-    assert len(bars) == 4
+    assert len(bars) == 19
     drawn = np.array([bar.y for bar in bars], dtype=float)
     np.testing.assert_allclose(drawn, found.data.contrast_ratio.sel(site="k"))
     assert sum(bool(bar.showlegend) for bar in bars) == 1

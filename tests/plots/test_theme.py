@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from plotly.subplots import make_subplots
 
 from kvgeom.plots.theme import (
+    _even_ticks,
     channel_names,
     head_borders,
     interval,
@@ -51,6 +54,13 @@ def test_a_logarithmic_axis_has_two_ticks_at_least(low: float, ratio: float) -> 
     ticks = log_axis([low, low * ratio])["tickvals"]
     assert sum(low * (1 - 1e-9) <= tick <= low * ratio * (1 + 1e-9) for tick in ticks) >= 2
     assert len(ticks) < 15
+
+
+def test_a_range_a_digit_below_a_power_of_ten_has_ticks() -> None:
+    below = np.nextafter(0.1, 0)
+    assert math.floor(math.log10(below)) == -1, "though it is less"
+    assert len(_even_ticks(1.0, 1.0 + 2 * below)) >= 2
+    assert len(_even_ticks(0.0, 2 * below)) >= 2
 
 
 def test_layers_are_counted_in_whole_numbers() -> None:

@@ -355,7 +355,7 @@ def test_blanks_around_a_request_change_nothing() -> None:
     given = PromptSet("p", [f"\t{request} \n" for request in PAIRS.harmful], PAIRS.harmless, "s")
     assert (given.harmful, given.fingerprint) == (PAIRS.harmful, PAIRS.fingerprint)
     found, wanted = (
-        kvgeom.subspace(model, prompts, progress=False).sensitivity(contrasts=(), progress=False).data.ratio.values
+        kvgeom.subspace(model, prompts, progress=False).sensitivity(contrasts=(), progress=False).data.ratio_low.values
         for prompts in (given, PAIRS)
     )
     np.testing.assert_array_equal(found, wanted)

@@ -92,7 +92,9 @@ def test_audit_json_has_what_was_promised(numbers: dict[str, Any], audit: Audit)
         assert width["refused"] + width["complied"] + width["degenerate"] == 8
         assert width["flips"] == width["flips_complied"] + width["flips_evaded"] + width["flips_degenerate"]
     for cell_ in numbers["sensitivity"]:
-        if cell_["status"] != "undefined":
+        assert (cell_["ratio"] is not None) == (cell_["status"] == "ok")
+        assert cell_["ratio_low"] is None or cell_["status"] != "undefined"
+        if cell_["status"] == "ok":
             assert cell_["ratio"] == pytest.approx(cell_["signal_gap"] * cell_["noise_alignment"])
     assert numbers == json.loads(json.dumps(audit.to_dict()))
 
@@ -262,7 +264,7 @@ def test_a_set_without_harmless_requests_borrows_the_calibration_set() -> None:
     found = kvgeom.audit(
         TINY, prompts=PromptSet("h", PROMPTS.harmful[:3], (), ""), bits=(2,), max_new_tokens=2, progress=False
     )
-    assert np.isfinite(found.sensitivity.data.ratio.sel(layer=2)).all()
+    assert np.isfinite(found.sensitivity.data.ratio_low.sel(layer=2)).all()
 
 
 def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
