@@ -22,10 +22,10 @@ from kvgeom.engines.registry import resolve
 from kvgeom.errors import InputError
 from kvgeom.geometry.attention import attention_error, attention_to_request
 from kvgeom.geometry.causal import first_order, patch_layers
-from kvgeom.geometry.decomposition import decompose
-from kvgeom.geometry.error_paths import follow_errors
 from kvgeom.geometry.channels import channel_view, outlier_share, stored
+from kvgeom.geometry.decomposition import decompose
 from kvgeom.geometry.directions import compare
+from kvgeom.geometry.error_paths import follow_errors
 from kvgeom.geometry.selection import opening_tokens, select, select_direction
 from kvgeom.geometry.sensitivity import measure
 from kvgeom.geometry.steering import steer

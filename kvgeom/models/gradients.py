@@ -215,7 +215,7 @@ def _find(model: HFModel) -> dict[int, nn.Module]:
         model.forward(ids, cache, on_query=queries.__setitem__, on_rotation=rotations.__setitem__)
     found = {}
     for layer, rule in rules.items():
-        q = rotations[layer].rotate(queries[layer][0].float())
+        q = rotations[layer].rotate(queries[layer][0]).float()
         k, v = (x[0].float() for x in (cache.layers[layer].keys, cache.layers[layer].values))
         group = len(q) // len(k)
         rebuilt = weights(scores(q, k.repeat_interleave(group, 0), rule), rule) @ v.repeat_interleave(group, 0)

@@ -207,6 +207,18 @@ def test_what_is_asked_in_vain() -> None:
         follow_errors(model, REQUESTS, TENSOR, directions=np.ones(5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_number_formats(dtype: torch.dtype) -> None:
+    hf = tiny_hf_model().to(dtype)
+    model = kvgeom.load(hf, tokenizer=tiny_tokenizer())
+    data = follow_errors(model, REQUESTS, TENSOR, R, directions=np.ones(32), progress=False).data
+    truth = first_order(model, REQUESTS, TENSOR, R, progress=False).data.margin_drop
+    scale = float(np.abs(truth).max())
+    off = 1e-4 if dtype == torch.float64 else 0.1
+    np.testing.assert_allclose(data.first_order.sum("query_head"), truth, atol=off * scale)
+    assert np.isfinite(data.direction_shift).all()
+
+
 def test_a_gate_behind_the_heads_is_not_overlooked() -> None:
     """What attention writes is then no longer what the output projection makes of the heads."""
     model = tiny_model()
