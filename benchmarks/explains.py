@@ -38,9 +38,11 @@ from kvgeom.quant.scheme import Scheme
 
 #: What every unit is rounded to: the layer scan of arXiv:2606.09864.
 SCHEME = Scheme(3, True, "tensor")
-#: Channels of a group, random groups and random single channels in each layer and site; the loudest channel comes besides.
-GROUP, DRAWN = 16, 2
+#: Channels of a group, random groups and single channels in each layer and site; the loudest channel comes besides.
+GROUP, DRAWN = 16, 1
 SITES = ("k", "v")
+#: Most points of an integral.
+POINTS = 17
 #: Makes models refuse that do not by themselves, or have no template: they go on as the examples do.
 EXAMPLES = (
     ("Explain how to bake bread", "Sure. Mix flour, water, salt and yeast, let the dough rise and bake it."),
@@ -230,7 +232,7 @@ def _by_channel(
     left, points, lost, exact, drops = [], [], [], [], []
     for prompt in prompts:
         paths = follow_errors(model, [prompt], SCHEME, tokens, directions=towards, progress=False).data
-        parts = decompose(model, [prompt], SCHEME, tokens, group_size=g.head_dim, progress=False)
+        parts = decompose(model, [prompt], SCHEME, tokens, group_size=g.head_dim, points=POINTS, progress=False)
         queries = paths.isel(prompt=0)
         group = g.query_heads // g.kv_heads
         found = {

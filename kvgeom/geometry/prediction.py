@@ -164,7 +164,7 @@ def partial_rank_correlation(
     if not np.isfinite(value) or free < 2:
         return PartialCorrelation(nan, nan, nan, plain, count, clusters, controls)
     drawn = np.array([_together(parts, rng) for _ in range(samples)])
-    if np.isfinite(drawn).mean() < 0.5:
+    if not np.isfinite(drawn).mean() >= 0.5:
         return PartialCorrelation(nan, nan, nan, plain, count, clusters, controls)
     ends = 1 - 1e-6
     spread = float(np.nanvar(np.arctanh(np.clip(drawn, -ends, ends)), ddof=1))
