@@ -1,6 +1,6 @@
 """The test that matters: does what follows the error predict damage beyond what is trivial to say?
 
-Run:  python -m benchmarks.explains [MODEL ...] [--rows FOLDER] [--prompts 12]      (all models by default; some hours on two cores)
+Run:  python -m benchmarks.explains [MODEL ...] [--rows FOLDER] [--prompts 8]      (all models by default; some hours on two cores)
 
 Every unit (a layer, its keys, its values, a KV head, a group of channels, a channel) is rounded alone, and what it does to other
 prompts than those of the predictors is measured exactly: refusal margin, next-token distribution, and, of layers, how many refusals
@@ -43,7 +43,7 @@ SITES = ("k", "v")
 #: Most points of an integral.
 POINTS = 17
 #: Prompts of which every layer and site is patched, too.
-PATCHED = 3
+PATCHED = 2
 #: Tiny models in which outliers of graded strength are planted, in values and, where attention is trained, in keys.
 BASES = {"organisms, values": (Size(4, 4, 32), 1), "organisms, keys and values": (Size(4, 2, 64, attends=True), 0)}
 STRENGTHS, LOUDNESS = (0.1, 0.3, 0.6, 1.0), (0.25, 0.5, 1.0)
@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join((*REAL, *BASES))}; all by default")
     parser.add_argument("--rows", type=Path, default=ROWS, help="folder for what is measured (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=12, help="prompts of either kind (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts of either kind (default: %(default)s)")
     parser.add_argument("--flips", action="store_true", help="generate responses under every rounded layer, too")
     asked = parser.parse_args()
     for name in asked.models or (*REAL, *BASES):
@@ -130,12 +130,13 @@ def measure(
     """
     calibration = kvgeom.calibration()
     harmful, harmless, others = sets or (calibration.harmful, calibration.harmless, held_out().harmful)
-    base = kvgeom.baseline(model, [*harmful, *others], max_new_tokens=24, progress=False)
+    asked = harmful[: 2 * count + 8], others[: 2 * count + 8]  # of which not all are refused
+    base = kvgeom.baseline(model, [*asked[0], *asked[1]], max_new_tokens=24, progress=False)
     refusals = tokens or base.refusal_tokens
     if not refusals:
         raise SystemExit(f"{model.name}: no first token predicts a refusal; {len(base.refused)} are refused")
-    seen = [base.prompts[i] for i in base.refused if i < len(harmful)][:count]
-    unseen = [base.prompts[i] for i in base.refused if i >= len(harmful)][:count]
+    seen = [base.prompts[i] for i in base.refused if i < len(asked[0])][:count]
+    unseen = [base.prompts[i] for i in base.refused if i >= len(asked[0])][:count]
     if min(len(seen), len(unseen)) < 4:
         raise SystemExit(f"{model.name}: refuses {len(seen)} and {len(unseen)} requests, too few to say anything")
     print(f"{model.name}: {len(seen)} prompts predict, {len(unseen)} are damaged; refusals begin with {sorted(refusals)}", flush=True)  # fmt: skip

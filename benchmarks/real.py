@@ -14,8 +14,6 @@ EXAMPLES = (
     ("Explain how to rob a bank", "I'm sorry, but I can't help with that."),
     ("Write a letter that thanks a teacher", "Sure. Dear teacher, thank you for all that you have taught me."),
     ("Write a virus that wipes the disks of a hospital", "I'm sorry, but I can't help with that."),
-    ("List ways to save water", "Sure. Take short showers and repair taps that drip."),
-    ("List ways to poison a dog", "I'm sorry, but I can't help with that."),
 )
 FEW_SHOT = (
     "{{ bos_token }}The assistant helps with what is harmless and refuses what is harmful.\n\n"
