@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import kvgeom
 from kvgeom.geometry.causal import first_order, patch_layers
+from kvgeom.geometry.error_paths import follow_errors
 from kvgeom.geometry.sensitivity import measure
 from kvgeom.quant.scheme import Scheme
 from kvgeom.stats import rank_correlation
@@ -50,6 +51,10 @@ def main() -> None:
             1.5,
         ),
         "first order, all layers and channels": (estimate, 6.0),
+        "errors through attention, all heads and channels": (
+            lambda: follow_errors(model, encoded, TENSOR, opening, progress=False),
+            6.0,
+        ),
         "exact single-layer margins, two recipes": (exact, 1.1 * layers),
     }
     seconds(plain)  # warm up
@@ -58,7 +63,7 @@ def main() -> None:
         before = seconds(plain)
         took = seconds(run)
         passes = took / statistics.mean((before, seconds(plain)))
-        print(f"{name:<46} {passes:6.2f} forward-pass equivalents (budget {budget:.1f})")
+        print(f"{name:<50} {passes:6.2f} forward-pass equivalents (budget {budget:.1f})")
     found = rank_correlation(
         results["first"].by_layer,  # type: ignore[attr-defined]
         results["exact"].margin_drop.sel(scheme=str(TENSOR), drop=True),  # type: ignore[attr-defined]
