@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvgeom.checks import suggests
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, brief
 from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.evaluation.inputs import as_tokens, made_with, opened
 from kvgeom.evaluation.scores import margin
@@ -141,7 +141,7 @@ def follow_errors(
         )
     geometry = model.geometry
     geometry.check_alike(model.name)
-    given = None if directions is None else torch.as_tensor(np.asarray(directions, dtype=np.float32))
+    given = None if directions is None else _directions(directions, (geometry.layers, geometry.d_model))
     longest = max(len(prompt) for prompt in prompts)
     heads, layers = geometry.query_heads, len(geometry.stores)
     shapes = {
@@ -188,6 +188,19 @@ def follow_errors(
         "kv_heads": geometry.kv_heads,
     }
     return ErrorPaths(data, meta)
+
+
+def _directions(given: Any, shape: tuple[int, int]) -> Tensor:
+    """Directions as a tensor; the same for all layers or one for each."""
+    try:
+        found = np.asarray(given, dtype=np.float32)
+    except (TypeError, ValueError, OverflowError):
+        found = np.empty(0, dtype=np.float32)
+    if found.shape not in (shape, shape[1:]) or not np.isfinite(found).all():
+        raise InputError(
+            f"directions must have shape [{shape[1]}] or [{shape[0]}, {shape[1]}] and be finite, got {brief(given)}"
+        )
+    return torch.as_tensor(found)
 
 
 def _layers(model: Model, prompt: Any, rounding: Rounding, tokens: frozenset[int], directions: Tensor | None) -> Any:

@@ -203,8 +203,9 @@ def test_what_is_asked_in_vain() -> None:
         follow_errors(model, [], TENSOR)
     with pytest.raises(InputError, match="projection"):
         follow_errors(model, REQUESTS, TENSOR, placement="paper")
-    with pytest.raises(InputError, match="directions must have shape"):
-        follow_errors(model, REQUESTS, TENSOR, directions=np.ones(5))
+    for wrong in (np.ones(5), np.full(32, np.nan), "x", object(), {"a": 1}, 2 + 3j):
+        with pytest.raises(InputError, match="directions must have shape"):
+            follow_errors(model, REQUESTS, TENSOR, directions=wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
