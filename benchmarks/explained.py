@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from kvgeom.geometry.prediction import PartialCorrelation, Units, partial_rank_correlation
 from kvgeom.paths import cache_dir
@@ -163,7 +164,7 @@ def write(folder: Path) -> None:
 
 def markdown(rows: list[dict[str, Any]], meta: Mapping[str, Mapping[str, Any]]) -> str:
     """The tables as text."""
-    lines = []
+    lines = sums(meta)
     for group in dict.fromkeys(row["models"] for row in rows):
         named = meta.get(group, {}).get("model", ", ".join(str(meta[n]["model"]) for n in REAL if n in meta))
         lines += [f"### {group[0].upper() + group[1:]}: {named}", ""]
@@ -172,6 +173,40 @@ def markdown(rows: list[dict[str, Any]], meta: Mapping[str, Mapping[str, Any]]) 
             if own:
                 lines += [f"**{title[0].upper() + title[1:]}**", "", *_table(own), ""]
     return "\n".join(lines)
+
+
+def sums(meta: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is left over of the margin lost, and how contributions rank layers and sites beside patching."""
+    rows = []
+    for one in meta.values():
+        patched = one.get("patched")
+        if patched is None:
+            continue
+        lost, left = (np.array([*one[a], *patched[a]], dtype=float) for a in ("lost", "remainder"))
+        points, settled = ([*one[a], *patched[a]] for a in ("points", "settled"))
+        ranks = [
+            f"{spearmanr(np.ravel(patched['sum']), np.ravel(patched[b])).statistic:.2f}"
+            for b in ("alone", "restored", "first order")
+        ]
+        totals = [f"{np.sum(patched[a]):.2f}" for a in ("sum", "alone", "restored", "first order")]
+        rows.append(
+            f"| {one['model']} | {len(lost)} | {lost.mean():.2f} | {np.abs(left).mean():.3f} | {min(points)} to {max(points)} | "
+            f"{sum(settled)} of {len(settled)} | {' | '.join(totals)} | {' | '.join(ranks)} |"
+        )
+    if not rows:
+        return []
+    head = "| | prompts | lost (nats) | left over | points | settled | sum | alone | restored | first order | alone | restored | first order |"  # fmt: skip
+    return [
+        "### The sum beside patching",
+        "",
+        "The margin lost to the whole cache and what the integral leaves over of it (mean absolute value); then, over the prompts that were "
+        "patched, what all layers and sites add up to, and the rank correlation of contributions with each.",
+        "",
+        head,
+        "|---|" + "---:|" * 12,
+        *rows,
+        "",
+    ]
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
