@@ -53,7 +53,7 @@ DAMAGE = {"KL": "KL", "margin lost": "margin lost", "sign lost": "margins that c
 #: Predictors with a sign: of the divergence, which has none, their size predicts.
 SIGNED = ("shift", "margin drop", "first order", "integrated")
 REAL = ("demo", "gemma", "smollm2")
-SAMPLES = 400
+SAMPLES = 200
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -44,10 +44,11 @@ class Decomposition(Result):
     - ``channel_contribution`` (nats) over (layer, site, channel): the same by channel, mean of the prompts;
     - ``exact_margin``, ``rounded_margin`` (nats) over (prompt): with nothing and with the whole cache rounded;
     - ``remainder`` (nats) over (prompt): what the numerical integral leaves over;
-    - ``change`` (nats) over (prompt): how much the contribution of any layer and site moved, at most, when the points of the
-      integral were doubled for the last time;
-    - ``points`` over (prompt): how many there were;
-    - ``settled`` over (prompt): whether remainder and change are both at most ``meta["tolerance"]`` of the margin lost;
+    - ``change`` (nats) over (prompt): how much the contribution of any layer and site moved, at most, when each stretch of the
+      path was halved for the last time;
+    - ``points`` over (prompt): at how many points of the path the gradient was taken;
+    - ``settled`` over (prompt): whether what all stretches leave over, and the change, are each at most ``meta["tolerance"]``
+      of the margin lost;
     - ``from_exact``, ``from_rounded`` (nats) over (prompt, layer, site): the same errors times the gradient at one end of the
       path alone, at the exact and at the rounded cache;
     - ``alone``, ``restored`` (nats) over (prompt, layer, site), NaN unless asked for: margin lost when this site of this layer
@@ -124,11 +125,10 @@ def decompose(
     group_size : int
         Neighbouring channels of a head that are put together.
     tolerance : float
-        The integral is refined until, as a share of the margin lost (or of 0.1 nats, if that is more), what is left over is
-        no more than this, and no layer and site moves by more.
+        The path is halved where it is worst until, as a share of the margin lost (or of 0.1 nats, if that is more), what its
+        stretches leave over is no more than this, and no layer and site has moved by more.
     points : int
-        Most points of the integral, 3 or more: of 3, 5, 9, 17, 33, ... those that are no more. Each costs one forward and one
-        backward pass.
+        Most points of the path, 3 or more. Each costs one forward and one backward pass.
     patch : bool
         Whether to measure ``alone`` and ``restored`` too, which takes about three passes for each layer.
     **load_options
@@ -142,8 +142,8 @@ def decompose(
     Notes
     -----
     Integrated gradients (Sundararajan et al., 2017, arXiv:1703.01365), here from the exact to the rounded cache: the
-    Aumann-Shapley values of the errors. The integral is taken by Clenshaw-Curtis quadrature, whose points are kept when they are
-    doubled.
+    Aumann-Shapley values of the errors. The integral is taken by Simpson's rule over stretches of the path. The scores at the ends
+    of a stretch say what is lost along it, so that what the rule leaves over there is known, and not estimated.
 
     Every token but sinks is rounded, and read rounded, as a later token would: of a placement whose prompt reads exact
     values or that has a residual window, this is not the margin of the first token. The error of a site depends on what
@@ -175,7 +175,7 @@ def decompose(
     with shown(progress), bar("margin lost by part", len(prompts)) as drawn:
         for prompt in prompts:
             path = Path(model, prompt, rounding, lambda logits: margin(logits, tokens))
-            by_channel, found = _integral(path, shape, tolerance, points)
+            by_channel, found = integrate(partial(path.by_channel, shape=shape), tolerance, points)
             channels += by_channel / len(prompts)
             alone, restored = path.patched() if patch else (np.full(shape[:2], np.nan),) * 2
             grouped = np.add.reduceat(by_channel, starts, axis=-1)
@@ -250,10 +250,14 @@ class Path:
         found = self.model.gradients(self.prompt.ids, self.score, where=self._where, added=added)
         return found.score, found.grad
 
-    def lost(self, share: float) -> tuple[float, dict[Where, Tensor]]:
-        """The score there, and what is lost of it to first order, by error: minus gradient times error."""
+    def by_channel(self, share: float, shape: tuple[int, ...]) -> tuple[float, NDArray[np.float64]]:
+        """The score there, and minus gradient times error, ``[layers, 2, heads, head_dim]``: what it loses by unit of share."""
         score, grad = self.at(share)
-        return score, {place: -grad[place].float() * error for place, error in self.errors.items()}
+        cells = np.zeros(shape)
+        for (layer, site), error in self.errors.items():
+            lost = -(grad[layer, site].float() * error)[0].double().sum(1)
+            cells[self.model.geometry.stores.index(layer), SITES.index(site)] = lost.cpu().numpy()
+        return score, cells
 
     def patched(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Exactly, by layer and site: what is lost where it alone is rounded, and regained where it alone is exact."""
@@ -312,71 +316,80 @@ class _Rounded:
         raise NotImplementedError("each belongs to the one sequence that it rounds")
 
 
-def _integral(
-    path: Path, shape: tuple[int, ...], tolerance: float, most: int
-) -> tuple[NDArray[np.float64], dict[str, Any]]:
-    """What is lost of one prompt by layer, site, head and channel, refined until it settles; and all else about it."""
-    stores = path.model.geometry.stores
+@dataclass(frozen=True)
+class _Stretch:
+    """A part of the path, with Simpson's rule over its ends and its middle.
 
-    def flat(lost: Mapping[Where, Tensor]) -> NDArray[np.float64]:
-        cells = np.zeros(shape)
-        for (layer, site), values in lost.items():
-            cells[stores.index(layer), SITES.index(site)] = values[0].double().sum(1).cpu().numpy()
-        return cells
+    Attributes
+    ----------
+    start, stop : float
+    parts : array [layers, 2, heads, head_dim]
+        What is lost along it, by error.
+    left : float
+        What is lost along it by the scores at its ends, less the sum of that.
+    moved : array [layers, 2]
+        By how much this half of a longer stretch changed what that one said; NaN of the whole path.
+    """
 
-    seen: dict[float, NDArray[np.float64]] = {}
-    exact = path.rounded
-    found, before = np.zeros(shape), None
-    remainder = change = float("nan")
-    settled = False
-    for nodes, weights in rules(most):
-        for node in nodes:
-            if node not in seen:
-                score, lost = path.lost(node)
-                seen[node] = flat(lost)
-                exact = score if node == 0 else exact
-        found = np.tensordot(weights, [seen[node] for node in nodes], axes=1)
-        sites = found.sum((2, 3))
-        remainder = exact - path.rounded - float(sites.sum())
-        change = float("nan") if before is None else float(np.abs(sites - before).max())
-        before = sites
-        allowed = tolerance * max(abs(exact - path.rounded), LEAST)
-        settled = abs(remainder) <= allowed and change <= allowed  # of the first rule the change is NaN
-        if settled:
+    start: float
+    stop: float
+    parts: NDArray[np.float64]
+    left: float
+    moved: NDArray[np.float64]
+
+    @property
+    def middle(self) -> float:
+        return (self.start + self.stop) / 2
+
+
+Lost = Callable[[float], tuple[float, NDArray[np.float64]]]
+
+
+def integrate(lost: Lost, tolerance: float, most: int) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """What is lost along a path from 0 to 1, by error, where it is refined until it settles; and all else about it.
+
+    Parameters
+    ----------
+    lost : callable (share) -> score, array [layers, 2, heads, head_dim]
+        The score at a point of the path, and what it loses there for each unit of share, by error.
+    tolerance : float
+        See :func:`decompose`.
+    most : int
+        Most points, 3 or more.
+    """
+    seen: dict[float, tuple[float, NDArray[np.float64]]] = {}
+
+    def at(share: float) -> tuple[float, NDArray[np.float64]]:
+        if share not in seen:
+            seen[share] = lost(share)
+        return seen[share]
+
+    def stretch(start: float, stop: float) -> _Stretch:
+        (first, a), (_, b), (last, c) = (at(share) for share in (start, (start + stop) / 2, stop))
+        parts = (stop - start) / 6 * (a + 4 * b + c)
+        return _Stretch(start, stop, parts, first - last - float(parts.sum()), np.full(parts.shape[:2], np.nan))
+
+    parts = [stretch(0.0, 1.0)]
+    drop = at(0.0)[0] - at(1.0)[0]
+    allowed = tolerance * max(abs(drop), LEAST)
+    while True:
+        change = float(np.sum([part.moved for part in parts], axis=0).max())
+        # Stretches may be off in opposite directions: their sizes count, not their sum.
+        settled = sum(abs(part.left) for part in parts) <= allowed and change <= allowed
+        if settled or len(seen) + 2 > most:
             break
+        worst = max(parts, key=lambda part: np.nanmax([abs(part.left), np.max(part.moved)]))
+        halves = stretch(worst.start, worst.middle), stretch(worst.middle, worst.stop)
+        moved = np.abs(halves[0].parts + halves[1].parts - worst.parts).sum((2, 3)) / 2
+        parts = [part for part in parts if part is not worst] + [replace(half, moved=moved) for half in halves]
+    found = np.sum([part.parts for part in parts], axis=0)
     return found, {
-        "from_exact": seen[0.0].sum((2, 3)),
-        "from_rounded": seen[1.0].sum((2, 3)),
-        "exact_margin": exact,
-        "rounded_margin": path.rounded,
-        "remainder": remainder,
+        "from_exact": seen[0.0][1].sum((2, 3)),
+        "from_rounded": seen[1.0][1].sum((2, 3)),
+        "exact_margin": seen[0.0][0],
+        "rounded_margin": seen[1.0][0],
+        "remainder": drop - float(found.sum()),
         "change": change,
         "points": len(seen),
         "settled": settled,
     }
-
-
-def rules(most: int) -> Iterator[tuple[list[float], list[float]]]:
-    """Clenshaw-Curtis rules on the interval from 0 to 1 with 3, 5, 9, ... points, each with those of the one before.
-
-    Yields
-    ------
-    nodes, weights : list of float
-        In ascending order.
-
-    References
-    ----------
-    Waldvogel, "Fast construction of the Fejer and Clenshaw-Curtis quadrature rules", BIT 46, 2006.
-    """
-    n = 2
-    while n + 1 <= most:
-        turns = np.arange(n + 1) / n
-        # Nodes by their place on the circle, the same number however many there are.
-        nodes = [0.5 - 0.5 * float(np.cos(np.pi * turn)) for turn in turns]
-        nodes[0], nodes[n // 2], nodes[-1] = 0.0, 0.5, 1.0
-        k = np.arange(1, n // 2 + 1)
-        factor = np.where(k == n // 2, 1.0, 2.0) / (4 * k**2 - 1)
-        inner = 1 - (factor * np.cos(2 * np.pi * np.outer(turns, k))).sum(1)
-        weights = np.where((turns == 0) | (turns == 1), 1.0, 2.0) * inner / (2 * n)
-        yield nodes, [float(weight) for weight in weights]
-        n *= 2

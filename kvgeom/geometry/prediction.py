@@ -198,19 +198,16 @@ def residuals(
     predictor, damage : array [units]
     controls : array [controls, units]
     """
-    ranked = [_ranks(np.asarray(x, dtype=float)) for x in (predictor, damage)]
-    basis = np.stack([np.ones(len(ranked[0])), *(_ranks(x) for x in np.asarray(controls, dtype=float))], 1)
-    found = []
-    for side in ranked:
-        left = side - basis @ np.linalg.lstsq(basis, side, rcond=None)[0]
-        if left @ left <= LEFT * max(float(side @ side), LEFT):
-            return None
-        found.append(left)
-    return found[0], found[1]
+    sides = np.stack([np.asarray(x, dtype=float) for x in (predictor, damage)])
+    ranked = _ranks(np.concatenate([sides, np.asarray(controls, dtype=float).reshape(-1, sides.shape[1])]))
+    basis = np.vstack([np.ones(sides.shape[1]), ranked[2:]]).T
+    left = ranked[:2] - (basis @ np.linalg.lstsq(basis, ranked[:2].T, rcond=None)[0]).T
+    size = (ranked[:2] ** 2).sum(1)
+    return None if ((left**2).sum(1) <= LEFT * np.maximum(size, LEFT)).any() else (left[0], left[1])
 
 
 def _ranks(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ranks from -1/2 to 1/2, ties in the middle."""
-    ranks = np.asarray(rankdata(x), dtype=float)
-    centred: NDArray[np.float64] = (ranks - ranks.mean()) / len(ranks)
+    """Ranks along the last axis from -1/2 to 1/2, ties in the middle."""
+    ranks = np.asarray(rankdata(x, axis=-1), dtype=float)
+    centred: NDArray[np.float64] = (ranks - (x.shape[-1] + 1) / 2) / x.shape[-1]
     return centred

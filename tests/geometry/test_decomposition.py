@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kvgeom.errors import InputError
 from kvgeom.evaluation.scores import margin
 from kvgeom.geometry.causal import first_order, patch_layers
-from kvgeom.geometry.decomposition import Decomposition, Path, decompose, rules
+from kvgeom.geometry.decomposition import Decomposition, Path, decompose, integrate
 from kvgeom.geometry.rounding import Rounding
 from kvgeom.models.hf import HFModel
 from kvgeom.quant.placement import Placement
@@ -160,7 +160,7 @@ def test_what_a_recipe_leaves_exact_contributes_nothing() -> None:
 def test_an_integral_that_has_not_settled_says_so() -> None:
     rough = tiny_model()  # weights ten times as large: the margin is anything but linear
     found = decompose(rough, REQUESTS, TENSOR, R, points=3, progress=False)
-    assert not found.data.settled.any()  # one rule alone cannot say by how much it is off
+    assert not found.data.settled.any()  # one stretch alone cannot say by how much it is off
     assert found.data.change.isnull().all()
     assert "settled for 0 of 2" in repr(found)
     np.testing.assert_allclose(found.by_layer.sum("layer") + found.data.remainder, found.margin_drop, atol=1e-9)
@@ -182,20 +182,39 @@ def test_keys_with_a_measured_offset_and_sinks() -> None:
     assert path.at(1.0)[0] == pytest.approx(path.rounded, abs=1e-4)
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.lists(st.floats(-2, 2), min_size=1, max_size=9))
-def test_the_rules_integrate_polynomials(coefficients: list[float]) -> None:
-    truth = sum(c / (power + 1) for power, c in enumerate(coefficients))
-    before: set[float] = set()
-    for nodes, weights in rules(33):
-        assert before <= set(nodes)  # what was computed is used again
-        before = set(nodes)
-        if len(nodes) >= len(coefficients):
-            found = sum(
-                w * sum(c * x**power for power, c in enumerate(coefficients))
-                for x, w in zip(nodes, weights, strict=True)
-            )
-            assert found == pytest.approx(truth, abs=1e-12)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(-2, 2), min_size=1, max_size=7), st.floats(0.1, 0.9), st.floats(-5, 5))
+def test_the_integral_is_that_of_known_functions(coefficients: list[float], cliff: float, height: float) -> None:
+    """A polynomial in one place, and a cliff in another: both are found, and what is left over is said."""
+
+    def lost(share: float) -> tuple[float, np.ndarray]:
+        slopes = np.zeros((2, 2, 1, 3))
+        slopes[0, 0, 0, 1] = sum(c * share**power for power, c in enumerate(coefficients))
+        steep = np.tanh((share - cliff) / 0.02)
+        slopes[1, 1, 0, 2] = height * (1 - steep**2) / 0.02 / 2
+        drop = sum(c * share ** (power + 1) / (power + 1) for power, c in enumerate(coefficients)) + height * steep / 2
+        return -drop, slopes
+
+    found, about = integrate(lost, 0.01, 401)
+    polynomial = sum(c / (power + 1) for power, c in enumerate(coefficients))
+    step = height * (np.tanh((1 - cliff) / 0.02) + np.tanh(cliff / 0.02)) / 2
+    allowed = 0.01 * max(abs(polynomial + step), 0.1)
+    assert about["settled"]
+    assert found[0, 0, 0, 1] == pytest.approx(polynomial, abs=allowed)
+    assert found[1, 1, 0, 2] == pytest.approx(step, abs=2 * allowed)
+    assert about["exact_margin"] - about["rounded_margin"] == pytest.approx(polynomial + step, abs=1e-9)
+    assert about["remainder"] == pytest.approx(polynomial + step - found.sum(), abs=1e-9)
+    assert not found[0, 1].any()
+
+
+def test_cubics_take_five_points_and_no_more() -> None:
+    def lost(share: float) -> tuple[float, np.ndarray]:
+        return -(share**4), np.full((1, 1, 1, 1), 4 * share**3)
+
+    found, about = integrate(lost, 0.001, 101)
+    assert about["points"] == 5
+    assert found.item() == pytest.approx(1, abs=1e-12)
+    assert about["change"] == pytest.approx(0, abs=1e-12)
 
 
 def test_what_is_asked_in_vain() -> None:
