@@ -42,8 +42,6 @@ GROUP, DRAWN = 16, 1
 SITES = ("k", "v")
 #: Most points of an integral.
 POINTS = 17
-#: Prompts of which every layer and site is patched, too.
-PATCHED = 2
 #: Tiny models in which outliers of graded strength are planted, in values and, where attention is trained, in keys.
 BASES = {"organisms, values": (Size(4, 4, 32), 1), "organisms, keys and values": (Size(4, 2, 64, attends=True), 0)}
 STRENGTHS, LOUDNESS = (0.1, 0.3, 0.6, 1.0), (0.25, 0.5, 1.0)
@@ -55,11 +53,14 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=ROWS, help="folder for what is measured (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=8, help="prompts of either kind (default: %(default)s)")
     parser.add_argument("--flips", action="store_true", help="generate responses under every rounded layer, too")
+    parser.add_argument(
+        "--patched", type=int, default=2, help="of which every site is patched, too (default: %(default)s)"
+    )
     asked = parser.parse_args()
     for name in asked.models or (*REAL, *BASES):
         begin = time.perf_counter()
         if name in REAL:
-            keep(asked.rows, name, *measure(REAL[name](), asked.prompts, asked.flips))
+            keep(asked.rows, name, *measure(REAL[name](), asked.prompts, asked.flips, patched=asked.patched))
         else:
             keep(asked.rows, name, *family(*BASES[name], asked.prompts))
         print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
@@ -111,6 +112,7 @@ def measure(
     flips: bool = False,
     sets: tuple[Sequence[str], Sequence[str], Sequence[str]] | None = None,
     tokens: frozenset[int] | None = None,
+    patched: int = 0,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Predictors and damage of all units of one model.
 
@@ -120,6 +122,8 @@ def measure(
         The first two predict, the last are damaged; those that come with kvgeom by default.
     tokens : optional
         What refusals begin with; found out by default.
+    patched : int
+        Prompts of which every layer and site is patched, too.
 
     Returns
     -------
@@ -141,17 +145,17 @@ def measure(
         raise SystemExit(f"{model.name}: refuses {len(seen)} and {len(unseen)} requests, too few to say anything")
     print(f"{model.name}: {len(seen)} prompts predict, {len(unseen)} are damaged; refusals begin with {sorted(refusals)}", flush=True)  # fmt: skip
     raw = _by_channel(model, seen, refusals, PromptSet("pairs", tuple(harmful), tuple(harmless), ""))
-    if sets is None:
-        raw["meta"]["patched"] = _patched(model, seen[:PATCHED], refusals)
+    if patched:
+        raw["meta"]["patched"] = _patched(model, seen[:patched], refusals)
     print(f"{model.name}: predictors are measured", flush=True)
     loudest = raw["max"].mean(-1).argmax(-1)
     chosen = units(model, loudest, random.Random(model.name))
     recipes = {name: recipe for name, (_, recipe, _) in chosen.items()}
-    patched = patch_layers(model, unseen, recipes, refusals, progress=False).data
+    exact = patch_layers(model, unseen, recipes, refusals, progress=False).data
     print(f"{model.name}: {len(recipes)} units of each layer are rounded", flush=True)
     levels: dict[str, dict[str, Any]] = {}
     for name, (level, _, where) in chosen.items():
-        cells = patched.sel(scheme=name)
+        cells = exact.sel(scheme=name)
         drop = (cells.clean_margin - cells.margin).transpose("layer", "prompt").values
         lost = ((cells.margin < 0) & (cells.clean_margin > 0)).transpose("layer", "prompt").values.astype(float)
         damage = {"margin lost": drop, "sign lost": lost, "KL": cells.kl.transpose("layer", "prompt").values}

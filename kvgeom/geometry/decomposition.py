@@ -100,7 +100,7 @@ def decompose(
     placement: Placement | str | None = None,
     group_size: int = 16,
     tolerance: float = 0.05,
-    points: int = 33,
+    points: int = 65,
     patch: bool = False,
     progress: bool = True,
     **load_options: Any,
