@@ -139,7 +139,8 @@ def write(folder: Path) -> None:
     """Tables of everything that was measured."""
     loaded = {path.stem: kept(folder, path.stem) for path in sorted(folder.glob("*.npz"))}
     measured = {name: found for name, found in loaded.items() if found is not None}
-    groups = {"real models": [n for n in REAL if n in measured], **{n: [n] for n in measured}}
+    real = [name for name in REAL if name in measured]
+    groups = {**({"real models": real} if len(real) > 1 else {}), **{name: [name] for name in measured}}
     tables: list[dict[str, Any]] = []
     for group, names in groups.items():
         models = {name: measured[name][0] for name in names}
@@ -232,7 +233,7 @@ def _cell(row: dict[str, Any] | None) -> str:
     if not np.isfinite(row["value"]):
         return f"undetermined (plain {row['plain']:.2f})"
     text = f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-    return f"**{text}**" if row["beyond"] else text
+    return f"{f'**{text}**' if row['beyond'] else text} · {row['plain']:.2f}"
 
 
 if __name__ == "__main__":
