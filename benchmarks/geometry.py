@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import kvgeom
 from kvgeom.geometry.causal import first_order, patch_layers
+from kvgeom.geometry.error_paths import follow_errors
 from kvgeom.geometry.sensitivity import measure
 from kvgeom.quant.scheme import Scheme
 from kvgeom.stats import rank_correlation
@@ -64,6 +65,10 @@ def main() -> None:
             1.5,
         ),
         FIRST: (estimate, 6.0),
+        "errors through attention, all heads and channels": (
+            lambda: follow_errors(model, encoded, TENSOR, opening, progress=False),
+            6.0,
+        ),
         "exact single-layer margins, two recipes": (exact, 1.1 * layers),
     }
     seconds(plain)  # warm up
@@ -74,12 +79,12 @@ def main() -> None:
         took = seconds(run)
         passes = took / statistics.mean((before, seconds(plain)))
         total[name] = passes
-        print(f"{name:<46} {passes:6.2f} forward-pass equivalents (budget {budget:.1f})", flush=True)
+        print(f"{name:<50} {passes:6.2f} forward-pass equivalents (budget {budget:.1f})", flush=True)
     before = seconds(plain_whole)
     took = seconds(lambda: measure(kvgeom.subspace(model, whole, progress=False), TENSOR, progress=False))
     nulls = took / statistics.mean((before, seconds(plain_whole)))
-    print(f"{'capture + ratio with all nulls':<46} {nulls:6.2f} forward-pass equivalents")
-    print(f"{'  and first order':<46} {nulls + total[FIRST]:6.2f} forward-pass equivalents (budget {BUDGET:.1f})")
+    print(f"{'capture + ratio with all nulls':<50} {nulls:6.2f} forward-pass equivalents")
+    print(f"{'  and first order':<50} {nulls + total[FIRST]:6.2f} forward-pass equivalents (budget {BUDGET:.1f})")
     found = rank_correlation(
         results["first"].by_layer,  # type: ignore[attr-defined]
         results["exact"].margin_drop.sel(scheme=str(TENSOR), drop=True),  # type: ignore[attr-defined]

@@ -23,7 +23,9 @@ from kvgeom.errors import InputError
 from kvgeom.geometry.attention import attention_error, attention_to_request
 from kvgeom.geometry.causal import first_order, patch_layers
 from kvgeom.geometry.channels import channel_view, outlier_share, stored
+from kvgeom.geometry.decomposition import decompose
 from kvgeom.geometry.directions import compare
+from kvgeom.geometry.error_paths import follow_errors
 from kvgeom.geometry.selection import opening_tokens, select, select_direction
 from kvgeom.geometry.sensitivity import measure
 from kvgeom.geometry.steering import steer
@@ -64,6 +66,8 @@ MISSPELT: list[tuple[Callable[..., object], str, str]] = [
     (patch_layers, "layer", "layers"),
     (first_order, "placment", "placement"),
     (attention_error, "placment", "placement"),
+    (decompose, "tolerence", "tolerance"),
+    (follow_errors, "direction", "directions"),
     (attention_to_request, "tokeniser", "tokenizer"),
     (channel_view, "sit", "site"),
     (stored, "layr", "layer"),

@@ -25,6 +25,8 @@ from kvgeom.behaviour.widths import at_widths
 from kvgeom.errors import InputError
 from kvgeom.geometry.attention import attention_error
 from kvgeom.geometry.causal import first_order, patch_layers
+from kvgeom.geometry.decomposition import decompose
+from kvgeom.geometry.error_paths import follow_errors
 from kvgeom.geometry.independence import independence
 from kvgeom.geometry.selection import select
 from kvgeom.geometry.steering import steer
@@ -129,6 +131,8 @@ from kvgeom.behaviour.widths import at_widths
 from kvgeom.geometry.attention import attention_error
 from kvgeom.geometry.causal import first_order, patch_layers
 from kvgeom.geometry.independence import independence
+from kvgeom.geometry.decomposition import decompose
+from kvgeom.geometry.error_paths import follow_errors
 from kvgeom.geometry.selection import opening_tokens
 from kvgeom.organisms import Size, plant, tiny_model
 from kvgeom.geometry.steering import steer
@@ -150,8 +154,10 @@ SHOWN = {
     "Ablation": "fixed.diagnosis.ablation",
     "AttentionError": "attention_error(model, space.harmful[:2], int3, **quiet)",
     "Curve": "fixed.diagnosis.curve",
+    "Decomposition": "decompose(model, space.harmful[:2], int3, openings, **quiet)",
     "Directions": "space.compare(samples=2, **quiet)",
     "Effects": "space.effects(prompts=size.prompts('train').take(4), controls=2, tokens=openings, **quiet)",
+    "ErrorPaths": "follow_errors(model, space.harmful[:2], int3, openings, **quiet)",
     "FirstOrder": "first_order(model, space.harmful[:2], int3, openings, **quiet)",
     "Independence": "independence(model, {'one': selection.direction, 'other': space.directions[2, 'resid'].gap}, asked, **quiet)",
     "LayerSelection": "fixed.plan.selection",
@@ -168,6 +174,8 @@ SHOWN = {
     "Subspace": "space",
     "Verification": "fixed.verification",
 }
+#: Those that look at prompts that the model refuses, and at no response.
+CAUSAL = ("Patching", "FirstOrder", "AttentionError", "Decomposition", "ErrorPaths")
 #: Others that a cell may end with.
 ALSO = (
     "fixed",
@@ -238,6 +246,8 @@ def made(tiny: HFModel) -> dict[str, Result]:
         patch_layers(tiny, prompts, {"a": "int4-asym-token"}, {5}, **quiet),
         first_order(tiny, prompts, "int4-asym-token", {5}, **quiet),
         attention_error(tiny, prompts, "int4-asym-token", **quiet),
+        decompose(tiny, prompts, "int4-asym-token", {5}, points=3, **quiet),
+        follow_errors(tiny, prompts, "int4-asym-token", {5}, **quiet),
     ]
     return {"Diagnosis": found, **{type(result).__name__: result for result in results}}  # type: ignore[dict-item]
 
@@ -250,7 +260,7 @@ def test_every_result_says_alike_where_it_comes_from(made: dict[str, Result], ti
     both = fingerprint(REQUESTS, [f"{text} too" for text in REQUESTS])
     again = fingerprint([f"{text} again" for text in REQUESTS])
     prompts = {
-        **dict.fromkeys(("Patching", "FirstOrder", "AttentionError", "Independence"), harmful),
+        **dict.fromkeys((*CAUSAL, "Independence"), harmful),
         "Effects": fingerprint(*([f"{text} again" for text in x] for x in (REQUESTS, [f"{t} too" for t in REQUESTS]))),
         **dict.fromkeys(("Subspace", "Directions", "Sensitivity", "Selection", "Steering"), both),
         "Verification": again,
@@ -264,7 +274,7 @@ def test_every_result_says_alike_where_it_comes_from(made: dict[str, Result], ti
         assert found["weights"] == "float32"
         assert {"kvgeom", "torch", "transformers"} <= {*found["versions"]}
         assert found["prompts"] == prompts.get(name, harmful)
-        judged = name not in ("Patching", "FirstOrder", "AttentionError", "Subspace", "Directions", "Sensitivity", "Selection", "Effects", "Independence")  # fmt: skip
+        judged = name not in (*CAUSAL, "Subspace", "Directions", "Sensitivity", "Selection", "Effects", "Independence")
         assert (found["judge"], found["max_new_tokens"]) == (("arbitrary", 4) if judged else (None, None))
     assert {*said["Mode"].values()} == {None}  # it follows from numbers alone
     assert said["FirstOrder"]["scheme"] == said["AttentionError"]["scheme"] == "int4-asym-token"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
@@ -178,41 +178,6 @@ class BatchedEdit:
             edits, sizes = zip(*run, strict=True)
             merged.append((edits[0].stack(edits) if edits[0] and len(edits) > 1 else edits[0], sum(sizes)))
         return BatchedEdit(tuple(edit for edit, _ in merged), tuple(size for _, size in merged))
-
-
-@dataclass
-class GradientProbe:
-    """An edit that adds a zero to all keys and values, with respect to which derivatives are taken.
-
-    Attributes
-    ----------
-    where : {"cache", "projection"}
-    zeros, x : dict of (layer, site) to Tensor [batch, kv_heads, tokens, head_dim]
-        The zeros, and the keys and values that they were added to.
-    """
-
-    where: str
-    zeros: dict[tuple[int, Literal["k", "v"]], Tensor] = field(default_factory=dict)
-    x: dict[tuple[int, Literal["k", "v"]], Tensor] = field(default_factory=dict)
-    prefill_reads_exact: bool = False
-
-    @property
-    def kind(self) -> Hashable:
-        """Its own only."""
-        return id(self)
-
-    def __call__(self, layer: int, site: Literal["k", "v"], x: Tensor) -> Tensor:
-        """``x`` itself, as a function of a new zero."""
-        zero = torch.zeros_like(x, requires_grad=True)
-        self.zeros[layer, site], self.x[layer, site] = zero, x.detach()
-        return x + zero
-
-    def rows(self, rows: Tensor) -> GradientProbe:
-        raise NotImplementedError("derivatives are taken of single sequences")
-
-    @staticmethod
-    def stack(parts: Sequence[Any]) -> GradientProbe:
-        raise NotImplementedError("derivatives are taken of single sequences")
 
 
 class EditedLayer(DynamicLayer):  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate.utils.memory import clear_device_cache
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,13 +18,14 @@ from kvgeom.errors import brief
 from kvgeom.models import hooks
 from kvgeom.models.attention import attention_rule, check_attention
 from kvgeom.models.backends import register_backend
-from kvgeom.models.cache import BatchedEdit, Edit, EditedCache, GradientProbe
+from kvgeom.models.cache import BatchedEdit, Edit, EditedCache
 from kvgeom.models.chat import ANY_LENGTH, ChatTemplate
 from kvgeom.models.decoder import find_decoder
 from kvgeom.models.decoding import decode
 from kvgeom.models.derivatives import Differentiable
+from kvgeom.models.gradients import Gradients, Places, gradients
 from kvgeom.models.identity import identify
-from kvgeom.models.model import AttentionRule, EncodedPrompt, Gradients
+from kvgeom.models.model import AttentionRule, EncodedPrompt
 from kvgeom.models.modules import (
     Projection,
     key_bias,
@@ -103,6 +104,7 @@ class HFModel(Differentiable):
         # Found out when they are asked for.
         self._rules: dict[int, AttentionRule] | None = None
         self._projecting: dict[int, dict[str, Projection]] | None = None
+        self._heads: dict[int, nn.Module] | None = None
         self._late: bool | None = None
         self.weights = weights_stored(model)
         self.fingerprint, self.identity = self._identified(named)
@@ -266,21 +268,16 @@ class HFModel(Differentiable):
         return self.new_cache(BatchedEdit((None, *edits)))
 
     def gradients(
-        self, ids: Sequence[int], score: Callable[[Tensor], Tensor], *, where: Literal["cache", "projection"] = "cache"
+        self,
+        ids: Sequence[int],
+        score: Callable[[Tensor], Tensor],
+        *,
+        where: Literal["cache", "projection"] = "cache",
+        added: Places | None = None,
+        heads: bool = False,
+        directions: Tensor | None = None,
     ) -> Gradients:
-        probe = GradientProbe(where)
-        tokens = torch.tensor([list(ids)], device=self.device)
-        with torch.enable_grad():
-            logits = self._run(
-                tokens, self.new_cache(probe), torch.arange(tokens.shape[1], device=self.device)[None], None, 1
-            )
-            value = score(logits[0, -1])
-            found = torch.autograd.grad(value, list(probe.zeros.values()))
-        return Gradients(
-            score=float(value.detach()),
-            x=probe.x,
-            grad=dict(zip(probe.zeros, (g.detach() for g in found), strict=True)),
-        )
+        return gradients(self, ids, score, where, added, heads, directions)
 
     @torch.inference_mode()
     def generate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvgeom.models.cache import Edit, EditedCache
+    from kvgeom.models.gradients import Gradients
     from kvgeom.models.rotary import TokenRotation
 
     ResidHook = Callable[[int, Tensor], None]
@@ -63,22 +64,6 @@ class AttentionRule:
     window: int | None = None
     softcap: float | None = None
     sinks: tuple[float, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """A score of the next token, and its derivative with respect to keys and values.
-
-    Attributes
-    ----------
-    score : float
-    x, grad : dict of (layer, site) to Tensor [1, kv_heads, tokens, head_dim]
-        The keys (``"k"``) and values (``"v"``) of every layer, and the derivative.
-    """
-
-    score: float
-    x: dict[tuple[int, Literal["k", "v"]], Tensor]
-    grad: dict[tuple[int, Literal["k", "v"]], Tensor]
 
 
 class Model(Protocol):
@@ -309,7 +294,14 @@ class Model(Protocol):
         ...
 
     def gradients(
-        self, ids: Sequence[int], score: Callable[[Tensor], Tensor], *, where: Literal["cache", "projection"] = "cache"
+        self,
+        ids: Sequence[int],
+        score: Callable[[Tensor], Tensor],
+        *,
+        where: Literal["cache", "projection"] = "cache",
+        added: Mapping[tuple[int, Literal["k", "v"]], Tensor] | None = None,
+        heads: bool = False,
+        directions: Tensor | None = None,
     ) -> Gradients:
         """Derivative of a score of the next token with respect to every layer's keys and values.
 
@@ -322,6 +314,19 @@ class Model(Protocol):
             Differentiable, of the last token's logits.
         where : {"cache", "projection"}
             Keys and values as stored (after the rotary embedding) or as projected.
+        added : mapping of (layer, site) to Tensor [1, kv_heads, tokens, head_dim], optional
+            Constants that are added to keys and values, as rounding errors are; the derivative is taken there.
+        heads : bool
+            Whether to take the derivative with respect to the outputs of attention heads too.
+        directions : Tensor [d_model] or [layers, d_model], optional
+            In the residual stream, the same for all layers or one for each; see :class:`~kvgeom.models.gradients.HeadOutputs`.
+
+        Raises
+        ------
+        InputError
+            For directions of another shape.
+        ModelError
+            With ``heads`` or ``directions``, if the outputs of the heads cannot be found in the model.
         """
         ...
 

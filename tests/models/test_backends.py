@@ -69,6 +69,14 @@ def numbers(model: HFModel) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"score {where}", torch.tensor(found.score)
         for (layer, site), gradient in found.grad.items():
             yield f"gradient {where} {layer} {site}", gradient
+    added = {(1, "k"): 0.1 * torch.ones_like(found.x[1, "k"])}
+    moved = model.gradients(IDS, score, added=added, heads=True, directions=torch.arange(32.0) / 32)
+    yield "score of what is added", torch.tensor(moved.score)
+    for layer, heads in moved.heads.items():
+        assert heads.along is not None
+        yield f"heads {layer}", heads.output
+        yield f"gradient of heads {layer}", heads.grad
+        yield f"heads along {layer}", heads.along
 
 
 @pytest.mark.parametrize("options", OTHERS, ids=lambda o: "-".join(map(str, o.values())))
@@ -172,6 +180,37 @@ def test_what_cannot_be_remote_is_refused() -> None:
         model.forward(IDS, model.new_cache(Quantizer(INT4, Placement.paper())))
     with pytest.raises(InputError, match="nnsight"):
         kvgeom.load(tiny_hf_model(), tokenizer=tiny_tokenizer(), remote=True)
+
+
+@pytest.mark.parametrize("where", ["cache", "projection"])
+def test_gradients_beside_the_exact_cache_are_those_of_another(where: str) -> None:
+    """What is added is there when score and derivative are taken, as if the cache had been edited so."""
+    model = on_backend("qwen2")
+    added = {
+        place: 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(place[0]))
+        for place, x in model.gradients(IDS, score, where=where).x.items()  # type: ignore[arg-type]
+        if place[1] == "v"
+    }
+
+    class Added:
+        prefill_reads_exact = False
+
+        def __init__(self, more: float) -> None:
+            self.where, self.more = where, more
+
+        def __call__(self, layer: int, site: str, x: torch.Tensor) -> torch.Tensor:
+            own = added.get((layer, site), torch.zeros(()))
+            return x + own * (1 + self.more * (layer == 1))
+
+    found = model.gradients(IDS, score, where=where, added=added)  # type: ignore[arg-type]
+    here, above, below = (
+        float(score(model.forward(IDS, model.new_cache(Added(more)))[-1])) for more in (0, 0.01, -0.01)
+    )
+    assert found.score == pytest.approx(here, abs=1e-4)
+    slope = float((found.grad[1, "v"] * added[1, "v"]).sum())
+    assert (above - below) / 0.02 == pytest.approx(slope, rel=0.05, abs=0.02)
+    with pytest.raises(InputError, match="directions"):
+        model.gradients(IDS, score, directions=torch.ones(3, 31))
 
 
 @pytest.mark.parametrize("where", ["cache", "projection"])
