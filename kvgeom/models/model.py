@@ -102,10 +102,9 @@ class Model(Protocol):
 
     Notes
     -----
-    For models that reason there may also be ``written(ids) -> str``, which is :meth:`decode` with all special tokens;
-    ``prompt_end``, what the chat template puts after a request; ``template_options``, what it is told; and
-    ``reasoning_switch``, the option that would switch reasoning off, or None. ``notes``, a tuple of str, may say what of the
-    model's files changes answers and is not done here, or done otherwise: results and reports repeat it.
+    There may also be ``written(ids) -> str``, which is :meth:`decode` with all special tokens; ``prompt_end``, what the chat
+    template puts after a request; ``template_options``, what it is told; ``reasoning_switch``, the option that would switch
+    reasoning off, or None; and ``notes``, a tuple of str: what of the model's files changes answers and is done otherwise.
     """
 
     name: str
@@ -340,9 +339,7 @@ class Model(Protocol):
         edit: Edit | None = None,
         edit_resid: ResidEdit | None = None,
     ) -> tuple[float, tuple[Tensor, ...]]:
-        """Derivative of a score of the next token with respect to what edits of the pass read.
-
-        Costs one forward and one backward pass of so many rows; weights get no gradient.
+        """Derivative of a score of the next token by what edits read. Costs a forward and a backward pass of all rows.
 
         Parameters
         ----------
@@ -350,9 +347,9 @@ class Model(Protocol):
         score : callable (Tensor[variants, vocabulary]) -> Tensor[]
             Differentiable, of the last token's logits.
         inputs : sequence of Tensor
-            With ``requires_grad``; an edit, differentiable in them, reads them.
+            With ``requires_grad``; what an edit, differentiable in them, reads.
         variants, edit, edit_resid
-            Rows of the batch, and edits of all rows, as in :meth:`forward_variants` and :meth:`forward`.
+            As in :meth:`forward_variants` and :meth:`forward`; edits are of all rows.
 
         Returns
         -------
