@@ -268,4 +268,9 @@ def test_what_cannot_be_optimized() -> None:
     assert space.method == "cone"
     # Requests that are not refused have no cone: contrasts are found by the difference of means.
     assert {each.method for each in space.contrasted("held-out").values()} == {"mean"}
-    assert np.isfinite(space.sensitivity(contrasts=(), progress=False).data.ratio.sel(layer=2, site="v"))
+    # Nor is a part of the requests left to say how large their signal is.
+    cell = space.sensitivity(contrasts=(), progress=False).data.sel(layer=2, site="v")
+    assert cell.status.item() == "weak"
+    assert "found its directions in all requests" in cell.reason.item()
+    assert np.isnan(cell.ratio)
+    assert np.isfinite(cell.ratio_plugin)
