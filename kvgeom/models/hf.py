@@ -90,6 +90,7 @@ class HFModel(Differentiable):
         self.max_context = int(getattr(self._config, "max_position_embeddings", None) or ANY_LENGTH)
         self._chat = ChatTemplate(tokenizer, template, name, self.max_context, template_options)
         self.template, self.template_options = self._chat.text, self._chat.options
+        self._suffix = self._chat.suffix
         self._rows = embedding_rows(model)
         check_vocabulary(self._rows, tokenizer, name)
         prompt = list(self.encode([REQUEST])[0].ids)
@@ -155,7 +156,7 @@ class HFModel(Differentiable):
 
     @property
     def prompt_end(self) -> str:
-        return self._chat.suffix
+        return self._suffix
 
     @property
     def reasoning_switch(self) -> str | None:
