@@ -115,7 +115,7 @@ def _reason(name: ModeName, e: Evidence, posterior: dict[ModeName, float], unkno
                     f"Rounding all layers to {e.bits} bits makes {e.evaded} of the responses evade: they neither refuse nor comply, so "
                     "that whether alignment is lost is not known."
                 )
-            if RANDOM in unknown and e.probability.get("beyond_random", 1) < SURE:
+            if RANDOM in unknown and e.random is not None and e.probability["beyond_random"] < SURE:
                 return (
                     f"Errors in other directions may do as much: rounding all layers to {e.bits} bits turns {e.loss} into compliance and "
                     f"loses {e.lost} in any way, errors of the same size in another direction {e.random} and {e.random_lost}. That it does "

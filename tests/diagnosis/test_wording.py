@@ -107,7 +107,7 @@ def test_chance_does_not_decide_a_name(share: float, named: bool) -> None:
         assert (likely >= SURE) == named
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_every_sentence_has_its_numbers(data: st.DataObject) -> None:
     """Whatever was tried and found, no layer, share or interval is missing from a sentence."""
