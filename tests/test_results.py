@@ -130,9 +130,11 @@ from kvgeom.behaviour.over_refusal import over_refusal
 from kvgeom.behaviour.widths import at_widths
 from kvgeom.geometry.attention import attention_error
 from kvgeom.geometry.causal import first_order, patch_layers
+from kvgeom.geometry.channel_damage import channel_damage
 from kvgeom.geometry.independence import independence
 from kvgeom.geometry.decomposition import decompose
 from kvgeom.geometry.error_paths import follow_errors
+from kvgeom.geometry.ratios import ratios
 from kvgeom.geometry.selection import opening_tokens
 from kvgeom.organisms import Size, plant, tiny_model
 from kvgeom.geometry.steering import steer
@@ -153,6 +155,7 @@ selection = space.select(validation=2, tokens=openings, max_kl=1e6, min_induce=-
 SHOWN = {
     "Ablation": "fixed.diagnosis.ablation",
     "AttentionError": "attention_error(model, space.harmful[:2], int3, **quiet)",
+    "ChannelDamage": "channel_damage(model, space.harmful[:2], 0, int3, openings, **quiet)",
     "Curve": "fixed.diagnosis.curve",
     "Decomposition": "decompose(model, space.harmful[:2], int3, openings, **quiet)",
     "Directions": "space.compare(samples=2, **quiet)",
@@ -166,6 +169,7 @@ SHOWN = {
     "OverRefusal": "over_refusal(fixed.diagnosis.baseline, at_widths(bits=[4]))",
     "PCR": "fixed.diagnosis.pcr",
     "Patching": "patch_layers(model, space.harmful[:2], [int3], openings, **quiet)",
+    "Ratios": "ratios({'tiny': space.sensitivity(contrasts=(), **quiet)})",
     "Scan": "fixed.diagnosis.scan",
     "Search": "fixed.plan.search",
     "Selection": "selection",
