@@ -9,6 +9,7 @@ from plotly.subplots import make_subplots
 
 from kvgeom.errors import InputError
 from kvgeom.plots.registry import Plottable, figure
+from kvgeom.plots.site_maps import site_maps
 from kvgeom.plots.theme import (
     DIVERGING,
     MUTED,
@@ -19,11 +20,9 @@ from kvgeom.plots.theme import (
     head_borders,
     head_numbers,
     layer_axis,
-    layer_ticks,
     panel_title,
     plain,
     say,
-    short,
     symmetric_range,
 )
 from kvgeom.stats import rank_correlation
@@ -98,33 +97,17 @@ def first_order_channels(estimate: Plottable) -> go.Figure:
         Two heat maps, x: channel, y: layer.
     """
     data = estimate.data.channel_drop
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.1)
-    # A few channels dominate: colours end where 99 % of the cells lie; the hover text has the number.
-    low, high = symmetric_range(data.values, least=1e-9, share=0.99)
     size, count = int(estimate.meta["head_dim"]), data.sizes["channel"]
-    heads = head_numbers((data.sizes["layer"], count), size)
-    for row, (site, title) in enumerate((("k", "Keys"), ("v", "Values")), 1):
-        panel_title(figure, title, row=row)
-        figure.add_heatmap(
-            x=data.channel.values,
-            y=data.layer.values,
-            z=data.sel(site=site).values,
-            zmin=low,
-            zmax=high,
-            colorscale=DIVERGING,
-            showscale=row == 1,
-            customdata=heads,
-            hovertemplate=f"{title}, layer %{{y}}, {channel_hover(size, 'customdata')}<br>margin lost %{{z:.3g}} nats<extra></extra>",
-            colorbar=colour_bar(
-                "margin lost (nats)", tickvals=[low, 0, high], ticktext=[f"≤ {short(low)}", "0", f"≥ {short(high)}"]
-            ),
-            row=row,
-            col=1,
-        )
+    figure = site_maps(
+        data,
+        "channel",
+        unit="margin lost (nats)",
+        hover=f"{channel_hover(size, 'customdata')}<br>margin lost %{{z:.3g}} nats",
+        x_title="channel",
+        customdata=head_numbers((data.sizes["layer"], count), size),
+    )
+    for row in (1, 2):
         head_borders(figure, count, size, row=row)
-        figure.update_yaxes(**layer_ticks(int(data.layer.max()) + 1), autorange="reversed", row=row, col=1)
-    figure.update_xaxes(showgrid=False)
-    figure.update_xaxes(title_text="channel", row=2, col=1)
     return finish(figure, 620)
 
 

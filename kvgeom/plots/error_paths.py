@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from kvgeom.errors import InputError
 from kvgeom.plots.registry import Plottable, figure
+from kvgeom.plots.site_maps import site_maps
 from kvgeom.plots.theme import (
     ACCENT,
-    DIVERGING,
     MUTED,
     PLAIN,
-    SITE_NAMES,
-    colour_bar,
     finish,
     layer_axis,
-    layer_ticks,
     panel_title,
     plain,
-    short,
-    symmetric_range,
 )
 
 
@@ -104,31 +98,15 @@ def head_map(found: Plottable) -> go.Figure:
         raise InputError(
             "these errors lead nowhere: follow_errors was given neither refusal tokens nor directions; plot 'score_errors'"
         )
-    low, high = symmetric_range(data.values, least=1e-9, share=0.99)
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.1)
     count = data.sizes["query_head"]
     group = count // int(found.meta["kv_heads"])
-    for row, site in enumerate(("k", "v"), 1):
-        title = SITE_NAMES[site].capitalize()
-        panel_title(figure, title, row=row)
-        figure.add_heatmap(
-            x=data.query_head.values,
-            y=data.layer.values,
-            z=data.sel(site=site).transpose("layer", "query_head").values,
-            zmin=low,
-            zmax=high,
-            colorscale=DIVERGING,
-            showscale=row == 1,
-            hovertemplate=f"{title}, layer %{{y}}, query head %{{x}}<br>{unit} %{{z:.3g}}<extra></extra>",
-            colorbar=colour_bar(unit, tickvals=[low, 0, high], ticktext=[f"≤ {short(low)}", "0", f"≥ {short(high)}"]),
-            row=row,
-            col=1,
-        )
+    figure = site_maps(
+        data, "query_head", unit=unit, hover=f"query head %{{x}}<br>{unit} %{{z:.3g}}", x_title="query head"
+    )
+    for row in (1, 2):
         for border in range(group, count, group):
             figure.add_vline(border - 0.5, line={"color": MUTED, "width": 1, "dash": "dot"}, row=row, col=1)
-        figure.update_yaxes(**layer_ticks(int(data.layer.max()) + 1), autorange="reversed", row=row, col=1)
-    figure.update_xaxes(showgrid=False, dtick=max(1, count // 16))
-    figure.update_xaxes(title_text="query head", row=2, col=1)
+    figure.update_xaxes(dtick=max(1, count // 16))
     return finish(figure, 560)
 
 
@@ -153,28 +131,12 @@ def token_map(found: Plottable, prompt: int | None = None) -> go.Figure:
     """
     data = found.data.token_drop
     data = data.mean("prompt") if prompt is None else data.sel(prompt=prompt)
-    low, high = symmetric_range(np.nan_to_num(data.values), least=1e-9, share=0.99)
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.1)
-    for row, site in enumerate(("k", "v"), 1):
-        title = SITE_NAMES[site].capitalize()
-        panel_title(figure, title, row=row)
-        figure.add_heatmap(
-            x=data.token.values,
-            y=data.layer.values,
-            z=data.sel(site=site).transpose("layer", "token").values,
-            zmin=low,
-            zmax=high,
-            colorscale=DIVERGING,
-            showscale=row == 1,
-            hoverongaps=False,
-            hovertemplate=f"{title}, layer %{{y}}, token %{{x}}<br>margin lost %{{z:.3g}} nats<extra></extra>",
-            colorbar=colour_bar(
-                "margin lost (nats)", tickvals=[low, 0, high], ticktext=[f"≤ {short(low)}", "0", f"≥ {short(high)}"]
-            ),
-            row=row,
-            col=1,
-        )
-        figure.update_yaxes(**layer_ticks(int(data.layer.max()) + 1), autorange="reversed", row=row, col=1)
-    figure.update_xaxes(showgrid=False)
-    figure.update_xaxes(title_text="token, from the end of the prompt", row=2, col=1)
+    figure = site_maps(
+        data,
+        "token",
+        unit="margin lost (nats)",
+        hover="token %{x}<br>margin lost %{z:.3g} nats",
+        x_title="token, from the end of the prompt",
+        hoverongaps=False,
+    )
     return finish(figure, 560)
