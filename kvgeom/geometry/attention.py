@@ -91,12 +91,7 @@ def attention_error(
     model, prompts = opened(model, prompts, load_options, progress)
     if not prompts:
         raise InputError("the attention error needs prompts, got none; give at least one")
-    rounding = Rounding.of(model, scheme, placement)
-    if rounding.placement.where != "cache":
-        raise InputError(
-            f"attention reads keys as the cache stores them, got a placement at the {rounding.placement.where}; "
-            "use placement='cache'"
-        )
+    rounding = Rounding.in_cache(model, scheme, placement)
     geometry = model.geometry
     shape = (len(geometry.stores), geometry.query_heads, 2)
     sums = {name: np.zeros(shape) for name in (*VARIABLES, "k2", "v2", "out2", "queries")}
@@ -104,8 +99,7 @@ def attention_error(
         for prompt in track(prompts, "attention error", len(prompts)):
             for row, found in enumerate(read(model, prompt, queries=True)):
                 layer = found.layer
-                k_error = (rounding(layer, "k", found.k, found.rotation).float() - found.k.float())[0]
-                v_error = (rounding(layer, "v", found.v).float() - found.v.float())[0]
+                k_error, v_error = rounding.errors(found)
                 exact = (found.queries, found.k[0].float(), found.v[0].float())
                 for name, values in errors(*exact, k_error, v_error, model.attention(layer)).items():
                     sums[name][row] += values
@@ -127,9 +121,7 @@ def attention_error(
     )
     meta = {
         **made_with(model, [prompt.text for prompt in prompts]),
-        "scheme": rounding.stored,
-        "recipe": str(rounding.recipe),
-        "placement": str(rounding.placement),
+        **rounding.made,
         "prompts": len(prompts),
         "kv_heads": geometry.kv_heads,
     }

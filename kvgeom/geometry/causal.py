@@ -314,9 +314,7 @@ def first_order(
     )
     meta = {
         **made_with(model, [prompt.text for prompt in prompts]),
-        "placement": str(rounding.placement),
-        "scheme": rounding.stored,
-        "recipe": str(rounding.recipe),
+        **rounding.made,
         "head_dim": geometry.head_dim,
     }
     return FirstOrder(data, meta)

@@ -201,9 +201,7 @@ def decompose(
     )
     meta = {
         **made_with(model, [prompt.text for prompt in prompts]),
-        "placement": str(rounding.placement),
-        "scheme": rounding.stored,
-        "recipe": str(rounding.recipe),
+        **rounding.made,
         "head_dim": geometry.head_dim,
         "group_size": group_size,
         "tolerance": float(tolerance),

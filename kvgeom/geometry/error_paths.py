@@ -133,12 +133,7 @@ def follow_errors(
     tokens = as_tokens(model, refusal_tokens)
     if not prompts:
         raise InputError("errors are followed on prompts, got none; give at least one")
-    rounding = Rounding.of(model, scheme, placement)
-    if rounding.placement.where != "cache":
-        raise InputError(
-            f"attention reads keys as the cache stores them, got a placement at the {rounding.placement.where}; use "
-            "placement='cache'"
-        )
+    rounding = Rounding.in_cache(model, scheme, placement)
     geometry = model.geometry
     geometry.check_alike(model.name)
     given = None if directions is None else _directions(directions, (geometry.layers, geometry.d_model))
@@ -181,9 +176,7 @@ def follow_errors(
     )
     meta = {
         **made_with(model, [prompt.text for prompt in prompts]),
-        "placement": str(rounding.placement),
-        "scheme": rounding.stored,
-        "recipe": str(rounding.recipe),
+        **rounding.made,
         "head_dim": geometry.head_dim,
         "kv_heads": geometry.kv_heads,
     }
@@ -211,8 +204,7 @@ def _layers(model: Model, prompt: Any, rounding: Rounding, tokens: frozenset[int
         heads = model.gradients(prompt.ids, score, heads=True, directions=directions).heads
     for one in read(model, prompt, queries=True):
         layer, k, v = one.layer, one.k[0].float(), one.v[0].float()
-        k_error = rounding(layer, "k", one.k, one.rotation)[0].float() - k
-        v_error = rounding(layer, "v", one.v)[0].float() - v
+        k_error, v_error = rounding.errors(one)
         own = heads.get(layer)
         grad = own.grad if own is not None and tokens else None
         along = own.along if own is not None else None

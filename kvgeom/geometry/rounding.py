@@ -14,6 +14,7 @@ from kvgeom.errors import InputError
 from kvgeom.evaluation.condition import Condition, with_model_constants
 from kvgeom.geometry.activations import Site
 from kvgeom.models.model import Model
+from kvgeom.models.reading import LayerActivations
 from kvgeom.models.rotary import TokenRotation
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Quantizer
@@ -102,6 +103,33 @@ class Rounding:
                 f"{placement.where}; read them with placement={'cache' if placement.where == 'projection' else 'paper'!r}"
             )
         return cls.of(model, spec, None if keeps else placement)
+
+    @classmethod
+    def in_cache(cls, model: Model, spec: CacheSpec, placement: Placement | str | None = None) -> Rounding:
+        """The same for what attention reads.
+
+        Raises
+        ------
+        InputError
+            As :meth:`of`, or for a placement at the projection.
+        """
+        found = cls.of(model, spec, placement)
+        if found.placement.where != "cache":
+            raise InputError(
+                f"attention reads keys as the cache stores them, got a placement at the {found.placement.where}; use "
+                "placement='cache'"
+            )
+        return found
+
+    @property
+    def made(self) -> dict[str, str]:
+        """What results say of it."""
+        return {"scheme": self.stored, "recipe": str(self.recipe), "placement": str(self.placement)}
+
+    def errors(self, found: LayerActivations) -> tuple[Tensor, Tensor]:
+        """What rounding adds to the keys and values of a layer, ``[kv_heads, tokens, head_dim]``, float32."""
+        k, v = self(found.layer, "k", found.k, found.rotation), self(found.layer, "v", found.v)
+        return k[0].float() - found.k[0].float(), v[0].float() - found.v[0].float()
 
     @property
     def needs_rotation(self) -> bool:

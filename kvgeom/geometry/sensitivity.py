@@ -188,9 +188,7 @@ def measure(
     pairs = noise_pairs or len(space.activations.prompts)
     meta = {
         **space.meta,
-        "scheme": rounding.stored,
-        "recipe": str(rounding.recipe),
-        "placement": str(rounding.placement),
+        **rounding.made,
         "noise_prompts": len(space.prompts.harmful[:pairs]) + len(space.prompts.harmless[:pairs]),
         "seed": seed,
         "contrasts": list(others),
