@@ -80,7 +80,9 @@ def _zeros(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
             x.ndim < 2 or name.endswith("bias") or not x.is_floating_point() or type(x.data) is not Tensor
         ):  # of a quantization: of other parts
             continue
-        zero = ~(x.detach() != 0).flatten(1).any(1)
+        rows = x.detach().flatten(1)
+        zero = rows[:, 0] == 0  # few begin so, and only these are read whole
+        zero[zero.clone()] = ~rows[zero].any(1)
         most = _ZERO_SHARE
         if id(x) in tables:  # rows of no token, or of one that no text has, are often left at zero
             zero, most = zero[[token for token in words if token < len(zero)]], _ZERO_TOKENS
