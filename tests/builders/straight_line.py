@@ -41,13 +41,24 @@ class StraightLineQwen2:
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
     @torch.inference_mode()
-    def step(self, ids: list[int], cache: list[tuple[Tensor, Tensor]], rounding: dict[int, tuple[int, bool]], errors):  # type: ignore[no-untyped-def]
-        """Logits of the last of ``ids``; appends to ``cache``, and to ``errors`` (layer, site, rounding error)."""
+    def step(
+        self,
+        ids: list[int],
+        cache: list[tuple[Tensor, Tensor]],
+        rounding: dict[int, tuple[int, bool]],
+        errors,
+        inputs=None,
+    ):  # type: ignore[no-untyped-def]
+        """Logits of the last of ``ids``; appends to ``cache``, and to ``errors`` (layer, site, rounding error).
+
+        ``inputs``: what each layer is to read instead of the output of the one before, [tokens, width] by layer.
+        """
         start = len(cache[0][0]) if cache else 0
         h = self.w["model.embed_tokens.weight"][torch.tensor(ids)]
         queries, groups = self.c.num_attention_heads, self.c.num_key_value_heads
         for layer in range(self.c.num_hidden_layers):
             name = f"model.layers.{layer}"
+            h = h if inputs is None else inputs[layer]
             x = self.norm(h, f"{name}.input_layernorm.weight")
             q, k, v = (self.linear(x, f"{name}.self_attn.{p}_proj") for p in "qkv")
             if layer in rounding:

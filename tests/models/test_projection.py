@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 import torch
 
@@ -50,19 +49,18 @@ def test_agrees_with_straight_line(
     rounding = dict.fromkeys(layers, (3, granularity == "channel"))
     outcomes = evaluate(demo, {"r": recipe}, base, placement=Placement.paper(), progress=False).data.sel(recipe="r")
     for index, prompt in enumerate(base.prompts[:4]):
-        response, first, errors = straight.generate(list(prompt.ids), rounding, TOKENS, demo.stop_tokens)
+        response, first, _ = straight.generate(list(prompt.ids), rounding, TOKENS, demo.stop_tokens)
         verdict = KeywordJudge().label(
             prompt.text, demo.decode(response), lambda i=index, r=response: likelihood(base, i, r)
         )
         assert outcomes.label.sel(prompt=index).item() == verdict.label
-        ours = kv_errors(demo, recipe, prompt.ids)
+        # A value next to the border between two levels goes either way with the last digit, and the layers after it
+        # drift apart, on one processor more than on another. So each layer is given what the other's read.
+        ours, inputs = kv_errors(demo, recipe, prompt.ids)
+        errors: list[tuple[int, str, torch.Tensor]] = []
+        straight.step(list(prompt.ids), [], rounding, errors, inputs)
         theirs = {(layer, site): float((error**2).mean()) for layer, site, error in errors}
-        assert ours.keys() == theirs.keys()
-        # The first rounded layer sees the same input to the last digits. A value that then lies next to the border
-        # between two levels may go either way, and later layers see what became of it: only alike on the whole.
-        for key, error in theirs.items():
-            assert ours[key] == pytest.approx(error, rel=1e-3 if key[0] == layers[0] else 0.15), key
-        assert np.mean(list(ours.values())) == pytest.approx(np.mean(list(theirs.values())), rel=0.01)
+        assert ours == pytest.approx(theirs, rel=0.005)
         if len(layers) == 1:
             margin = base.margins(first[None])[0]
             assert outcomes.margin.sel(prompt=index).item() == pytest.approx(margin, abs=0.02)
@@ -77,9 +75,12 @@ def likelihood(base: Baseline, index: int, response: list[int]) -> float:
     return found
 
 
-def kv_errors(demo: HFModel, recipe: Recipe, ids: tuple[int, ...]) -> dict[tuple[int, str], float]:
-    """Mean squared rounding error of keys and values at their projections, as the edit sees it."""
+def kv_errors(
+    demo: HFModel, recipe: Recipe, ids: tuple[int, ...]
+) -> tuple[dict[tuple[int, str], float], dict[int, torch.Tensor]]:
+    """Mean squared rounding error of keys and values at their projections, and what each layer read meanwhile."""
     seen: dict[tuple[int, str], float] = {}
+    inputs: dict[int, torch.Tensor] = {}
 
     class Watching(Quantizer):
         def __call__(self, layer, site, x):  # type: ignore[no-untyped-def]
@@ -88,5 +89,16 @@ def kv_errors(demo: HFModel, recipe: Recipe, ids: tuple[int, ...]) -> dict[tuple
                 seen[layer, site] = float(((rounded - x) ** 2).mean())
             return rounded
 
-    demo.forward(ids, demo.new_cache(Watching(recipe, Placement.paper())))
-    return seen
+    def read(layer, hidden):  # type: ignore[no-untyped-def]
+        inputs[layer] = hidden[0].clone()
+
+    handles = [
+        block.register_forward_pre_hook(lambda _, args, layer=layer: read(layer, args[0]))
+        for layer, block in enumerate(demo.hf_model.model.layers)
+    ]
+    try:
+        demo.forward(ids, demo.new_cache(Watching(recipe, Placement.paper())))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, inputs
