@@ -27,9 +27,8 @@ from benchmarks.real import REAL
 from kvgeom.geometry.causal import patch_layers
 from kvgeom.geometry.decomposition import decompose
 from kvgeom.geometry.error_paths import follow_errors
-from kvgeom.geometry.rounding import Rounding
+from kvgeom.geometry.magnitudes import magnitudes
 from kvgeom.models.model import EncodedPrompt, Model
-from kvgeom.models.reading import read
 from kvgeom.organisms import Part, Size, plant_blindly, tiny_model
 from kvgeom.prompts.sets import PromptSet, held_out
 from kvgeom.quant.recipe import Recipe
@@ -40,6 +39,14 @@ SCHEME = Scheme(3, True, "tensor")
 #: Channels of a group, random groups and single channels in each layer and site; the loudest channel comes besides.
 GROUP, DRAWN = 16, 1
 SITES = ("k", "v")
+#: What predictors must beat, and what :meth:`kvgeom.geometry.magnitudes.Magnitudes.controls` calls it.
+CONTROLS = {
+    "max": "max_abs",
+    "relative error": "relative_mse",
+    "squared error": "mse",
+    "layer": "depth",
+    "bias": "key_bias",
+}
 #: Most points of an integral.
 POINTS = 17
 #: Tiny models in which outliers of graded strength are planted, in values and, where attention is trained, in keys.
@@ -148,7 +155,7 @@ def measure(
     if patched:
         raw["meta"]["patched"] = _patched(model, seen[:patched], refusals)
     print(f"{model.name}: predictors are measured", flush=True)
-    loudest = raw["max"].mean(-1).argmax(-1)
+    loudest = raw["magnitudes"].data.max_abs.mean("prompt").argmax("channel").values
     chosen = units(model, loudest, random.Random(model.name))
     recipes = {name: recipe for name, (_, recipe, _) in chosen.items()}
     exact = patch_layers(model, unseen, recipes, refusals, progress=False).data
@@ -194,7 +201,7 @@ def _by_channel(
     model: Model, prompts: Sequence[EncodedPrompt], tokens: frozenset[int], pairs: PromptSet
 ) -> dict[str, Any]:
     """Everything that is known of the channels of every layer and site before damage, ``[layers, 2, channels, prompts]``."""
-    g, rounding = model.geometry, Rounding.of(model, SCHEME)
+    g = model.geometry
     towards = _towards_refusal(model, pairs)
     by_prompt: dict[str, list[NDArray[np.float64]]] = {}
     left, points, lost, exact, drops = [], [], [], [], []
@@ -225,8 +232,6 @@ def _by_channel(
         }
         for key, values in heads.items():
             by_prompt.setdefault(key, []).append(values.reshape(g.layers, g.kv_heads, group))
-        for key, values in _sizes(model, rounding, prompt).items():
-            by_prompt.setdefault(key, []).append(values)
         left.append(float(parts.data.remainder.item()))
         points.append(int(parts.data.points.item()))
         lost.append(float(parts.margin_drop.item()))
@@ -234,12 +239,9 @@ def _by_channel(
         drops.append(bool(parts.data.settled.item()))
     space = kvgeom.subspace(model, pairs, progress=False)
     ratio = space.sensitivity(SCHEME, contrasts=(), progress=False)
-    biases = np.zeros((g.layers, 2, g.channels))
-    for (layer, _), bias in model.key_biases().items():
-        biases[layer, 0] = bias.flatten().float().cpu().numpy()
     return {
         **{key: np.stack(values, -1) for key, values in by_prompt.items()},
-        "bias": biases,
+        "magnitudes": magnitudes(model, prompts, SCHEME, progress=False),
         "ratio": ratio.data.ratio.sel(site=list(SITES)).values,
         "head ratio": ratio.data.head_ratio.values,
         "channel ratio": ratio.data.channel_ratio.values,
@@ -278,34 +280,14 @@ def _towards_refusal(model: Model, pairs: PromptSet) -> NDArray[np.float64]:
     return scaled
 
 
-def _sizes(model: Model, rounding: Rounding, prompt: EncodedPrompt) -> dict[str, NDArray[np.float64]]:
-    """Largest size, mean square and mean squared error of every channel."""
-    shape = (model.geometry.layers, 2, model.geometry.channels)
-    found = {name: np.zeros(shape) for name in ("max", "square", "error square")}
-    for one in read(model, prompt):
-        for column, (site, x) in enumerate(zip(SITES, (one.k, one.v), strict=True)):
-            error = rounding(one.layer, site, x, one.rotation if site == "k" else None).float() - x.float()  # type: ignore[arg-type]
-            wide, off = (t[0].double().transpose(0, 1).flatten(1).cpu().numpy() for t in (x, error))
-            found["max"][one.layer, column] = np.abs(wide).max(0)
-            found["square"][one.layer, column] = (wide**2).mean(0)
-            found["error square"][one.layer, column] = (off**2).mean(0)
-    return found
-
-
 def _numbers(model: Model, raw: dict[str, Any], where: list[Any]) -> dict[str, dict[str, NDArray[np.float64]]]:
     """Controls and predictors of one unit of every layer."""
     g = model.geometry
+    trivial = raw["magnitudes"].controls("".join(where[0][0]), [channels for _, channels in where])
     rows: list[dict[str, Any]] = []
     for layer, (site, channels) in enumerate(where):
         columns, at = [SITES.index(s) for s in site], list(channels)
-        own = {key: raw[key][layer][columns][:, at] for key in ("max", "square", "error square", "bias")}
-        row: dict[str, Any] = {
-            "c:max": own["max"][0].max(0),  # of a layer that of its keys
-            "c:relative error": own["error square"][0].sum(0) / own["square"][0].sum(0),
-            "c:squared error": own["error square"].sum((0, 1)),
-            "c:layer": float(layer),
-            "c:bias": float(np.linalg.norm(own["bias"][0])),
-        }
+        row: dict[str, Any] = {f"c:{key}": trivial[name][layer].values for key, name in CONTROLS.items()}
         for key in ("margin drop", "first order", "shift", "integrated"):
             row[f"p:{key}"] = raw[key][layer][columns][:, at].sum((0, 1))
         row["p:error"] = np.sqrt((raw["error"][layer][columns[0]][at] ** 2).sum(0))

@@ -289,13 +289,7 @@ class Composite:
 
         See :meth:`Result.provenance`. Parts to which something does not apply have no say in it.
         """
-        found: dict[str, Any] = {}
-        parts = {name: part.provenance() for name, part in self.parts().items()}
-        for key in PROVENANCE:
-            said = {name: own[key] for name, own in parts.items() if own[key] is not None}
-            first = next(iter(said.values()), None)
-            found[key] = first if all(value == first for value in said.values()) else said
-        return found
+        return together({name: part.provenance() for name, part in self.parts().items()})
 
     def save(self, path: str | Path) -> Path:
         """Write all parts to one NetCDF file with a group for each; read it back with :meth:`load`."""
@@ -316,6 +310,16 @@ class Composite:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.summary()}>"
+
+
+def together(provenances: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Several provenances as one: what they agree in; where they differ, what each says, by its name."""
+    found: dict[str, Any] = {}
+    for key in PROVENANCE:
+        said = {name: own[key] for name, own in provenances.items() if own[key] is not None}
+        first = next(iter(said.values()), None)
+        found[key] = first if all(value == first for value in said.values()) else said
+    return found
 
 
 def _stamped(result: Result) -> xr.Dataset:

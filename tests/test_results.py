@@ -25,9 +25,12 @@ from kvgeom.behaviour.widths import at_widths
 from kvgeom.errors import InputError
 from kvgeom.geometry.attention import attention_error
 from kvgeom.geometry.causal import first_order, patch_layers
+from kvgeom.geometry.channel_damage import channel_damage
 from kvgeom.geometry.decomposition import decompose
 from kvgeom.geometry.error_paths import follow_errors
 from kvgeom.geometry.independence import independence
+from kvgeom.geometry.magnitudes import magnitudes
+from kvgeom.geometry.ratios import ratios
 from kvgeom.geometry.selection import select
 from kvgeom.geometry.steering import steer
 from kvgeom.models.hf import HFModel
@@ -134,6 +137,7 @@ from kvgeom.geometry.channel_damage import channel_damage
 from kvgeom.geometry.independence import independence
 from kvgeom.geometry.decomposition import decompose
 from kvgeom.geometry.error_paths import follow_errors
+from kvgeom.geometry.magnitudes import magnitudes
 from kvgeom.geometry.ratios import ratios
 from kvgeom.geometry.selection import opening_tokens
 from kvgeom.organisms import Size, plant, tiny_model
@@ -164,6 +168,7 @@ SHOWN = {
     "FirstOrder": "first_order(model, space.harmful[:2], int3, openings, **quiet)",
     "Independence": "independence(model, {'one': selection.direction, 'other': space.directions[2, 'resid'].gap}, asked, **quiet)",
     "LayerSelection": "fixed.plan.selection",
+    "Magnitudes": "magnitudes(model, space.harmful[:2], int3, **quiet)",
     "Mode": "fixed.diagnosis.mode",
     "Outcomes": "fixed.diagnosis.outcomes",
     "OverRefusal": "over_refusal(fixed.diagnosis.baseline, at_widths(bits=[4]))",
@@ -179,7 +184,9 @@ SHOWN = {
     "Verification": "fixed.verification",
 }
 #: Those that look at prompts that the model refuses, and at no response.
-CAUSAL = ("Patching", "FirstOrder", "AttentionError", "Decomposition", "ErrorPaths")
+CAUSAL = (
+    "Patching", "FirstOrder", "AttentionError", "Decomposition", "ErrorPaths", "ChannelDamage", "Magnitudes",
+)  # fmt: skip
 #: Others that a cell may end with.
 ALSO = (
     "fixed",
@@ -252,14 +259,16 @@ def made(tiny: HFModel) -> dict[str, Result]:
         attention_error(tiny, prompts, "int4-asym-token", **quiet),
         decompose(tiny, prompts, "int4-asym-token", {5}, points=3, **quiet),
         follow_errors(tiny, prompts, "int4-asym-token", {5}, **quiet),
+        magnitudes(tiny, prompts, "int4-asym-token", **quiet),
+        channel_damage(tiny, prompts, 1, "int4-asym-token", {5}, **quiet),
+        ratios({"tiny": space.sensitivity(contrasts=(), **quiet)}),
     ]
     return {"Diagnosis": found, **{type(result).__name__: result for result in results}}  # type: ignore[dict-item]
 
 
 def test_every_result_says_alike_where_it_comes_from(made: dict[str, Result], tiny: HFModel) -> None:
     """The same keys, each with one meaning; None where it does not apply."""
-    # Not asked yet: ratios, which are of several models, and the damage of channels.
-    assert {*SHOWN} - {"Ratios", "ChannelDamage"} <= {*made}
+    assert {*SHOWN} <= {*made}
     said = {name: result.provenance() for name, result in made.items()}
     harmful = fingerprint(REQUESTS)
     both = fingerprint(REQUESTS, [f"{text} too" for text in REQUESTS])
@@ -267,7 +276,7 @@ def test_every_result_says_alike_where_it_comes_from(made: dict[str, Result], ti
     prompts = {
         **dict.fromkeys((*CAUSAL, "Independence"), harmful),
         "Effects": fingerprint(*([f"{text} again" for text in x] for x in (REQUESTS, [f"{t} too" for t in REQUESTS]))),
-        **dict.fromkeys(("Subspace", "Directions", "Sensitivity", "Selection", "Steering"), both),
+        **dict.fromkeys(("Subspace", "Directions", "Sensitivity", "Selection", "Steering", "Ratios"), both),
         "Verification": again,
     }
     for name, found in said.items():
@@ -279,7 +288,8 @@ def test_every_result_says_alike_where_it_comes_from(made: dict[str, Result], ti
         assert found["weights"] == "float32"
         assert {"kvgeom", "torch", "transformers"} <= {*found["versions"]}
         assert found["prompts"] == prompts.get(name, harmful)
-        judged = name not in (*CAUSAL, "Subspace", "Directions", "Sensitivity", "Selection", "Effects", "Independence")
+        unjudged = ("Subspace", "Directions", "Sensitivity", "Selection", "Effects", "Independence", "Ratios")
+        judged = name not in (*CAUSAL, *unjudged)
         assert (found["judge"], found["max_new_tokens"]) == (("arbitrary", 4) if judged else (None, None))
     assert {*said["Mode"].values()} == {None}  # it follows from numbers alone
     assert said["FirstOrder"]["scheme"] == said["AttentionError"]["scheme"] == "int4-asym-token"

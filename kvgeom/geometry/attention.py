@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvgeom.checks import at_coordinates, suggests
-from kvgeom.errors import InputError
 from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.evaluation.inputs import made_with, opened
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec, Rounding
@@ -89,8 +88,6 @@ def attention_error(
         Without prompts, if ``scheme`` cannot be resolved, or for a placement at the projection.
     """
     model, prompts = opened(model, prompts, load_options, progress)
-    if not prompts:
-        raise InputError("the attention error needs prompts, got none; give at least one")
     rounding = Rounding.in_cache(model, scheme, placement)
     geometry = model.geometry
     shape = (len(geometry.stores), geometry.query_heads, 2)
@@ -152,8 +149,6 @@ def attention_to_request(model: Any, prompts: Any, **load_options: Any) -> NDArr
         Without prompts.
     """
     model, prompts = opened(model, prompts, load_options)
-    if not prompts:
-        raise InputError("attention to requests needs prompts, got none; give at least one")
     shares = np.zeros(len(model.geometry.stores))
     for prompt in prompts:
         for row, found in enumerate(read(model, prompt, queries=True)):

@@ -131,8 +131,6 @@ def follow_errors(
     """
     model, prompts = opened(model, prompts, load_options, progress)
     tokens = as_tokens(model, refusal_tokens)
-    if not prompts:
-        raise InputError("errors are followed on prompts, got none; give at least one")
     rounding = Rounding.in_cache(model, scheme, placement)
     geometry = model.geometry
     geometry.check_alike(model.name)

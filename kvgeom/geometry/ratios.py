@@ -13,7 +13,7 @@ import xarray as xr
 from kvgeom.checks import suggests
 from kvgeom.errors import InputError
 from kvgeom.geometry.sensitivity import Sensitivity
-from kvgeom.results import Result
+from kvgeom.results import Result, together
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,6 +60,10 @@ class Ratios(Result):
             index=["model", "site", "kind", "way"]
         )
 
+    def provenance(self) -> dict[str, Any]:
+        """Where it comes from: what the sensitivities agree in; where they differ, what each says, by its name."""
+        return together(self.meta["provenance"])
+
     def summary(self) -> str:
         models = list(dict.fromkeys(self.data.model.values.tolist()))
         return f"{self.data.sizes['row']} ratios of {', '.join(models)}"
@@ -92,6 +96,7 @@ def ratios(sensitivities: Mapping[str, Sensitivity]) -> Ratios:
         "scheme": sorted({str(found.meta["scheme"]) for found in sensitivities.values()}),
         "position": str(first.meta.get("position", "")),
         "published": list(PUBLISHED),
+        "provenance": {name: found.provenance() for name, found in sensitivities.items()},
     }
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     data = xr.Dataset(

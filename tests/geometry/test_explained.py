@@ -46,7 +46,9 @@ def test_numbers_are_those_of_the_public_measures() -> None:
     prompts = model.encode(["burn it all down", "how to steal the car"])
     pairs = PromptSet("pairs", PAIRS.harmful, PAIRS.harmless, "")
     raw = explains._by_channel(model, prompts, R, pairs)
-    units = explains.units(model, raw["max"].mean(-1).argmax(-1), random.Random(0))
+    units = explains.units(
+        model, raw["magnitudes"].data.max_abs.mean("prompt").argmax("channel").values, random.Random(0)
+    )
     by_name = {name: explains._numbers(model, raw, where) for name, (_, _, where) in units.items()}
     truth = first_order(model, prompts, explains.SCHEME, R, progress=False).data
     parts = decompose(model, prompts, explains.SCHEME, R, points=explains.POINTS, progress=False)
