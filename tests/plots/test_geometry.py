@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 import kvgeom
+from kvgeom.errors import InputError
 from kvgeom.geometry.attention import attention_error
 from kvgeom.geometry.channels import stored
+from kvgeom.geometry.prediction import Units, partial_rank_correlation
 from kvgeom.geometry.steering import steer
 from kvgeom.plots.causal import _label_places
 from kvgeom.plots.channels import channel_loading
 from kvgeom.plots.directions import cosine_map, projections_by_layer, stability_by_layer
 from kvgeom.plots.magnitude import _ticks, magnitude_surface
+from kvgeom.plots.prediction import correlation_forest
 from kvgeom.plots.sensitivity import _decades, channel_ratio_map, channels_of, ratio_against_null
 from kvgeom.plots.theme import short
 from kvgeom.quant.scheme import Scheme
@@ -253,3 +256,31 @@ def test_attention_errors(space) -> None:  # type: ignore[no-untyped-def]
     np.testing.assert_allclose(lines[0].y, data.key_mse)
     np.testing.assert_allclose(lines[1].y, data.attended_score_error)
     np.testing.assert_allclose(lines[3].y, data.attended_value_error)
+
+
+def test_correlations_of_predictors() -> None:
+    rng = np.random.default_rng(0)
+    size, more = rng.normal(size=(2, 40, 1))
+    damage = size + more + 0.1 * rng.normal(size=(40, 6))
+    found = {
+        panel: {
+            name: partial_rank_correlation(Units(x, damage, [size[:, 0]]), samples=50)
+            for name, x in (("knows more", size + more), ("repeats <size>", size + 0.3 * rng.normal(size=(40, 1))))
+        }
+        for panel in ("layers", "channels")
+    }
+    figure = correlation_forest(found)
+    assert found["layers"]["knows more"].beyond
+    assert not found["layers"]["repeats <size>"].beyond
+    plain, beyond, undecided = figure.data[:3]
+    assert (list(beyond.y), list(undecided.y)) == (["knows more"], ["repeats &lt;size&gt;"])
+    one = found["layers"]["knows more"]
+    np.testing.assert_allclose(
+        [beyond.x[0] - beyond.error_x.arrayminus[0], beyond.x[0] + beyond.error_x.array[0]], [one.low, one.high]
+    )
+    np.testing.assert_allclose(plain.x, [each.plain for each in found["layers"].values()])
+    assert list(figure.layout.yaxis.categoryarray) == ["repeats &lt;size&gt;", "knows more"]  # from below
+    assert len(figure.data) == 6
+    assert sum(bool(trace.showlegend) for trace in figure.data) == 3
+    with pytest.raises(InputError, match="no correlation was given"):
+        correlation_forest({})
