@@ -191,13 +191,6 @@ def errors(
         values = x.double()
         return torch.stack([values.sum(-1), values[:, -1]], -1).cpu().numpy()
 
-    def variance(p: Tensor) -> Tensor:
-        mean = (p * error).sum(-1, keepdim=True)
-        around = (p * (error - mean) ** 2).sum(-1)
-        if rule.sinks is None:
-            return around
-        return around + (1 - p.sum(-1)) * mean[..., 0] ** 2  # scores of sinks have no error
-
     def plain(x: Tensor) -> NDArray[np.float64]:
         total = (x**2).double().sum((1, 2))
         return torch.stack([total, total], -1).cpu().numpy()
@@ -207,9 +200,18 @@ def errors(
         "value_mse": plain(v_error),
         "k2": plain(k),
         "v2": plain(v),
-        "score_error": both(variance(even)),
-        "attended_score_error": both(variance(paid)),
+        "score_error": both(variance(even, error, rule)),
+        "attended_score_error": both(variance(paid, error, rule)),
         "queries": both(torch.ones(q.shape[:2], device=q.device)),
         "attended_value_error": both((output_error**2).sum(-1)),
         "out2": both((output**2).sum(-1)),
     }
+
+
+def variance(paid: Tensor, x: Tensor, rule: AttentionRule) -> Tensor:
+    """Variance of ``x`` over the last axis under attention; what sinks get has 0."""
+    mean = (paid * x).sum(-1, keepdim=True)
+    around = (paid * (x - mean) ** 2).sum(-1)
+    if rule.sinks is None:  # what is left of 1 is rounding then
+        return around
+    return around + (1 - paid.sum(-1)) * mean[..., 0] ** 2

@@ -18,6 +18,7 @@ from kvgeom.errors import InputError, brief
 from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.evaluation.inputs import as_tokens, made_with, opened
 from kvgeom.evaluation.scores import margin
+from kvgeom.geometry.attention import variance
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec, Rounding
 from kvgeom.models.attention import scores, seen, weights
 from kvgeom.models.model import AttentionRule, Model
@@ -253,10 +254,10 @@ def through_attention(
     slope = rule.scale if rule.softcap is None else rule.scale * (1 - (exact / rule.softcap) ** 2)
     alone = einsum(q[:, -1], k_error, "head channel, head token channel -> head channel token")
     alone = alone * (slope if isinstance(slope, float) else slope[:, -1, None])
-    by_score = torch.sqrt(_variance(last[:, None], alone)) / group**0.5
+    by_score = torch.sqrt(variance(last[:, None], alone, rule)) / group**0.5
     by_output = (errors[1, :, -1] / size.sqrt()[:, None]).abs() / group**0.5
     found = {
-        "score_error": _variance(last, shift[:, -1]).sqrt(),
+        "score_error": variance(last, shift[:, -1], rule).sqrt(),
         "score_gap": _gap(last, exact[:, -1], rule),
         "attention_moved": _moved(last, paid_rounded[:, -1]),
         "output_error": rearrange((errors[:, :, -1] ** 2).sum(-1) / size, "site head -> head site"),
@@ -302,12 +303,6 @@ def _each_channel(q: Tensor, k: Tensor, k_error: Tensor, rule: AttentionRule, pa
         capped = capped if rule.softcap is None else rule.softcap * torch.tanh(capped / rule.softcap)
         gains.append(((weights(capped, rule) - paid) * toward).sum((1, 2)))
     return torch.stack(gains, -1)
-
-
-def _variance(paid: Tensor, x: Tensor) -> Tensor:
-    """Variance over tokens under attention; what a sink gets has no error."""
-    mean = (paid * x).sum(-1)
-    return ((paid * x**2).sum(-1) - mean**2).clamp_min(0)
 
 
 def _gap(paid: Tensor, scored: Tensor, rule: AttentionRule) -> Tensor:
