@@ -55,6 +55,7 @@ def correlation_forest(found: Mapping[str, Mapping[str, Correlation]]) -> go.Fig
     if not names:
         raise InputError("no correlation was given; give at least one panel with one predictor")
     figure = make_subplots(rows=1, cols=len(found), shared_yaxes=True, horizontal_spacing=0.06)
+    named: set[str] = set()  # an empty trace has no entry in the legend, whatever it asks for
     for col, (title, panel) in enumerate(found.items(), 1):
         panel_title(figure, plain(title), col=col)
         rows, ones = [plain(name) for name in panel], list(panel.values())
@@ -71,6 +72,8 @@ def correlation_forest(found: Mapping[str, Mapping[str, Correlation]]) -> go.Fig
         )
         for beyond, colour, legend in ((True, ACCENT, "beyond the trivial"), (False, UNDETERMINED, "undetermined")):
             own = [(row, one) for row, one in zip(rows, ones, strict=True) if one.beyond is beyond]
+            if not own:
+                continue
             figure.add_scatter(
                 x=[one.value for _, one in own],
                 y=[row for row, _ in own],
@@ -81,13 +84,14 @@ def correlation_forest(found: Mapping[str, Mapping[str, Correlation]]) -> go.Fig
                 ),
                 name=legend,
                 legendgroup=legend,
-                showlegend=col == 1,
+                showlegend=legend not in named,
                 customdata=[[one.low, one.high, one.units] for _, one in own],
                 hovertemplate="%{y}<br>%{x:.2f} [%{customdata[0]:.2f}, %{customdata[1]:.2f}]<br>%{customdata[2]} units"
                 "<extra></extra>",
                 row=1,
                 col=col,
             )
+            named.add(legend)
     figure.update_xaxes(range=[-1.05, 1.05], zeroline=True, title_text="partial rank correlation")
     figure.update_yaxes(categoryorder="array", categoryarray=[plain(name) for name in reversed(names)], showgrid=False)
     return finish(figure, 130 + 30 * len(names), margin={"l": 10, "r": 10, "t": 60, "b": 46})
