@@ -1,6 +1,6 @@
 """The noise-sensitivity ratio of models by layer, site, position, contrast and estimator: what docs/ratio.md reports.
 
-Run:  python benchmarks/ratio.py demo demo-no-refusal --out ratios     (some minutes a model on two cores)
+Run:  python -m benchmarks.ratio demo demo-no-refusal gemma --out ratios     (some minutes a model on two cores)
 
 Writes ratios.nc (a :class:`kvgeom.geometry.ratios.Ratios`), ratios.html, and a sensitivity for each model; prints tables.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import kvgeom
+from benchmarks.real import REAL
 from kvgeom.geometry.ratios import ratios
 from kvgeom.geometry.sensitivity import Sensitivity
 
@@ -44,7 +45,7 @@ def spread(found: Sensitivity) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=["demo"])
+    parser.add_argument("models", nargs="*", default=["demo"], help="names of benchmarks.real, or what kvgeom.load takes")
     parser.add_argument("--out", type=Path, default=Path("ratios"))
     parser.add_argument("--scheme", default="int3-sym-tensor")
     parser.add_argument("--no-contrasts", action="store_true", help="without null (b), which is most of the time")
@@ -53,7 +54,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.models:
         begin = time.perf_counter()
-        space = kvgeom.subspace(name, progress=False)
+        space = kvgeom.subspace(REAL[name]() if name in REAL else name, progress=False)
         captured = time.perf_counter()
         label = Path(name).name
         found[label] = space.sensitivity(options.scheme, contrasts=() if options.no_contrasts else None, progress=False)
