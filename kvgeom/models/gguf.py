@@ -14,13 +14,14 @@ from typing import Any
 from kvgeom.errors import InputError, reason
 from kvgeom.models.files import check_begins
 from kvgeom.models.gguf_rotary import match_rotary
+from kvgeom.models.gguf_settings import keep_notes, settle
 from kvgeom.models.pretrained import check_loaded
 from kvgeom.models.quiet import quiet_transformers
 from kvgeom.paths import cache_dir, not_written, write_whole
 from kvgeom.progress import bar
 
-#: Where conversions are kept, by what was checked then: those before 2 may have other rotary frequencies than their file.
-_FOLDER = "gguf-2"
+#: Of what is made of a file: conversions before 2 may have other rotary frequencies than it, before 3 other settings.
+CONVERSION = 3
 _CHUNK = 1 << 24
 #: Types of GGUF that are no quantization, by the names that they have everywhere else.
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -98,7 +99,7 @@ def converted_gguf(path: Path) -> Path:
     """
     from filelock import FileLock
 
-    folder = cache_dir(_FOLDER) / _sha256(path)[:32]
+    folder = cache_dir(f"gguf-{CONVERSION}") / _sha256(path)[:32]
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             check_gguf(path)
@@ -140,7 +141,9 @@ def convert(path: Path, folder: Path) -> None:
             except Exception as error:  # whatever fails inside: this file cannot be used
                 raise InputError(f"transformers cannot read {path}: {reason(error)}") from error
             check_loaded(model, found, str(path))
-            match_rotary(model, gguf.GGUFReader(path), path)
+            reader = gguf.GGUFReader(path)
+            notes = settle(model, tokenizer, reader, path)
+            match_rotary(model, reader, path)
             _check_weights(model, path)
             drawn.update(1)
             # transformers refuses to save what it still takes for a quantized model.
@@ -150,6 +153,7 @@ def convert(path: Path, folder: Path) -> None:
             try:
                 model.save_pretrained(scratch)
                 tokenizer.save_pretrained(scratch)
+                keep_notes(notes, scratch)
                 os.replace(scratch, folder)
             except OSError as error:
                 raise not_written(folder, error, "set KVGEOM_CACHE to another folder") from error

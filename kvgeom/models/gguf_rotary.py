@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvgeom.errors import InputError
+from kvgeom.models.gguf_settings import setting
 
 #: How far frequencies may differ, of each: files hold them in 32 bits.
 _SAME = 1e-3
@@ -40,7 +41,7 @@ def match_rotary(model: Any, reader: Any, path: Path) -> None:
         If the model rotates otherwise than the file says, and no setting of transformers is known that does the same.
     """
     rotaries = [module for module in model.modules() if _frequencies(module)]
-    scaling = str(_value(reader, "rope.scaling.type") or "none").lower()
+    scaling = str(setting(reader, "rope.scaling.type") or "none").lower()
     tables = {tensor.name: tensor for tensor in reader.tensors if "rope_f" in tensor.name}
     if not rotaries:
         if tables or scaling != "none":
@@ -56,15 +57,19 @@ def match_rotary(model: Any, reader: Any, path: Path) -> None:
         raise _refused(
             path, f"a table of rotary factors ({sorted(tables)[0]}), which transformers does not read from it"
         )
-    factor = float(_value(reader, "rope.scaling.factor") or 1.0) if scaling == "linear" else 1.0
-    factor *= float(_value(reader, "rope.scale_linear") or 1.0)
+    factor = float(setting(reader, "rope.scaling.factor") or 1.0) if scaling == "linear" else 1.0
+    factor *= float(setting(reader, "rope.scale_linear") or 1.0)
     factors = None
     if tables:
         (table,) = tables.values()
         factors = torch.tensor(table.data.tolist(), dtype=torch.float64).flatten()
-    base = float(_value(reader, "rope.freq_base") or _BASE)
+    base = float(setting(reader, "rope.freq_base") or _BASE)
     if _all_match(rotaries, reader, base, factor, factors):
         return
+    channels = setting(reader, "rope.dimension_count")
+    if channels is not None:
+        heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        parameters["partial_rotary_factor"] = config.partial_rotary_factor = int(channels) / heads
     for completed in _settings(parameters, base, factor, factors, reader):
         config.rope_parameters = completed
         again = [type(rotary)(config=config) for rotary in rotaries]
@@ -77,13 +82,6 @@ def _refused(path: Path, what: str) -> InputError:
     return InputError(f"{path} has {what}: it would turn keys by other angles; {_OTHERWISE}")
 
 
-def _value(reader: Any, name: str) -> Any:
-    """A setting of the file's architecture."""
-    architecture = reader.get_field("general.architecture").contents()
-    field = reader.get_field(f"{architecture}.{name}")
-    return None if field is None else field.contents()
-
-
 def _frequencies(module: Any) -> list[Tensor]:
     """Inverse frequencies of a rotary module; of several where kinds of layers have their own."""
     return [
@@ -93,12 +91,16 @@ def _frequencies(module: Any) -> list[Tensor]:
 
 def _all_match(rotaries: list[Any], reader: Any, base: float, factor: float, factors: Tensor | None) -> bool:
     found = [x for rotary in rotaries for x in _frequencies(rotary)]
-    local = _value(reader, "rope.freq_base_swa") or (_BASE if len(found) > 1 else None)
+    local = setting(reader, "rope.freq_base_swa") or (_BASE if len(found) > 1 else None)
+    channels = setting(reader, "rope.dimension_count")
+
+    def global_(x: Tensor) -> bool:
+        planes = len(x) if channels is None else int(channels) // 2
+        return len(x) == planes and _same(x, _expected(planes, base, factor, factors))
+
     return all(
-        _same(x, _expected(len(x), base, factor, factors))
-        or (local is not None and _same(x, _expected(len(x), float(local), 1.0, None)))
-        for x in found
-    ) and any(_same(x, _expected(len(x), base, factor, factors)) for x in found)
+        global_(x) or (local is not None and _same(x, _expected(len(x), float(local), 1.0, None))) for x in found
+    ) and any(map(global_, found))
 
 
 def _same(found: Tensor, expected: Tensor | None) -> bool:
@@ -129,7 +131,9 @@ def _settings(
             "factor": each,
             "low_freq_factor": _LOW,
             "high_freq_factor": _HIGH,
-            "original_max_position_embeddings": int(_value(reader, "rope.scaling.original_context_length") or _CONTEXT),
+            "original_max_position_embeddings": int(
+                setting(reader, "rope.scaling.original_context_length") or _CONTEXT
+            ),
         }
         for each in (round(float(factors.max()), 3), *_FACTORS)
     ]

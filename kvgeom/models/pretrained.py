@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvgeom.errors import InputError, brief, reason
 from kvgeom.models.files import check_language_model, has_adapter, held_twice, read_json, stored_tensors
+from kvgeom.models.gguf_settings import kept_notes
 from kvgeom.models.notes import remember_notes
 from kvgeom.models.quiet import quiet_transformers
 from kvgeom.models.tokenization import other_rules
@@ -105,7 +106,7 @@ def read_pretrained(
         *_left_out(found["unexpected_keys"]),
         *_twice(folder, options.get("variant")),
         *_adapter(folder, loaded),
-        *([] if converted else other_rules(tokenizer, folder)),
+        *(kept_notes(folder) if converted else other_rules(tokenizer, folder)),
     ]
     remember_notes(loaded, notes)
     return loaded, tokenizer

@@ -87,43 +87,57 @@ def write_tiny_gguf(
     *,
     more: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
     without: str = "",
+    architecture: str = "llama",
+    model: PreTrainedModel | None = None,
+    shift: float = 0.0,
+    merge: str = "a b",
 ) -> None:
     """A whole tiny llama, with tokenizer and template, as a GGUF file; matrices whose rows are whole blocks are of ``kind``.
 
-    ``more`` adds to it; the weight that is called ``without`` is left out.
+    ``more`` adds to it; the weight that is called ``without`` is left out. Of another ``architecture`` the ``model`` is given, and
+    ``shift`` is what its files add to the weights of norms.
     """
-    hf, tokenizer = tiny_hf_model(), tiny_tokenizer()
-    writer = gguf.GGUFWriter(path, "llama")
+    hf, tokenizer = model or tiny_hf_model(), tiny_tokenizer()
+    layers = int(hf.config.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, architecture)
     if file_type is not None:
         writer.add_file_type(file_type)
-    writer.add_block_count(3)
+    writer.add_block_count(layers)
     writer.add_context_length(512)
     writer.add_embedding_length(32)
     writer.add_feed_forward_length(48)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(hf.config.rms_norm_eps)
+    if model is None:
+        writer.add_layer_norm_rms_eps(hf.config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(259)
     writer.add_tokenizer_model("gpt2")
     # transformers insists on a merge, and a merge on its product: the last byte token makes room.
-    writer.add_token_list([*tokenizer.convert_ids_to_tokens(list(range(258))), "ab"])
+    writer.add_token_list([*tokenizer.convert_ids_to_tokens(list(range(258))), merge.replace(" ", "")])
     writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * 256)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges([merge])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
     writer.add_chat_template(str(tokenizer.chat_template))
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
+    kinds = {name: each for each, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture], layers)
     for name, weight in hf.named_parameters():
         if name == without:
             continue
         ours = weight.detach().numpy().astype(np.float32)
-        if name.endswith(("q_proj.weight", "k_proj.weight")):  # GGUF keeps the halves of a rotation interleaved
+        if "norm" in name and name.endswith("weight"):
+            ours = ours + np.float32(shift)
+        if architecture == "llama" and name.endswith(
+            ("q_proj.weight", "k_proj.weight")
+        ):  # GGUF keeps the halves of a rotation interleaved
             heads = ours.shape[0] // 8
             ours = ours.reshape(heads, 2, 4, -1).swapaxes(1, 2).reshape(ours.shape)
         stored = gguf.GGMLQuantizationType[kind if ours.ndim > 1 and ours.shape[1] % 32 == 0 else "F32"]
-        writer.add_tensor(names.get_name(name, (".weight",)), gguf.quants.quantize(ours, stored), raw_dtype=stored)
+        writer.add_tensor(
+            names.get_name(name, (".weight", ".bias")), gguf.quants.quantize(ours, stored), raw_dtype=stored
+        )
     more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
