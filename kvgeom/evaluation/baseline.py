@@ -26,6 +26,7 @@ from kvgeom.evaluation.scores import NONE_PREDICTS, margin, mean_log_likelihood,
 from kvgeom.judges.judge import Judge
 from kvgeom.models.batching import in_batches, rows_per_batch
 from kvgeom.models.cache import EditedCache
+from kvgeom.models.load import load
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.progress import bar
 from kvgeom.prompts.load import as_requests
@@ -103,6 +104,8 @@ class Baseline:
     labels, reasons : tuple of str
     journal : Journal or NoJournal
         Where everything that is measured against this baseline is written down.
+    fingerprint : str
+        Of the model when the baseline was made.
     """
 
     model: Model
@@ -113,6 +116,7 @@ class Baseline:
     labels: tuple[str, ...] = field(default=(), repr=False)
     reasons: tuple[str, ...] = field(default=(), repr=False)
     journal: NoJournal = field(default_factory=NoJournal, repr=False, compare=False)
+    fingerprint: str = field(default="", repr=False)
     _prefills: Bounded[int, Prefill] = field(
         default_factory=lambda: Bounded(PREFILL_BYTES, lambda value: value.nbytes), repr=False, compare=False
     )
@@ -120,6 +124,13 @@ class Baseline:
         default_factory=lambda: Bounded(LABELLED), repr=False, compare=False
     )
     _numbers: Bounded[str, Any] = field(default_factory=lambda: Bounded(NUMBERS), repr=False, compare=False)
+
+    def check_current(self) -> None:
+        """Refuse to compare with responses of a model whose weights were changed meanwhile."""
+        if load(self.model).fingerprint != self.fingerprint:
+            raise InputError(
+                f"{self.model.name} was changed after the baseline was made; make another baseline of it as it is now"
+            )
 
     @property
     def judge(self) -> Judge:
@@ -301,7 +312,7 @@ def run_baseline(model: Model, requests: Sequence[str], run: RunConfig) -> Basel
             f"than the context of {model.name} ({model.max_context}); shorten the prompt or lower max_new_tokens"
         )
     kept = NoJournal() if run.journal is None else Journal(run.journal, _about(model, prompts, run))
-    draft = Baseline(model, prompts, run, journal=kept)
+    draft = Baseline(model, prompts, run, journal=kept, fingerprint=model.fingerprint)
     draft.reader.warn()
     found: dict[int, dict[str, Any]] = {
         index: kept[_key(index)] for index in range(len(prompts)) if _key(index) in kept

@@ -145,8 +145,9 @@ def run_conditions(
     Raises
     ------
     InputError
-        If a condition has the name of the model with an exact cache.
+        If a condition has the name of the model with an exact cache, or the model was changed since the baseline.
     """
+    base.check_current()
     for name in conditions:
         check_name(name)
     chosen = tuple(range(len(base.prompts)) if prompts is None else map(int, prompts))

@@ -24,7 +24,7 @@ from kvgeom.models.decoder import find_decoder
 from kvgeom.models.decoding import decode
 from kvgeom.models.derivatives import Differentiable
 from kvgeom.models.gradients import Gradients, Places, gradients
-from kvgeom.models.identity import identify
+from kvgeom.models.identity import Identified
 from kvgeom.models.model import AttentionRule, EncodedPrompt
 from kvgeom.models.modules import (
     Projection,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from kvgeom.models.model import QueryHook, ResidEdit, ResidHook, RotationHook
 
 
-class HFModel(Differentiable):
+class HFModel(Identified, Differentiable):
     """A loaded transformers model and its tokenizer, seen as a :class:`~kvgeom.models.model.Model`.
 
     Parameters
@@ -108,10 +108,7 @@ class HFModel(Differentiable):
         self._heads: dict[int, nn.Module] | None = None
         self._late: bool | None = None
         self.weights = weights_stored(model)
-        self.fingerprint, self.identity = self._identified(named)
-
-    def _identified(self, stops: frozenset[int]) -> tuple[str, str]:
-        return identify(self.hf_model, self.tokenizer, self._chat.signature, stops)
+        self.take_identity(named)
 
     @property
     def device(self) -> torch.device:

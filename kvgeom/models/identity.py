@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -12,15 +13,53 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kvgeom.errors import ModelError
+from kvgeom.errors import KvgeomWarning, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from kvgeom.models.chat import ChatTemplate
 
 #: Entries of a tensor that are copied at a time.
 PIECE = 1 << 24
 #: Entries of a configuration that change with the place or the type of the weights, or with who wrote them.
 _PASSING = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"})
+
+
+class Identified:
+    """Part of a backend that runs a transformers model: what tells it apart, as long as nobody changes it.
+
+    Attributes
+    ----------
+    fingerprint, identity : str
+        See :func:`identify`.
+    """
+
+    fingerprint: str
+    identity: str
+    name: str
+    hf_model: Any
+    tokenizer: Any
+    _chat: ChatTemplate
+
+    def take_identity(self, stop: frozenset[int]) -> None:
+        """Identify the model as it is now; ``stop`` are the tokens that end a response."""
+        self._stop, self._checksum = stop, checksum(self.hf_model)
+        self.fingerprint, self.identity = self._identified(stop)
+
+    def _identified(self, stop: frozenset[int]) -> tuple[str, str]:
+        return identify(self.hf_model, self.tokenizer, self._chat.signature, stop)
+
+    def refresh(self) -> None:
+        """Notice what was done to the model meanwhile: training mode is left, and with other weights it is another model."""
+        self.hf_model.train(False)
+        if checksum(self.hf_model) != self._checksum:
+            self.take_identity(self._stop)
+            warnings.warn(
+                f"{self.name} was changed since it was loaded: earlier results, baselines and journals are of another model",
+                KvgeomWarning,
+                stacklevel=4,
+            )
 
 
 def identify(
@@ -83,6 +122,25 @@ def _weights(model: nn.Module) -> tuple[str, str]:
     kept = {} if config is None else _lasting(config.to_dict())
     exact, coarse = ([each[which] for each in digests] for which in (0, 1))
     return _hash(kept, exact, besides), _hash(kept, coarse)
+
+
+def checksum(model: nn.Module) -> str:
+    """A sum over every weight, and the configuration: another one where a model was changed in place.
+
+    Reads the memory once, a tenth of what :func:`identify` takes. Attributes of modules are not seen.
+    """
+    config: Any = getattr(model, "config", None)
+    sums = [(name, _sum(x)) for found in (_tensors, _computed) for name, x in found(model)]
+    return _hash({} if config is None else _lasting(config.to_dict()), sums)
+
+
+def _sum(x: Tensor) -> int:
+    """Sum of the bits of a tensor, as the widest integers that it is a whole number of."""
+    if x.is_meta or not x.numel():
+        return 0
+    flat = x.contiguous().reshape(-1).view(torch.uint8)
+    wide = next(kind for kind in (torch.int64, torch.int32, torch.int16, torch.uint8) if len(flat) % kind.itemsize == 0)
+    return int(flat.view(wide).sum(dtype=torch.int64))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -92,8 +92,9 @@ class LensModel(HFModel):
             identified=identified,
         )
 
-    def _identified(self, stops: frozenset[int]) -> tuple[str, str]:
-        return self._before_bridge or super()._identified(stops)
+    def _identified(self, stop: frozenset[int]) -> tuple[str, str]:
+        before, self._before_bridge = self._before_bridge, None  # which weights that are changed later have not
+        return before or super()._identified(stop)
 
     def _call(self, tokens: Tensor, **inputs: Any) -> Tensor:
         logits: Tensor = self.bridge(tokens, **inputs)

@@ -255,6 +255,8 @@ def _checked_model(model: Any, backend: str | None, wrapping: dict[str, Any]) ->
     _refuse(wrapping, model, "it is a kvgeom model already")
     if backend not in (None, model.backend):
         raise InputError(f"{model.name} runs on backend {model.backend!r}, not {backend!r}; load it again by its name")
+    if hasattr(model, "refresh"):  # of models whose weights others may have changed meanwhile
+        model.refresh()
     found: Model = model
     return found
 

@@ -17,8 +17,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import kvgeom
-from kvgeom.errors import InputError, ModelError
+from kvgeom.errors import InputError, KvgeomWarning, ModelError
 from kvgeom.evaluation.baseline import baseline
+from kvgeom.geometry.error_paths import follow_errors
 from kvgeom.models import identity
 from kvgeom.models.hf import HFModel
 from kvgeom.models.identity import identify, weights_identity
@@ -242,3 +243,64 @@ def test_frequencies_that_were_once_in_another_type() -> None:
     one, other = (kvgeom.load(each, tokenizer=tiny_tokenizer()) for each in (model, coarse))
     assert one.fingerprint != other.fingerprint
     assert one.identity == other.identity
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_what_is_changed_in_place_is_noticed(data: st.DataObject) -> None:
+    """By any bit, also through ``.data``, which torch does not count."""
+    hf = tiny_hf_model("qwen2")
+    model = kvgeom.load(hf, tokenizer=tiny_tokenizer(), name="m")
+    first = model.fingerprint
+    assert kvgeom.load(model) is model
+    assert model.fingerprint == first
+    weight = dict(hf.named_parameters())[data.draw(st.sampled_from(sorted(dict(hf.named_parameters()))))]
+    at = data.draw(st.integers(0, weight.numel() - 1))
+    bits = weight.data.view(torch.int32).reshape(-1)
+    bits[at] ^= 1 << data.draw(st.integers(0, 22))
+    hf.train()
+    with pytest.warns(KvgeomWarning, match="m was changed since it was loaded"):
+        kvgeom.load(model)
+    assert not hf.training
+    assert model.fingerprint == HFModel(hf, tiny_tokenizer(), name="m").fingerprint != first
+
+
+@pytest.mark.parametrize("backend", ["hf", "lens", "nnsight"])
+def test_a_held_model_that_was_changed_is_another(backend: str, tmp_path: Path) -> None:
+    hf = tiny_hf_model("qwen2")
+    model = kvgeom.load(hf, tokenizer=tiny_tokenizer(), name="m", backend=backend)
+
+    def run(base: Any = None) -> Any:
+        how: dict[str, Any] = {"judge": ArbitraryJudge(), "max_new_tokens": 2, "progress": False}
+        base = baseline(model, ["why?"], journal=tmp_path / "j", **how) if base is None else base
+        kvgeom.evaluate(model, "int4-asym-token", base, progress=False)
+        base.journal.close()
+        return base
+
+    kept = run()
+    run()
+    with torch.no_grad():
+        next(model.hf_model.parameters())[3] += 1.0  # type: ignore[attr-defined]
+    with (
+        pytest.warns(KvgeomWarning, match="was changed"),
+        pytest.raises(InputError, match=r"about something else.*fingerprint"),
+    ):
+        run()
+    with pytest.raises(InputError, match="was changed after the baseline was made"):
+        run(kept)
+
+
+def test_dropout_of_a_model_in_training_is_left() -> None:
+    hf = tiny_hf_model("qwen2")
+    for layer in hf.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model = kvgeom.load(hf, tokenizer=tiny_tokenizer(), name="m")
+    truth = model.forward([5, 6, 7, 8])
+    hf.train()
+    assert not torch.equal(model.forward([5, 6, 7, 8]), truth)  # so that the test could fail
+    found = (
+        follow_errors(model, ["burn it"], progress=False).data,
+        follow_errors(model, ["burn it"], progress=False).data,
+    )
+    assert found[0].identical(found[1])
+    assert torch.equal(model.forward([5, 6, 7, 8]), truth)
