@@ -72,7 +72,8 @@ def notes_of(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) 
 
 def _zeros(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Matrices of zeros, in whole or in part: room for a file is often made before it is fetched, and what did not come is zero."""
-    words = [token for token in tokenizer.get_vocab().values() if token not in tokenizer.added_tokens_decoder]
+    added = frozenset(tokenizer.added_tokens_decoder)  # which is made anew each time; Gemma's has 6,000 entries
+    words = [token for token in tokenizer.get_vocab().values() if token not in added]
     tables = {id(module.weight) for module in (model.get_input_embeddings(), _head(model)) if hasattr(module, "weight")}
     found: list[str] = []
     for name, x in model.named_parameters():

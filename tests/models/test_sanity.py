@@ -313,3 +313,17 @@ def test_prompts_of_another_day_are_of_another_model(monkeypatch: pytest.MonkeyP
     assert one.fingerprint != other.fingerprint
     assert one.fingerprint == on(2025).fingerprint
     assert one.identity == other.identity
+
+
+def test_added_tokens_are_not_listed_for_every_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list is made anew each time it is read: with many of them and a large vocabulary a model took hours to load."""
+    kind, reads = type(tiny_tokenizer()), []
+    own = kind.added_tokens_decoder
+
+    def counted(self: Any) -> Any:
+        reads.append(1)
+        return own.fget(self)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(kind, "added_tokens_decoder", property(counted))
+    kvgeom.load(tiny_hf_model(), tokenizer=tiny_tokenizer())
+    assert 0 < len(reads) < 20
