@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import kvgeom
 from kvgeom.errors import InputError, KvgeomError, ModelError
+from kvgeom.models.gguf import CONVERSION
 from kvgeom.models.hf import HFModel
 from kvgeom.models.model import KVGeometry
 from tests.builders.disk import room_for
@@ -141,7 +142,7 @@ def test_a_gguf_file_is_converted_once(gguf_file: Path, own_cache: Path) -> None
 
 def test_a_conversion_on_a_full_disk(gguf_file: Path, own_cache: Path) -> None:
     """One line that says so; and what a killed conversion has left is no model, and makes way."""
-    kept = own_cache / "gguf-2"
+    kept = own_cache / f"gguf-{CONVERSION}"
     with room_for(20_000), pytest.raises(InputError, match=r"cannot be written.*free some space"):
         kvgeom.load(gguf_file, progress=False)
     assert not [path for path in kept.iterdir() if path.suffix != ".lock"]
