@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kvgeom.checks import one_of, suggests, whole
+from kvgeom.checks import one_by_one, one_of, suggests, whole
 from kvgeom.errors import InputError
 from kvgeom.evaluation.inputs import made_with
 from kvgeom.geometry.activations import SITES, ActivationStore, Site
@@ -29,7 +29,7 @@ from kvgeom.geometry.methods.registry import Method, as_method
 from kvgeom.geometry.signal import Signal, held_out_signal
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.prompts.load import as_prompt_set
-from kvgeom.prompts.sets import PromptSet
+from kvgeom.prompts.sets import PromptSet, fingerprint
 from kvgeom.quant.placement import Placement
 from kvgeom.results import Result
 
@@ -293,12 +293,12 @@ class FittedSpace(Result):
         """
         sizes = (len(self.prompts.harmful), len(self.prompts.harmless), *(() if pairs is None else (pairs,)))
         size = min(sizes)
-        single = isinstance(contrasts, PromptSet | Mapping | str) or not isinstance(contrasts, Iterable)
-        small = [as_prompt_set(contrast).take(size) for contrast in ([contrasts] if single else contrasts)]
+        single = isinstance(contrasts, PromptSet | Mapping)
+        small = [as_prompt_set(contrast).take(size) for contrast in ([contrasts] if single else one_by_one(contrasts))]
         requests = tuple(dict.fromkeys(text for contrast in small for text in (*contrast.harmful, *contrast.harmless)))
         if not requests:
             return {}
-        key, stores = PromptSet("", requests, (), "").fingerprint, self._found_in().contrasts
+        key, stores = fingerprint(requests), self._found_in().contrasts
         if key not in stores:
             stores[key] = ActivationStore(self.model, requests, self.placement)
         return {

@@ -239,7 +239,4 @@ def _of_file(name: str, rows: Iterable[tuple[str, bool]], source: str, path: Pat
 def _checked(prompts: PromptSet, source: str) -> PromptSet:
     if not prompts.harmful and not prompts.harmless:
         raise InputError(f"{source} holds no prompts; give at least one request")
-    both = sorted({*prompts.harmful} & {*prompts.harmless})
-    if both:
-        raise InputError(f"{source} has {both[0][:60]!r} as both harmful and harmless; label each request once")
     return prompts

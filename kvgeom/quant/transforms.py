@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from kvgeom.errors import InputError, unknown
+from kvgeom.checks import one_of
+from kvgeom.errors import InputError
 from kvgeom.registry import check_free
 
 if TYPE_CHECKING:
@@ -135,8 +136,7 @@ def get_transform(name: str) -> Transform | None:
     InputError
         If there is none.
     """
-    if name != "none" and name not in _TRANSFORMS:
-        raise unknown("transform", name, ["none", *_TRANSFORMS])
+    one_of("transform", name, ["none", *_TRANSFORMS])
     return _TRANSFORMS.get(name)
 
 
