@@ -133,6 +133,21 @@ def as_seed(value: object) -> int:
     return whole("seed", value, 0, LARGEST_SEED)
 
 
+def flag(name: str, value: object) -> bool:
+    """True or False, also of numpy or as 1 or 0; raises as :func:`whole` for all else, though Python finds it true or false.
+
+    Examples
+    --------
+    >>> flag("symmetric", "no")
+    Traceback (most recent call last):
+    kvgeom.errors.InputError: symmetric must be True or False, got 'no'
+    """
+    plain = isinstance(value, Hashable) and (isinstance(value, Real) or type(value).__module__ == "numpy")
+    if not plain or value not in (True, False):
+        raise InputError(f"{name} must be True or False, got {brief(value)}")
+    return bool(value)
+
+
 def one_of(kind: str, value: Any, known: Collection[Any]) -> None:
     """Check that something is one of some names or whole numbers.
 
@@ -150,9 +165,11 @@ def one_of(kind: str, value: Any, known: Collection[Any]) -> None:
     Traceback (most recent call last):
     kvgeom.errors.InputError: unknown layer 9; choose from 0 to 7
     """
-    if isinstance(value, Hashable) and value in known:
+    numbers = bool(known) and all(isinstance(each, Integral) for each in known)
+    alike = isinstance(value, Integral) and not isinstance(value, bool) if numbers else isinstance(value, Hashable)
+    if alike and value in known:
         return
-    if known and all(isinstance(each, Integral) for each in known):  # a near number is no misspelt one
+    if numbers:  # a near number is no misspelt one
         first, last = min(known), max(known)
         some = f"{first} to {last}" if last - first + 1 == len(known) else choices([*map(str, known)])
         raise InputError(f"unknown {kind} {brief(value)}; choose from {some}")

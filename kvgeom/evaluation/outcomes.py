@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -102,7 +103,7 @@ class Outcomes(Result):
         placements = sorted({str(value) for value in self.data.placement.sel(recipe=names).values})
         return {
             **{name: self.meta[name] for name in SHARED if name in self.meta},
-            **({"scheme": {name: self.meta["recipes"][name] for name in recipes}} if recipes else {}),
+            **({"scheme": {name: self.meta["recipes"].get(name, EXACT) for name in recipes}} if recipes else {}),
             "placement": " / ".join(placements),
         }
 
@@ -126,8 +127,8 @@ class Outcomes(Result):
         for name, value in coordinates.items():
             one_of("coordinate", name, COORDINATES)
             wanted = -1 if value is None else value
-            if np.ndim(wanted):
-                raise InputError(f"a recipe has one {name}, got {brief(value)}; give one")
+            if not isinstance(wanted, str | Real):
+                raise InputError(f"{name} of a recipe is a text or a number, got {brief(value)}; give one")
             chosen = chosen & (self.data[name].values == wanted)
         return [str(name) for name in self.data.recipe.values[chosen]]
 

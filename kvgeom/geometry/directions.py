@@ -93,6 +93,8 @@ class Directions(Result):
                     row[name] = float(np.median(seen)) if len(seen) else float("nan")
                 rows.append(row)
         frame = pd.DataFrame(rows)
+        if effects is not None and getattr(effects, "kind", None) != "effects":
+            raise InputError(f"effects must be what effects() of the subspace returns, got {brief(effects)}")
         return frame if effects is None else frame.merge(effects.overview(), on=["method", "site"], how="left")
 
     def cosines_of_positions(self, site: str, layer: int, method: str = "mean") -> xr.DataArray:

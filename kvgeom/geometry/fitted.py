@@ -58,6 +58,8 @@ class Source:
 
     def features(self, layer: int, site: Site) -> NDArray[np.float64]:
         """See :meth:`FittedSpace.features`."""
+        one_of("layer", layer, self.activations.model.geometry.stores)
+        one_of("site", site, SITES)
         rows = self.activations.indices([*self.prompts.harmful, *self.prompts.harmless])
         at = self.activations.model.geometry.stores.index(layer)
         found: NDArray[np.float64] = self.activations.features(site)[at][rows].astype(np.float64)
@@ -291,7 +293,11 @@ class FittedSpace(Result):
         pairs : int, optional
             Use only so many of each; never more than this subspace has.
         """
-        sizes = (len(self.prompts.harmful), len(self.prompts.harmless), *(() if pairs is None else (pairs,)))
+        sizes = (
+            len(self.prompts.harmful),
+            len(self.prompts.harmless),
+            *(() if pairs is None else (whole("pairs", pairs, 1),)),
+        )
         size = min(sizes)
         single = isinstance(contrasts, PromptSet | Mapping)
         small = [as_prompt_set(contrast).take(size) for contrast in ([contrasts] if single else one_by_one(contrasts))]

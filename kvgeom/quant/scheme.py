@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from kvgeom.checks import one_of, suggests, whole, whole_numbers
+from kvgeom.checks import flag, one_of, suggests, whole, whole_numbers
 from kvgeom.errors import InputError, brief
 from kvgeom.quant.formats.base import DEFAULT, formats, get_format
 from kvgeom.quant.placement import MOST_TOKENS
@@ -106,9 +106,7 @@ class Scheme:
         object.__setattr__(self, "bits", whole("bits of a scheme", self.bits, None))
         if self.bits not in BITS:
             raise InputError(f"bits of a scheme must be 2 to 8, got {self.bits}; full precision is no scheme (None)")
-        if not isinstance(self.symmetric, Hashable) or self.symmetric not in (True, False):
-            raise InputError(f"symmetric must be True or False, got {brief(self.symmetric)}")
-        object.__setattr__(self, "symmetric", bool(self.symmetric))
+        object.__setattr__(self, "symmetric", flag("symmetric", self.symmetric))
         for name, value, known in (
             ("granularity", self.granularity, get_args(Granularity)),
             ("precision of scales", self.scales, get_args(Precision)),
