@@ -45,7 +45,9 @@ def spread(found: Sensitivity) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=["demo"], help="names of benchmarks.real, or what kvgeom.load takes")
+    parser.add_argument(
+        "models", nargs="*", default=["demo"], help="names of benchmarks.real, or what kvgeom.load takes"
+    )
     parser.add_argument("--out", type=Path, default=Path("ratios"))
     parser.add_argument("--scheme", default="int3-sym-tensor")
     parser.add_argument("--no-contrasts", action="store_true", help="without null (b), which is most of the time")

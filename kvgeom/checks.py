@@ -16,6 +16,8 @@ from kvgeom.errors import InputError, brief, check_names, choices, unknown
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+#: More random draws than anybody waits for; of each something is kept.
+MOST_DRAWS = 100_000
 #: The largest seed that all generators of random numbers take.
 LARGEST_SEED = 2**32 - 1
 
@@ -197,7 +199,7 @@ def as_names(kind: str, given: Any, known: Collection[str], *, none: bool = Fals
 
 def one_by_one(given: Any) -> Iterator[Any]:
     """The items of what is given, or itself if it is one, such as a text or an array without dimensions."""
-    if isinstance(given, str):
+    if isinstance(given, str | bytes):
         return iter([given])
     try:
         return iter(given)
@@ -247,6 +249,19 @@ def as_text(name: str, value: object) -> str:
             f"{name} has half a character ({value[error.start]!a}, at {error.start}); write it again as UTF-8"
         ) from error
     return str(value)
+
+
+def check_texts(what: str, of: object, *names: str) -> None:
+    """Check that some fields of a value are texts; they may be empty.
+
+    Raises
+    ------
+    InputError
+        For the first that is none.
+    """
+    for name in names:
+        if not isinstance(found := getattr(of, name), str):
+            raise InputError(f"{name} of {what} must be text, got {brief(found)}")
 
 
 def as_path(name: str, value: object) -> Path:

@@ -299,7 +299,7 @@ def as_weights(given: Any) -> NDArray[np.float64]:
     """Weights of the three losses; raises where they are none."""
     try:
         found = np.asarray(given, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = np.zeros(0)
     if found.shape != (len(LOSSES),) or not (np.isfinite(found) & (found >= 0)).all() or not found.any():
         raise InputError(

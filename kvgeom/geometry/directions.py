@@ -11,7 +11,7 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
-from kvgeom.checks import as_names, as_seed, at_coordinates, suggests, whole
+from kvgeom.checks import MOST_DRAWS, as_names, as_seed, at_coordinates, suggests, whole
 from kvgeom.errors import InputError, brief
 from kvgeom.geometry.activations import SITES, site_width
 from kvgeom.geometry.bases import along, oriented
@@ -219,7 +219,7 @@ def compare(
         if positions is None
         else as_names("position", positions, space.positions)
     )
-    samples, seed, k = whole("samples", samples), as_seed(seed), whole("k", k, 1)
+    samples, seed, k = whole("samples", samples, 0, MOST_DRAWS), as_seed(seed), whole("k", k, 1)
     geometry, harmful = space.model.geometry, space.is_harmful
     pairs = int(min(harmful.sum(), (~harmful).sum()))
     with shown(progress):

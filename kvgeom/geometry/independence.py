@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 
-from kvgeom.checks import as_seed, suggests, whole
+from kvgeom.checks import MOST_DRAWS, as_seed, suggests, whole
 from kvgeom.errors import InputError, brief
 from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.evaluation.inputs import made_with, opened
@@ -119,7 +119,7 @@ def independence(
         For directions in another shape, of length 0 or fewer than two, or without requests.
     """
     model, encoded = opened(model, prompts, load_options, progress)
-    width, controls, seed = model.geometry.d_model, whole("controls", controls), as_seed(seed)
+    width, controls, seed = model.geometry.d_model, whole("controls", controls, 0, MOST_DRAWS), as_seed(seed)
     if not isinstance(directions, Mapping) or len(directions) < 2:
         raise InputError("independence is that of directions from each other; give two or more, by name")
     rows = []

@@ -11,7 +11,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from kvgeom.checks import as_path, as_text, one_of, whole
+from kvgeom.checks import as_path, as_text, flag, one_of, whole
 from kvgeom.errors import InputError, ModelError, brief, choices, unknown, unknown_option
 from kvgeom.judges.guard_model import GuardModel, check_access, load_guard
 from kvgeom.judges.guards import UNREAD_REASON, Guard, guards, recognise
@@ -99,6 +99,7 @@ def classifier(
         raise InputError(f"keyword must be a KeywordJudge, got {brief(keyword)}; leave it out for the usual one")
     if revision is not None:
         revision = as_text("revision", revision)
+    progress = flag("progress", progress)
     device, dtype = device_and_dtype(device, dtype)
     if path.is_dir() and revision is not None:
         raise InputError(f"option 'revision' goes with a hub id, and {name} is a folder; leave it out")

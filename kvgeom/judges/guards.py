@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from kvgeom.checks import as_text, one_of, whole
+from kvgeom.checks import as_text, flag, one_by_one, one_of, whole
 from kvgeom.errors import InputError, brief
 from kvgeom.registry import check_free
 
@@ -130,6 +130,8 @@ class Guard:
     def __post_init__(self) -> None:
         for name in ("kind", "home", "ids", "answer", "yes"):
             as_text(f"{name} of a classifier", getattr(self, name))
+        object.__setattr__(self, "special_tokens", flag("special_tokens", self.special_tokens))
+        object.__setattr__(self, "classes", tuple(as_text("a class", each) for each in one_by_one(self.classes)))
         one_of("meaning of a yes", self.says, get_args(Says))
         object.__setattr__(self, "new_tokens", whole("new_tokens", self.new_tokens, 0, LONGEST_ANSWER))
         for name, groups in (("ids", 0), ("answer", 1)):

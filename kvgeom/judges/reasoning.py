@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
+from kvgeom.checks import flag
 from kvgeom.errors import InputError, brief
 from kvgeom.judges.turns import before_other_turns
 from kvgeom.registry import check_free
@@ -38,6 +39,8 @@ class Markers:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise InputError(f"a marker of reasoning must be text, got {name} {brief(value)}")
+
+        object.__setattr__(self, "bare", flag("bare", self.bare))
 
     def opens(self, text: str) -> re.Match[str] | None:
         """The opening marker at the beginning of a text."""

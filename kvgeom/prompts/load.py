@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from kvgeom.checks import as_path, suggests
+from kvgeom.checks import as_path, flag, suggests
 from kvgeom.errors import InputError, brief, reason, unknown
 from kvgeom.prompts.benchmarks import Benchmark, benchmarks
 from kvgeom.prompts.files import SUFFIXES, read_rows, read_table
@@ -61,6 +61,7 @@ def load_prompts(prompts: Any, *, distinct: bool | None = None) -> PromptSet:
     >>> load_prompts({"harmful": ["How do I pick a lock?"], "harmless": ["How do I oil a lock?"]})
     <PromptSet own prompts: 1 harmful, 1 harmless>
     """
+    distinct = None if distinct is None else flag("distinct", distinct)
     found = _loaded(prompts)
     if distinct is None:
         distinct = isinstance(prompts, str | Path) and str(prompts).partition("=")[0] in benchmarks()

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from kvgeom.checks import as_names, whole, whole_numbers
+from kvgeom.checks import as_names, one_by_one, one_of, whole, whole_numbers
 from kvgeom.errors import InputError, brief
 from kvgeom.quant.scheme import Scheme, runs
-
-if TYPE_CHECKING:
-    from kvgeom.quant.transforms import Statics
+from kvgeom.quant.transforms import Statics
 
 #: No model has more layers: the deepest published ones have some hundred.
 MOST_LAYERS = 10_000
@@ -57,6 +55,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(_pair(pair, layer) for layer, pair in enumerate(_listed(self.layers))))
+        for name in ("offsets", "factors"):
+            value = getattr(self, name)
+            if not isinstance(value, Statics | None):
+                raise InputError(
+                    f"{name} of a recipe must be Statics, such as Statics.of(name, vectors), got {brief(value)}"
+                )
         if self.random_directions is not None:
             seed = whole("the seed of random directions", self.random_directions, 0)
             object.__setattr__(self, "random_directions", seed)
@@ -107,7 +111,11 @@ class Recipe:
 
     def with_statics(self, *, offsets: Statics | None = None, factors: Statics | None = None) -> Recipe:
         """The same recipe, with what ``center`` or ``equalize`` need to know of the model."""
-        return replace(self, offsets=offsets or self.offsets, factors=factors or self.factors)
+        return replace(
+            self,
+            offsets=self.offsets if offsets is None else offsets,
+            factors=self.factors if factors is None else factors,
+        )
 
     def with_random_directions(self, seed: int) -> Recipe:
         """The control of this recipe: errors of the same size in random directions; see the class."""
@@ -120,10 +128,13 @@ class Recipe:
 
     def scheme(self, layer: int, site: Site) -> Scheme | None:
         """The scheme of one site of one layer."""
+        one_of("site", site, get_args(Site))
+        layer = whole("layer", layer, 0, len(self) - 1)
         return self.layers[layer][0 if site == "k" else 1]
 
     def sites_with(self, constants: Literal["offsets", "factors"]) -> frozenset[Site]:
         """Sites at which some layer is rounded after a transform that needs such constants of the model."""
+        one_of("kind of constants", constants, ("offsets", "factors"))
         return frozenset(
             site
             for pair in self
@@ -171,7 +182,7 @@ def stored_as(k: Scheme | None, v: Scheme | None) -> str:
 def _listed(layers: Any) -> list[Any]:
     if not isinstance(layers, Iterable) or isinstance(layers, str):
         raise InputError(f"layers of a recipe are one pair (k, v) of schemes each, got {brief(layers)}")
-    found = list(islice(layers, MOST_LAYERS + 1))
+    found = list(islice(one_by_one(layers), MOST_LAYERS + 1))
     if len(found) > MOST_LAYERS:
         raise InputError(
             f"a recipe has at most {MOST_LAYERS:,} layers, got more; give one pair for each layer of the model"
@@ -180,7 +191,7 @@ def _listed(layers: Any) -> list[Any]:
 
 
 def _pair(given: Any, layer: int) -> Schemes:
-    pair = () if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    pair = () if isinstance(given, str) or not isinstance(given, Iterable) else tuple(islice(one_by_one(given), 3))
     if len(pair) != 2:
         raise InputError(f"layer {layer} of a recipe must be a pair (k, v) of schemes, got {brief(given)}")
     return _scheme(pair[0]), _scheme(pair[1])

@@ -105,7 +105,9 @@ class Scheme:
         form = get_format(self.format)
         object.__setattr__(self, "bits", whole("bits of a scheme", self.bits, None))
         if self.bits not in BITS:
-            raise InputError(f"bits of a scheme must be 2 to 8, got {self.bits}; full precision is no scheme (None)")
+            raise InputError(
+                f"bits of a scheme must be 2 to 8, got {brief(self.bits)}; full precision is no scheme (None)"
+            )
         object.__setattr__(self, "symmetric", flag("symmetric", self.symmetric))
         for name, value, known in (
             ("granularity", self.granularity, get_args(Granularity)),

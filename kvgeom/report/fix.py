@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from kvgeom.checks import as_path, suggests, whole
+from kvgeom.checks import MOST_DRAWS, as_path, suggests, whole
 from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import resolve, widths
@@ -280,7 +280,7 @@ def check(
         For an unknown scheme or width, 16 bits, or a negative budget or number of controls.
     """
     as_budget(memory)
-    whole("controls", controls)
+    whole("controls", controls, 0, MOST_DRAWS)
     if bits is not None and check_bits(whole("bits", bits, 2, 16)) == 16:
         raise InputError("bits must be 2 to 8, got 16, which rounds nothing")
     if bits is None:

@@ -17,7 +17,7 @@ from kvgeom.errors import InputError
 from kvgeom.quant.fake_quantize import apply, encode, fake_quantize, fit
 from kvgeom.quant.placement import MOST_TOKENS, Placement
 from kvgeom.quant.quantizer import Quantizer
-from kvgeom.quant.recipe import MOST_LAYERS, Recipe
+from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import MOST_CHANNELS, Scheme
 
 SHAPES = st.tuples(*(st.integers(1, n) for n in (2, 3, 5, 6)))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvgeom.checks import as_seed, one_of, whole
+from kvgeom.checks import MOST_DRAWS, as_seed, one_of, whole, whole_numbers
 from kvgeom.errors import InputError
 from kvgeom.evaluation.inputs import as_tokens
 from kvgeom.geometry.activations import at_site, stack_positions, vectors
@@ -59,7 +59,9 @@ class Cone(Method):
     def __post_init__(self) -> None:
         one_of("start", self.start, ("mean", "random"))
         for name, low in (("steps", 1), ("batch", 1), ("samples", 0)):
-            whole(name, getattr(self, name), low)
+            whole(name, getattr(self, name), low, MOST_DRAWS)
+        if self.tokens is not None:
+            object.__setattr__(self, "tokens", tuple(whole_numbers("tokens", self.tokens)))
         check_positive("rate", self.rate)
         as_weights(self.weights)
         as_seed(self.seed)
