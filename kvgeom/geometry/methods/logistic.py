@@ -66,7 +66,10 @@ class Logistic(Method):
     strength: float | None = None
 
     def __post_init__(self) -> None:
-        if self.strength is not None and number("strength", self.strength, 0) == 0:
+        if self.strength is None:
+            return
+        object.__setattr__(self, "strength", number("strength", self.strength, 0))
+        if self.strength == 0:
             raise InputError("strength must be above 0, got 0, under which all weights are 0")
 
     def directions(self, features: Floats, harmful: NDArray[np.bool_], k: int) -> Floats:
