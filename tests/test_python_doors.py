@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections.abc
 import math
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from inspect import signature
 from itertools import count, repeat
@@ -21,7 +21,7 @@ import kvgeom
 from kvgeom import KeywordJudge, Placement, PromptSet, Recipe, Scheme
 from kvgeom.engines.engine import CacheConfig, Preset
 from kvgeom.engines.registry import resolve
-from kvgeom.errors import InputError, KvgeomError
+from kvgeom.errors import InputError
 from kvgeom.evaluation.condition import Condition
 from kvgeom.evaluation.config import RUN_OPTIONS, RunConfig
 from kvgeom.geometry.methods.registry import METHODS
@@ -33,45 +33,11 @@ from kvgeom.mitigation.search import as_budget
 from kvgeom.prompts.benchmarks import Benchmark, register_benchmark
 from kvgeom.quant.memory import scheme_bytes
 from kvgeom.quant.transforms import Statics
+from tests.builders.nasty import MORE, NASTY, wrong_ends
 from tests.builders.tiny import tiny_hf_model, tiny_model, tiny_tokenizer
 
-NASTY: tuple[Any, ...] = (
-    *(None, True, -1, 1.5, float("nan"), "", "x", b"x", [], {}, object(), 10**30, "a" * 5000, np.array([1])),
-    *(Path("nope"), [None], ["x", 3], {"x": 1}, "\udcff", "~nobody/x", {1, 2}, 2 + 3j, [[]]),
-)
-#: For what is made in no time.
-MORE: tuple[Any, ...] = (
-    *(
-        *NASTY,
-        np.array(4),
-        np.array([1, 2]),
-        np.array(["a", "b"]),
-        torch.tensor(4),
-        torch.tensor([1]),
-        range(3),
-        slice(3),
-    ),
-    *("a" * 300, 2**63, math.inf, -math.inf, 10**400, 10**5000, np.bool_(True), np.float32("nan"), [10**5000]),
-)
 PROMPTS = PromptSet("p", ("Tell me a", "Say b to me"), ("What is c", "Who is d now"), "me")
 SHORT = {"prompts": ["Hi you"], "max_new_tokens": 2, "progress": False}
-
-
-def wrong_ends(
-    call: Callable[..., Any], works: dict[str, Any], keywords: Iterable[str], values: Iterable[Any]
-) -> list[Any]:
-    """Errors that are no short line, or that are not on purpose, of calls with one keyword changed."""
-    values, found = [*values], []
-    for keyword in keywords:
-        for value in values:
-            try:
-                call(**works | {keyword: value})
-            except KvgeomError as error:
-                if len(str(error)) > 800 or "\n" in str(error):
-                    found.append((keyword, str(error)))
-            except Exception as error:  # what nobody has thought of
-                found.append((keyword, type(value), repr(error)[:200]))
-    return found
 
 
 def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:

@@ -43,7 +43,11 @@ def _flushed(argv: Sequence[str] | None) -> int:
         if error.errno not in (errno.EPIPE, errno.EBADF) and not disk_is_full(error):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python writes again as it ends
-        return 141 if error.errno == errno.EPIPE else _refused(not_written(error.filename or "output", error))
+        return (
+            141
+            if error.errno == errno.EPIPE
+            else _refused(not_written(error.filename or "output", error, "send it elsewhere"))
+        )
 
 
 def _run(arguments: argparse.Namespace) -> int:
