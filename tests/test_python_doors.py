@@ -30,6 +30,8 @@ from kvgeom.judges.judge import Judgement
 from kvgeom.judges.reasoning import Markers
 from kvgeom.judges.registry import register_judge
 from kvgeom.mitigation.search import as_budget
+from kvgeom.organisms import Size
+from kvgeom.organisms.blind import Part
 from kvgeom.prompts.benchmarks import Benchmark, register_benchmark
 from kvgeom.quant.memory import scheme_bytes
 from kvgeom.quant.transforms import Statics
@@ -94,6 +96,8 @@ VALUES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "CacheConfig": (CacheConfig, {"name": "x", "version": "", "k": SCHEME, "v": SCHEME, "placement": Placement()}),
     "Preset": (Preset, {"name": "x", "setting": "s", "widths": (4,), "schemes": lambda bits: (SCHEME, SCHEME)}),
     "Benchmark": (Benchmark, {"title": "t", "home": "h", "licence": "l", "column": "c"}),
+    "Size": (Size, {}),
+    "Part": (Part, {"layer": 0, "change": "crush"}),
     **{f"method {name}": (type(method), {}) for name, method in METHODS.items()},
 }
 #: Functions that make or change them.

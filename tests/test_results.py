@@ -361,8 +361,9 @@ def test_methods_take_what_a_result_has_or_end_in_one_short_line(made: dict[str,
             if name.startswith("_") or name in ELSEWHERE or not callable(method):
                 continue
             parameters = inspect.signature(method).parameters.values()
+            own = {**TAKEN, "prompts": [int(result.data.prompt[0])], "other": result} if kind == "Outcomes" else TAKEN
             works = {
-                p.name: TAKEN.get(p.name, "x") for p in parameters if p.default is p.empty and p.kind != p.VAR_KEYWORD
+                p.name: own.get(p.name, "x") for p in parameters if p.default is p.empty and p.kind != p.VAR_KEYWORD
             }
             taken = [p.name for p in parameters if p.kind != p.VAR_KEYWORD]
             more = ["family", "layer", "famly"] if len(taken) < len(parameters) else []

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvgeom.checks import one_by_one, one_of, suggests, whole
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, brief
 from kvgeom.evaluation.inputs import made_with
 from kvgeom.geometry.activations import SITES, ActivationStore, Site
 from kvgeom.geometry.estimators import (
@@ -123,7 +123,7 @@ class FittedSpace(Result):
         most = most_dimensions(by, len(stacked), pairs)
         if k > most:
             raise InputError(
-                f"method {by.name!r} gives at most k={most} with {len(stacked)} positions and {pairs} pairs of requests, got k={k}; "
+                f"method {by.name!r} gives at most k={most} with {len(stacked)} positions and {pairs} pairs of requests, got k={brief(k)}; "
                 "method='pca' gives one dimension for each pair"
             )
         harmful, geometry = source.is_harmful, store.model.geometry

@@ -11,8 +11,8 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 
-from kvgeom.checks import MOST_DRAWS, as_seed, suggests, whole
-from kvgeom.errors import InputError, brief
+from kvgeom.checks import MOST_DRAWS, as_seed, one_of, suggests, whole
+from kvgeom.errors import InputError
 from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.evaluation.inputs import made_with, opened
 from kvgeom.geometry.activations import tokens_at
@@ -65,8 +65,7 @@ class Independence(Result):
         """
         names = self.data.direction.values.tolist()
         for name in (one, other):
-            if name not in names:
-                raise InputError(f"unknown direction {brief(name)}; choose from {', '.join(map(str, names))}")
+            one_of("direction", name, names)
         found = []
         for ablated, direction in ((one, other), (other, one)):
             cell = self.data.sel(ablated=ablated, direction=direction)

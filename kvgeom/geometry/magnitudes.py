@@ -10,8 +10,8 @@ import numpy as np
 import xarray as xr
 from einops import rearrange
 
-from kvgeom.checks import one_by_one, suggests, whole_numbers
-from kvgeom.errors import InputError, brief
+from kvgeom.checks import one_by_one, one_of, suggests, whole_numbers
+from kvgeom.errors import InputError
 from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.evaluation.inputs import made_with, opened
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec, Rounding
@@ -65,8 +65,7 @@ class Magnitudes(Result):
         InputError
             For unknown sites, or channels that the model does not have.
         """
-        if sites not in ("k", "v", "kv"):
-            raise InputError(f"sites must be 'k', 'v' or 'kv', got {brief(sites)}")
+        one_of("sites", sites, ("k", "v", "kv"))
         layers, width = self.data.sizes["layer"], self.data.sizes["channel"]
         chosen = (
             [range(width)] * layers

@@ -32,7 +32,7 @@ def check_bits(bits: int) -> int:
     """Return ``bits`` if a cache can be rounded to it: 2 to 8, or 16 for no rounding."""
     bits = whole("bits", bits)
     if bits not in (*BITS, 16):
-        raise InputError(f"bits must be 2 to 8, or 16 for full precision, got {bits}")
+        raise InputError(f"bits must be 2 to 8, or 16 for full precision, got {brief(bits)}")
     return bits
 
 
