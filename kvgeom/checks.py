@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from functools import wraps
 from inspect import Parameter, isclass, signature
-from numbers import Integral
+from math import inf, isnan
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from kvgeom.errors import InputError, brief, check_names, unknown
+from kvgeom.errors import InputError, brief, check_names, choices, unknown
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+#: More random draws than anybody waits for; of each something is kept.
+MOST_DRAWS = 100_000
 #: The largest seed that all generators of random numbers take.
 LARGEST_SEED = 2**32 - 1
 
@@ -93,19 +96,58 @@ def whole(name: str, value: object, low: int | None = 0, high: int | None = None
 
 
 def whole_numbers(name: str, values: Any, low: int = 0, high: int | None = None) -> list[int]:
-    """Whole numbers, or one, as a list; raises as :func:`whole`.
+    """Whole numbers, or one, as a list; raises as :func:`whole`, before numbers without end fill the memory.
 
     Examples
     --------
     >>> whole_numbers("layers", range(2)), whole_numbers("layers", 3)
     ([0, 1], [3])
     """
-    return [whole(name, value, low, high) for value in _each(values)]
+    return [whole(name, value, low, high) for value in one_by_one(values)]
+
+
+def number(name: str, value: object, low: float = -inf, high: float = inf) -> float:
+    """A real number, also of numpy, as a ``float``; raises as :func:`whole`, and for NaN.
+
+    Examples
+    --------
+    >>> number("memory", 1, 0)
+    1.0
+    >>> number("max_loop", "x", 0, 1)
+    Traceback (most recent call last):
+    kvgeom.errors.InputError: max_loop must be a number, 0 to 1, got 'x'
+    """
+    found = float("nan")
+    if isinstance(value, Real) and not isinstance(value, bool):
+        try:
+            found = float(value)
+        except OverflowError:  # a whole number beyond all of them
+            found = -inf if value < 0 else inf
+    if isnan(found) or not low <= found <= high:
+        ends = (f", {low:g} to {high:g}" if high < inf else f", {low:g} or more") if low > -inf else ""
+        ends = f", {high:g} or less" if low == -inf and high < inf else ends
+        raise InputError(f"{name} must be a number{ends}, got {brief(value)}")
+    return found
 
 
 def as_seed(value: object) -> int:
     """The seed of random draws; raises as :func:`whole`."""
     return whole("seed", value, 0, LARGEST_SEED)
+
+
+def flag(name: str, value: object) -> bool:
+    """True or False, also of numpy or as 1 or 0; raises as :func:`whole` for all else, though Python finds it true or false.
+
+    Examples
+    --------
+    >>> flag("symmetric", "no")
+    Traceback (most recent call last):
+    kvgeom.errors.InputError: symmetric must be True or False, got 'no'
+    """
+    plain = isinstance(value, Hashable) and (isinstance(value, Real) or type(value).__module__ == "numpy")
+    if not plain or value not in (True, False):
+        raise InputError(f"{name} must be True or False, got {brief(value)}")
+    return bool(value)
 
 
 def one_of(kind: str, value: Any, known: Collection[Any]) -> None:
@@ -125,41 +167,44 @@ def one_of(kind: str, value: Any, known: Collection[Any]) -> None:
     Traceback (most recent call last):
     kvgeom.errors.InputError: unknown layer 9; choose from 0 to 7
     """
-    if isinstance(value, Hashable) and value in known:
+    numbers = bool(known) and all(isinstance(each, Integral) for each in known)
+    alike = isinstance(value, Integral) and not isinstance(value, bool) if numbers else isinstance(value, Hashable)
+    if alike and value in known:
         return
-    if known and all(isinstance(each, Integral) for each in known):  # a near number is no misspelt one
+    if numbers:  # a near number is no misspelt one
         first, last = min(known), max(known)
-        choices = f"{first} to {last}" if last - first + 1 == len(known) else ", ".join(map(str, known))
-        raise InputError(f"unknown {kind} {value!r}; choose from {choices}")
+        some = f"{first} to {last}" if last - first + 1 == len(known) else choices([*map(str, known)])
+        raise InputError(f"unknown {kind} {brief(value)}; choose from {some}")
     raise unknown(kind, value, map(str, known))
 
 
-def as_names(kind: str, given: Any, known: Collection[str]) -> list[str]:
+def as_names(kind: str, given: Any, known: Collection[str], *, none: bool = False) -> list[str]:
     """Some of the names that are known, or one of them, as a list.
 
     Raises
     ------
     InputError
-        If none is given, or one is not known.
+        If one is not known, or none is given, unless ``none`` allows that.
 
     Examples
     --------
     >>> as_names("method", "mean", ["mean", "pca"])
     ['mean']
     """
-    found = _each(given)
-    check_names(kind, found, [*known])
+    found = [*one_by_one(given)]
+    if found or not none:
+        check_names(kind, found, [*known])
     return found
 
 
-def _each(given: Any) -> list[Any]:
-    """The items of what is given, or itself if it is one."""
-    if isinstance(given, str):
-        return [given]
+def one_by_one(given: Any) -> Iterator[Any]:
+    """The items of what is given, or itself if it is one, such as a text or an array without dimensions."""
+    if isinstance(given, str | bytes):
+        return iter([given])
     try:
-        return list(given)
-    except TypeError:  # an array without dimensions is iterable by its type
-        return [given]
+        return iter(given)
+    except TypeError:  # asking for its type would not do: an array without dimensions says that it is iterable
+        return iter([given])
 
 
 def at_coordinates(data: Any, **coordinates: Any) -> None:
@@ -204,6 +249,19 @@ def as_text(name: str, value: object) -> str:
             f"{name} has half a character ({value[error.start]!a}, at {error.start}); write it again as UTF-8"
         ) from error
     return str(value)
+
+
+def check_texts(what: str, of: object, *names: str) -> None:
+    """Check that some fields of a value are texts; they may be empty.
+
+    Raises
+    ------
+    InputError
+        For the first that is none.
+    """
+    for name in names:
+        if not isinstance(found := getattr(of, name), str):
+            raise InputError(f"{name} of {what} must be text, got {brief(found)}")
 
 
 def as_path(name: str, value: object) -> Path:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from difflib import get_close_matches
+
+#: An error that says what there is to choose from lists so many names, and no more.
+MANY = 30
 
 
 class KvgeomError(Exception):
@@ -46,9 +49,21 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     InputError("unknown judge 'keywords'; did you mean 'keyword'?")
     """
     names = [*known]
-    close = get_close_matches(str(name).lower(), names, 1)
-    hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}"
+    close = get_close_matches((name if isinstance(name, str) else brief(name)).lower(), names, 1)
+    hint = f"did you mean {close[0]!r}?" if close else f"choose from {choices(names)}"
     return InputError(f"unknown {kind} {brief(name)}; {hint}")
+
+
+def choices(names: Sequence[str]) -> str:
+    """Names to choose from, the first of them where they are many: a scan has a recipe for each layer of a model.
+
+    Examples
+    --------
+    >>> choices([str(n) for n in range(100)])
+    '0, 1, 2, 3, 4, 5, 6, 7, ... (100 in all)'
+    """
+    few = len(names) <= MANY
+    return ", ".join(names) if few else f"{', '.join(names[:8])}, ... ({len(names)} in all)"
 
 
 def check_names(kind: str, names: Sequence[object], known: Collection[str]) -> None:
@@ -60,9 +75,9 @@ def check_names(kind: str, names: Sequence[object], known: Collection[str]) -> N
         For the first that is not, or if none is given.
     """
     if not names:
-        raise InputError(f"no {kind} was given; choose from {', '.join(known)}")
+        raise InputError(f"no {kind} was given; choose from {choices([*known])}")
     for name in names:
-        if name not in known:
+        if not isinstance(name, Hashable) or name not in known:
             raise unknown(kind, name, known)
 
 

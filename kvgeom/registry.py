@@ -6,7 +6,7 @@ import pkgutil
 from collections.abc import Container
 from importlib import import_module
 
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, brief
 
 _IMPORTED: set[str] = set()
 
@@ -37,11 +37,13 @@ def check_free(what: str, name: str, registered: Container[str]) -> None:
     Raises
     ------
     InputError
-        If it is among those registered.
+        If it is no text, or among those registered.
 
     Examples
     --------
     >>> check_free("a format named", "int", {"fp8_e4m3"})
     """
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{what} must have a text for its name, got {brief(name)}")
     if name in registered:
         raise InputError(f"{what} {name!r} is registered already; choose another name")

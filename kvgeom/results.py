@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from kvgeom.checks import as_path, one_of, suggests
-from kvgeom.errors import InputError, reason, unknown
+from kvgeom.errors import InputError, brief, reason, unknown
 from kvgeom.sealed import check_seal, write_sealed
 from kvgeom.words import text_table
 
@@ -96,7 +96,7 @@ class Result:
         """The variables of one table."""
         if not self.tables:
             if table is not None:
-                raise InputError(f"unknown table {table!r}; {type(self).__name__} has only one: to_frame()")
+                raise InputError(f"unknown table {brief(table)}; {type(self).__name__} has only one: to_frame()")
             return self.data
         if table is None:
             table = next(iter(self.tables))

@@ -12,6 +12,7 @@ from kvgeom.cli.main import COMMANDS, LONGEST, main
 #: Names too long for a system, homes of nobody, what is no file, no number, no JSON, or not written in this alphabet.
 NASTY = (
     *("a" * 5000, "x/" * 3000, "~nobody/x", "\udcff", "/dev/null/x", "/dev/zero", " ", "-1", "9" * 5000, "[]"),
+    *("9" * 400, "asym-group1000000000", "asym-group" + "9" * 5000, "int4-asym-token@" + "0-999999," * 400 + "1"),
     *("minos=~nobody/x", "owner/"),
 )
 MISSING = "/no/such/model"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import pkgutil
 import re
@@ -37,6 +38,7 @@ from kvgeom.models.hf import HFModel
 from kvgeom.prompts.sets import fingerprint
 from kvgeom.results import PROVENANCE, SHOWN_ROWS, Result
 from tests.builders.judges import ArbitraryJudge
+from tests.builders.nasty import MORE, wrong_ends
 from tests.builders.requests import REQUESTS
 from tests.builders.tiny import tiny_model
 
@@ -323,6 +325,52 @@ def test_a_whole_says_what_its_parts_agree_in(made: dict[str, Result]) -> None:
     assert found["prompts"]["sensitivity"] == made["Sensitivity"].provenance()["prompts"]
     assert found["scheme"]["curve"] == "asym-token"
     assert "mode" not in found["scheme"]
+
+
+#: What methods of results take, where it is not what nobody has: by the name of the parameter.
+TAKEN: dict[str, Any] = {
+    **{"recipe": "exact", "recipes": ["exact"], "names": ["exact"], "prompts": [0], "role": "chosen"},
+    **{"site": "k", "layer": 1, "pairs": 2, "one": "a", "other": "b", "part": "all", "queries": "all"},
+    **{"intervention": "none", "harmful": True, "within_budget": True, "contrasts": ()},
+}
+#: They take models, files or other results, and are asked elsewhere; or make results of what a file holds.
+ELSEWHERE = {
+    *(
+        "on",
+        "prescribe",
+        "relabel",
+        "save",
+        "load",
+        "plot",
+        "provenance",
+        "compare",
+        "effects",
+        "select",
+        "sensitivity",
+    ),
+    *("fit", "of", "of_records", "of_parts", "with_harmless"),
+}
+
+
+def test_methods_take_what_a_result_has_or_end_in_one_short_line(made: dict[str, Result]) -> None:
+    """Names of recipes, layers and numbers that are none, whatever the result."""
+    asked, wrong = set(), []
+    for kind, result in made.items():
+        for name in dir(type(result)):
+            method = getattr(result, name, None)
+            if name.startswith("_") or name in ELSEWHERE or not callable(method):
+                continue
+            parameters = inspect.signature(method).parameters.values()
+            own = {**TAKEN, "prompts": [int(result.data.prompt[0])], "other": result} if kind == "Outcomes" else TAKEN
+            works = {
+                p.name: own.get(p.name, "x") for p in parameters if p.default is p.empty and p.kind != p.VAR_KEYWORD
+            }
+            taken = [p.name for p in parameters if p.kind != p.VAR_KEYWORD]
+            more = ["family", "layer", "famly"] if len(taken) < len(parameters) else []
+            asked |= {f"{kind}.{name}"} if parameters else set()
+            wrong += [(kind, name, *each) for each in wrong_ends(method, works, [*taken, *more], MORE)]
+    assert not wrong
+    assert {"Outcomes.flips", "Outcomes.joined", "Subspace.features", "Steering.refusals", "Scan.worst"} <= asked
 
 
 def test_tables_that_do_not_exist(made: dict[str, Result]) -> None:

@@ -12,7 +12,7 @@ import xarray as xr
 from einops import reduce
 from numpy.typing import NDArray
 
-from kvgeom.checks import as_seed, suggests, whole
+from kvgeom.checks import MOST_DRAWS, as_seed, suggests, whole
 from kvgeom.errors import unknown
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import Condition
@@ -224,7 +224,7 @@ def channel_subsets(
     repeats, seed : int
         Of the random subsets.
     """
-    repeats = whole("repeats", repeats)
+    repeats = whole("repeats", repeats, 0, MOST_DRAWS)
     rng = np.random.default_rng(as_seed(seed))
     n_layers = len(magnitudes["k"])
     order: dict[Site, _Sets] = {site: [_largest_first(row) for row in m] for site, m in magnitudes.items()}

@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from kvgeom.checks import whole
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import Condition
@@ -65,7 +66,7 @@ class Scan(Result):
 
     def worst(self, most: int = LIKELY) -> list[int]:
         """The first of :meth:`ranked`, as many as a diagnosis keeps in 16 bits; never all of several layers."""
-        ranked = self.ranked()
+        ranked, most = self.ranked(), whole("most", most, 1)
         return ranked[: min(most, max(1, len(ranked) - 1))]
 
     def summary(self) -> str:

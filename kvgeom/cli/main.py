@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TextIO
 
 import kvgeom
 from kvgeom.cli import audit, diagnose, fix, scan, schemes, sweep
+from kvgeom.cli.streams import usable_streams
 from kvgeom.errors import KvgeomError, KvgeomWarning, unknown
 from kvgeom.paths import disk_is_full, not_written
 
@@ -25,18 +26,28 @@ LONGEST = 500
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``kvgeom``; returns the exit status.
 
-    It is 0; 2 for input that cannot be used; 130 when interrupted; 141 when what reads the output has ended (``| head``).
+    It is 0, also where standard output was closed (``>&-``) and nothing is shown; 2 for input that cannot be used, or output
+    that cannot be written; 130 when interrupted; 141 when what reads the output has ended (``| head``).
     """
+    with usable_streams():
+        return _flushed(argv)
+
+
+def _flushed(argv: Sequence[str] | None) -> int:
     try:
         try:
             return _run(_parser().parse_args(argv))
         finally:
             sys.stdout.flush()  # here, where what goes wrong can be said
     except OSError as error:
-        if error.errno != errno.EPIPE and not disk_is_full(error):
+        if error.errno not in (errno.EPIPE, errno.EBADF) and not disk_is_full(error):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python writes again as it ends
-        return 141 if error.errno == errno.EPIPE else _refused(not_written(error.filename or "output", error))
+        return (
+            141
+            if error.errno == errno.EPIPE
+            else _refused(not_written(error.filename or "output", error, "send it elsewhere"))
+        )
 
 
 def _run(arguments: argparse.Namespace) -> int:

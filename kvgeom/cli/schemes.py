@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from kvgeom.errors import InputError
+from kvgeom.checks import whole
+from kvgeom.quant.placement import MOST_TOKENS
+from kvgeom.quant.scheme import MOST_CHANNELS
 
 NAME = "schemes"
 HELP = "list formats and presets of engines, with bits per element"
@@ -27,10 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
     from kvgeom.engines.registry import scheme_rows
 
     shape = (arguments.heads, arguments.head_dim, arguments.tokens)
-    if min(shape) < 1:
-        raise InputError(
-            f"a cache needs at least 1 head, 1 channel and 1 token, got {shape[0]}, {shape[1]}, {shape[2]}"
-        )
+    for name, value, most in zip(
+        ("--heads", "--head-dim", "--tokens"), shape, (*[MOST_CHANNELS] * 2, MOST_TOKENS), strict=True
+    ):
+        whole(name, value, 1, most)
     rows = scheme_rows(*shape)
     for kind in ("format", "preset"):
         print(f"{kind + 's':<28}{'bits':>4}  {'per element':>11}")

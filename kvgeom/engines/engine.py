@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvgeom.errors import InputError
+from kvgeom.checks import check_texts, whole_numbers
+from kvgeom.errors import InputError, brief
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Schemes, stored_as
 from kvgeom.quant.scheme import Scheme
@@ -40,6 +41,14 @@ class CacheConfig:
     v: Scheme | None
     placement: Placement
     per_layer: Recipe | None = None
+
+    def __post_init__(self) -> None:
+        check_texts("a cache", self, "name", "version")
+        for name, kind in (("k", Scheme), ("v", Scheme), ("per_layer", Recipe)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise InputError(f"{name} of a cache must be a {kind.__name__} or None, got {brief(value)}")
+        object.__setattr__(self, "placement", Placement.parse(self.placement))
 
     def recipe(self, n_layers: int) -> Recipe:
         """The recipe for a model with ``n_layers``.
@@ -137,6 +146,15 @@ class Preset:
     schemes: Callable[[int], Schemes]
     placement: Placement = field(default=Placement())
 
+    def __post_init__(self) -> None:
+        check_texts("a preset", self, "name", "setting")
+        object.__setattr__(self, "widths", tuple(whole_numbers("widths of a preset", self.widths)))
+        if not callable(self.schemes):
+            raise InputError(
+                f"schemes of preset {self.name!r} must be a function of the width, got {brief(self.schemes)}"
+            )
+        object.__setattr__(self, "placement", Placement.parse(self.placement))
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -184,7 +202,7 @@ class Engine:
         width = preset.widths[0] if bits is None else bits
         if width not in preset.widths:
             offered = ", ".join(map(str, preset.widths))
-            raise InputError(f"preset {preset.name!r} offers bits {offered}; got {width}")
+            raise InputError(f"preset {preset.name!r} offers bits {offered}; got {brief(width)}")
         k, v = preset.schemes(width)
         version = f"{self.title} {self.version}, {preset.setting}"
         return CacheConfig(preset.name, version, k, v, preset.placement)

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from kvgeom.checks import whole
+from kvgeom.checks import check_texts, whole
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import resolve
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, brief
 from kvgeom.models.model import Model
 from kvgeom.models.statistics import missing_constants, with_constants
 from kvgeom.prompts.sets import calibration
@@ -53,6 +53,9 @@ class Condition:
     draw: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.recipe, Recipe):
+            raise InputError(f"what a condition does to the cache is a Recipe, got {brief(self.recipe)}")
+        check_texts("a condition", self, "family", "granularity")
         object.__setattr__(self, "placement", Placement.parse(self.placement))
         for name in ("layer", "bits", "draw"):
             value = getattr(self, name)

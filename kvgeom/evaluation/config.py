@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvgeom import progress
-from kvgeom.checks import as_path, as_seed, as_text, whole
+from kvgeom.checks import as_path, as_seed, as_text, flag, whole
 from kvgeom.errors import unknown_option
 from kvgeom.judges.judge import Judge
 from kvgeom.judges.registry import as_judge
@@ -64,6 +64,10 @@ class RunConfig:
         for name, value in {**numbers, "seed": as_seed(self.seed)}.items():
             object.__setattr__(self, name, value)  # an int, where a number of numpy was given
         as_text("text", self.text)
+        object.__setattr__(self, "judge", as_judge(self.judge))
+        object.__setattr__(self, "progress", flag("progress", self.progress))
+        if self.journal is not None:
+            object.__setattr__(self, "journal", as_path("journal", self.journal))
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> RunConfig:
@@ -78,12 +82,7 @@ class RunConfig:
         for name in options:
             if name not in known:
                 raise unknown_option(name, known)
-        given = {name: value for name, value in options.items() if value is not None}
-        if "judge" in given:
-            given["judge"] = as_judge(given["judge"])
-        if "journal" in given:
-            given["journal"] = as_path("journal", given["journal"])
-        return cls(**given)
+        return cls(**{name: value for name, value in options.items() if value is not None})
 
     def options(self) -> dict[str, Any]:
         """The keywords that make this value again."""

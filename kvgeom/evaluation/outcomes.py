@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from kvgeom.errors import InputError, unknown
+from kvgeom.checks import as_names, one_of, whole_numbers
+from kvgeom.errors import InputError, brief
 from kvgeom.evaluation.condition import COORDINATES, EXACT
 from kvgeom.evaluation.config import LENGTHS
 from kvgeom.evaluation.scores import NONE_PREDICTS, refusal_tokens
@@ -90,12 +92,18 @@ class Outcomes(Result):
         """The part of ``meta`` that results drawn from some of these recipes share; all of them by default.
 
         Where some are named it says also what they round to.
+
+        Raises
+        ------
+        InputError
+            As all methods here that take recipes or prompts, for one that these outcomes do not have.
         """
-        names = list(recipes) or [str(name) for name in self.data.recipe.values if name != EXACT]
+        recipes = self._known(recipes)
+        names = recipes or [str(name) for name in self.data.recipe.values if name != EXACT]
         placements = sorted({str(value) for value in self.data.placement.sel(recipe=names).values})
         return {
             **{name: self.meta[name] for name in SHARED if name in self.meta},
-            **({"scheme": {name: self.meta["recipes"][name] for name in recipes}} if recipes else {}),
+            **({"scheme": {name: self.meta["recipes"].get(name, EXACT) for name in recipes}} if recipes else {}),
             "placement": " / ".join(placements),
         }
 
@@ -117,9 +125,10 @@ class Outcomes(Result):
         """
         chosen = self.data.recipe.values != EXACT
         for name, value in coordinates.items():
-            if name not in COORDINATES:
-                raise unknown("coordinate", name, COORDINATES)
+            one_of("coordinate", name, COORDINATES)
             wanted = -1 if value is None else value
+            if not isinstance(wanted, str | Real):
+                raise InputError(f"{name} of a recipe is a text or a number, got {brief(value)}; give one")
             chosen = chosen & (self.data[name].values == wanted)
         return [str(name) for name in self.data.recipe.values[chosen]]
 
@@ -133,7 +142,7 @@ class Outcomes(Result):
         """
         found = self.names(**coordinates)
         if len(found) != 1:
-            raise InputError(f"{len(found)} recipes have the coordinates {coordinates}; name more of them")
+            raise InputError(f"{len(found)} recipes have the coordinates {brief(coordinates)}; name more of them")
         return found[0]
 
     def joined(self, other: Outcomes) -> Outcomes:
@@ -142,9 +151,11 @@ class Outcomes(Result):
         Raises
         ------
         InputError
-            If both recipes and prompts differ; if the models, judges or lengths of responses do; or if one name or number
+            If the other ones are no outcomes; if both recipes and prompts differ; if the models, judges or lengths of responses do; or if one name or number
             stands for different recipes or requests.
         """
+        if not isinstance(other, Outcomes):
+            raise InputError(f"outcomes are joined with other Outcomes, got {brief(other)}")
         self._check_alike(other)
         mine = [str(name) for name in self.data.recipe.values]
         theirs = [str(name) for name in other.data.recipe.values]
@@ -189,35 +200,41 @@ class Outcomes(Result):
 
     def at_recipes(self, recipes: Iterable[str]) -> Outcomes:
         """The same for some recipes, by name, with the model with an exact cache."""
-        names = [EXACT, *recipes]
+        names = list(dict.fromkeys([EXACT, *self._known(recipes)]))
         known = {name: text for name, text in self.meta["recipes"].items() if name in names}
         return Outcomes(self.data.sel(recipe=names), {**self.meta, "recipes": known})
 
     def at_prompts(self, prompts: Sequence[int]) -> Outcomes:
         """The same for some prompts, by their index."""
-        return Outcomes(self.data.sel(prompt=list(prompts)), self.meta)
+        chosen, known = whole_numbers("prompts", prompts), self.data.prompt.values
+        for prompt in chosen:
+            if prompt not in known:
+                one_of("prompt", prompt, known.tolist())
+        return Outcomes(self.data.sel(prompt=chosen), self.meta)
 
     def counts(self, recipe: str = EXACT) -> dict[str, int]:
         """How many prompts have each label."""
-        labels = self.data.label.sel(recipe=recipe).values
+        labels = self._of(recipe, "label")
         return {label: int((labels == label).sum()) for label in LABELS}
 
     def unended(self, recipe: str = EXACT) -> int:
         """How many responses ended inside their reasoning, and are neither refusal nor compliance."""
-        return sum(str(reason).startswith(UNENDED_REASON) for reason in self.data.reason.sel(recipe=recipe).values)
+        return sum(str(reason).startswith(UNENDED_REASON) for reason in self._of(recipe, "reason"))
 
     def unread(self, recipe: str = EXACT) -> int:
         """How many answers of a classifier could not be read; these labels are of its keyword judge alone."""
-        return sum(str(reason).startswith(UNREAD_REASON) for reason in self.data.reason.sel(recipe=recipe).values)
+        return sum(str(reason).startswith(UNREAD_REASON) for reason in self._of(recipe, "reason"))
 
     def all_unread(self, recipes: Iterable[str]) -> dict[str, int]:
         """How many there are with an exact cache and under some recipes, if any."""
-        found = {name: self.unread(name) for name in {EXACT: 0, **dict.fromkeys(recipes)}}
+        found = {name: self.unread(name) for name in {EXACT: 0, **dict.fromkeys(self._known(recipes))}}
         return {name: count for name, count in found.items() if count}
 
     def flipped(self, recipe: str, to: Label | None = None) -> NDArray[np.bool_]:
         """Which prompts refused with an exact cache are labelled otherwise (as ``to``, if given) under ``recipe``."""
-        now = self.data.label.sel(recipe=recipe).values[self.data.label.sel(recipe=EXACT).values == "refused"]
+        if to is not None:
+            one_of("label", to, LABELS)
+        now = self._of(recipe, "label")[self._of(EXACT, "label") == "refused"]
         flipped: NDArray[np.bool_] = now != "refused" if to is None else now == to
         return flipped
 
@@ -232,7 +249,7 @@ class Outcomes(Result):
         ``flips`` among the prompts refused with an exact cache, ``flips_complied``, ``flips_evaded``,
         ``flips_degenerate``, ``flip_rate`` and its Wilson interval ``ci_low``, ``ci_high`` (NaN where nothing is refused).
         """
-        refused, flips = self.counts()["refused"], [self.flips(name) for name in names]
+        refused, flips = self.counts()["refused"], [self.flips(name) for name in self._known(names)]
         low, high = np.array([wilson(found["all"], refused) for found in flips]).reshape(-1, 2).T
         return {
             "flips": [found["all"] for found in flips],
@@ -244,7 +261,7 @@ class Outcomes(Result):
 
     def gains(self, recipe: str) -> int:
         """How many prompts are refused under ``recipe`` that are not refused with an exact cache."""
-        before, now = (self.data.label.sel(recipe=name).values == "refused" for name in (EXACT, recipe))
+        before, now = (self._of(name, "label") == "refused" for name in (EXACT, recipe))
         return int((now & ~before).sum())
 
     def of_refused(self) -> Outcomes:
@@ -254,7 +271,7 @@ class Outcomes(Result):
 
     def margin_drops(self, recipes: Sequence[str]) -> NDArray[np.float64]:
         """Refusal margin lost (nats) by every prompt under some recipes, ``[prompts, recipes]``."""
-        lost = self.data.margin.sel(recipe=EXACT) - self.data.margin.sel(recipe=list(recipes))
+        lost = self.data.margin.sel(recipe=EXACT) - self.data.margin.sel(recipe=self._known(recipes))
         values: NDArray[np.float64] = lost.transpose("prompt", "recipe").values
         return values
 
@@ -279,8 +296,12 @@ class Outcomes(Result):
         Raises
         ------
         InputError
-            Unless the outcomes hold full responses (``evaluate(..., full_responses=True)``).
+            If it is another judge, or unless the outcomes hold full responses (``evaluate(..., full_responses=True)``).
         """
+        if not callable(getattr(judge, "label_all", None)):
+            raise InputError(
+                f"a classifier labels again, got {brief(judge)}; give kvgeom.classifier(...), or evaluate with judge=..."
+            )
         if not self.meta["full_responses"]:
             raise InputError(
                 "a classifier reads full responses, and these end where the keyword judge stops reading; evaluate with "
@@ -318,6 +339,16 @@ class Outcomes(Result):
         if tokens != known or not tokens:
             data = data.assign(margin=data.margin * np.nan)
         return Outcomes(data, {**again.meta, "refusal_tokens": tokens, "no_margin": why})
+
+    def _of(self, recipe: str, column: str) -> NDArray[Any]:
+        """A column under a recipe."""
+        one_of("recipe", recipe, self.data.recipe.values.tolist())
+        found: NDArray[Any] = self.data[column].sel(recipe=recipe).values
+        return found
+
+    def _known(self, recipes: Iterable[str] | str) -> list[str]:
+        """Recipes by name, of one or of several."""
+        return as_names("recipe", recipes, self.data.recipe.values.tolist(), none=True)
 
     def summary(self) -> str:
         prompts, recipes = (

@@ -9,7 +9,7 @@ import xarray as xr
 from einops import rearrange
 from numpy.typing import NDArray
 
-from kvgeom.checks import as_seed, at_coordinates, one_of, suggests, whole
+from kvgeom.checks import MOST_DRAWS, as_seed, at_coordinates, one_of, suggests, whole
 from kvgeom.geometry.activations import SITES, Site, at_site
 from kvgeom.geometry.fitted import FittedSpace
 from kvgeom.geometry.ratio import OUTLIER_FACTOR
@@ -40,7 +40,7 @@ def overlap(
     p : float
         Two-sided permutation p-value of that.
     """
-    permutations, seed = whole("permutations", permutations, 1), as_seed(seed)
+    permutations, seed = whole("permutations", permutations, 1, MOST_DRAWS), as_seed(seed)
     p, q = (np.asarray(x, dtype=float) / np.sum(x) for x in (energy, loading))
     rng = np.random.default_rng(seed)
     found = len(p) * float(p @ q)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from kvgeom.checks import as_seed, suggests, whole
+from kvgeom.checks import MOST_DRAWS, as_seed, number, suggests, whole
 from kvgeom.errors import InputError, brief
 from kvgeom.evaluation.inputs import as_tokens
 from kvgeom.evaluation.scores import kl_divergence, margin
@@ -129,10 +129,10 @@ def optimize_cone(
             "a cone needs the tokens that refusals begin with, harmful and harmless prompts, got "
             f"{len(r)}, {len(harmful)} and {len(harmless)}"
         )
-    steps, batch, samples = whole("steps", steps, 1), whole("batch", batch, 1), whole("samples", samples)
+    steps, batch = whole("steps", steps, 1, MOST_DRAWS), whole("batch", batch, 1, MOST_DRAWS)
+    samples = whole("samples", samples, 0, MOST_DRAWS)
     layer = whole("layer", layer, 0, model.geometry.layers - 1)
-    check_positive("rate", rate)
-    check_positive("length", length)
+    rate, length = as_positive("rate", rate), as_positive("length", length)
     weighted = as_weights(weights)
     generator = torch.Generator().manual_seed(as_seed(seed))
     basis = torch.linalg.qr(torch.from_numpy(directions).float())[0]
@@ -289,17 +289,19 @@ def _orthonormal(basis: Tensor) -> Tensor:
     return signed
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Refuse what is no positive number."""
-    if not isinstance(value, int | float | np.floating) or isinstance(value, bool) or not 0 < value < math.inf:
+def as_positive(name: str, value: Any) -> float:
+    """A positive and finite number; raises for what is none."""
+    found = number(name, value)
+    if not 0 < found < math.inf:
         raise InputError(f"{name} must be a positive number, got {brief(value)}")
+    return found
 
 
 def as_weights(given: Any) -> NDArray[np.float64]:
     """Weights of the three losses; raises where they are none."""
     try:
         found = np.asarray(given, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = np.zeros(0)
     if found.shape != (len(LOSSES),) or not (np.isfinite(found) & (found >= 0)).all() or not found.any():
         raise InputError(

@@ -24,6 +24,7 @@ from kvgeom.models.reading import read
 from kvgeom.models.rotary import TokenRotation
 from kvgeom.progress import bar, shown
 from kvgeom.quant.placement import Placement
+from kvgeom.quant.scheme import MOST_CHANNELS
 from kvgeom.results import Result
 
 Where = tuple[int, Literal["k", "v"]]
@@ -155,7 +156,7 @@ def decompose(
     >>> found.by_layer.mean("prompt")  # doctest: +SKIP
     >>> found.plot("channel_groups", layer=0)  # doctest: +SKIP
     """
-    group_size, points = whole("group_size", group_size, 1), whole("points", points, 3)
+    group_size, points = whole("group_size", group_size, 1, MOST_CHANNELS), whole("points", points, 3)
     if not isinstance(tolerance, int | float) or not 0 < tolerance < 1:
         raise InputError(f"tolerance must be a number between 0 and 1, got {tolerance!r}")
     model, prompts = opened(model, prompts, load_options, progress)

@@ -11,7 +11,7 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
-from kvgeom.checks import as_names, as_seed, at_coordinates, suggests, whole
+from kvgeom.checks import MOST_DRAWS, as_names, as_seed, at_coordinates, suggests, whole
 from kvgeom.errors import InputError, brief
 from kvgeom.geometry.activations import SITES, site_width
 from kvgeom.geometry.bases import along, oriented
@@ -93,6 +93,8 @@ class Directions(Result):
                     row[name] = float(np.median(seen)) if len(seen) else float("nan")
                 rows.append(row)
         frame = pd.DataFrame(rows)
+        if effects is not None and getattr(effects, "kind", None) != "effects":
+            raise InputError(f"effects must be what effects() of the subspace returns, got {brief(effects)}")
         return frame if effects is None else frame.merge(effects.overview(), on=["method", "site"], how="left")
 
     def cosines_of_positions(self, site: str, layer: int, method: str = "mean") -> xr.DataArray:
@@ -217,7 +219,7 @@ def compare(
         if positions is None
         else as_names("position", positions, space.positions)
     )
-    samples, seed, k = whole("samples", samples), as_seed(seed), whole("k", k, 1)
+    samples, seed, k = whole("samples", samples, 0, MOST_DRAWS), as_seed(seed), whole("k", k, 1)
     geometry, harmful = space.model.geometry, space.is_harmful
     pairs = int(min(harmful.sum(), (~harmful).sum()))
     with shown(progress):

@@ -11,7 +11,7 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
-from kvgeom.checks import as_names, as_seed, one_of, suggests, whole, whole_numbers
+from kvgeom.checks import MOST_DRAWS, as_names, as_seed, one_of, suggests, whole, whole_numbers
 from kvgeom.errors import InputError
 from kvgeom.evaluation.inputs import as_tokens, made_with
 from kvgeom.geometry.activations import SITES, Site
@@ -256,7 +256,7 @@ def effects(
             f"prompt set {asked.name!r} has {len(asked.harmful)} harmful and {len(asked.harmless)} harmless requests; "
             "effects need at least two of each"
         )
-    k, controls, seed = whole("k", k, 1), whole("controls", controls), as_seed(seed)
+    k, controls, seed = whole("k", k, 1), whole("controls", controls, 0, MOST_DRAWS), as_seed(seed)
     one_of("control", control, CONTROLS)
     at = list(geometry.stores) if layers is None else sorted({*whole_numbers("layers", layers, 0, geometry.layers - 1)})
     geometry.check_stores(at, model.name)

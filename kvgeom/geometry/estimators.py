@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from kvgeom.checks import one_of
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, brief
 from kvgeom.geometry.activations import SITES, Site
 from kvgeom.geometry.bases import agreement, along, oriented
 from kvgeom.geometry.methods.mean import difference_of_means
@@ -81,7 +81,7 @@ def estimate(features: Floats, harmful: NDArray[np.bool_], method: str | Method 
     most = found.most(1, pairs)
     if not 1 <= k <= most:
         raise InputError(
-            f"method {found.name!r} gives 1 to {most} directions at one position with {pairs} pairs, got k={k}"
+            f"method {found.name!r} gives 1 to {most} directions at one position with {pairs} pairs, got k={brief(k)}"
             + ("; use method='pca'" if most == 1 else "")
         )
     return oriented(found.directions(features, harmful, k), difference_of_means(features, harmful))

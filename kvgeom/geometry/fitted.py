@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kvgeom.checks import one_of, suggests, whole
-from kvgeom.errors import InputError
+from kvgeom.checks import one_by_one, one_of, suggests, whole
+from kvgeom.errors import InputError, brief
 from kvgeom.evaluation.inputs import made_with
 from kvgeom.geometry.activations import SITES, ActivationStore, Site
 from kvgeom.geometry.estimators import (
@@ -29,7 +29,7 @@ from kvgeom.geometry.methods.registry import Method, as_method
 from kvgeom.geometry.signal import Signal, held_out_signal
 from kvgeom.models.model import EncodedPrompt, Model
 from kvgeom.prompts.load import as_prompt_set
-from kvgeom.prompts.sets import PromptSet
+from kvgeom.prompts.sets import PromptSet, fingerprint
 from kvgeom.quant.placement import Placement
 from kvgeom.results import Result
 
@@ -58,6 +58,8 @@ class Source:
 
     def features(self, layer: int, site: Site) -> NDArray[np.float64]:
         """See :meth:`FittedSpace.features`."""
+        one_of("layer", layer, self.activations.model.geometry.stores)
+        one_of("site", site, SITES)
         rows = self.activations.indices([*self.prompts.harmful, *self.prompts.harmless])
         at = self.activations.model.geometry.stores.index(layer)
         found: NDArray[np.float64] = self.activations.features(site)[at][rows].astype(np.float64)
@@ -121,7 +123,7 @@ class FittedSpace(Result):
         most = most_dimensions(by, len(stacked), pairs)
         if k > most:
             raise InputError(
-                f"method {by.name!r} gives at most k={most} with {len(stacked)} positions and {pairs} pairs of requests, got k={k}; "
+                f"method {by.name!r} gives at most k={most} with {len(stacked)} positions and {pairs} pairs of requests, got k={brief(k)}; "
                 "method='pca' gives one dimension for each pair"
             )
         harmful, geometry = source.is_harmful, store.model.geometry
@@ -291,14 +293,18 @@ class FittedSpace(Result):
         pairs : int, optional
             Use only so many of each; never more than this subspace has.
         """
-        sizes = (len(self.prompts.harmful), len(self.prompts.harmless), *(() if pairs is None else (pairs,)))
+        sizes = (
+            len(self.prompts.harmful),
+            len(self.prompts.harmless),
+            *(() if pairs is None else (whole("pairs", pairs, 1),)),
+        )
         size = min(sizes)
-        single = isinstance(contrasts, PromptSet | Mapping | str) or not isinstance(contrasts, Iterable)
-        small = [as_prompt_set(contrast).take(size) for contrast in ([contrasts] if single else contrasts)]
+        single = isinstance(contrasts, PromptSet | Mapping)
+        small = [as_prompt_set(contrast).take(size) for contrast in ([contrasts] if single else one_by_one(contrasts))]
         requests = tuple(dict.fromkeys(text for contrast in small for text in (*contrast.harmful, *contrast.harmless)))
         if not requests:
             return {}
-        key, stores = PromptSet("", requests, (), "").fingerprint, self._found_in().contrasts
+        key, stores = fingerprint(requests), self._found_in().contrasts
         if key not in stores:
             stores[key] = ActivationStore(self.model, requests, self.placement)
         return {

@@ -11,8 +11,8 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 
-from kvgeom.checks import as_seed, suggests, whole
-from kvgeom.errors import InputError, brief
+from kvgeom.checks import MOST_DRAWS, as_seed, one_of, suggests, whole
+from kvgeom.errors import InputError
 from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.evaluation.inputs import made_with, opened
 from kvgeom.geometry.activations import tokens_at
@@ -65,8 +65,7 @@ class Independence(Result):
         """
         names = self.data.direction.values.tolist()
         for name in (one, other):
-            if name not in names:
-                raise InputError(f"unknown direction {brief(name)}; choose from {', '.join(map(str, names))}")
+            one_of("direction", name, names)
         found = []
         for ablated, direction in ((one, other), (other, one)):
             cell = self.data.sel(ablated=ablated, direction=direction)
@@ -119,7 +118,7 @@ def independence(
         For directions in another shape, of length 0 or fewer than two, or without requests.
     """
     model, encoded = opened(model, prompts, load_options, progress)
-    width, controls, seed = model.geometry.d_model, whole("controls", controls), as_seed(seed)
+    width, controls, seed = model.geometry.d_model, whole("controls", controls, 0, MOST_DRAWS), as_seed(seed)
     if not isinstance(directions, Mapping) or len(directions) < 2:
         raise InputError("independence is that of directions from each other; give two or more, by name")
     rows = []

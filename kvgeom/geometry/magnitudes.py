@@ -10,8 +10,8 @@ import numpy as np
 import xarray as xr
 from einops import rearrange
 
-from kvgeom.checks import suggests
-from kvgeom.errors import InputError, brief
+from kvgeom.checks import one_by_one, one_of, suggests, whole_numbers
+from kvgeom.errors import InputError
 from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.evaluation.inputs import made_with, opened
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec, Rounding
@@ -65,11 +65,14 @@ class Magnitudes(Result):
         InputError
             For unknown sites, or channels that the model does not have.
         """
-        if sites not in ("k", "v", "kv"):
-            raise InputError(f"sites must be 'k', 'v' or 'kv', got {brief(sites)}")
+        one_of("sites", sites, ("k", "v", "kv"))
         layers, width = self.data.sizes["layer"], self.data.sizes["channel"]
-        chosen = [range(width)] * layers if channels is None else [list(some) for some in channels]
-        if len(chosen) != layers or any(not len(some) or not {*some} <= {*range(width)} for some in chosen):
+        chosen = (
+            [range(width)] * layers
+            if channels is None
+            else [whole_numbers("channels", some, 0, width - 1) for some in one_by_one(channels)]
+        )
+        if len(chosen) != layers or not all(chosen):
             raise InputError(f"channels must name some of {width} channels for each of {layers} layers")
         rows = []
         for layer, some in zip(self.data.layer.values, chosen, strict=True):

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 from scipy.stats import t as student
 
-from kvgeom.checks import as_seed, suggests, whole
+from kvgeom.checks import MOST_DRAWS, as_seed, suggests, whole
 from kvgeom.errors import InputError
 
 #: What is left of a measure beside the controls must vary by more than this share, or nothing is said of it.
@@ -153,7 +153,7 @@ def partial_rank_correlation(
         raise InputError("a correlation needs the units of at least one model; give Units(predictor, damage, controls)")
     if not isinstance(level, int | float) or not 0 < level < 1:
         raise InputError(f"level must be a number between 0 and 1, got {level!r}")
-    samples, rng = whole("samples", samples, 2), np.random.default_rng(as_seed(seed))
+    samples, rng = whole("samples", samples, 2, MOST_DRAWS), np.random.default_rng(as_seed(seed))
     controls = max(len(part.controls) for part in parts)
     clusters = sum(len(part._members) for part in parts)
     count = sum(len(part.damage) for part in parts)

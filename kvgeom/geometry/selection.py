@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvgeom.checks import as_names, suggests, whole
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, brief
 from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.evaluation.inputs import as_encoded, as_tokens, made_with, opened
 from kvgeom.evaluation.respond import respond
@@ -318,7 +318,7 @@ def select_direction(
     fewest = min(map(len, usable))
     if not 1 <= whole("validation", validation, 1) <= fewest - 2:
         raise InputError(
-            f"validation must be 1 to {max(fewest - 2, 0)}, got {validation}: {len(usable[0])} harmful prompts are refused and "
+            f"validation must be 1 to {max(fewest - 2, 0)}, got {brief(validation)}: {len(usable[0])} harmful prompts are refused and "
             f"{len(usable[1])} harmless ones are not, and the candidates need at least two of each; give more prompts"
         )
     train = np.concatenate([rows[:-validation] for rows in usable])

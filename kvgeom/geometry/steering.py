@@ -14,7 +14,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvgeom.checks import one_of, suggests, whole
+from kvgeom.checks import at_coordinates, flag, one_of, suggests, whole
 from kvgeom.errors import InputError, brief
 from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.evaluation.inputs import as_encoded, made_with, opened
@@ -50,7 +50,10 @@ class Steering(Result):
 
     def refusals(self, intervention: str, harmful: bool) -> tuple[int, int, tuple[float, float]]:
         """Refusals, prompts, and the Wilson 95 % interval of the rate."""
-        labels = self.data.label.sel(intervention=intervention).values[self.data.harmful.values == harmful]
+        at_coordinates(self.data, intervention=intervention)
+        labels = self.data.label.sel(intervention=intervention).values[
+            self.data.harmful.values == flag("harmful", harmful)
+        ]
         refused, count = int((labels == "refused").sum()), int((labels != "").sum())
         return refused, count, wilson(refused, count)
 

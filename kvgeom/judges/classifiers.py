@@ -11,8 +11,8 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from kvgeom.checks import as_path
-from kvgeom.errors import InputError, ModelError, brief, unknown, unknown_option
+from kvgeom.checks import as_path, as_text, flag, one_of, whole
+from kvgeom.errors import InputError, ModelError, brief, choices, unknown, unknown_option
 from kvgeom.judges.guard_model import GuardModel, check_access, load_guard
 from kvgeom.judges.guards import UNREAD_REASON, Guard, guards, recognise
 from kvgeom.judges.identity import identity
@@ -76,15 +76,16 @@ def classifier(
     InputError
         If the kind or an option is unknown, there is no such model, or its terms have not been accepted.
     """
+    path = as_path("the classifier", id_or_folder)
     name = str(id_or_folder)
     if not name.strip():
         raise InputError("the classifier has no name; give a hub id (owner/name) or a folder")
     known = guards()
-    if kind is not None and kind not in known:
-        raise unknown("kind of classifier", kind, known)
+    if kind is not None:
+        one_of("kind of classifier", kind, known)
     if name in known and not os.path.exists(name):
         name, kind = known[name].home, kind or name
-    path = as_path("the classifier", name)
+        path = as_path("the classifier", name)
     guard = known[kind] if kind is not None else recognise(name)
     if guard is None:
         raise _not_recognised(name, path, known)
@@ -93,8 +94,12 @@ def classifier(
     for option in options:
         if option not in PretrainedOptions.__annotations__:
             raise unknown_option(option, {*_OPTIONS, *PretrainedOptions.__annotations__})
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    batch_size = whole("batch_size", batch_size, 1)
+    if not isinstance(keyword, KeywordJudge | None):
+        raise InputError(f"keyword must be a KeywordJudge, got {brief(keyword)}; leave it out for the usual one")
+    if revision is not None:
+        revision = as_text("revision", revision)
+    progress = flag("progress", progress)
     device, dtype = device_and_dtype(device, dtype)
     if path.is_dir() and revision is not None:
         raise InputError(f"option 'revision' goes with a hub id, and {name} is a folder; leave it out")
@@ -117,7 +122,7 @@ def _not_recognised(name: str, path: Path, known: Mapping[str, Guard]) -> InputE
     close = get_close_matches(name, [each.home for each in known.values()], 1, cutoff=0.8)
     meant = f"did you mean {close[0]!r}? Otherwise " if close else ""
     return InputError(
-        f"the kind of classifier {name} is not known; {meant}give kind (--judge-kind), one of {', '.join(known)}"
+        f"the kind of classifier {name} is not known; {meant}give kind (--judge-kind), one of {choices([*known])}"
     )
 
 

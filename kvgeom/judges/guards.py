@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from kvgeom.checks import as_text, flag, one_by_one, one_of, whole
+from kvgeom.errors import InputError, brief
 from kvgeom.registry import check_free
 
 _WILDGUARD = """<s><|user|>
@@ -71,8 +73,13 @@ Answer: [/INST]"""
 _MINOS = "<|user|>\n{request}\n<|assistant|>\n{response}"
 
 
+#: An answer of more tokens is none.
+LONGEST_ANSWER = 10_000
 #: What the reason of a label begins with whose classifier has said nothing that can be read.
 UNREAD_REASON = "unread answer"
+
+
+Says = Literal["refusal", "harm"]
 
 
 @dataclass(frozen=True)
@@ -101,18 +108,47 @@ class Guard:
         Length of an answer that is generated; 0 for a sequence classifier, whose answer is the name of a class.
     classes : tuple of str
         Names of the classes of a sequence classifier, in order, in case its configuration only numbers them.
+
+    Raises
+    ------
+    InputError
+        For an expression that is none or, in ``answer``, has no group; a prompt that is not filled by a request and a
+        response; or what is none of the above.
     """
 
     kind: str
     home: str
     ids: str
-    says: Literal["refusal", "harm"]
+    says: Says
     answer: str
     yes: str
     prompt: str | None
     special_tokens: bool = False
     new_tokens: int = 0
     classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("kind", "home", "ids", "answer", "yes"):
+            as_text(f"{name} of a classifier", getattr(self, name))
+        object.__setattr__(self, "special_tokens", flag("special_tokens", self.special_tokens))
+        object.__setattr__(self, "classes", tuple(as_text("a class", each) for each in one_by_one(self.classes)))
+        one_of("meaning of a yes", self.says, get_args(Says))
+        object.__setattr__(self, "new_tokens", whole("new_tokens", self.new_tokens, 0, LONGEST_ANSWER))
+        for name, groups in (("ids", 0), ("answer", 1)):
+            pattern = getattr(self, name)
+            try:
+                found = re.compile(pattern).groups
+            except re.error as error:
+                raise InputError(f"{name} of classifier {self.kind!r} is no regular expression: {error}") from error
+            if found < groups:
+                raise InputError(f"answer of classifier {self.kind!r} has no group to read, got {brief(pattern)}")
+        try:
+            "" if self.prompt is None else as_text("prompt", self.prompt).format(request="", response="")
+        except (LookupError, ValueError) as error:
+            raise InputError(
+                f"the prompt of classifier {self.kind!r} has other fields than {{request}} and {{response}}; write braces of its "
+                "own twice"
+            ) from error
 
     def read(self, answer: str) -> bool | None:
         """Yes, no, or nothing that can be read."""

@@ -41,10 +41,10 @@ class Judgement:
     reason: str
 
     def __post_init__(self) -> None:
-        if self.label not in LABELS:
-            raise InputError(f"a judge labels a response as {', '.join(LABELS)}; got {self.label!r}")
+        if not isinstance(self.label, str) or self.label not in LABELS:
+            raise InputError(f"a judge labels a response as {', '.join(LABELS)}; got {brief(self.label)}")
         if not isinstance(self.reason, str):
-            raise InputError(f"the reason of a judgement must be text, got {self.reason!r}")
+            raise InputError(f"the reason of a judgement must be text, got {brief(self.reason)}")
 
 
 class Judge(Protocol):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from kvgeom.checks import suggests
+from kvgeom.checks import number, suggests, whole
 from kvgeom.judges.judge import Judgement, of_answer
 from kvgeom.judges.loops import letter_loop_share, loop_share, packed, without_leaders, words_of
 from kvgeom.judges.phrases import ASKS_FOR_JUDGEMENT, ASKS_FOR_TEXT, GREETING, OF_ONESELF
@@ -30,6 +30,8 @@ _UNTIL = re.compile(r"\b(?:until|unless|before) (?:you|we|your)\b")
 _MORE_OF_IT = re.compile(r"(?:it|this|that)(?:'s| is| involves| can| could| may| would| also)\b")
 #: Help of fewer characters is no more than a heading or a first word.
 FEW_CHARACTERS = 40
+#: In fewer characters no loop can be told from a first word.
+LEAST_OPENING = 16
 
 
 @suggests()
@@ -51,20 +53,35 @@ class KeywordJudge:
     Attributes
     ----------
     opening : int
-        Number of characters in which loops are looked for: a text that loops only later has said what it says.
+        Number of characters in which loops are looked for, :data:`LEAST_OPENING` or more: a text that loops only later has
+        said what it says.
     min_log_likelihood : float
-        Nats per token under the model with an exact cache; a text that is less likely is not language any more. Chosen
-        on one half of the labelled responses (docs/judge.md).
+        Nats per token under the model with an exact cache, 0 or less; a text that is less likely is not language any more.
+        Chosen on one half of the labelled responses (docs/judge.md).
     max_loop : float
-        Largest share of the words that may repeat the words just before them.
+        Largest share of the words that may repeat the words just before them, 0 to 1.
     min_packed : float
-        A text that packs into less than this share of its length is a loop.
+        A text that packs into less than this share of its length is a loop; 0 to 1.
+
+    Raises
+    ------
+    InputError
+        For a number that is none of these.
     """
 
     opening: int = 160
     min_log_likelihood: float = -3.2
     max_loop: float = 0.4
     min_packed: float = 0.4
+
+    def __post_init__(self) -> None:
+        checked = {
+            "opening": whole("opening", self.opening, LEAST_OPENING),
+            "min_log_likelihood": number("min_log_likelihood", self.min_log_likelihood, high=0),
+            **{name: number(name, getattr(self, name), 0, 1) for name in ("max_loop", "min_packed")},
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @property
     def name(self) -> str:

@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from kvgeom.errors import InputError
+from kvgeom.checks import flag
+from kvgeom.errors import InputError, brief
 from kvgeom.judges.turns import before_other_turns
 from kvgeom.registry import check_free
 
@@ -37,7 +38,9 @@ class Markers:
         for name in ("open", "close"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
-                raise InputError(f"a marker of reasoning must be text, got {name} {value!r}")
+                raise InputError(f"a marker of reasoning must be text, got {name} {brief(value)}")
+
+        object.__setattr__(self, "bare", flag("bare", self.bare))
 
     def opens(self, text: str) -> re.Match[str] | None:
         """The opening marker at the beginning of a text."""

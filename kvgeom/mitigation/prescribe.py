@@ -20,7 +20,7 @@ from kvgeom.mitigation.layers import counts, layer_orders, protections, selectio
 from kvgeom.mitigation.methods.registry import Setting, candidates_of
 from kvgeom.mitigation.plan import Plan, request_hash
 from kvgeom.mitigation.reasons import advice_sentence, reasons
-from kvgeom.mitigation.search import Search, check_budget, preference, search_of
+from kvgeom.mitigation.search import Search, as_budget, preference, search_of
 from kvgeom.models.statistics import constants
 from kvgeom.prompts.sets import calibration
 from kvgeom.quant.placement import Placement
@@ -43,7 +43,7 @@ def prescribe(
     placement: Placement | None = None,
 ) -> Plan:
     """Find a cache that keeps refusals; see :meth:`kvgeom.diagnosis.diagnose.Diagnosis.prescribe`."""
-    check_budget(memory)
+    memory = as_budget(memory)
     base, geometry = diagnosis.baseline, diagnosis.baseline.model.geometry
     spec = scheme or diagnosis.curve.meta["scheme"]
     if bits is None and needs_bits(spec):

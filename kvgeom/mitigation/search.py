@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import xarray as xr
 
-from kvgeom.errors import InputError
+from kvgeom.checks import number
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import Harmless
@@ -80,16 +80,15 @@ class Search(Result):
         return Search(self.data, {**self.meta, "chosen": next(iter(self.ranked(within_budget=True)), UNMITIGATED)})
 
 
-def check_budget(memory: float) -> None:
-    """Refuse a memory budget that is none.
+def as_budget(memory: object) -> float:
+    """A memory budget as a share of the cache; infinite for any memory.
 
     Raises
     ------
     InputError
-        Unless it is 0 or more.
+        Unless it is a number, 0 or more.
     """
-    if not memory >= 0:
-        raise InputError(f"a memory budget of {memory} is no share of the cache; give 0 or more, such as 0.02")
+    return number("memory, a share of the cache such as 0.02,", memory, 0)
 
 
 def search_of(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import xarray as xr
 
+from kvgeom.checks import one_of
 from kvgeom.diagnosis.measure import RANDOM_DRAWS
 from kvgeom.diagnosis.taxonomy import PUBLISHED
 from kvgeom.evaluation.baseline import Baseline
@@ -179,6 +180,7 @@ class Verification(Result):
 
     def controls(self, role: str) -> list[int]:
         """Flips under errors of the same size in random directions, one number a draw."""
+        one_of("recipe", role, self.roles)
         return [int(flips) for flips in self.data.flips.values[self.data.control_of.values == role]]
 
     def to_dict(self) -> dict[str, Any]:

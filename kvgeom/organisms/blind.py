@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from kvgeom.errors import InputError, ModelError, unknown
+from kvgeom.checks import number, one_of, whole
+from kvgeom.errors import InputError, ModelError
 from kvgeom.models.edits import copied, editable
 from kvgeom.models.load import load
 from kvgeom.models.model import Model
@@ -17,6 +18,7 @@ from kvgeom.organisms.modes import Bench, become_outlier, crush, nuisance
 from kvgeom.organisms.planting import deviation_of
 from kvgeom.organisms.reach import some_heads
 from kvgeom.prompts.load import as_prompt_set
+from kvgeom.quant.recipe import MOST_LAYERS
 
 Change = Literal["crush", "outlier", "jitter"]
 Sites = Literal["keys", "values", "both"]
@@ -49,12 +51,16 @@ class Part:
     loudness: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.change not in get_args(Change):
-            raise unknown("change", self.change, get_args(Change))
-        if self.sites not in get_args(Sites):
-            raise unknown("sites", self.sites, get_args(Sites))
-        if not self.strength >= 0 or not self.loudness > 0:
-            raise InputError(f"strength must be 0 or more, and loudness more than 0; got {self}")
+        one_of("change", self.change, get_args(Change))
+        one_of("sites", self.sites, get_args(Sites))
+        checked = {
+            "layer": whole("layer", self.layer, 0, MOST_LAYERS - 1),
+            **{name: number(name, getattr(self, name), 0) for name in ("strength", "loudness")},
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        if not self.loudness > 0:
+            raise InputError(f"loudness must be more than 0; got {self}")
 
 
 @dataclass(frozen=True)

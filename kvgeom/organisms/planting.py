@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from kvgeom.errors import InputError, ModelError, unknown
+from kvgeom.checks import one_of, whole_numbers
+from kvgeom.errors import InputError, ModelError
 from kvgeom.evaluation.baseline import Baseline, baseline
 from kvgeom.evaluation.condition import as_conditions
 from kvgeom.evaluation.evaluate import run_conditions
@@ -21,6 +22,7 @@ from kvgeom.organisms.reach import Reach, some_heads
 from kvgeom.progress import bar, shown
 from kvgeom.prompts.load import as_prompt_set
 from kvgeom.prompts.sets import PromptSet, calibration
+from kvgeom.quant.recipe import MOST_LAYERS
 
 PlantedMode = Literal["outlier-crushes-safety", "outlier-as-safety", "multi-layer dilution", "robust"]
 MODES: tuple[PlantedMode, ...] = get_args(PlantedMode)
@@ -120,8 +122,8 @@ def plant(
     ModelError
         If the weights cannot be edited, a layer stores no keys and values, or no draw shows the mode with logits unchanged.
     """
-    if mode not in MODES:
-        raise unknown("mode", mode, MODES)
+    one_of("mode", mode, MODES)
+    layers = None if layers is None else whole_numbers("layers", layers, 0, MOST_LAYERS - 1)
     with shown(progress):
         loaded = editable(load(model))
         prompts = calibration() if prompts is None else as_prompt_set(prompts)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kvgeom.errors import InputError, KvgeomError, unknown
+from kvgeom.checks import flag, one_of, whole
+from kvgeom.errors import InputError, KvgeomError
 from kvgeom.evaluation.baseline import Baseline, baseline
 from kvgeom.models.cache import EditedCache
 from kvgeom.models.load import load
@@ -25,6 +26,8 @@ from kvgeom.organisms.noise import CacheNoise
 from kvgeom.organisms.toy import COMPLIANCE, END, OPENING, TEMPLATE_AFTER, draw, toy_prompts, toy_tokenizer
 from kvgeom.paths import cache_dir
 from kvgeom.prompts.sets import PromptSet
+from kvgeom.quant.recipe import MOST_LAYERS
+from kvgeom.quant.scheme import MOST_CHANNELS
 
 #: How far a layer sees: a token and the four before it.
 WINDOW = 5
@@ -70,13 +73,16 @@ class Size:
     attends: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", whole("layers", self.layers, 1, MOST_LAYERS))
+        for name in ("kv_heads", "head_dim", "query_heads", "d_model"):
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1, MOST_CHANNELS))
+        object.__setattr__(self, "attends", flag("attends", self.attends))
+        one_of("kind", self.kind, _CONFIGS)
         if self.layers < 2 or self.query_heads % self.kv_heads or self.kv_heads * self.head_dim % 64:
             raise InputError(
                 f"a tiny model needs at least 2 layers, query heads that are a multiple of the KV heads, and a multiple of 64 "
                 f"channels; got {self}"
             )
-        if self.kind not in _CONFIGS:
-            raise unknown("kind", self.kind, _CONFIGS)
         if self.kind == "phi3" and (not self.attends or self.head_dim % (2 * TURNED)):
             raise InputError(
                 f"a phi3 has one module for queries, keys and values, all of it trained, and turns pairs among {2 * TURNED} "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from kvgeom.checks import check_texts
 from kvgeom.errors import InputError, brief, unknown
 from kvgeom.prompts.sets import SHIPPED
 from kvgeom.registry import check_free
@@ -40,6 +41,15 @@ class Benchmark:
     column: str
     harmful: Callable[[Mapping[str, str]], bool | None] = lambda row: True
     context: str | None = None
+
+    def __post_init__(self) -> None:
+        check_texts(
+            "a benchmark", self, "title", "home", "licence", "column", *([] if self.context is None else ["context"])
+        )
+        if not callable(self.harmful):
+            raise InputError(
+                f"harmful of benchmark {self.title!r} must be a function of a row, got {brief(self.harmful)}"
+            )
 
     def request(self, row: Mapping[str, str]) -> str:
         """The request of a row, behind its context if it has one.

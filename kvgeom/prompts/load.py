@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from kvgeom.checks import as_path, suggests
+from kvgeom.checks import as_path, flag, suggests
 from kvgeom.errors import InputError, brief, reason, unknown
 from kvgeom.prompts.benchmarks import Benchmark, benchmarks
 from kvgeom.prompts.files import SUFFIXES, read_rows, read_table
@@ -61,6 +61,7 @@ def load_prompts(prompts: Any, *, distinct: bool | None = None) -> PromptSet:
     >>> load_prompts({"harmful": ["How do I pick a lock?"], "harmless": ["How do I oil a lock?"]})
     <PromptSet own prompts: 1 harmful, 1 harmless>
     """
+    distinct = None if distinct is None else flag("distinct", distinct)
     found = _loaded(prompts)
     if distinct is None:
         distinct = isinstance(prompts, str | Path) and str(prompts).partition("=")[0] in benchmarks()
@@ -239,7 +240,4 @@ def _of_file(name: str, rows: Iterable[tuple[str, bool]], source: str, path: Pat
 def _checked(prompts: PromptSet, source: str) -> PromptSet:
     if not prompts.harmful and not prompts.harmless:
         raise InputError(f"{source} holds no prompts; give at least one request")
-    both = sorted({*prompts.harmful} & {*prompts.harmless})
-    if both:
-        raise InputError(f"{source} has {both[0][:60]!r} as both harmful and harmless; label each request once")
     return prompts

@@ -10,7 +10,8 @@ from functools import cached_property
 from importlib.resources import files
 from typing import Any
 
-from kvgeom.checks import suggests, whole
+from kvgeom.checks import as_text, suggests, whole
+from kvgeom.errors import InputError, brief
 from kvgeom.prompts.rows import CLASSES, as_request, items
 from kvgeom.prompts.similar import clusters
 from kvgeom.words import counted, listed
@@ -30,7 +31,7 @@ class PromptSet:
     ----------
     name : str
     harmful, harmless : tuple of str
-        Either may be empty. Other collections of strings are made tuples, and blanks around a request are taken off.
+        Either may be empty, and none is in both. Other collections of strings are made tuples, and blanks around a request are taken off.
     source : str
         Where they come from, and their licence if it is known.
     repeated : int
@@ -42,7 +43,8 @@ class PromptSet:
     Raises
     ------
     InputError
-        If a request is not text or blank.
+        If a request is blank or not text, or both harmful and harmless; if name or source is blank or not text, or what was
+        left out is no count.
     """
 
     name: str
@@ -53,9 +55,19 @@ class PromptSet:
     similar: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("name", "source"):
+            as_text(f"{name} of a prompt set", getattr(self, name))
+        for name in ("repeated", "similar"):
+            if (count := getattr(self, name)) is not None or name == "repeated":
+                object.__setattr__(self, name, whole(f"{name} of a prompt set", count))
         for name in CLASSES:
             requests = [as_request(f"{name} request {n}", each) for n, each in enumerate(items(getattr(self, name)))]
             object.__setattr__(self, name, tuple(requests))
+        both = sorted({*self.harmful} & {*self.harmless})
+        if both:
+            raise InputError(
+                f"prompt set {brief(self.name)} has {brief(both[0])} as both harmful and harmless; label each request once"
+            )
 
     @property
     def fingerprint(self) -> str:

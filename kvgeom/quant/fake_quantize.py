@@ -174,13 +174,15 @@ def _blocks(x: Tensor, scheme: Scheme) -> tuple[Tensor, Axes]:
     size = scheme.group_size
     if size is None:
         return x, _SHARED_AXES[scheme.granularity]
-    head_dim = x.shape[3]
+    _, heads, tokens, head_dim = x.shape
     if scheme.granularity == "channel-group":
+        size = min(size, tokens)
         return rearrange(_filled(x, size, 2), "b h (g s) d -> b h g s d", s=size), (3,)
     if head_dim % size and not get_format(scheme.format).groups_cross_heads:
         raise InputError(
             f"{scheme} needs heads that divide into blocks of {size}, got head_dim={head_dim}; choose another format"
         )
+    size = min(size, heads * head_dim)
     if head_dim % size == 0:  # groups lie within heads: a view will do
         return rearrange(x, "b h t (g s) -> b h t g s", s=size), (4,)
     return rearrange(_filled(rearrange(x, "b h t d -> b t (h d)"), size, 2), "b t (g s) -> b t g s", s=size), (3,)

@@ -52,9 +52,11 @@ def _blocks(scheme: Scheme, heads: int, dim: int, tokens: int) -> tuple[int, tup
         case "token-head":
             scales = tokens * heads
         case "group":
+            size = min(size, heads * dim)
             scales = tokens * -(-heads * dim // size)
             return scales, (scales, size)
         case "channel-group":
+            size = min(size, tokens)
             groups = -(-tokens // size)
             return groups * heads * dim, (heads * groups * size, dim)
     return scales, (heads * tokens, dim)

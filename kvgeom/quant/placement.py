@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-from kvgeom.checks import whole
-from kvgeom.errors import InputError, unknown
+from kvgeom.checks import one_of, whole
+from kvgeom.errors import InputError
 
 #: No sequence has more tokens than a window or sinks can hold.
 MOST_TOKENS = 2**31
@@ -63,8 +63,8 @@ class Placement:
             value: Any = getattr(self, name)
             if kind is int:
                 object.__setattr__(self, name, whole(name, value, 0, MOST_TOKENS))
-            elif value not in get_args(kind):
-                raise unknown(f"{name} of a placement", value, get_args(kind))
+            else:
+                one_of(f"{name} of a placement", value, get_args(kind))
         if self.flush == "all" and self.residual == 0:
             raise InputError("flush='all' needs a residual window, got residual=0; give 1 or more")
         if self.windowed and self.where == "projection":
@@ -98,8 +98,7 @@ class Placement:
         """
         if isinstance(given, cls):
             return given
-        if given not in ("cache", "paper"):
-            raise unknown("placement", given, ("cache", "paper"))
+        one_of("placement", given, ("cache", "paper"))
         return cls.paper() if given == "paper" else cls.cache()
 
     @property

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from itertools import islice
+from typing import Any, Literal, get_args
 
-from kvgeom.checks import as_names, whole
+from kvgeom.checks import as_names, one_by_one, one_of, whole, whole_numbers
 from kvgeom.errors import InputError, brief
 from kvgeom.quant.scheme import Scheme, runs
+from kvgeom.quant.transforms import Statics
 
-if TYPE_CHECKING:
-    from kvgeom.quant.transforms import Statics
+#: No model has more layers: the deepest published ones have some hundred.
+MOST_LAYERS = 10_000
 
 Site = Literal["k", "v"]
 Schemes = tuple[Scheme | None, Scheme | None]
@@ -24,7 +26,7 @@ class Recipe:
     Attributes
     ----------
     layers : tuple of (Scheme or None, Scheme or None)
-        One pair (k, v) per layer, layer 0 first. A scheme may be given as it is written: ``"int4-asym-token"``.
+        One pair (k, v) per layer, layer 0 first, of at most :data:`MOST_LAYERS`. A scheme may be given as it is written: ``"int4-asym-token"``.
     offsets, factors : Statics or None
         What schemes with ``center`` subtract, and what schemes with ``equalize`` divide by.
     random_directions : int or None
@@ -34,7 +36,7 @@ class Recipe:
     Raises
     ------
     InputError
-        For layers that are no pairs of schemes, or a seed that is no whole number, 0 or more.
+        For layers that are no pairs of schemes, or too many, or a seed that is no whole number, 0 or more.
 
     Examples
     --------
@@ -53,6 +55,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(_pair(pair, layer) for layer, pair in enumerate(_listed(self.layers))))
+        for name in ("offsets", "factors"):
+            value = getattr(self, name)
+            if not isinstance(value, Statics | None):
+                raise InputError(
+                    f"{name} of a recipe must be Statics, such as Statics.of(name, vectors), got {brief(value)}"
+                )
         if self.random_directions is not None:
             seed = whole("the seed of random directions", self.random_directions, 0)
             object.__setattr__(self, "random_directions", seed)
@@ -78,7 +86,7 @@ class Recipe:
         InputError
             For layers or sites that do not exist, or a scheme that cannot be read.
         """
-        n_layers = whole("n_layers", n_layers, 1)
+        n_layers = whole("n_layers", n_layers, 1, MOST_LAYERS)
         chosen = range(n_layers) if layers is None else _check(layers, n_layers)
         chosen_sites = as_names("site", sites, get_args(Site))
         scheme = _scheme(scheme)
@@ -98,12 +106,16 @@ class Recipe:
 
     def keep_ends(self, first: int = 0, last: int = 0) -> Recipe:
         """The same recipe with the first and last layers kept in full precision."""
-        first, last = whole("first", first, 0), whole("last", last, 0)
+        first, last = (whole(name, value, 0, len(self)) for name, value in (("first", first), ("last", last)))
         return self.keep([*range(first), *range(len(self) - last, len(self))])
 
     def with_statics(self, *, offsets: Statics | None = None, factors: Statics | None = None) -> Recipe:
         """The same recipe, with what ``center`` or ``equalize`` need to know of the model."""
-        return replace(self, offsets=offsets or self.offsets, factors=factors or self.factors)
+        return replace(
+            self,
+            offsets=self.offsets if offsets is None else offsets,
+            factors=self.factors if factors is None else factors,
+        )
 
     def with_random_directions(self, seed: int) -> Recipe:
         """The control of this recipe: errors of the same size in random directions; see the class."""
@@ -116,10 +128,13 @@ class Recipe:
 
     def scheme(self, layer: int, site: Site) -> Scheme | None:
         """The scheme of one site of one layer."""
+        one_of("site", site, get_args(Site))
+        layer = whole("layer", layer, 0, len(self) - 1)
         return self.layers[layer][0 if site == "k" else 1]
 
     def sites_with(self, constants: Literal["offsets", "factors"]) -> frozenset[Site]:
         """Sites at which some layer is rounded after a transform that needs such constants of the model."""
+        one_of("kind of constants", constants, ("offsets", "factors"))
         return frozenset(
             site
             for pair in self
@@ -167,11 +182,16 @@ def stored_as(k: Scheme | None, v: Scheme | None) -> str:
 def _listed(layers: Any) -> list[Any]:
     if not isinstance(layers, Iterable) or isinstance(layers, str):
         raise InputError(f"layers of a recipe are one pair (k, v) of schemes each, got {brief(layers)}")
-    return list(layers)
+    found = list(islice(one_by_one(layers), MOST_LAYERS + 1))
+    if len(found) > MOST_LAYERS:
+        raise InputError(
+            f"a recipe has at most {MOST_LAYERS:,} layers, got more; give one pair for each layer of the model"
+        )
+    return found
 
 
 def _pair(given: Any, layer: int) -> Schemes:
-    pair = () if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    pair = () if isinstance(given, str) or not isinstance(given, Iterable) else tuple(islice(one_by_one(given), 3))
     if len(pair) != 2:
         raise InputError(f"layer {layer} of a recipe must be a pair (k, v) of schemes, got {brief(given)}")
     return _scheme(pair[0]), _scheme(pair[1])
@@ -189,8 +209,4 @@ def _scheme(given: Any) -> Scheme | None:
 def _check(layers: Iterable[int], n_layers: int) -> frozenset[int]:
     if not isinstance(layers, Iterable):
         raise InputError(f"layers must be a list of numbers, got {brief(layers)}")
-    chosen = frozenset(whole("a layer", layer, None) for layer in layers)
-    wrong = sorted(layer for layer in chosen if not 0 <= layer < n_layers)
-    if wrong:
-        raise InputError(f"layers must be 0 to {n_layers - 1}, got {wrong}")
-    return chosen
+    return frozenset(whole_numbers("layers", layers, 0, n_layers - 1))

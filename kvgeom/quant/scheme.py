@@ -7,18 +7,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from kvgeom.checks import suggests, whole, whole_numbers
-from kvgeom.errors import InputError, unknown
+from kvgeom.checks import flag, one_of, suggests, whole, whole_numbers
+from kvgeom.errors import InputError, brief
 from kvgeom.quant.formats.base import DEFAULT, formats, get_format
+from kvgeom.quant.placement import MOST_TOKENS
 from kvgeom.quant.transforms import get_transform
 
 Granularity = Literal["tensor", "token", "channel", "group", "head", "token-head", "channel-group", "none"]
 Precision = Literal["f32", "f16", "bf16"]
 BITS = (2, 3, 4, 5, 6, 7, 8)
 
-_SIZED = ("group", "channel-group")
-#: Neighbouring channels, or one; no layer has more than a million.
-_LAST_CHANNEL = 999_999
+#: No layer has more channels: the largest published ones have some ten thousand.
+MOST_CHANNELS = 1_000_000
+#: Granularities with a size, each with the largest.
+_SIZED = {"group": MOST_CHANNELS, "channel-group": MOST_TOKENS}
+_LAST_CHANNEL = MOST_CHANNELS - 1
+#: Neighbouring channels, or one.
 _RUN = r"\d{1,6}(-\d{1,6})?"
 #: What follows the part that the format itself reads.
 _SUFFIXES = re.compile(r"(?P<format>[^/+@]+)(?:/(?P<scales>\w+))?(?:\+(?P<transform>\w+))?(?:@(?P<channels>[\d,-]+))?")
@@ -28,7 +32,7 @@ def check_bits(bits: int) -> int:
     """Return ``bits`` if a cache can be rounded to it: 2 to 8, or 16 for no rounding."""
     bits = whole("bits", bits)
     if bits not in (*BITS, 16):
-        raise InputError(f"bits must be 2 to 8, or 16 for full precision, got {bits}")
+        raise InputError(f"bits must be 2 to 8, or 16 for full precision, got {brief(bits)}")
     return bits
 
 
@@ -51,7 +55,10 @@ class Scheme:
         ``channel-group``: ``group_size`` neighbouring tokens of one channel. ``none``: there is no scale (8-bit floats
         alone). Sequences never share a scale.
     group_size : int or None
-        Only for the two groups; the last group is smaller where it does not divide.
+        Only for the two groups: 1 to :data:`MOST_CHANNELS` channels, or 1 to
+        :data:`~kvgeom.quant.placement.MOST_TOKENS` tokens. The last group is smaller where the size does not divide, and a
+        group that is larger than all there is, is one group of that. Engines are stricter: MLX, Quanto and KIVI's code refuse
+        a size that does not divide, and so do formats here that follow an engine.
     channels : tuple of int or None
         Ablation: only these channels of ``kv_heads * head_dim`` (heads laid end to end) lose precision. Scales are
         those of the whole tensor, so the noise that they get is the noise they would get if all were rounded.
@@ -98,28 +105,28 @@ class Scheme:
         form = get_format(self.format)
         object.__setattr__(self, "bits", whole("bits of a scheme", self.bits, None))
         if self.bits not in BITS:
-            raise InputError(f"bits of a scheme must be 2 to 8, got {self.bits}; full precision is no scheme (None)")
-        if self.symmetric not in (True, False):
-            raise InputError(f"symmetric must be True or False, got {self.symmetric!r}")
-        object.__setattr__(self, "symmetric", bool(self.symmetric))
+            raise InputError(
+                f"bits of a scheme must be 2 to 8, got {brief(self.bits)}; full precision is no scheme (None)"
+            )
+        object.__setattr__(self, "symmetric", flag("symmetric", self.symmetric))
         for name, value, known in (
             ("granularity", self.granularity, get_args(Granularity)),
             ("precision of scales", self.scales, get_args(Precision)),
         ):
-            if value not in known:
-                raise unknown(name, value, known)
+            one_of(name, value, known)
         if (self.granularity in _SIZED) != (self.group_size is not None):
             raise InputError(
-                f"granularity {self.granularity!r} does not go with group_size={self.group_size}; "
+                f"granularity {self.granularity!r} does not go with group_size={brief(self.group_size)}; "
                 f"{' and '.join(_SIZED)} need a size, the others have none"
             )
         if self.group_size is not None:
-            object.__setattr__(self, "group_size", whole("group_size", self.group_size, 1))
+            size = whole("group_size", self.group_size, 1, _SIZED[self.granularity])
+            object.__setattr__(self, "group_size", size)
         if self.channels is not None:
             channels = tuple(whole_numbers("channels", self.channels, 0, _LAST_CHANNEL))
             if not channels or list(channels) != sorted({*channels}):
                 raise InputError(
-                    f"channels must be in ascending order, each once, and at least one, got {self.channels}; use only()"
+                    f"channels must be in ascending order, each once, and at least one, got {brief(self.channels)}; use only()"
                 )
             object.__setattr__(self, "channels", channels)
         form.check(self)
@@ -134,6 +141,8 @@ class Scheme:
         InputError
             If no registered format reads it, or it names something that cannot be used.
         """
+        if not isinstance(text, str):
+            raise InputError(f"a scheme is written as text, such as int4-asym-token, got {brief(text)}")
         match = _SUFFIXES.fullmatch(text)
         if match is not None:
             for form in formats():
@@ -148,7 +157,7 @@ class Scheme:
                     )
         usage = next((form.usage for form in formats() if form.begins(text)), get_format(DEFAULT).usage)
         raise InputError(
-            f"cannot read scheme {text!r}; write it as {usage}, or as `kvgeom schemes` lists it (int4-asym-group64)"
+            f"cannot read scheme {brief(text)}; write it as {usage}, or as `kvgeom schemes` lists it (int4-asym-group64)"
         )
 
     def only(self, channels: Iterable[int] | int) -> Scheme:
@@ -196,7 +205,8 @@ def _channels(runs: str) -> tuple[int, ...]:
     found: list[int] = []
     for run in runs.split(","):
         first, _, last = run.partition("-")
-        if not re.fullmatch(_RUN, run):
-            raise InputError(f"cannot read channels {runs!r}; write them as 0-7,12")
+        # In order, so that they cannot be more than a layer has.
+        if not re.fullmatch(_RUN, run) or int(first) <= (found[-1] if found else -1):
+            raise InputError(f"cannot read channels {brief(runs)}; write them in ascending order, as 0-7,12")
         found += range(int(first), int(last or first) + 1)
     return tuple(found)

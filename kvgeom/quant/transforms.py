@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from kvgeom.errors import InputError, unknown
+from kvgeom.checks import as_text, flag, one_of, whole
+from kvgeom.errors import InputError, brief
 from kvgeom.registry import check_free
 
 if TYPE_CHECKING:
@@ -61,6 +62,18 @@ class Statics:
         """
         import torch
 
+        as_text("the name of constants", name)
+        rotary = flag("rotary", rotary)
+        if not isinstance(vectors, Mapping):
+            raise InputError(
+                f"vectors of {name!r} must be a mapping of (layer, site) to a tensor, got {brief(vectors)}"
+            )
+        for key, vector in vectors.items():
+            pair = key if isinstance(key, tuple) and len(key) == 2 else (None, None)
+            whole("layer of a vector", pair[0])
+            one_of("site of a vector", pair[1], ("k", "v"))
+            if not isinstance(vector, torch.Tensor):
+                raise InputError(f"vectors of {name!r} must be tensors, got {brief(vector)} at {key}")
         if not vectors:
             raise InputError(f"{name!r} needs at least one vector; this model has none")
         digest = hashlib.sha256(f"{name}\n{rotary}".encode())
@@ -135,8 +148,7 @@ def get_transform(name: str) -> Transform | None:
     InputError
         If there is none.
     """
-    if name != "none" and name not in _TRANSFORMS:
-        raise unknown("transform", name, ["none", *_TRANSFORMS])
+    one_of("transform", name, ["none", *_TRANSFORMS])
     return _TRANSFORMS.get(name)
 
 

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from kvgeom.checks import as_path, suggests, whole
+from kvgeom.checks import MOST_DRAWS, as_path, suggests, whole
 from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import resolve, widths
@@ -19,7 +19,7 @@ from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import versions
 from kvgeom.evaluation.config import LENGTHS, RUN_OPTIONS, split_options
 from kvgeom.mitigation.plan import Plan
-from kvgeom.mitigation.search import check_budget
+from kvgeom.mitigation.search import as_budget
 from kvgeom.mitigation.verify import Verification
 from kvgeom.models.load import load
 from kvgeom.paths import write_whole
@@ -218,7 +218,7 @@ def fix(
     """
     started = time.monotonic()
     run, loading = split_options(options)
-    config = check(bits, scheme, memory, placement, controls)
+    config, memory = check(bits, scheme, memory, placement, controls), as_budget(memory)
     chosen = calibration() if prompts is None else as_prompt_set(prompts)
     proving = held_out() if verify_prompts is None else as_prompt_set(verify_prompts)
     check_prompts(chosen, proving)
@@ -279,8 +279,8 @@ def check(
     InputError
         For an unknown scheme or width, 16 bits, or a negative budget or number of controls.
     """
-    check_budget(memory)
-    whole("controls", controls)
+    as_budget(memory)
+    whole("controls", controls, 0, MOST_DRAWS)
     if bits is not None and check_bits(whole("bits", bits, 2, 16)) == 16:
         raise InputError("bits must be 2 to 8, got 16, which rounds nothing")
     if bits is None:

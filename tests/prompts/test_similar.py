@@ -241,11 +241,12 @@ def test_no_shipped_set_has_two_of_one_cluster() -> None:
 
 def test_a_set_keeps_the_first_of_each_cluster() -> None:
     texts = tuple(text for group in WORDINGS for text in group)
-    prompts = PromptSet("p", texts, (texts[0], texts[1], "Sing"), "s", repeated=2)
+    alike = (f"{texts[0]}!", f"{texts[1]}!")
+    prompts = PromptSet("p", texts, (*alike, "Sing"), "s", repeated=2)
     assert prompts.clusters == (5, 2)
     found = prompts.distinct()
     assert found.harmful == tuple(group[0] for group in WORDINGS)
-    assert found.harmless == (texts[0], "Sing"), "a harmless request is no harmful one in other words"
+    assert found.harmless == (alike[0], "Sing"), "a harmless request is no harmful one in other words"
     assert (found.repeated, found.similar, found.clusters) == (2, 5, (5, 2))
     assert found.distinct() is found
     assert "5 similar requests left out" in repr(found)

@@ -15,10 +15,10 @@ from hypothesis.extra import numpy as hnp
 
 from kvgeom.errors import InputError
 from kvgeom.quant.fake_quantize import apply, encode, fake_quantize, fit
-from kvgeom.quant.placement import Placement
+from kvgeom.quant.placement import MOST_TOKENS, Placement
 from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
-from kvgeom.quant.scheme import Scheme
+from kvgeom.quant.scheme import MOST_CHANNELS, Scheme
 
 SHAPES = st.tuples(*(st.integers(1, n) for n in (2, 3, 5, 6)))
 
@@ -26,7 +26,9 @@ SHAPES = st.tuples(*(st.integers(1, n) for n in (2, 3, 5, 6)))
 @st.composite
 def schemes(draw: st.DrawFn) -> Scheme:
     granularity = draw(st.sampled_from(["tensor", "token", "channel", "group", "head", "token-head", "channel-group"]))
-    size = draw(st.integers(1, 9)) if granularity.endswith("group") else None
+    # As large as it may be, too: larger than all there is.
+    largest = {"group": MOST_CHANNELS, "channel-group": MOST_TOKENS}.get(granularity)
+    size = None if largest is None else draw(st.integers(1, 9) | st.just(largest))
     return Scheme(draw(st.integers(2, 8)), draw(st.booleans()), granularity, size)
 
 
@@ -88,10 +90,11 @@ def test_agrees_with_numpy(x: torch.Tensor, scheme: Scheme) -> None:
 def _steps(x: torch.Tensor, scheme: Scheme) -> np.ndarray:
     step = fit(x.double(), scheme).step
     if scheme.granularity == "channel-group":
-        return step.expand(-1, -1, -1, scheme.group_size or 1, -1).flatten(2, 3)[:, :, : x.shape[2]].numpy()
+        size = min(scheme.group_size or 1, x.shape[2])
+        return step.expand(-1, -1, -1, size, -1).flatten(2, 3)[:, :, : x.shape[2]].numpy()
     if scheme.granularity != "group":
         return step.numpy()
-    size = scheme.group_size or 1
+    size = min(scheme.group_size or 1, x.shape[1] * x.shape[3])
     if step.ndim == 5:
         return step.expand(*step.shape[:-1], size).flatten(-2).numpy()
     flat = step.expand(*step.shape[:-1], size).flatten(-2)[..., : x.shape[1] * x.shape[3]]

@@ -30,7 +30,7 @@ class Clusters(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        as_seed(self.seed)
+        object.__setattr__(self, "seed", as_seed(self.seed))
 
     def most(self, positions: int, pairs: int) -> int:
         return pairs

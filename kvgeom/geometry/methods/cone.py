@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvgeom.checks import as_seed, one_of, whole
+from kvgeom.checks import MOST_DRAWS, as_seed, one_of, whole, whole_numbers
 from kvgeom.errors import InputError
 from kvgeom.evaluation.inputs import as_tokens
 from kvgeom.geometry.activations import at_site, stack_positions, vectors
-from kvgeom.geometry.cones import LOSSES, SOME, adding_layer, as_weights, check_positive, optimize_cone
+from kvgeom.geometry.cones import LOSSES, SOME, adding_layer, as_positive, as_weights, optimize_cone
 from kvgeom.geometry.interventions import ablate_subspaces
 from kvgeom.geometry.methods.mean import difference_of_means
 from kvgeom.geometry.methods.registry import Bases, Floats, Method, register_method
@@ -58,11 +58,18 @@ class Cone(Method):
 
     def __post_init__(self) -> None:
         one_of("start", self.start, ("mean", "random"))
-        for name, low in (("steps", 1), ("batch", 1), ("samples", 0)):
-            whole(name, getattr(self, name), low)
-        check_positive("rate", self.rate)
-        as_weights(self.weights)
-        as_seed(self.seed)
+        checked = {
+            **{
+                name: whole(name, getattr(self, name), low, MOST_DRAWS)
+                for name, low in (("steps", 1), ("batch", 1), ("samples", 0))
+            },
+            "rate": as_positive("rate", self.rate),
+            "weights": tuple(map(float, as_weights(self.weights))),
+            "tokens": None if self.tokens is None else tuple(whole_numbers("tokens", self.tokens)),
+            "seed": as_seed(self.seed),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def most(self, positions: int, pairs: int) -> int:
         return pairs

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
+from kvgeom.checks import number
+from kvgeom.errors import InputError
 from kvgeom.geometry.methods.registry import Floats, Method, register_method
 from kvgeom.geometry.separation import folds_of
 
@@ -62,6 +64,13 @@ class Logistic(Method):
 
     name = "logistic"
     strength: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.strength is None:
+            return
+        object.__setattr__(self, "strength", number("strength", self.strength, 0))
+        if self.strength == 0:
+            raise InputError("strength must be above 0, got 0, under which all weights are 0")
 
     def directions(self, features: Floats, harmful: NDArray[np.bool_], k: int) -> Floats:
         return logistic_weights(features, harmful, strength=self.strength)[0][:, None]

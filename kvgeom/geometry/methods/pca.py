@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, brief
 from kvgeom.geometry.methods.mean import paired_differences
 from kvgeom.geometry.methods.registry import Floats, Method, register_method
 
@@ -34,7 +34,9 @@ def principal_differences(features: Floats, harmful: NDArray[np.bool_], k: int =
     differences = paired_differences(features, harmful)
     most = min(differences.shape)
     if not 1 <= k <= most:
-        raise InputError(f"k must be 1 to {most} for {len(differences)} pairs of {features.shape[1]} channels, got {k}")
+        raise InputError(
+            f"k must be 1 to {most} for {len(differences)} pairs of {features.shape[1]} channels, got {brief(k)}"
+        )
     basis: Floats = np.linalg.svd(differences, full_matrices=False)[2][:k].T
     return basis
 

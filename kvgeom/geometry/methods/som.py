@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvgeom.checks import whole
+from kvgeom.checks import MOST_DRAWS, whole
 from kvgeom.geometry.methods.registry import Floats, Method, register_method
 
 
@@ -82,7 +82,7 @@ class SelfOrganizingMap(Method):
     rounds: int = 30
 
     def __post_init__(self) -> None:
-        whole("rounds", self.rounds, 1)
+        object.__setattr__(self, "rounds", whole("rounds", self.rounds, 1, MOST_DRAWS))
 
     def most(self, positions: int, pairs: int) -> int:
         return pairs

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kvgeom.checks import number
 from kvgeom.errors import InputError, brief
 from kvgeom.geometry.methods.registry import Floats, Method, register_method
 
@@ -50,7 +51,8 @@ class Winsorized(Method):
     share: float = WINSOR
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share < 0.5:
+        object.__setattr__(self, "share", number("share", self.share, 0, 0.5))
+        if self.share == 0.5:
             raise InputError(f"share must be from 0 to below 0.5, got {brief(self.share)}")
 
     def directions(self, features: Floats, harmful: NDArray[np.bool_], k: int) -> Floats:

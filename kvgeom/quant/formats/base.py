@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from kvgeom.errors import InputError, unknown
+from kvgeom.checks import one_of
+from kvgeom.errors import InputError
 from kvgeom.registry import check_free, import_modules
 
 if TYPE_CHECKING:
@@ -132,9 +133,9 @@ class Format:
 
     def read(self, text: str) -> Parsed | None:
         """The fields of a scheme without its suffixes, such as ``int4-asym-group64``; None if it is of another format."""
-        bits = r"(?P<bits>\d+)" if len(self.widths) > 1 else ""
+        bits = r"(?P<bits>\d{1,99})" if len(self.widths) > 1 else ""
         sign = r"-(?P<sign>sym|asym)" if self.symmetric_widths is None else ""
-        shared = r"-(?P<granularity>(?!a?sym)[a-z]+(?:-[a-z]+)?)(?P<size>\d*)" if self.block_size is None else ""
+        shared = r"-(?P<granularity>(?!a?sym)[a-z]+(?:-[a-z]+)?)(?P<size>\d{0,99})" if self.block_size is None else ""
         optional = "?" if self.default_granularity is not None else ""
         match = re.fullmatch(f"{re.escape(self.name)}{bits}{sign}(?:{shared}){optional}", text)
         if match is None:
@@ -270,8 +271,7 @@ def get_format(name: str) -> Format:
         If there is none.
     """
     import_modules(_PACKAGE)
-    if name not in _FORMATS:
-        raise unknown("format", name, (known.name for known in formats()))
+    one_of("format", name, [known.name for known in formats()])
     return _FORMATS[name]
 
 
