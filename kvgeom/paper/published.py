@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Literal
+from typing import Literal, cast
 
 from pydantic import Field
 
@@ -189,7 +189,7 @@ def _taxonomy_row(short: str, mode: ModeName) -> PublishedModel:
         value.quantity: value.value for value in tables["individual_layer_sensitivity"].values if value.model == short
     }
     of_pcr = {value.quantity: value.value for value in tables["pcr_framework"].values if value.model == short}
-    low, high = of_pcr["group-64 reduction"]  # type: ignore[misc]
+    low, high = cast("tuple[float, float]", of_pcr["group-64 reduction"])
     return PublishedModel(
         known.title,
         known.layers,

@@ -42,9 +42,7 @@ SCHEMES = [
 
 @pytest.mark.parametrize("text", SCHEMES)
 @given(st.integers(0, 10**6), st.sampled_from([1, 2, 5]), st.sampled_from([0.0, 3.0, -50.0]), st.sampled_from([1, 3]))
-def test_a_batch_is_rounded_as_in_plain_arithmetic(
-    text: str, seed: int, tokens: int, offset: float, rows: int
-) -> None:
+def test_a_batch_is_rounded_as_in_plain_arithmetic(text: str, seed: int, tokens: int, offset: float, rows: int) -> None:
     """Bit for bit, scales shared by the rows of a batch; group5 leaves two channels to zeros."""
     scheme, x = Scheme.parse(text), drawn(seed, rows, tokens, offset)
     quantizer = BatchQuantizer(Recipe.uniform(1, scheme), Placement.released())
@@ -144,7 +142,7 @@ def test_placements_of_batches_are_checked_and_named() -> None:
     assert "comes alone" in str(Placement(where="projection", scales="call", alone="token"))
     assert str(Placement.paper()) == "projection, scales of the call"
     for wrong in ({"batch": 4}, {"alone": "token"}, {"batch": 2, "where": "projection"}):
-        with pytest.raises(InputError, match="Placement.released"):
+        with pytest.raises(InputError, match=r"Placement\.released"):
             Placement(**wrong)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="1 or more"):
         Placement(where="projection", scales="call", batch=0)

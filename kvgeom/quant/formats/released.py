@@ -66,6 +66,8 @@ register_format(
         groups_cross_heads=True,
         fills_with_zeros=True,
         own_channels=True,
-        examples={"released4-asym-channel": "the paper's code: zero points clamped; sym or asym, tensor, channel, token or group64"},
+        examples={
+            "released4-asym-channel": "the paper's code: zero points clamped; sym or asym, tensor, channel, token or group64"
+        },
     )
 )
