@@ -40,8 +40,8 @@ def flip_rows(
     return rows
 
 
-def error_row(at: Mapping[str, int | str], errors: Sequence[float]) -> Row:
-    """Mean squared error of keys and values; with an interval over prompts where each has its own."""
+def error_row(at: Mapping[str, int | str], errors: Sequence[float], n: int) -> Row:
+    """Mean squared error of keys and values over ``n`` prompts, with an interval where each prompt has its own."""
     mean = float(np.mean(errors))
     low, high = bootstrap_means(np.array(errors)) if len(errors) > 1 else (float("nan"), float("nan"))
-    return Row(at, "KV MSE", mean, float(low), float(high), len(errors), "squared activation")
+    return Row(at, "KV MSE", mean, float(low), float(high), n, "squared activation")

@@ -69,7 +69,8 @@ class Protocol:
     def grid(self, name: str, bits: int, granularity: Granularity) -> Scheme:
         """A scheme on one of :data:`GRIDS`, whatever the mode: what they differ in is the zero point alone."""
         one_of("grid", name, GRIDS)
-        form = "released" if name == "clamped asymmetric" else "int"
+        own = name == "symmetric" and self.mode == "released"  # the same grid by both names
+        form = "released" if own or name == "clamped asymmetric" else "int"
         return Scheme(bits, name == "symmetric", granularity, format=form)
 
     def over(

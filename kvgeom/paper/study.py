@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kvgeom.evaluation.baseline import Baseline, run_baseline
 from kvgeom.evaluation.condition import Condition
 from kvgeom.evaluation.config import RunConfig
 from kvgeom.evaluation.evaluate import run_conditions
+from kvgeom.evaluation.journal import NoJournal
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.evaluation.padded import mean_error
 from kvgeom.models.model import Model
@@ -136,7 +138,8 @@ class Study:
         requests = self.suites[suite].requests
         if requests not in self._bases:
             journal = None if self.folder is None else self.folder / f"{suite}.jsonl"
-            self._bases[requests] = run_baseline(self.model, requests, self.run.with_journal(journal))
+            base = run_baseline(self.model, requests, self.run.with_journal(journal))
+            self._bases[requests] = base if journal else replace(base, journal=_InMemory())
         return self._bases[requests]
 
     def refused(self, suite: str = "custom", category: str | None = None) -> list[int]:
@@ -199,6 +202,27 @@ class Study:
         finally:
             for base in self._bases.values():
                 base.journal.close()
+
+
+class _InMemory(NoJournal):
+    """What stands in for a journal where no folder was named: nothing is measured twice by one study."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Any] = {}
+
+    def __contains__(self, key: Mapping[str, Any]) -> bool:
+        return json.dumps(key, sort_keys=True) in self._known
+
+    def __getitem__(self, key: Mapping[str, Any]) -> Any:
+        return self._known[json.dumps(key, sort_keys=True)]
+
+    def __setitem__(self, key: Mapping[str, Any], value: Any) -> None:
+        self._known[json.dumps(key, sort_keys=True)] = value
+
+    def remember(self, key: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
+        if key not in self:
+            self[key] = measure()
+        return self[key]
 
 
 def _error(base: Baseline, condition: Condition, index: int) -> float:

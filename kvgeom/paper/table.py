@@ -170,15 +170,14 @@ def _kind(values: Sequence[int | str]) -> type:
 
 
 def _published(row: Row, meta: Mapping[str, Any]) -> tuple[PublishedValue | None, str]:
-    """What was published of a cell, and where; of a model that is not the paper's there can be nothing."""
+    """What was published of a cell, and where: of the model, or of all models."""
     at = row.coordinates
     if at is None:
         return None, "not in the paper"
-    if meta["zoo"] is None:
-        return None, NOT_IN_PAPER
-    value = published().find(meta["table"], row.quantity, meta["zoo"], at)
+    of_model = meta["zoo"] and published().find(meta["table"], row.quantity, meta["zoo"], at)
+    value = of_model or published().find(meta["table"], row.quantity, None, at)
     if value is None:
-        return None, NOT_PUBLIC
+        return None, NOT_PUBLIC if meta["zoo"] else NOT_IN_PAPER
     return value, f"{value.source} ({value.kind})" + (f": {value.note}" if value.note else "")
 
 

@@ -19,11 +19,12 @@ def custom_all_models(study: Study, protocol: Protocol) -> list[Row]:
     asked = study.suites["custom"].categories
     present = [each for each in CATEGORIES if each in asked]
     rows = [
-        share({"bits": 16}, f"{each} refused", len(study.refused(category=each)), asked.count(each)) for each in present
+        share({"bits": 16}, f"{each} prompts refused", len(study.refused(category=each)), asked.count(each))
+        for each in present
     ]
     for name, condition in conditions.items():
         at = {"bits": int(name)}
-        rows.append(error_row(at, study.error(condition)))
+        rows.append(error_row(at, study.error(condition), len(asked)))
         for each in present:
             rows += flip_rows(at, found, name, study.refused(category=each), f"{each} flip")
     return rows
