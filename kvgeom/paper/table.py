@@ -13,7 +13,6 @@ from numpy.typing import ArrayLike
 from kvgeom.paper.published import NOT_PUBLIC, PublishedValue, published
 from kvgeom.results import Result
 from kvgeom.stats import reduction_estimate, wilson
-from kvgeom.words import text_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -149,20 +148,11 @@ class PaperTable(Result):
         return f"{self.meta['table']} ({self.meta['mode']}) of {self.meta['model']}: {self.data.sizes['row']} cells"
 
     def to_text(self) -> str:
-        """One line for each cell, as a reader wants it: numbers with units, published beside measured."""
-        rows = [
-            (
-                *(row[key] for key in self.meta["keys"]),
-                row["quantity"],
-                shown(row["measured"], row["unit"]),
-                interval(row["low"], row["high"], row["unit"]),
-                row["n"] or "",
-                published_text(row),
-            )
-            for row in self.records()
-        ]
-        header = (*self.meta["keys"], "quantity", "measured", "95 %", "n", "published")
-        return "\n\n".join([text_table(header, rows), *self.meta["remarks"]])
+        """A row for each place and a column for each quantity, published beside measured, and what must be said below."""
+        from kvgeom.paper.layout import asked, grid
+
+        heading = f"{self.meta['table']} ({self.meta['mode']}): {self.meta['title']}"
+        return "\n\n".join(filter(None, [heading, grid(self).to_text(), asked(self), *self.meta["remarks"]]))
 
 
 def _kind(values: Sequence[int | str]) -> type:
@@ -212,9 +202,9 @@ def interval(low: float, high: float, unit: str) -> str:
     return f"[{', '.join(ends)}]"
 
 
-def published_text(row: Mapping[str, Any]) -> str:
-    """The published value as text, or why there is none."""
+def published_words(row: Mapping[str, Any]) -> str:
+    """The published value as text; empty where there is none."""
     value = row["published"]
-    if isinstance(value, str) or value == value:
-        return shown(value, row["unit"])
-    return str(row["source"])
+    if isinstance(value, tuple):
+        return " to ".join(shown(end, row["unit"]) for end in value)
+    return shown(value, row["unit"]) if isinstance(value, str) or value == value else ""
