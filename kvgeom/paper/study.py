@@ -105,6 +105,8 @@ class CriticalLayers:
     @property
     def note(self) -> str:
         """What must be said of it; empty if nothing must."""
+        if not len(self.flips[self.first]):
+            return "The model refuses none of the prompts, so that nothing can be lost."
         if self.alone:
             return ""
         return f"No layer flips a refusal alone; layer {self.first} costs most of the refusal margin, and stands in."

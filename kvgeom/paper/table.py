@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import xarray as xr
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from kvgeom.paper.published import NOT_PUBLIC, PublishedValue, published
 from kvgeom.results import Result
@@ -101,9 +101,7 @@ class PaperTable(Result):
         """The table of some rows; looks up what was published of each."""
         found = [_published(row, meta) for row in rows]
         keys = list(rows[0].at) if rows else []
-        columns: dict[str, Any] = {
-            key: np.array([row.at[key] for row in rows], dtype=_kind([row.at[key] for row in rows])) for key in keys
-        }
+        columns: dict[str, Any] = {key: _column([row.at[key] for row in rows]) for key in keys}
         columns |= {
             "quantity": np.array([row.quantity for row in rows], dtype=object),
             "unit": np.array([row.unit for row in rows], dtype=object),
@@ -155,8 +153,11 @@ class PaperTable(Result):
         return "\n\n".join(filter(None, [heading, grid(self).to_text(), asked(self), *self.meta["remarks"]]))
 
 
-def _kind(values: Sequence[int | str]) -> type:
-    return int if all(isinstance(value, int) for value in values) else object
+def _column(values: Sequence[int | str]) -> NDArray[Any]:
+    """Whole numbers as such; text where any is."""
+    if all(isinstance(value, int) for value in values):
+        return np.array(values, dtype=int)
+    return np.array([str(value) for value in values], dtype=object)
 
 
 def _published(row: Row, meta: Mapping[str, Any]) -> tuple[PublishedValue | None, str]:

@@ -33,12 +33,12 @@ def seeds(study: Study, protocol: Protocol) -> Measured:
         texts[seed] = {name: [str(text) for text in found.data.text.sel(recipe=name).values] for name in conditions}
         for name in conditions:
             flipped = found.flipped(name)
-            rows.append(share({"bits": int(name), "seed": seed}, "flip", int(flipped.sum()), len(flipped)))
+            rows.append(share({"bits": int(name), "seed": str(seed)}, "flip", int(flipped.sum()), len(flipped)))
     n = len(base.refused)
     for name in conditions:
         first, *others = (texts[seed][name] for seed in SEEDS)
         alike = sum(all(other[i] == first[i] for other in others) for i in range(len(first)))
-        rows.append(share({"bits": int(name), "seed": 0}, "responses that all seeds share", alike, n, None))
+        rows.append(share({"bits": int(name), "seed": "all"}, "responses that all seeds share", alike, n, None))
     return Measured(
         rows, ("Decoding is greedy, so that no seed is read: agreement shows that the run is deterministic, no more.",)
     )
