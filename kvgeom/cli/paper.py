@@ -48,6 +48,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="SET",
         help="in the place of AdvBench, e.g. advbench=FILE (default: the same as --prompts)",
     )
+    running.add_argument("--text", metavar="FILE", help="plain text for perplexity (default: a short one)")
     running.add_argument(
         "--judge", metavar="NAME", help="what labels responses while the model runs (default: keyword)"
     )

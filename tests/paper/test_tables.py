@@ -23,7 +23,9 @@ from kvgeom.paper.registry import get_table, tables
 from kvgeom.paper.study import CriticalLayers, Study
 from kvgeom.paper.table import ENDING, PaperTable, Row, recovered
 from kvgeom.paper.tables.channel_ablation import magnitudes, subsets
+from kvgeom.paper.tables.perplexity import windows
 from kvgeom.paper.tables.phase_thresholds import COMPLETE, SAFE, borders
+from kvgeom.paper.tables.protocol_validation import fix
 from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
@@ -274,6 +276,78 @@ def test_statistics_of_keys_are_those_of_the_projection(shared: Study) -> None:
     }
     for quantity, value in expected.items():
         assert table.cell(quantity)["measured"] == pytest.approx(value, rel=1e-3, nan_ok=True), quantity
+
+
+def test_perplexity_is_that_of_the_windows(shared: Study) -> None:
+    """From the model's own losses: labels that a window does not score are left out, as transformers does it."""
+    table, ids = tables()["perplexity"].function(shared), torch.tensor([WIDE.tokens(shared.run.text)])
+    means, longest, before = [], WIDE.max_context, 0
+    for begin in range(0, ids.shape[1], 512):
+        end = min(begin + longest, ids.shape[1])
+        labels = ids[:, begin:end].clone()
+        labels[:, : -(end - before)] = -100
+        before = end
+        with torch.inference_mode():
+            means.append(float(WIDE.hf_model(ids[:, begin:end], labels=labels).loss))
+        if end == ids.shape[1]:
+            break
+    assert longest == 512
+    cell = table.cell("perplexity", bits=16)
+    assert cell["n"] == len(means) > 3
+    assert cell["measured"] == pytest.approx(np.exp(np.mean(means)), rel=1e-4)
+    assert table.cell("memory", bits=4)["measured"] == 0.25
+    assert table.cell("memory with scales", bits=4)["measured"] > 0.25
+    two = table.cell("perplexity ratio", bits=2)
+    assert two["low"] <= two["measured"]
+    assert two["measured"] == pytest.approx(table.cell("perplexity", bits=2)["measured"] / cell["measured"])
+
+
+@given(st.integers(2, 9000), st.sampled_from([512, 700, 2048]))
+def test_windows_score_every_token_once(tokens: int, longest: int) -> None:
+    """All but the first, which nothing predicts, and with windows no longer than the stride the first of each."""
+    scored: list[int] = []
+    for begin, end, count in windows(tokens, longest):
+        assert end - begin <= longest
+        scored += range(end - count, end)
+    assert len({*scored}) == len(scored)
+    lost = set(range(tokens)) - {*scored}
+    assert lost == ({0} if longest > 512 else {*range(0, tokens, 512)})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_protocol_tries_the_fix_that_it_names(mode: str) -> None:
+    own = study()
+    table = tables()["protocol_validation"].function(own, mode=mode)
+    tree = tables()["decision_tree"].function(own, mode=mode)
+    taken = next(row for row in tree.records() if row["measured"] == "applies")
+    fixes = {
+        "outlier-as-safety": "layer",
+        "mixed": "by channel",
+        "outlier-crushes-safety": "group-64 in every layer",
+        "multi-layer dilution": "layers",
+        "hyper-vulnerable": "whole cache in 16 bits",
+    }
+    assert fixes[taken["mode"]] in table.cell("fix")["measured"]
+    if taken["mode"] == "hyper-vulnerable":
+        assert table.cell("flip with the fix")["measured"] == 0
+        assert table.cell("layers kept")["measured"] == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fixes_of_all_modes(mode: str) -> None:
+    protocol = Protocol(mode, WIDE.geometry)  # type: ignore[arg-type]
+    critical = CriticalLayers((2, 0, 1), {layer: np.ones(2, bool) for layer in range(3)})
+    form = "int" if mode == "faithful" else "released"
+    expected = {
+        "outlier-as-safety": (f"{form}4-asym-token in layers 0-1", [2]),
+        "outlier-crushes-safety": (f"{form}4-asym-group64", []),
+        "mixed": (f"{form}4-asym-group64 in layers 0-1 + {form}4-asym-channel in layers 2", []),
+        "multi-layer dilution": (f"{form}4-asym-token in layers 1", [0, 2]),
+        "hyper-vulnerable": ("exact", [0, 1, 2]),
+    }
+    for name, (recipe, kept) in expected.items():
+        _, layers, condition = fix(protocol, name, critical, 4)
+        assert (str(condition.recipe), layers) == (recipe, kept)
 
 
 @given(st.integers(20, 400), st.integers(0, 10**6))
