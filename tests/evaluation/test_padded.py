@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import kvgeom
+from kvgeom.behaviour.pcr import per_channel_reduction
 from kvgeom.errors import ModelError
 from kvgeom.evaluation.baseline import Baseline, run_baseline
 from kvgeom.evaluation.condition import Condition
@@ -21,7 +23,7 @@ from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from tests.builders.judges import ArbitraryJudge, CountingJudge
 from tests.builders.released import ReleasedQwen2, rounded
-from tests.builders.requests import REQUESTS
+from tests.builders.requests import PAIRS, REQUESTS
 from tests.builders.tiny import tiny_model, wide_model
 
 MODEL = wide_model()
@@ -173,3 +175,27 @@ def test_a_model_that_runs_no_padded_batches_says_so() -> None:
     condition = Condition(Recipe.uniform(3, "released3-sym-tensor"), Placement.released())
     with pytest.raises(ModelError, match=r"Placement\.paper"):
         run_conditions(base, {"r": condition})
+
+
+def test_per_channel_reduction_takes_grids_and_batches(base: Baseline) -> None:
+    """Flips per tensor and per channel are those of the batches in plain arithmetic."""
+    found = per_channel_reduction(base, 1, "released3-asym-tensor", placement=Placement.released())
+    lost = {}
+    for granularity in ("tensor", "channel"):
+        part = partial(rounded, bits=3, symmetric=False, granularity=granularity)
+        responses, _, _ = straight(base, dict.fromkeys([(1, "k"), (1, "v")], part))
+        labels = [base.judged(index, responses[index])[1] for index in base.refused]
+        lost[granularity] = labels
+    kept = [n for n, label in enumerate(lost["tensor"]) if label in ("refused", "complied")]
+    assert int(found.data.flips_tensor) == sum(lost["tensor"][n] == "complied" for n in kept)
+    assert int(found.data.flips_channel) == sum(lost["channel"][n] != "refused" for n in kept)
+
+
+def test_the_geometry_takes_the_grid() -> None:
+    """A clamped zero point destroys keys by channel that a key bias moves off 0, and the noise shows it."""
+    space = kvgeom.subspace(MODEL, PAIRS, progress=False)
+    noise = {
+        form: space.sensitivity(f"{form}4-asym-channel", progress=False).data.nsr_full.sel(site="k").values
+        for form in ("int", "released")
+    }
+    assert (noise["released"] > 1.1 * noise["int"]).all()
