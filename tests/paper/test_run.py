@@ -12,9 +12,12 @@ import pytest
 
 from kvgeom.cli import main
 from kvgeom.errors import InputError, ModelError
+from kvgeom.evaluation import config
 from kvgeom.models.hf import HFModel
+from kvgeom.paper import registry
 from kvgeom.paper.layout import Grid, grid, latex
 from kvgeom.paper.page import render
+from kvgeom.paper.published import published
 from kvgeom.paper.registry import tables
 from kvgeom.paper.run import read_folder, run_tables, slug
 from kvgeom.paper.study import as_suite
@@ -248,3 +251,25 @@ def test_seeds_read_no_journal(tmp_path: Path) -> None:
     found = tables()["seeds"].function(own)
     assert found.cell("responses that all seeds share", bits=4, seed="all")["measured"] == 1
     own.base().journal.close()
+
+
+def test_the_page_on_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small model instead of the demo; a table of one's own is registered, measured and refused a second time."""
+    monkeypatch.setattr(config, "load", lambda *_, **__: WIDE)
+    monkeypatch.setattr(registry, "_TABLES", dict(tables()))
+    page = (Path(__file__).parents[2] / "docs" / "paper.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+    assert "sinks" in registry.tables()
+    with pytest.raises(InputError, match="registered already"):
+        exec(blocks[-1], names)
+
+
+def test_the_page_names_what_is_not_measured() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "paper.md").read_text(encoding="utf-8")
+    said = page.split("Not measured:")[1].split("No figure")[0]
+    facts = {each.name for each in (*published().tables.values(), *published().experiments.values())}
+    assert {*re.findall(r"`(\w+)`", said)} == facts - {*tables()}
+    assert {*tables()} <= facts
