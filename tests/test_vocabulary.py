@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import kvgeom
+import kvgeom.paper
 from kvgeom.cli.main import _parser
 from kvgeom.evaluation.config import RunConfig
 
@@ -30,6 +31,15 @@ def rows(title: str) -> list[list[str]]:
 def commands() -> dict[str, argparse.ArgumentParser]:
     (found,) = [each for each in _parser()._actions if isinstance(each, argparse._SubParsersAction)]
     return dict(found.choices)
+
+
+def options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Of a command and of those below it."""
+    found: list[argparse.Action] = []
+    for action in parser._actions:
+        below = action.choices.values() if isinstance(action, argparse._SubParsersAction) else ()
+        found += [each for one in below for each in options(one)] if below else [action]
+    return found
 
 
 def functions() -> dict[str, Any]:
@@ -57,7 +67,7 @@ def test_every_keyword_is_listed() -> None:
     listed = {row[0] for row in rows("Options")} - {""}
     public = {
         each.name
-        for function in functions().values()
+        for function in (*functions().values(), kvgeom.paper.advbench_main)
         for each in inspect.signature(function).parameters.values()
         if each.kind is not each.VAR_KEYWORD
     }
@@ -69,7 +79,7 @@ def test_every_option_of_a_command_is_listed() -> None:
     public = {
         action.option_strings[0] if action.option_strings else action.metavar
         for command in commands().values()
-        for action in command._actions
+        for action in options(command)
     }
     assert listed == public - {"-h"}
 

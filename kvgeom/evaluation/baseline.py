@@ -239,7 +239,7 @@ class Baseline:
             "one_pass": placement.one_pass,
             "by": "block of a passage",
         }
-        found = self._known(key, lambda: asdict(read(self.model, self.passages, recipe, placement=placement)))
+        found = self.known(key, lambda: asdict(read(self.model, self.passages, recipe, placement=placement)))
         return Reading(tuple(found["nats"]), tuple(found["tokens"]), tuple(found["passages"]))
 
     def perplexity_ratio(self, recipe: Recipe | None = None, placement: Placement | None = None) -> Estimate:
@@ -249,9 +249,9 @@ class Baseline:
     def exact_margin(self, index: int) -> float:
         """Refusal margin (nats) of prompt ``index`` with an exact cache; NaN if :attr:`refusal_tokens` is empty."""
         key = {"measure": "exact margin", "prompt": index}
-        return float(self._known(key, lambda: self.margins([self.prefill(index).logits])[0]))
+        return float(self.known(key, lambda: self.margins([self.prefill(index).logits])[0]))
 
-    def _known(self, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
+    def known(self, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
         """What a key stands for: known, in the journal, or measured now."""
         return self._numbers.get(json.dumps(key), lambda: self.journal.remember(key, measure))
 

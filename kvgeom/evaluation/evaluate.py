@@ -16,6 +16,7 @@ from kvgeom.evaluation.condition import COORDINATES, EXACT, Condition, as_condit
 from kvgeom.evaluation.config import RUN_OPTIONS, open_run
 from kvgeom.evaluation.inputs import made_with
 from kvgeom.evaluation.outcomes import Outcomes
+from kvgeom.evaluation.padded import padded
 from kvgeom.evaluation.scores import NONE_PREDICTS
 from kvgeom.evaluation.speculative import Answer, generated, verified
 from kvgeom.models.load import load
@@ -169,7 +170,9 @@ def run_conditions(
     with base.run.bars(), progress.bar(title, len(found) * len(chosen), initial=done) as shown:
         for placement, work in todo.items():
             recipes = {name: conditions[name].recipe for names in work.values() for name in names}
-            if full_responses or not placement.allows_speculation or base.model.geometry.stepwise:
+            if placement.batch > 1:
+                answers = padded(base, work, recipes, placement, full=full_responses)
+            elif full_responses or not placement.allows_speculation or base.model.geometry.stepwise:
                 answers = generated(base, work, recipes, placement, full=full_responses)
             else:
                 answers = verified(base, work, recipes, placement)

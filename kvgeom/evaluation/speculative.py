@@ -156,7 +156,7 @@ def _verify_batch(
             scores = list(zip(base.margins(logits[1:, 0]), kl, strict=True))
         agree = []
         for place, row in enumerate(alive):
-            at = _divergence([*draft[:checked], *argmax[place]], draft, base.ended[index])
+            at = diverges_at([*draft[:checked], *argmax[place]], draft, base.ended[index])
             if at < 0:
                 agree.append(place)
                 continue
@@ -180,7 +180,7 @@ def _first(recipe: Recipe) -> int:
     return min(recipe.touched, default=len(recipe))
 
 
-def _divergence(response: Sequence[int | None], draft: Sequence[int], ended: bool) -> int:
+def diverges_at(response: Sequence[int | None], draft: Sequence[int], ended: bool) -> int:
     """Where a response leaves its draft, as far as both are known; -1 if it does not.
 
     Parameters
@@ -251,5 +251,5 @@ def generated(
             for row, (index, tokens) in enumerate(zip(part, found.tokens, strict=True)):
                 kl = float(kl_divergence(base.prefill(index).logits, found.first_logits[row]))
                 # Where it is shorter than its draft it has ended, for both were read by one judge.
-                at = _divergence([*tokens, None], base.tokens[index], base.ended[index])
+                at = diverges_at([*tokens, None], base.tokens[index], base.ended[index])
                 yield Answer(name, index, tuple(tokens), margins[row], kl, at)

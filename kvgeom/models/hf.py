@@ -36,6 +36,7 @@ from kvgeom.models.modules import (
     stop_tokens,
 )
 from kvgeom.models.notes import notes_of
+from kvgeom.models.padded import Padding
 from kvgeom.models.rotary import RotaryEmbedding
 from kvgeom.models.sanity import REQUEST, check_kind, check_runs, check_tokens, check_vocabulary, embedding_rows
 from kvgeom.models.weights import drop_weights, weights_stored
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from kvgeom.models.model import QueryHook, ResidEdit, ResidHook, RotationHook
 
 
-class HFModel(Identified, Differentiable):
+class HFModel(Identified, Differentiable, Padding):
     """A loaded transformers model and its tokenizer, seen as a :class:`~kvgeom.models.model.Model`.
 
     Parameters

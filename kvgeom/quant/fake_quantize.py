@@ -5,6 +5,7 @@ Tensors are ``[batch, kv_heads, tokens, head_dim]``. Arithmetic is in float32 at
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,7 @@ __all__ = [
     "in_random_directions",
     "last_scales",
     "only_channels",
+    "own_channels",
     "working",
 ]
 
@@ -82,7 +84,7 @@ def decode(encoded: Encoded, scheme: Scheme, like: Tensor) -> Tensor:
 
 def apply(x: Tensor, scheme: Scheme, scales: Scales | None) -> Tensor:
     """Round ``x`` to the grid ``scales`` (values beyond it saturate) and return it in its own dtype."""
-    return only_channels(x, decode(encode(x, scheme, scales), scheme, x), scheme)
+    return only_channels(x, decode(encode(own_channels(x, scheme), scheme, scales), scheme, x), scheme)
 
 
 def fake_quantize(x: Tensor, scheme: Scheme) -> Tensor:
@@ -125,12 +127,29 @@ def only_channels(x: Tensor, rounded: Tensor, scheme: Scheme) -> Tensor:
     """``rounded`` in the channels that the scheme names, ``x`` in all others."""
     if scheme.channels is None:
         return rounded
+    return torch.where(_chosen(x, scheme.channels), rounded, x)
+
+
+def own_channels(x: Tensor, scheme: Scheme) -> Tensor:
+    """``x`` so that only the channels that the scheme names set its scales, where its format has it so.
+
+    The other channels, which are not rounded, are copies of the first of these.
+    """
+    if scheme.channels is None or not get_format(scheme.format).own_channels:
+        return x
+    chosen = _chosen(x, scheme.channels)
+    head, channel = divmod(scheme.channels[0], x.shape[3])
+    return torch.where(chosen, x, x[:, head : head + 1, :, channel : channel + 1])
+
+
+def _chosen(x: Tensor, channels: Sequence[int]) -> Tensor:
+    """Which channels of ``x`` are among some, ``[kv_heads, 1, head_dim]``."""
     heads, head_dim = x.shape[1], x.shape[3]
-    if scheme.channels[-1] >= heads * head_dim:
-        raise InputError(f"channels must be 0 to {heads * head_dim - 1}, got {scheme.channels[-1]}")
+    if channels[-1] >= heads * head_dim:
+        raise InputError(f"channels must be 0 to {heads * head_dim - 1}, got {channels[-1]}")
     chosen = torch.zeros(heads * head_dim, dtype=torch.bool, device=x.device)
-    chosen[list(scheme.channels)] = True
-    return torch.where(rearrange(chosen, "(h d) -> h 1 d", h=heads), rounded, x)
+    chosen[list(channels)] = True
+    return rearrange(chosen, "(h d) -> h 1 d", h=heads)
 
 
 def in_random_directions(error: Tensor, seed: int, layer: int, site: str) -> Tensor:
@@ -170,22 +189,23 @@ def working(x: Tensor) -> Tensor:
 
 
 def _blocks(x: Tensor, scheme: Scheme) -> tuple[Tensor, Axes]:
-    """Blocks, and their axes that share a scale; a short last group is filled with copies of its last entry."""
-    size = scheme.group_size
+    """Blocks, and their axes that share a scale; a short last group is filled with copies of its last entry, or zeros."""
+    size, form = scheme.group_size, get_format(scheme.format)
     if size is None:
         return x, _SHARED_AXES[scheme.granularity]
     _, heads, tokens, head_dim = x.shape
     if scheme.granularity == "channel-group":
         size = min(size, tokens)
         return rearrange(_filled(x, size, 2), "b h (g s) d -> b h g s d", s=size), (3,)
-    if head_dim % size and not get_format(scheme.format).groups_cross_heads:
+    if head_dim % size and not form.groups_cross_heads:
         raise InputError(
             f"{scheme} needs heads that divide into blocks of {size}, got head_dim={head_dim}; choose another format"
         )
     size = min(size, heads * head_dim)
     if head_dim % size == 0:  # groups lie within heads: a view will do
         return rearrange(x, "b h t (g s) -> b h t g s", s=size), (4,)
-    return rearrange(_filled(rearrange(x, "b h t d -> b t (h d)"), size, 2), "b t (g s) -> b t g s", s=size), (3,)
+    flat = _filled(rearrange(x, "b h t d -> b t (h d)"), size, 2, zeros=form.fills_with_zeros)
+    return rearrange(flat, "b t (g s) -> b t g s", s=size), (3,)
 
 
 def _unblocked(blocks: Tensor, scheme: Scheme, like: Tensor) -> Tensor:
@@ -198,11 +218,11 @@ def _unblocked(blocks: Tensor, scheme: Scheme, like: Tensor) -> Tensor:
     return rearrange(flat, "b t (h d) -> b h t d", h=heads)
 
 
-def _filled(x: Tensor, size: int, dim: int) -> Tensor:
+def _filled(x: Tensor, size: int, dim: int, *, zeros: bool = False) -> Tensor:
     missing = -x.shape[dim] % size
     if not missing:
         return x
     last = x.narrow(dim, x.shape[dim] - 1, 1)
     shape = list(x.shape)
     shape[dim] = missing
-    return torch.cat([x, last.expand(shape)], dim=dim)
+    return torch.cat([x, x.new_zeros(shape) if zeros else last.expand(shape)], dim=dim)

@@ -39,6 +39,14 @@ class Placement:
         tokens that were rounded before included (the quantized caches of transformers).
     sinks : int
         How many first tokens of a sequence stay in full precision for good.
+    batch : int
+        How many prompts are run together, padded on the left to the longest, and share scales that span tokens, padding
+        included; 4 in the code released with arXiv:2606.09864. Only at the projection, with scales of the call. Which prompts
+        fall into one batch then decides what each answers. What runs a sequence at a time (perplexity, geometry) rounds it
+        alone.
+    alone : {"scheme", "token"}
+        Under a scheme whose scales span tokens, where each call sets its own: whether a token that comes alone is rounded as
+        the scheme says, so that a channel of it has a scale of its own, or with one scale for the token.
 
     Raises
     ------
@@ -47,8 +55,8 @@ class Placement:
 
     Notes
     -----
-    The default is what a quantized cache stores. :meth:`paper` is the simulation in the code
-    released with arXiv:2606.09864 (for one sequence at a time: scales are never shared across a batch here).
+    The default is what a quantized cache stores. :meth:`paper` is the simulation in the code released with
+    arXiv:2606.09864 for one sequence at a time, and :meth:`released` the same in its batches, whose prompts share scales.
     """
 
     where: Literal["cache", "projection"] = "cache"
@@ -57,6 +65,8 @@ class Placement:
     residual: int = 0
     flush: Literal["oldest", "all"] = "oldest"
     sinks: int = 0
+    batch: int = 1
+    alone: Literal["scheme", "token"] = "scheme"
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
@@ -67,6 +77,13 @@ class Placement:
                 one_of(f"{name} of a placement", value, get_args(kind))
         if self.flush == "all" and self.residual == 0:
             raise InputError("flush='all' needs a residual window, got residual=0; give 1 or more")
+        if self.batch < 1:
+            raise InputError(f"batch of a placement must be a whole number, 1 or more, got {self.batch}")
+        if (self.where, self.scales) != ("projection", "call") and (self.batch > 1 or self.alone != "scheme"):
+            raise InputError(
+                f"batch={self.batch} and alone={self.alone!r} go with where='projection' and scales='call' alone, got "
+                f"{self.where!r} and {self.scales!r}; use Placement.released()"
+            )
         if self.windowed and self.where == "projection":
             raise InputError(
                 f"where='projection' keeps no tokens, got residual={self.residual} and sinks={self.sinks}; use where='cache'"
@@ -81,6 +98,11 @@ class Placement:
     def paper(cls) -> Placement:
         """The paper's simulation: projection outputs, fresh scales in every forward call."""
         return cls(where="projection", scales="call")
+
+    @classmethod
+    def released(cls, batch: int = 4) -> Placement:
+        """The paper's simulation as its code runs it: batches of 4 prompts share scales, padding included."""
+        return cls(where="projection", scales="call", batch=batch)
 
     @classmethod
     def parse(cls, given: Placement | str) -> Placement:
@@ -118,9 +140,9 @@ class Placement:
     def allows_speculation(self) -> bool:
         """Whether a response can be checked token by token in passes over prompt and response, and cut off anywhere.
 
-        False with a residual window or sinks, or where the last prompt token is run on its own.
+        False with a residual window or sinks, where the last prompt token is run on its own, or prompts share scales.
         """
-        return not self.windowed and self.prefill_reads != "last"
+        return not self.windowed and self.prefill_reads != "last" and self.batch == 1
 
     def next_span(self, quantized: int, stored: int, whole_blocks: bool) -> tuple[int, int]:
         """Which tokens are quantized next.
@@ -180,4 +202,8 @@ class Placement:
             )
         if self.sinks:
             parts.append(f"{self.sinks} sinks")
+        if self.batch > 1:
+            parts.append(f"shared by batches of {self.batch} padded on the left")
+        if self.alone == "token":
+            parts.append("of a token where it comes alone")
         return ", ".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from kvgeom.quant.fake_quantize import (
     in_random_directions,
     last_scales,
     only_channels,
+    own_channels,
     working,
 )
 from kvgeom.quant.formats.base import get_format
@@ -177,7 +179,7 @@ class Quantizer:
         elif needed == "factors":
             constant = self._factors(key)
         found = frame(scheme.transform, constant, x)
-        y = found.enter(working(x))
+        y = own_channels(found.enter(working(x)), scheme)
         if self.has_residual or not (
             scheme.spans_tokens or get_format(scheme.format).couples_tokens
         ):  # what is quantized together shares scales
@@ -195,7 +197,7 @@ class Quantizer:
         remembers = self.placement.scales == "prompt" and not get_format(scheme.format).couples_tokens
         if not remembers:
             cuts = [y[:, :, :prompt], *torch.split(y[:, :, prompt:], 1, dim=2)]
-            return [(part, encode(part, scheme)) for part in cuts if part.shape[2]]
+            return [(part, encode(part, self._scheme_of(part, scheme))) for part in cuts if part.shape[2]]
         parts = []
         if key not in self._scales:
             parts.append((y[:, :, :prompt], encode(y[:, :, :prompt], scheme)))
@@ -204,6 +206,11 @@ class Quantizer:
         if y.shape[2]:
             parts.append((y, encode(y, scheme, self._scales[key])))
         return parts
+
+    def _scheme_of(self, part: Tensor, scheme: Scheme) -> Scheme:
+        """The scheme of tokens that come together, which is another for a single one where the placement says so."""
+        lone = self.placement.alone == "token" and part.shape[2] == 1
+        return replace(scheme, granularity="token", group_size=None) if lone else scheme
 
     def _fake_quantized(self, key: Key, x: Tensor, scheme: Scheme, start: int | None) -> Tensor:
         found, parts = self._encode(key, scheme, x, start)

@@ -61,11 +61,13 @@ class Scheme:
         a size that does not divide, and so do formats here that follow an engine.
     channels : tuple of int or None
         Ablation: only these channels of ``kv_heads * head_dim`` (heads laid end to end) lose precision. Scales are
-        those of the whole tensor, so the noise that they get is the noise they would get if all were rounded.
+        those of the whole tensor, so the noise that they get is the noise they would get if all were rounded; in the format
+        ``released`` they are of these channels alone.
     format : str
         Name of a registered format: ``int``; ``fp8_e4m3`` and ``fp8_e5m2`` (saturating); the blocks of GGML ``q8_0``,
         ``q5_0``, ``q5_1``, ``q4_0``, ``q4_1``, ``iq4_nl``; the block floats ``mxfp4`` and ``nvfp4``; the integer grids of
-        engines ``mlx``, ``hqq`` and ``vllm``, which differ from ``int`` in how they choose and apply a scale; or your own
+        engines ``mlx``, ``hqq`` and ``vllm``, and that of the paper's code ``released``, which differ from ``int`` in how they
+        choose and apply a scale; or your own
         (:func:`kvgeom.quant.formats.base.register_format`).
     transform : str
         What is done to the values before rounding, and undone after: ``none``, ``center``, ``equalize``, ``hadamard``,

@@ -16,7 +16,7 @@ from kvgeom.results import plain
 from kvgeom.sealed import read_json
 
 #: The file with the settings of each command that writes a report.html; no other command writes it.
-SETTINGS = {"audit": "audit.json", "fix": "fix.json"}
+SETTINGS = {"audit": "audit.json", "fix": "fix.json", "paper": "paper.json"}
 
 
 class _Prompts(StrictRecord, extra="allow"):

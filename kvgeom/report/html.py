@@ -21,10 +21,11 @@ _CONFIG = {
 }
 
 
-def page(template: str, **content: Any) -> str:
+def page(template: str, *, figures: bool = True, **content: Any) -> str:
     """Fill in a template of this package: a page that needs no network and no other file.
 
-    All text in ``content`` is escaped, unless it is markup that :func:`drawn` made.
+    All text in ``content`` is escaped, unless it is markup that :func:`drawn` made. A page without figures does not carry what
+    draws them.
     """
     from jinja2 import Environment, PackageLoader
     from markupsafe import Markup
@@ -33,7 +34,8 @@ def page(template: str, **content: Any) -> str:
     environment = Environment(
         loader=PackageLoader("kvgeom.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template(template).render(plotly=Markup(get_plotlyjs()), **content)  # noqa: S704
+    plotly = Markup(get_plotlyjs()) if figures else ""  # noqa: S704
+    return environment.get_template(template).render(plotly=plotly, **content)
 
 
 def section(title: str, text: str, figure: go.Figure, table: pd.DataFrame | None = None) -> dict[str, Any]:

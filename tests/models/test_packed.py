@@ -43,6 +43,8 @@ SCHEMES = [
     "mlx3-group64",
     "hqq2-group32",
     "vllm4-token-head+rht",
+    "released4-asym-channel",
+    "released3-sym-group48",
     *[known.name for known in formats() if known.block_size is not None],
 ]
 

@@ -34,6 +34,8 @@ ALL = [
     "hqq2-group32",
     "vllm8-token-head",
     "vllm4-token-head",
+    "released4-asym-channel",
+    "released3-sym-group48",
     "int4-asym-token-head/f16",
     "int2-asym-channel-group32/bf16",
     "int5-sym-channel-group7",
@@ -194,12 +196,12 @@ def test_every_format_keeps_its_promises(text: str) -> None:
         assert torch.equal(found[1], together[1])
 
 
-@pytest.mark.parametrize("text", [text for text in ALL if text != "vllm4-token-head"])
+@pytest.mark.parametrize("text", [text for text in ALL if text not in ("vllm4-token-head", "released4-asym-channel")])
 @pytest.mark.parametrize("value", [-37.5, -1.0, 0.0, 0.01, 3.3])
 def test_constants_stay_what_they_are(text: str, value: float) -> None:
     """As far as the floats of a format go: a step or offset of 16 bits, a value of 8, or E2M1, which may saturate under its scale.
 
-    vLLM's 4 bits saturate blocks of one sign, which a test of their own shows.
+    vLLM's 4 bits and the asymmetric grid of the paper's code saturate blocks of one sign, which tests of their own show.
     """
     x = torch.full((1, 2, 3, 64), value)
     precise = 0.25 if text in ("mxfp4", "nvfp4") else 0.125 if text.startswith("fp8") else 0.004
@@ -216,7 +218,9 @@ def test_powers_of_two_pass_through_every_format(text: str, factor: float) -> No
     assert torch.equal(fake_quantize(factor * x, scheme), factor * fake_quantize(x, scheme))
 
 
-@pytest.mark.parametrize("text", [text for text in ALL if not text.startswith(("vllm", "hqq", "iq4", "mlx"))])
+@pytest.mark.parametrize(
+    "text", [text for text in ALL if not text.startswith(("vllm", "hqq", "iq4", "mlx", "released4"))]
+)
 def test_rounding_again_changes_next_to_nothing(text: str) -> None:
     """Values on a grid stay there; only the 16-bit scale that the second pass finds may differ in its last digit.
 

@@ -57,6 +57,9 @@ class Grid(Protocol):
     def group_size(self) -> int | None: ...
 
     @property
+    def channels(self) -> tuple[int, ...] | None: ...
+
+    @property
     def scales(self) -> str: ...
 
     @property
@@ -99,6 +102,11 @@ class Format:
     groups_cross_heads : bool
         Whether a group of channels may reach into the next head, and the last may be short. Otherwise the size of a
         group must divide ``head_dim``.
+    fills_with_zeros : bool
+        Whether a short last group is filled with zeros, which take part in its scale, and not with copies of its last entry.
+    own_channels : bool
+        Whether a scheme that rounds some channels alone (:meth:`~kvgeom.quant.scheme.Scheme.only`) scales them by their own
+        values, and not by those of the whole tensor. Not with groups, which channels that are left out would break up.
     couples_tokens : bool
         Whether tokens that are quantized in one call influence each other even where they share no scale.
     examples : mapping of str to str
@@ -113,6 +121,8 @@ class Format:
     symmetric_widths: tuple[int, ...] | None = ()
     scale_precisions: tuple[str, ...] = ("f32",)
     groups_cross_heads: bool = False
+    fills_with_zeros: bool = False
+    own_channels: bool = False
     couples_tokens: bool = False
     examples: Mapping[str, str] = field(default_factory=dict)
 
@@ -179,6 +189,11 @@ class Format:
             raise InputError(
                 f"format {self.name!r} with {scheme.bits} bits has symmetric={not scheme.symmetric}, got "
                 f"{scheme.symmetric}; use Scheme.parse({self.usage!r})"
+            )
+        if self.own_channels and scheme.channels is not None and scheme.group_size is not None:
+            raise InputError(
+                f"format {self.name!r} rounds some channels alone with scales of their own, got groups of "
+                f"{scheme.group_size}; use another granularity"
             )
         if scheme.scales not in self.scale_precisions:
             raise InputError(f"format {self.name!r} has scales {_either(self.scale_precisions)}, got {scheme.scales!r}")

@@ -1,0 +1,1 @@
+"""The tables of the paper, one file each; :mod:`kvgeom.paper.registry` knows them all."""

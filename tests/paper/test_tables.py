@@ -1,0 +1,474 @@
+"""The tables, against runs that share nothing with them but the model."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kvgeom.paper
+from kvgeom.errors import InputError
+from kvgeom.evaluation.evaluate import evaluate
+from kvgeom.models.cache import EditedCache
+from kvgeom.paper.attention import by_attention
+from kvgeom.paper.memory import cache_bytes
+from kvgeom.paper.protection import layer_sets
+from kvgeom.paper.protocol import GRIDS, MODES, Protocol
+from kvgeom.paper.registry import get_table, tables
+from kvgeom.paper.study import CriticalLayers, Study
+from kvgeom.paper.table import ENDING, PaperTable, Row, recovered
+from kvgeom.paper.tables.channel_ablation import magnitudes, subsets
+from kvgeom.paper.tables.perplexity import windows
+from kvgeom.paper.tables.phase_thresholds import COMPLETE, SAFE, borders
+from kvgeom.paper.tables.protocol_validation import fix
+from kvgeom.quant.fake_quantize import fake_quantize
+from kvgeom.quant.placement import Placement
+from kvgeom.quant.recipe import Recipe
+from kvgeom.quant.scheme import Scheme
+from tests.builders.paper import ASKED, RUN, WIDE, straight_line, study
+from tests.builders.released import rounded
+
+EVERY = [(layer, site) for layer in range(3) for site in "kv"]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Study:
+    """One study for all tests of this file; the mode is part of what is asked of it."""
+    return study()
+
+
+def flips(recipe: Recipe) -> int:
+    """Of a faithful run that knows nothing of tables."""
+    options = {"judge": RUN.judge, "max_new_tokens": RUN.max_new_tokens, "progress": False}
+    found = evaluate(WIDE, {"r": recipe}, ASKED, full_responses=True, **options)
+    return int(found.flipped("r").sum())
+
+
+def measured(table: PaperTable, quantity: str, **at: int | str) -> int:
+    """A share as the count that it is of."""
+    cell = table.cell(quantity, **at)
+    return round(cell["measured"] * cell["n"])
+
+
+def test_the_model_refuses_some(shared: Study) -> None:
+    assert 3 <= len(shared.base().refused) < len(ASKED)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", tables())
+def test_frames_end_alike_and_tables_can_be_read_back(shared: Study, name: str, mode: str, tmp_path: Path) -> None:
+    table = tables()[name].function(shared, mode=mode)
+    frame = table.to_frame()
+    assert tuple(frame.columns[-6:]) == ENDING
+    assert len(frame)
+    assert not frame.duplicated([*table.meta["keys"], "quantity"]).any()
+    numbers = frame[[isinstance(value, float) for value in frame.measured]]
+    known = numbers.dropna(subset=["low"])
+    slack = 1e-9
+    assert (known.low <= known.measured.astype(float) + slack).all()
+    assert (known.measured.astype(float) <= known.high + slack).all()
+    assert table.provenance()["judge"] == "arbitrary"
+    again = PaperTable.load(table.save(tmp_path / "t.nc"))
+    assert again.to_text() == table.to_text()
+    assert name in table.to_text()
+    assert mode in table.to_text()
+
+
+def test_widths_are_those_of_evaluate(shared: Study) -> None:
+    table = tables()["advbench_main"].function(shared)
+    assert measured(table, "refused", bits=16) == len(shared.base().refused)
+    for bits in (8, 4, 3, 2):
+        assert measured(table, "conditional flip", bits=bits) == flips(Recipe.uniform(3, Scheme(bits)))
+
+
+def test_kinds_of_flips_add_up(shared: Study) -> None:
+    table = tables()["custom_all_models"].function(shared)
+    for bits in (8, 6, 5, 4, 3, 2):
+        kinds = sum(measured(table, f"refusal flip: {kind}", bits=bits) for kind in ("comply", "evade", "broken text"))
+        assert kinds == measured(table, "refusal flip", bits=bits)
+
+
+def test_layers_first_last_and_alone(shared: Study) -> None:
+    each, ends = tables()["individual_all"].function(shared), tables()["cumulative"].function(shared)
+    scheme = Scheme(3, True, "tensor")
+    for layer in range(3):
+        assert measured(each, "flip", layer=layer) == flips(Recipe.uniform(3, scheme, layers=[layer]))
+    for k in (1, 2, 3):
+        for side, layers in (("first", range(k)), ("last", range(3 - k, 3))):
+            assert measured(ends, "flip", direction=side, k=k) == flips(Recipe.uniform(3, scheme, layers=layers))
+    assert measured(ends, "flip", direction="first", k=3) == measured(ends, "flip", direction="last", k=3)
+
+
+def test_keys_and_values(shared: Study) -> None:
+    table = tables()["kv_asymmetric"].function(shared)
+    for bits in (4, 3):
+        for part, sites in (("keys", "k"), ("values", "v"), ("both", ("k", "v"))):
+            recipe = Recipe.uniform(3, Scheme(bits), sites=sites)  # type: ignore[arg-type]
+            assert measured(table, "flip", bits=bits, rounded=part) == flips(recipe)
+
+
+def test_protection_is_the_uniform_cache_with_layers_kept(shared: Study) -> None:
+    table = tables()["protection_sweep"].function(shared)
+    base = flips(Recipe.uniform(3, Scheme(4)))
+    assert measured(table, "flip", protected="none") == base
+    for name in {row["protected"] for row in table.records()} - {"none"}:
+        kept = [int(layer) for layer in name.split(",")]
+        left = flips(Recipe.uniform(3, Scheme(4)).keep(kept))
+        assert measured(table, "flip", protected=name) == left
+        assert table.cell("recovery", protected=name)["measured"] == pytest.approx(1 - left / base)
+        assert table.cell("layers kept", protected=name)["measured"] == pytest.approx(len(kept) / 3)
+
+
+def test_the_error_of_keys_and_values_is_that_of_the_cache(shared: Study) -> None:
+    """From the cache of transformers itself, rounded token by token."""
+    table, scheme, means = tables()["mse_phase"].function(shared), Scheme(3), []
+    for prompt in shared.base().prompts:
+        cache = EditedCache(3)
+        WIDE.forward(prompt.ids, cache)
+        stored = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+        means.append(float(np.mean([float(((fake_quantize(x, scheme) - x) ** 2).mean()) for x in stored])))
+    assert table.cell("KV MSE", bits=3)["measured"] == pytest.approx(np.mean(means), rel=1e-5)
+    four = table.cell("KV MSE", bits=4)["measured"]
+    assert table.cell("relative MSE", bits=3)["measured"] == pytest.approx(np.mean(means) / four, rel=1e-5)
+    assert table.cell("relative MSE", bits=4)["measured"] == 1
+
+
+# --- the released protocol ---
+
+
+def by(bits: int, granularity: str, symmetric: bool, size: int = 0, **more: object):  # type: ignore[no-untyped-def]
+    return partial(rounded, bits=bits, symmetric=symmetric, granularity=granularity, size=size, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_released_widths_are_plain_arithmetic(shared: Study, bits: int) -> None:
+    expected, error = straight_line(shared, dict.fromkeys(EVERY, by(bits, "token", False)))
+    table = tables()["custom_all_models"].function(shared, mode="released")
+    assert measured(table, "refusal flip", bits=bits) == expected.sum()
+    assert table.cell("KV MSE", bits=bits)["measured"] == pytest.approx(error, rel=0.03)
+
+
+def test_released_layers_and_per_channel_reduction_are_plain_arithmetic(shared: Study) -> None:
+    """At each layer, and under the grids in which the paper's code can round."""
+    each = tables()["individual_all"].function(shared, mode="released")
+    for layer in range(3):
+        sites = [(layer, "k"), (layer, "v")]
+        expected, _ = straight_line(shared, dict.fromkeys(sites, by(3, "tensor", True)))
+        assert measured(each, "flip", layer=layer) == expected.sum()
+    table = tables()["pcr_framework"].function(shared, mode="released")
+    critical = int(table.cell("critical layer")["measured"])
+    sites = [(critical, "k"), (critical, "v")]
+    for grid, symmetric in (("symmetric", True), ("clamped asymmetric", False)):
+        lost = {}
+        for granularity in ("tensor", "channel"):
+            lost[granularity], _ = straight_line(shared, dict.fromkeys(sites, by(3, granularity, symmetric)))
+            assert measured(table, f"per-{granularity} flip", grid=grid) == lost[granularity].sum()
+        pcr = table.cell("PCR", grid=grid)["measured"]
+        if lost["tensor"].any():
+            assert pcr == pytest.approx(1 - lost["channel"].sum() / lost["tensor"].sum())
+        else:
+            assert np.isnan(pcr)
+    group, _ = straight_line(shared, dict.fromkeys(EVERY, by(3, "group", True, 64)))
+    assert measured(table, "group-64 flip, all layers") == group.sum()
+
+
+def test_released_channel_subsets_are_plain_arithmetic(shared: Study) -> None:
+    """The same channel numbers for keys and values, each subset with its own scale."""
+    table = tables()["channel_ablation"].function(shared, mode="released")
+    critical = shared.critical(shared.protocol("released")).first
+    chosen = subsets(magnitudes(shared, critical, "projection")["k"])
+    sites = [(critical, "k"), (critical, "v")]
+    for name in ("outliers", "all but the outliers", "random 50 %"):
+        expected, _ = straight_line(shared, dict.fromkeys(sites, by(3, "tensor", True, channels=chosen[name])))
+        assert measured(table, "flip", channels=name) == expected.sum()
+
+
+def test_released_kivi_is_plain_arithmetic(shared: Study) -> None:
+    table = tables()["kivi"].function(shared, mode="released")
+    for bits in (4, 2):
+        keys, values = by(bits, "channel", False, lone_by_token=True), by(bits, "group", False, 32)
+        expected, _ = straight_line(shared, {(n, site): keys if site == "k" else values for n, site in EVERY})
+        assert measured(table, "flip", bits=bits, cache="KIVI, clamped") == expected.sum()
+
+
+def test_released_mitigations_are_plain_arithmetic(shared: Study) -> None:
+    table = tables()["perchannel_mitigation"].function(shared, mode="released")
+    critical = shared.critical(shared.protocol("released")).first
+    rest = [(n, site) for n, site in EVERY if n != critical]
+    cases = {
+        "a scale for each token": dict.fromkeys(EVERY, by(4, "token", False)),
+        "a scale for each channel": dict.fromkeys(EVERY, by(4, "channel", False)),
+        "group-64": dict.fromkeys(EVERY, by(4, "group", False, 64)),
+        "critical layer in 16 bits, others by tensor": dict.fromkeys(rest, by(4, "tensor", False)),
+    }
+    for name, rounding in cases.items():
+        expected, _ = straight_line(shared, rounding)
+        assert measured(table, "flip", bits=4, strategy=name) == expected.sum()
+
+
+def test_protocols_name_their_grids_and_placements() -> None:
+    geometry = WIDE.geometry
+    ours, theirs = Protocol("faithful", geometry), Protocol("released", geometry)
+    assert (str(ours.by_token(4)), str(theirs.by_token(4))) == ("int4-asym-token", "released4-asym-token")
+    assert (str(ours.by_tensor(3)), str(theirs.by_tensor(3))) == ("int3-sym-tensor", "released3-sym-tensor")
+    assert theirs.placement == Placement.released()
+    assert theirs.kivi_placement.alone == "token"
+    for protocol in (ours, theirs):
+        assert [str(protocol.grid(name, 3, "channel")).split("-", 1)[1] for name in GRIDS] == [
+            "sym-channel",
+            "asym-channel",
+            "asym-channel",
+        ]
+        assert protocol.grid("clamped asymmetric", 3, "channel").format == "released"
+        assert protocol.grid("asymmetric", 3, "channel").format == "int"
+    with pytest.raises(InputError, match="did you mean 'released'"):
+        Protocol("relesed", geometry)  # type: ignore[arg-type]
+
+
+# --- parts ---
+
+
+def test_attention_orders_layers_as_the_models_own_weights_do(shared: Study) -> None:
+    peaks, entropies = np.zeros(3), np.zeros(3)
+    WIDE.hf_model.set_attn_implementation("eager")
+    try:
+        for prompt in shared.base().prompts:
+            with torch.inference_mode():
+                shown = WIDE.hf_model(torch.tensor([prompt.ids]), output_attentions=True).attentions
+            for layer, paid in enumerate(shown):
+                p = paid[0].double()
+                peaks[layer] += float(p.max(-1).values.mean())
+                entropies[layer] += float(-(p * torch.where(p > 0, p, 1.0).log()).sum(-1).mean())
+    finally:
+        WIDE.hf_model.set_attn_implementation("sdpa")
+    assert by_attention(shared, "peak") == np.argsort(-peaks).tolist()
+    assert by_attention(shared, "entropy") == np.argsort(-entropies).tolist()
+
+
+def test_statistics_of_keys_are_those_of_the_projection(shared: Study) -> None:
+    table = tables()["activation_stats"].function(shared, mode="released")
+    layer = int(table.records()[0]["layer"])
+    kept: list[torch.Tensor] = []
+    module = WIDE.hf_model.model.layers[layer].self_attn.k_proj
+    handle = module.register_forward_hook(lambda _module, _args, output: kept.append(output[0].detach().clone()))
+    try:
+        for prompt in shared.base().prompts:
+            with torch.inference_mode():
+                WIDE.hf_model(torch.tensor([prompt.ids]))
+    finally:
+        handle.remove()
+    keys = torch.cat(kept).numpy()
+    size = np.abs(keys)
+    border = abs(keys.mean()) + 3 * keys.std(ddof=1)
+    step = size.max() / 3
+    expected = {
+        "largest value": size.max(),
+        "mean of the outliers": size[size > border].mean() if (size > border).any() else np.nan,
+        "outliers": (size > border).mean(),
+        "MSE at 3 bits": ((np.clip(np.round(keys / step), -4, 3) * step - keys) ** 2).mean(),
+        "channels": keys.shape[1],
+        "channels on one side of 0": ((keys > 0).all(0) | (keys < 0).all(0)).mean(),
+    }
+    for quantity, value in expected.items():
+        assert table.cell(quantity)["measured"] == pytest.approx(value, rel=1e-3, nan_ok=True), quantity
+
+
+def test_perplexity_is_that_of_the_windows(shared: Study) -> None:
+    """From the model's own losses: labels that a window does not score are left out, as transformers does it."""
+    table, ids = tables()["perplexity"].function(shared), torch.tensor([WIDE.tokens(shared.run.text)])
+    means, longest, before = [], WIDE.max_context, 0
+    for begin in range(0, ids.shape[1], 512):
+        end = min(begin + longest, ids.shape[1])
+        labels = ids[:, begin:end].clone()
+        labels[:, : -(end - before)] = -100
+        before = end
+        with torch.inference_mode():
+            means.append(float(WIDE.hf_model(ids[:, begin:end], labels=labels).loss))
+        if end == ids.shape[1]:
+            break
+    assert longest == 512
+    cell = table.cell("perplexity", bits=16)
+    assert cell["n"] == len(means) > 3
+    assert cell["measured"] == pytest.approx(np.exp(np.mean(means)), rel=1e-4)
+    assert table.cell("memory", bits=4)["measured"] == 0.25
+    assert table.cell("memory with scales", bits=4)["measured"] > 0.25
+    two = table.cell("perplexity ratio", bits=2)
+    assert two["low"] <= two["measured"]
+    assert two["measured"] == pytest.approx(table.cell("perplexity", bits=2)["measured"] / cell["measured"])
+
+
+@given(st.integers(2, 9000), st.sampled_from([512, 700, 2048]))
+def test_windows_score_every_token_once(tokens: int, longest: int) -> None:
+    """All but the first, which nothing predicts, and with windows no longer than the stride the first of each."""
+    scored: list[int] = []
+    for begin, end, count in windows(tokens, longest):
+        assert end - begin <= longest
+        scored += range(end - count, end)
+    assert len({*scored}) == len(scored)
+    lost = set(range(tokens)) - {*scored}
+    assert lost == ({0} if longest > 512 else {*range(0, tokens, 512)})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_protocol_tries_the_fix_that_it_names(mode: str) -> None:
+    own = study()
+    table = tables()["protocol_validation"].function(own, mode=mode)
+    tree = tables()["decision_tree"].function(own, mode=mode)
+    taken = next(row for row in tree.records() if row["measured"] == "applies")
+    fixes = {
+        "outlier-as-safety": "layer",
+        "mixed": "by channel",
+        "outlier-crushes-safety": "group-64 in every layer",
+        "multi-layer dilution": "layers",
+        "hyper-vulnerable": "whole cache in 16 bits",
+    }
+    assert fixes[taken["mode"]] in table.cell("fix")["measured"]
+    if taken["mode"] == "hyper-vulnerable":
+        assert table.cell("flip with the fix")["measured"] == 0
+        assert table.cell("layers kept")["measured"] == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fixes_of_all_modes(mode: str) -> None:
+    protocol = Protocol(mode, WIDE.geometry)  # type: ignore[arg-type]
+    critical = CriticalLayers((2, 0, 1), {layer: np.ones(2, bool) for layer in range(3)})
+    form = "int" if mode == "faithful" else "released"
+    expected = {
+        "outlier-as-safety": (f"{form}4-asym-token in layers 0-1", [2]),
+        "outlier-crushes-safety": (f"{form}4-asym-group64", []),
+        "mixed": (f"{form}4-asym-group64 in layers 0-1 + {form}4-asym-channel in layers 2", []),
+        "multi-layer dilution": (f"{form}4-asym-token in layers 1", [0, 2]),
+        "hyper-vulnerable": ("exact", [0, 1, 2]),
+    }
+    for name, (recipe, kept) in expected.items():
+        _, layers, condition = fix(protocol, name, critical, 4)
+        assert (str(condition.recipe), layers) == (recipe, kept)
+
+
+@given(st.integers(20, 400), st.integers(0, 10**6))
+def test_subsets_are_what_the_borders_say(n: int, seed: int) -> None:
+    largest = np.random.default_rng(seed).random(n)
+    found = subsets(largest)
+    assert sorted(found["outliers"] + found["all but the outliers"]) == list(range(n))
+    assert min(largest[found["outliers"]]) > max(largest[found["all but the outliers"]])
+    assert len(found["low magnitude"]) == min(100, -(-n // 2))
+    for share in (1, 5, 10, 25, 50):
+        assert len(found[f"random {share} %"]) == int(n * share / 100)
+        assert len({*found[f"random {share} %"]}) == len(found[f"random {share} %"])
+    again = subsets(largest)
+    assert again == found
+
+
+@given(st.dictionaries(st.sampled_from([8, 6, 5, 4, 3, 2]), st.integers(0, 30), min_size=1), st.integers(1, 30))
+def test_borders_of_widths(found: dict[int, int], refused: int) -> None:
+    counts = {bits: min(count, refused) for bits, count in found.items()}
+    safe, begins, complete = borders(counts, refused)
+    unsafe = [bits for bits in counts if counts[bits] / refused >= SAFE - 1e-12]
+    assert begins == max(unsafe, default=None)
+    assert safe == min((bits for bits in counts if not unsafe or bits > max(unsafe)), default=None)
+    assert complete == max((bits for bits in counts if counts[bits] / refused >= COMPLETE - 1e-12), default=None)
+
+
+@given(st.integers(1, 40), st.integers(0, 10**6))
+def test_protected_sets_are_those_of_the_released_code(layers: int, seed: int) -> None:
+    order = np.random.default_rng(seed).permutation(layers).tolist()
+    critical = CriticalLayers(tuple(order), {layer: np.zeros(3, bool) for layer in range(layers)})
+    sets = layer_sets(critical, range(layers))
+    assert all(name == ",".join(map(str, kept)) for name, kept in sets.items())
+    assert all(len(kept) < layers for kept in sets.values())
+    if layers > 9:
+        first = order[0]
+        wanted = [[first], *(sorted(order[:k]) for k in range(2, 6))]
+        wanted += [list(range(k)) for k in (range(2, 9) if first <= 2 else range(first + 1, first + 5)) if k < layers]
+        assert {tuple(each) for each in wanted} == {tuple(each) for each in sets.values()}
+
+
+def test_two_of_28_layers_are_a_fifth_more_bytes() -> None:
+    """The paper's 7 % of memory. A token has 512 channels of 4 bits, a scale and an offset of 32."""
+    from kvgeom.evaluation.condition import Condition
+    from kvgeom.models.shapes import KVGeometry
+
+    geometry = KVGeometry(28, 28, 4, 128, 3584, True, "default", None)
+    uniform = Recipe.uniform(28, "int4-asym-token")
+    more = cache_bytes(Condition(uniform.keep([0, 1])), geometry) / cache_bytes(Condition(uniform), geometry) - 1
+    bits = 4 + 2 * 32 / 512
+    assert more == pytest.approx((16 - bits) / bits * 2 / 28)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))
+def test_recovery_is_paired_and_undefined_where_nothing_is_lost(pairs: list[tuple[bool, bool]]) -> None:
+    before, after = np.array(pairs).T
+    row = recovered({}, "recovery", before, after)
+    if before.any():
+        assert row.measured == pytest.approx(1 - after.sum() / before.sum())
+        assert row.low <= row.measured <= row.high  # type: ignore[operator]
+    else:
+        assert np.isnan(row.measured)  # type: ignore[arg-type]
+
+
+# --- what was published, and the registry ---
+
+
+def test_published_values_stand_beside_those_of_the_same_model() -> None:
+    qwen = study(name="Qwen/Qwen2.5-7B-Instruct")
+    cell = tables()["pcr_framework"].function(qwen).cell("PCR", grid="symmetric")
+    assert (cell["published"], cell["source"]) == (0.15, "release (result)")
+    clamped = tables()["pcr_framework"].function(qwen).cell("PCR", grid="clamped asymmetric")
+    assert np.isnan(clamped["published"])
+    assert clamped["source"] == "not in the paper"
+    eight = tables()["advbench_main"].function(qwen).cell("conditional flip", bits=8)
+    assert eight["published"] == 0.002
+    assert "inferred" in eight["source"]
+    three = tables()["advbench_main"].function(qwen).cell("conditional flip", bits=3)
+    assert three["source"] == "not public"
+    assert "(paper: 0.2 %)" in tables()["advbench_main"].function(qwen).to_text()
+    assert tables()["taxonomy"].function(qwen).cell("mode")["published"] == "outlier-as-safety"
+
+
+def test_a_model_that_is_not_the_papers_has_nothing_published_beside_it(shared: Study) -> None:
+    sources = set(tables()["pcr_framework"].function(shared).to_frame().source)
+    assert sources == {"not a model of the paper", "not in the paper"}
+
+
+def test_a_study_measures_nothing_twice(tmp_path: Path) -> None:
+    with study(tmp_path).opened() as first:
+        for name in ("advbench_main", "pcr_framework"):
+            tables()[name].function(first, mode="released")
+        known = first.base().journal.known  # type: ignore[attr-defined]
+        tables()["taxonomy"].function(first, mode="released")
+        assert first.base().journal.known == known  # type: ignore[attr-defined]
+        text = tables()["advbench_main"].function(first, mode="released").to_text()
+    with study(tmp_path).opened() as again:
+        assert tables()["advbench_main"].function(again, mode="released").to_text() == text
+        assert again.base().journal.known == known  # type: ignore[attr-defined]
+
+
+def test_tables_are_functions_of_a_model_too(shared: Study) -> None:
+    found = kvgeom.paper.advbench_main(
+        WIDE, prompts=ASKED, judge=RUN.judge, max_new_tokens=RUN.max_new_tokens, progress=False
+    )
+    assert found.to_frame().equals(tables()["advbench_main"].function(shared).to_frame())
+    with pytest.raises(InputError, match="did you mean 'prompts'"):
+        kvgeom.paper.advbench_main(WIDE, promts=ASKED)
+    with pytest.raises(AttributeError, match="no table 'advbench'"):
+        kvgeom.paper.advbench  # noqa: B018
+
+
+def test_tables_are_found_by_the_papers_labels() -> None:
+    assert get_table("cumulative_yi").name == "cumulative"
+    assert get_table("qwen_protection_sweep").name == "protection_sweep"
+    with pytest.raises(InputError, match="does not measure"):
+        get_table("specdecode_flip")
+    with pytest.raises(InputError, match="did you mean"):
+        get_table("cumulativ")
+
+
+def test_rows_of_another_place_are_looked_up_there() -> None:
+    assert Row({"bits": 4}, "flip", 0.5).coordinates == {"bits": 4}
+    assert Row({"bits": 4}, "flip", 0.5, published_at={}).coordinates == {}
+    assert Row({"bits": 4}, "flip", 0.5, published_at=None).coordinates is None
