@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kvgeom.errors import DownloadError, InputError, KvgeomError, ModelError
+from kvgeom.errors import DownloadError, InputError, KvgeomError, ModelError, ServerError
 
 if TYPE_CHECKING:
     from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
@@ -67,6 +67,7 @@ __all__ = [
     "PromptSet",
     "Recipe",
     "Scheme",
+    "ServerError",
     "Subspace",
     "audit",
     "baseline",

@@ -28,7 +28,10 @@ def brute_score(difference: float, lost: int, gained: int, refusals: int) -> flo
     rest = refusals - lost - gained
     bounds = (max(0.0, -difference), (1 - difference) / 2)
     found = minimize_scalar(
-        lambda q: -log_likelihood(q, difference, lost, gained, rest), bounds=bounds, method="bounded", options={"xatol": 1e-12}
+        lambda q: -log_likelihood(q, difference, lost, gained, rest),
+        bounds=bounds,
+        method="bounded",
+        options={"xatol": 1e-12},
     )
     q = max([found.x, *bounds], key=lambda q: log_likelihood(q, difference, lost, gained, rest))
     variance = (2 * q + difference - difference**2) / refusals  # of a mean of -1, 0 and 1
