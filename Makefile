@@ -6,7 +6,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-real test-all lint docs organisms certificate clean
+# An environment for each engine, which disagree about what they need.
+ENGINES := .engines
+
+.PHONY: demo test test-real test-all test-engines lint docs organisms certificate clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/kvgeom audit demo --out audit-demo
@@ -21,6 +24,12 @@ test-real: $(VENV)/.dev
 
 test-all: test $(VENV)/.dev
 	$(BIN)/python -m pytest -m "real or slow"
+
+# Engines as they are, in environments that are kept; tests of one that cannot be installed here are skipped and say so.
+test-engines: $(VENV)/.dev
+	-$(MAKE) --no-print-directory $(ENGINES)/llamacpp/.made
+	-$(MAKE) --no-print-directory $(ENGINES)/vllm/.made
+	KVGEOM_ENGINES=$(CURDIR)/$(ENGINES) $(BIN)/python -m pytest -m engines -rs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -41,7 +50,14 @@ docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(ENGINES)
+
+$(ENGINES)/%/.made: tests/engines/%.txt | $(VENV)/bin/python
+	@echo "installing $* in $(ENGINES)/$*..."
+	$(VENV)/bin/python -m venv --clear $(ENGINES)/$*
+	$(ENGINES)/$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	$(ENGINES)/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 # A stamp is written only when its installation has ended well, so that an interrupted one is done again.
 $(VENV)/bin/python:

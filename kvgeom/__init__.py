@@ -8,13 +8,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kvgeom.errors import DownloadError, InputError, KvgeomError, ModelError
+from kvgeom.errors import DownloadError, InputError, KvgeomError, ModelError, ServerError
 
 if TYPE_CHECKING:
     from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
     from kvgeom.evaluation.baseline import baseline
     from kvgeom.evaluation.evaluate import evaluate
     from kvgeom.evaluation.outcomes import Outcomes
+    from kvgeom.gating.result import Gate
+    from kvgeom.gating.run import gate
     from kvgeom.geometry.subspace import Subspace, subspace
     from kvgeom.judges.classifiers import classifier
     from kvgeom.judges.keyword import KeywordJudge
@@ -32,6 +34,7 @@ _HOMES = {
     "Audit": "kvgeom.report.audit",
     "Diagnosis": "kvgeom.diagnosis.diagnose",
     "Fix": "kvgeom.report.fix",
+    "Gate": "kvgeom.gating.result",
     "KeywordJudge": "kvgeom.judges.keyword",
     "Outcomes": "kvgeom.evaluation.outcomes",
     "Placement": "kvgeom.quant.placement",
@@ -47,6 +50,7 @@ _HOMES = {
     "diagnose": "kvgeom.diagnosis.diagnose",
     "evaluate": "kvgeom.evaluation.evaluate",
     "fix": "kvgeom.report.fix",
+    "gate": "kvgeom.gating.run",
     "load": "kvgeom.models.load",
     "load_prompts": "kvgeom.prompts.load",
     "subspace": "kvgeom.geometry.subspace",
@@ -57,6 +61,7 @@ __all__ = [
     "Diagnosis",
     "DownloadError",
     "Fix",
+    "Gate",
     "InputError",
     "KeywordJudge",
     "KvgeomError",
@@ -67,6 +72,7 @@ __all__ = [
     "PromptSet",
     "Recipe",
     "Scheme",
+    "ServerError",
     "Subspace",
     "audit",
     "baseline",
@@ -75,6 +81,7 @@ __all__ = [
     "diagnose",
     "evaluate",
     "fix",
+    "gate",
     "load",
     "load_prompts",
     "subspace",

@@ -26,6 +26,10 @@ class DownloadError(KvgeomError):
     """Something that had to be fetched did not arrive, or is not what its hash says."""
 
 
+class ServerError(KvgeomError):
+    """A server did not start, ended, or answered what cannot be used."""
+
+
 class KvgeomWarning(UserWarning):
     """Something that kvgeom takes care of, and that the user may want otherwise."""
 

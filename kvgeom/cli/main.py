@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
 import kvgeom
-from kvgeom.cli import audit, diagnose, fix, paper, scan, schemes, sweep
+from kvgeom.cli import audit, diagnose, fix, gate, paper, scan, schemes, sweep
 from kvgeom.cli.streams import usable_streams
 from kvgeom.errors import KvgeomError, KvgeomWarning, unknown
 from kvgeom.paths import disk_is_full, not_written
 
 #: In the order of ``kvgeom --help``. Each module has NAME, HELP, DESCRIPTION, add_options(parser) and run(arguments).
-COMMANDS = (audit, diagnose, sweep, scan, fix, paper, schemes)
+COMMANDS = (audit, diagnose, sweep, scan, fix, gate, paper, schemes)
 
 #: Characters of an error of the parser, which repeats what was written.
 LONGEST = 500
@@ -26,8 +26,9 @@ LONGEST = 500
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``kvgeom``; returns the exit status.
 
-    It is 0, also where standard output was closed (``>&-``) and nothing is shown; 2 for input that cannot be used, or output
-    that cannot be written; 130 when interrupted; 141 when what reads the output has ended (``| head``).
+    It is 0, also where standard output was closed (``>&-``) and nothing is shown; of ``gate`` 1 or 3 where the candidate fails or it
+    is not known; 2 for input that cannot be used, or output that cannot be written; 130 when interrupted; 141 when what reads the
+    output has ended (``| head``).
     """
     with usable_streams():
         return _flushed(argv)

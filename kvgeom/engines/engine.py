@@ -1,4 +1,4 @@
-"""What an engine is: how it stores a cache (presets) and how it is configured (export)."""
+"""What an engine is: how it stores a cache (presets), how it is configured (export) and how it is run (runner)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvgeom.checks import check_texts, whole_numbers
+from kvgeom.engines.runner import Runner
 from kvgeom.errors import InputError, brief
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Schemes, stored_as
@@ -179,6 +180,8 @@ class Engine:
         The configuration that is nearest to a recipe, for an engine that can be configured.
     export_plan : callable (file, recipe, placement) -> Export or None, optional
         For an engine that reads a saved plan and so loses nothing of it; ``None`` where it cannot run this one.
+    runner : Runner, optional
+        How it is run as a server, for an engine that kvgeom can start.
     """
 
     name: str
@@ -190,6 +193,7 @@ class Engine:
     presets: tuple[Preset, ...] = ()
     export: Callable[[Recipe, Placement, KVGeometry], Export] | None = None
     export_plan: Callable[[str | Path, Recipe, Placement], Export | None] | None = None
+    runner: Runner | None = None
 
     def config(self, preset: Preset, bits: int | None = None) -> CacheConfig:
         """The cache of one of the presets at a width, the default one if none is given.

