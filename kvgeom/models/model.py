@@ -104,8 +104,7 @@ class Model(Protocol):
     -----
     There may also be ``generate_padded`` (:func:`kvgeom.models.padded.decode_padded`), for placements that share scales between
     prompts; ``written(ids) -> str``, :meth:`decode` with all special tokens; ``prompt_end``, what the template puts after a request;
-    ``template_options``, what it is told; ``reasoning_switch``, the option that would switch reasoning off, or None; and ``notes``, a
-    tuple of str: what of the model's files changes answers and is done otherwise.
+    ``template_options``, what it is told; ``reasoning_switch``, the option that would switch reasoning off; ``notes`` on its files.
     """
 
     name: str
