@@ -118,8 +118,6 @@ MAKERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "load_prompts": (kvgeom.load_prompts, {"prompts": ["a b"]}),
     "take": (PROMPTS.take, {"n": 1}),
     "memory": (as_budget, {"memory": 0.02}),
-    "register_judge": (register_judge, {"name": "a/b", "make": KeywordJudge}),
-    "register_benchmark": (register_benchmark, {"name": "calibration", "benchmark": Benchmark("t", "h", "l", "c")}),
 }
 
 
@@ -167,6 +165,13 @@ def test_what_makes_values_works_or_ends_in_one_short_line(name: str) -> None:
     taken = [each.name for each in signature(call).parameters.values() if each.kind == each.POSITIONAL_OR_KEYWORD]
     taken += [each.name for each in signature(call).parameters.values() if each.kind == each.KEYWORD_ONLY]
     assert not wrong_ends(call, works, taken, MORE)
+
+
+@pytest.mark.parametrize("name", [None, 3, "", [], {}, b"x", np.array(["x"]), Path("x")])
+def test_what_is_registered_has_a_text_for_its_name(name: Any) -> None:
+    for register, what in ((register_judge, KeywordJudge), (register_benchmark, Benchmark("t", "h", "l", "c"))):
+        with pytest.raises(InputError):
+            register(name, what)
 
 
 @pytest.mark.parametrize(

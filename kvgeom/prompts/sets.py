@@ -10,7 +10,7 @@ from functools import cached_property
 from importlib.resources import files
 from typing import Any
 
-from kvgeom.checks import as_text, suggests, whole
+from kvgeom.checks import as_text, check_texts, suggests, whole
 from kvgeom.errors import InputError, brief
 from kvgeom.prompts.rows import CLASSES, as_request, items
 from kvgeom.prompts.similar import clusters
@@ -43,7 +43,7 @@ class PromptSet:
     Raises
     ------
     InputError
-        If a request is blank or not text, or both harmful and harmless; if name or source is blank or not text, or what was
+        If a request is blank or not text, or both harmful and harmless; if name or source is not text, or what was
         left out is no count.
     """
 
@@ -55,8 +55,10 @@ class PromptSet:
     similar: int | None = None
 
     def __post_init__(self) -> None:
+        check_texts("a prompt set", self, "name", "source")
         for name in ("name", "source"):
-            as_text(f"{name} of a prompt set", getattr(self, name))
+            if getattr(self, name):
+                as_text(f"{name} of a prompt set", getattr(self, name))
         for name in ("repeated", "similar"):
             if (count := getattr(self, name)) is not None or name == "repeated":
                 object.__setattr__(self, name, whole(f"{name} of a prompt set", count))

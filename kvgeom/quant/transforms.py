@@ -62,7 +62,8 @@ class Statics:
         """
         import torch
 
-        as_text("the name of constants", name)
+        if not isinstance(name, str) or name.strip():  # a blank one is odd, and harmless
+            as_text("the name of constants", name)
         rotary = flag("rotary", rotary)
         if not isinstance(vectors, Mapping):
             raise InputError(

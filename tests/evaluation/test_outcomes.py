@@ -146,3 +146,32 @@ def test_no_prompts_are_saved_with_the_types_of_some(whole: Outcomes, tmp_path: 
     types = {name: variable.dtype for name, variable in whole.data.variables.items()}
     for column in ("label", "text", "request", "placement", "family"):
         assert again.data[column].dtype == types[column] == np.dtype(object)
+
+
+def test_recipes_that_are_not_there(whole: Outcomes) -> None:
+    """By any method, one line that says which there are; where several are taken, one may be given alone."""
+    one = (
+        *(whole.flips, whole.flipped, whole.counts, whole.gains, whole.unended, whole.unread, whole.all_unread),
+        *(whole.at_recipes, whole.margin_drops, whole.made_by, whole.flip_columns),
+    )
+    for method in one:
+        for wrong in ("zzz", None, 3, np.array(["a", "b"]) if method is whole.flips else ["a", "zzz"]):
+            with pytest.raises(InputError, match=r"unknown recipe .*choose from exact, a, b, c"):
+                method(wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="unknown label 'complied to'; did you mean 'complied'"):
+        whole.flipped("a", "complied to")  # type: ignore[arg-type]
+    assert whole.at_recipes("b").data.identical(whole.at_recipes(["b", EXACT]).data)
+    assert whole.at_prompts(1).data.identical(whole.at_prompts([1]).data)
+    with pytest.raises(InputError, match=f"unknown prompt {len(REQUESTS)}; choose from 0 to {len(REQUESTS) - 1}"):
+        whole.at_prompts([0, len(REQUESTS)])
+    with pytest.raises(InputError, match="joined with other Outcomes, got None"):
+        whole.joined(None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"give kvgeom\.classifier"):
+        whole.relabel("minos")  # type: ignore[arg-type]
+
+
+def test_an_error_names_no_more_recipes_than_fit(whole: Outcomes) -> None:
+    many = whole.data.isel(recipe=[0, *[1] * 200]).assign_coords(recipe=[EXACT, *(f"layer {n}" for n in range(200))])
+    with pytest.raises(InputError, match=r"choose from exact, layer 0, .*\(201 in all\)") as raised:
+        Outcomes(many, whole.meta).flips("?")
+    assert len(str(raised.value)) < 200
