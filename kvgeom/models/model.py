@@ -102,11 +102,9 @@ class Model(Protocol):
 
     Notes
     -----
-    There may also be ``generate_padded(prompts, edit, max_new_tokens, *, stop)``, which decodes prompts as one batch padded on
-    the left that one edit sees whole (:func:`kvgeom.models.padded.decode_padded`), as placements that share scales between
-    prompts need it; ``written(ids) -> str``, which is :meth:`decode` with all special tokens; ``prompt_end``, what the chat
-    template puts after a request; ``template_options``, what it is told; ``reasoning_switch``, the option that would switch
-    reasoning off, or None; and ``notes``, a tuple of str: what of the model's files changes answers and is done otherwise.
+    There may also be ``generate_padded`` (:class:`kvgeom.models.padded.Padding`); ``written(ids) -> str``, which is :meth:`decode`
+    with all special tokens; ``prompt_end``, what the chat template puts after a request; ``template_options``, what it is told;
+    ``reasoning_switch``, the option that switches reasoning off, or None; and ``notes``, what of its files changes answers.
     """
 
     name: str
