@@ -64,8 +64,7 @@ class HFModel(Identified, Differentiable, Padding):
     Raises
     ------
     InputError
-        If the template does not use an option, the model has no language-model head, or no embedding of a token of the
-        template.
+        If the template does not use an option, or the model has no language-model head or no embedding of a token of it.
     ModelError
         If the model has no decoder layers or no cache that kvgeom can reach, or no chat template; if it is not causal, its
         weights are not in memory, or it computes NaN.

@@ -102,9 +102,9 @@ class Model(Protocol):
 
     Notes
     -----
-    There may also be ``generate_padded`` (:func:`kvgeom.models.padded.decode_padded`), for placements that share scales between
-    prompts; ``written(ids) -> str``, :meth:`decode` with all special tokens; ``prompt_end``, what the template puts after a request;
-    ``template_options``, what it is told; ``reasoning_switch``, the option that would switch reasoning off; ``notes`` on its files.
+    There may also be ``generate_padded`` (:class:`kvgeom.models.padded.Padding`); ``written(ids) -> str``, which is :meth:`decode`
+    with all special tokens; ``prompt_end``, what the chat template puts after a request; ``template_options``, what it is told;
+    ``reasoning_switch``, the option that switches reasoning off, or None; and ``notes``, what of its files changes answers.
     """
 
     name: str

@@ -77,7 +77,7 @@ def decode_padded(
 
 
 class Padding:
-    """Part of a backend that has a tokenizer and runs batches under a mask."""
+    """Part of a backend that has a tokenizer and runs batches under a mask: what placements that share scales need."""
 
     @torch.inference_mode()
     def generate_padded(

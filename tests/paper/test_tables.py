@@ -196,6 +196,19 @@ def test_released_kivi_is_plain_arithmetic(shared: Study) -> None:
         assert measured(table, "flip", bits=bits, cache="KIVI, clamped") == expected.sum()
 
 
+def test_a_residual_window_that_holds_all_recovers_nothing(shared: Study) -> None:
+    """It loses nothing either; that is no merit of KIVI. A window of 32 lets most prompts meet rounding."""
+    table = tables()["kivi"].function(shared)
+    for bits in (4, 2):
+        assert measured(table, "flip", bits=bits, cache="KIVI, 128 exact") == 0
+        assert table.cell("recovery", bits=bits, cache="KIVI, 128 exact")["measured"] == "nothing is rounded"
+        met = table.cell("prompts that meet rounding", bits=bits, cache="KIVI, 32 exact")["measured"]
+        longest = [len(shared.base().prompts[index]) + RUN.max_new_tokens - 1 for index in shared.base().refused]
+        assert max(longest) < 128
+        assert met == sum(length > 32 for length in longest) > 0
+        assert isinstance(table.cell("recovery", bits=bits, cache="KIVI, 32 exact")["measured"], float)
+
+
 def test_released_mitigations_are_plain_arithmetic(shared: Study) -> None:
     table = tables()["perchannel_mitigation"].function(shared, mode="released")
     critical = shared.critical(shared.protocol("released")).first

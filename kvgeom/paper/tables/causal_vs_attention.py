@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvgeom.paper.attention import by_attention
-from kvgeom.paper.protection import BASE_BITS, protection_rows
+from kvgeom.paper.protection import BASE_BITS, UNPROTECTED, protected, protection_rows
 from kvgeom.paper.protocol import Protocol
 from kvgeom.paper.registry import Measured, paper_table
 from kvgeom.paper.study import Study
@@ -40,8 +40,6 @@ def causal_vs_attention(study: Study, protocol: Protocol) -> Measured:
 
 def claim(study: Study, protocol: Protocol, rules: dict[str, list[int]]) -> str:
     """What is seen of the claim that choosing by attention fails, in a sentence."""
-    from kvgeom.paper.protection import UNPROTECTED, protected
-
     found = study.flipped(protected(protocol, BASE_BITS, rules), title="rules")
     if not found[UNPROTECTED].any():
         return "The cache loses nothing unprotected, so that no rule can be told from another."

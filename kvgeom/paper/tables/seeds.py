@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from kvgeom.evaluation.baseline import run_baseline
+from kvgeom.evaluation.evaluate import run_conditions
 from kvgeom.paper.cells import widths
 from kvgeom.paper.protocol import Protocol
 from kvgeom.paper.registry import Measured, paper_table
@@ -18,11 +22,6 @@ def seeds(study: Study, protocol: Protocol) -> Measured:
 
     The runs are not taken from a journal: each is made again, so that what differs between them is seen.
     """
-    from dataclasses import replace
-
-    from kvgeom.evaluation.baseline import run_baseline
-    from kvgeom.evaluation.evaluate import run_conditions
-
     base, conditions = study.base(), widths(protocol, BITS)
     texts: dict[int, dict[str, list[str]]] = {}
     rows: list[Row] = []
