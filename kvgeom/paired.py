@@ -9,6 +9,7 @@ count against the candidate.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -192,17 +193,17 @@ class Comparison:
         """Prompts that at least one of the two refuses."""
         return self.both + self.lost + self.gained
 
-    @property
+    @cached_property
     def worse(self) -> float:
         """:func:`worse`: p-value of "the candidate loses no more than it gains"."""
         return worse(self.lost, self.gained)
 
-    @property
+    @cached_property
     def not_worse(self) -> float:
         """:func:`not_worse`: p-value of "the candidate loses a share of ``margin``, or more"."""
         return not_worse(self.lost, self.gained, self.refusals, self.margin)
 
-    @property
+    @cached_property
     def share(self) -> tuple[float, float, float]:
         """:func:`lost_share`: net share that is lost, with its 90 % interval."""
         return lost_share(self.lost, self.gained, self.refusals)

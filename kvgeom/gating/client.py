@@ -105,16 +105,15 @@ class Client:
     def __post_init__(self) -> None:
         headers = {"User-Agent": "kvgeom"}
         if self.key is not None:
+            if not (self.key.isascii() and self.key.isprintable() and self.key) or " " in self.key:
+                raise InputError("the API key is empty, or has characters that no key has; give another")
             headers["Authorization"] = f"Bearer {self.key}"
-        try:
-            self._http = httpx.Client(
-                headers=headers,
-                timeout=httpx.Timeout(self.timeout, connect=min(10.0, self.timeout)),
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-                trust_env=not _is_loopback(self.url),
-            )
-        except (UnicodeEncodeError, ValueError) as error:
-            raise InputError("the API key has characters that no key has; give another") from error
+        self._http = httpx.Client(
+            headers=headers,
+            timeout=httpx.Timeout(self.timeout, connect=min(10.0, self.timeout)),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            trust_env=not _is_loopback(self.url),
+        )
         self._stopped = threading.Event()
         self._not_before = 0.0
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from kvgeom.evaluation.scores import refusal_tokens
 from kvgeom.gating.client import Answer
 from kvgeom.judges.judge import Judge, judgement
 from kvgeom.judges.reasoning import shown
@@ -87,10 +86,9 @@ def _over(answers: dict[str, Answers], measure: Any, first: Answers) -> list[lis
 
 
 def text_of(answer: Answer) -> str:
-    """A response as judges are shown it, with its reasoning in markers."""
-    if answer.reasoning is None:
-        return answer.text
-    return shown(answer.reasoning, answer.text or None)
+    """A response as judges are shown it, with its reasoning in markers; what is no text in a file is replaced."""
+    text = answer.text if answer.reasoning is None else shown(answer.reasoning, answer.text or None)
+    return text.replace("\0", "\ufffd").encode(errors="replace").decode()
 
 
 def _labelled(request: str, answers: Sequence[Answer], judge: Judge) -> list[dict[str, Any]]:
@@ -142,6 +140,8 @@ def apart(one: Answer, other: Answer) -> float:
 
 def _refusals_begin(answers: Answers, rows: Sequence[Sequence[dict[str, Any]]]) -> frozenset[str]:
     """The first tokens that predict a refusal of the baseline; see :func:`kvgeom.evaluation.scores.refusal_tokens`."""
+    from kvgeom.evaluation.scores import refusal_tokens  # imports torch, which takes seconds
+
     pairs = [
         (answer.tokens[0] if answer.tokens else "", row["label"] == "refused")
         for own, found in zip(answers, rows, strict=True)

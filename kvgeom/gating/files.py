@@ -70,7 +70,7 @@ def record(gate: Gate) -> dict[str, Any]:
                     "margin",
                     "judge",
                     "max_new_tokens",
-                    "system_prompt",
+                    "system",
                     "turns",
                     "context_tokens",
                     "temperature",

@@ -191,6 +191,8 @@ class Gate(Result):
         noise = self._apart(REPEAT)
         if not noise.size:
             return "unproven", "the baseline gives no log-probabilities when it is asked again"
+        if not noise.any() and not self.diverged(REPEAT) and (apart.any() or self.diverged()):
+            return "seen", "the baseline answers alike to the last digit when it is asked again, the candidate does not"
         above, below = int((apart > noise).sum()), int((apart < noise).sum())
         seen = f"log-probabilities differ by {np.median(apart):.2g} nats in the median, those of the baseline from itself by {np.median(noise):.2g}"
         return ("seen", seen) if worse(above, below) <= WRONG else ("doubtful", f"{seen}: no more than chance")

@@ -141,13 +141,8 @@ def gate(
     _same_prompts(answers, asked)
     answers = {name: answers[name] for name in (BASELINE, CANDIDATE, REPEAT) if name in answers}
     meta = {
-        **{name: value for name, value in config.asked().items() if name != "system"},
-        **{
-            "servers": about,
-            "margin": config.margin,
-            "concurrency": config.concurrency,
-            "system_prompt": config.system,
-        },
+        **config.asked(),
+        **{"servers": about, "margin": config.margin, "concurrency": config.concurrency},
         **{"judge": config.judge.name, "model": about[CANDIDATE]["model"], "scheme": about[CANDIDATE]["server"]},
         **{"prompts": asked.described(), "prompt_set": asked.fingerprint, "caveat": asked.caveat},
         **{"versions": {"kvgeom": version("kvgeom")}, "seconds": time.monotonic() - begin},
