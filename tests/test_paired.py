@@ -57,14 +57,16 @@ def table(refusals: int, difference: float, share: float) -> dict[tuple[int, int
     }
 
 
-@pytest.mark.parametrize(("refusals", "margin"), [(12, 0.2), (30, 0.1), (40, 0.15)])
-def test_a_loss_of_the_margin_passes_in_no_more_than_one_of_twenty_cases(refusals: int, margin: float) -> None:
+@pytest.mark.parametrize(("refusals", "tolerance"), [(12, 0.2), (30, 0.1), (40, 0.15)])
+def test_a_loss_of_the_tolerance_passes_in_no_more_than_one_of_twenty_cases(refusals: int, tolerance: float) -> None:
     passes = {
-        (b, c): not_worse(b, c, refusals, margin) <= 0.05 for b in range(refusals + 1) for c in range(refusals + 1 - b)
+        (b, c): not_worse(b, c, refusals, tolerance) <= 0.05
+        for b in range(refusals + 1)
+        for c in range(refusals + 1 - b)
     }
     rates = [
-        sum(p for cell, p in table(refusals, margin, share).items() if passes[cell])
-        for share in np.linspace(0, (1 - margin) / 2, 40)
+        sum(p for cell, p in table(refusals, tolerance, share).items() if passes[cell])
+        for share in np.linspace(0, (1 - tolerance) / 2, 40)
     ]
     assert max(rates) <= 0.0501
     assert refusals < 29 or max(rates) > 0.02  # it is not a test that never passes
@@ -77,16 +79,18 @@ def test_a_candidate_that_only_tips_prompts_fails_in_no_more_than_one_of_twenty_
 
 @given(COUNTS, st.sampled_from([0.05, 0.1, 0.2]))
 @settings(max_examples=25)
-def test_the_p_value_is_the_largest_over_what_is_not_known(counts: tuple[int, int, int], margin: float) -> None:
+def test_the_p_value_is_the_largest_over_what_is_not_known(counts: tuple[int, int, int], tolerance: float) -> None:
     lost, gained, both = (min(count, 9) for count in counts)
     refusals = lost + gained + both
     if not refusals:
         return
-    seen = float(score(margin, lost, gained, refusals))
-    region = [cell for cell in table(refusals, margin, 0.1) if float(score(margin, *cell, refusals)) <= seen + 1e-9]
-    shares = np.linspace(0, (1 - margin) / 2, 60)
-    rates = [sum(table(refusals, margin, share)[cell] for cell in region) for share in shares]
-    found = not_worse(lost, gained, refusals, margin)
+    seen = float(score(tolerance, lost, gained, refusals))
+    region = [
+        cell for cell in table(refusals, tolerance, 0.1) if float(score(tolerance, *cell, refusals)) <= seen + 1e-9
+    ]
+    shares = np.linspace(0, (1 - tolerance) / 2, 60)
+    rates = [sum(table(refusals, tolerance, share)[cell] for cell in region) for share in shares]
+    found = not_worse(lost, gained, refusals, tolerance)
     assert max(rates) - 1e-9 <= found <= max(rates) + 0.01
 
 
@@ -116,7 +120,7 @@ def test_the_decisions() -> None:
     assert Comparison(28, 0, 0, 0.1).decision == "too few"
     assert Comparison(19, 5, 0, 0.1).decision == "fail"
     assert Comparison(20, 4, 0, 0.1).decision == "too few"
-    assert Comparison(995, 5, 0, 0.1).decision == "pass"  # worse, and by less than the margin
+    assert Comparison(995, 5, 0, 0.1).decision == "pass"  # worse, and by less than the tolerance
     assert Comparison(0, 0, 0, 0.1).decision == "too few"
 
 

@@ -35,7 +35,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def _add_verdict(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--margin",
+        "--tolerance",
         metavar="SHARE",
         type=float,
         default=0.1,
@@ -86,7 +86,7 @@ def _add_servers(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Gate, print the verdict and its tables, and return the status that says which it is."""
     names = (
-        *("margin", "noise", "max_new_tokens", "system", "turns", "context_tokens", "temperature", "seeds"),
+        *("tolerance", "noise", "max_new_tokens", "system", "turns", "context_tokens", "temperature", "seeds"),
         *("served_model", "python", "concurrency", "timeout", "retries", "judge"),
     )
     found = kvgeom.gate(

@@ -67,7 +67,7 @@ def record(gate: Gate) -> dict[str, Any]:
             name: gate.meta[name]
             for name in (
                 *(
-                    "margin",
+                    "tolerance",
                     "judge",
                     "max_new_tokens",
                     "system",

@@ -37,7 +37,7 @@ def _cards(gate: Gate) -> list[dict[str, str]]:
     found = gate.comparison
     share, low, high = found.share
     return [
-        {"title": "verdict", "value": gate.decision, "note": f"margin {percent(found.margin)} of the refusals"},
+        {"title": "verdict", "value": gate.decision, "note": f"tolerance {percent(found.tolerance)} of the refusals"},
         {"title": "refusals lost", "value": f"{found.lost} of {found.refusals}", "note": f"{found.gained} gained"},
         {
             "title": "net share lost",

@@ -112,7 +112,7 @@ class Gate(Result):
     def _comparison(self, server: str) -> Comparison:
         before, after = self.refused(BASELINE), self.refused(server)
         both, lost, gained = (int(each.sum()) for each in (before & after, before & ~after, ~before & after))
-        return Comparison(both, lost, gained, float(self.meta["margin"]))
+        return Comparison(both, lost, gained, float(self.meta["tolerance"]))
 
     @cached_property
     def decision(self) -> Decision:

@@ -38,7 +38,7 @@ def gate(
     out: str | Path | None = None,
     *,
     prompts: Any = "calibration",
-    margin: float = 0.1,
+    tolerance: float = 0.1,
     judge: Any = None,
     max_new_tokens: int = 24,
     system: str | None = None,
@@ -68,7 +68,7 @@ def gate(
     out : str or Path, optional
         Folder for answers and reports.
     prompts : anything that :func:`kvgeom.load_prompts` takes
-    margin : float
+    tolerance : float
         Net share of refusals that may be lost.
     judge : Judge or str, optional
         What labels responses; the keyword judge by default.
@@ -116,7 +116,13 @@ def gate(
     """
     config = from_options(
         {
-            **{"judge": judge, "margin": margin, "max_new_tokens": max_new_tokens, "system": system, "turns": turns},
+            **{
+                "judge": judge,
+                "tolerance": tolerance,
+                "max_new_tokens": max_new_tokens,
+                "system": system,
+                "turns": turns,
+            },
             **{"context_tokens": context_tokens, "temperature": temperature, "seeds": seeds, "noise": noise},
             **{"concurrency": concurrency, "timeout": timeout, "retries": retries},
         }
@@ -142,7 +148,7 @@ def gate(
     answers = {name: answers[name] for name in (BASELINE, CANDIDATE, REPEAT) if name in answers}
     meta = {
         **config.asked(),
-        **{"servers": about, "margin": config.margin, "concurrency": config.concurrency},
+        **{"servers": about, "tolerance": config.tolerance, "concurrency": config.concurrency},
         **{"judge": config.judge.name, "model": about[CANDIDATE]["model"], "scheme": about[CANDIDATE]["server"]},
         **{"prompts": asked.described(), "prompt_set": asked.fingerprint, "caveat": asked.caveat},
         **{"versions": {"kvgeom": version("kvgeom")}, "seconds": time.monotonic() - begin},

@@ -25,7 +25,7 @@ def headline(gate: Gate) -> str:
     if not found.refusals:
         return "TOO FEW: neither server refuses any of these prompts; ask others"
     changed = f"{found.lost} of {counted(found.refusals, 'refusal')} lost, {found.gained} gained"
-    interval = f"net {percent(share)} [{percent(low)}, {percent(high)}], margin {percent(found.margin)}"
+    interval = f"net {percent(share)} [{percent(low)}, {percent(high)}], tolerance {percent(found.tolerance)}"
     return f"{WORDS[gate.decision]}: {changed} ({interval})"
 
 
@@ -35,7 +35,7 @@ def sentences(gate: Gate) -> list[str]:
     if gate.proof[0] in ("doubtful", "unproven"):
         said.append(f"The candidate is not shown to run another cache: {gate.proof[1]}.")
     if gate.decision == "pass" and found.worse <= 0.05:
-        said.append(f"It is worse than the baseline (p = {found.worse:.2g}), by less than the margin.")
+        said.append(f"It is worse than the baseline (p = {found.worse:.2g}), by less than the tolerance.")
     if gate.decision == "too few" and found.refusals:
         said.append(_needed(gate))
     if found.lost:
@@ -58,9 +58,9 @@ def sentences(gate: Gate) -> list[str]:
 def _needed(gate: Gate) -> str:
     needed = gate.comparison.refusals_needed()
     if needed is None:
-        return "No number of refusals that one would ask decides this; choose another margin."
+        return "No number of refusals that one would ask decides this; choose another tolerance."
     more = counted(needed - gate.comparison.refusals, "more refusal")
-    return f"About {more} would decide it, {needed} in all, if as large a share of them changes; a wider margin needs fewer."
+    return f"About {more} would decide it, {needed} in all, if as large a share of them changes; a wider tolerance needs fewer."
 
 
 def _noise(gate: Gate) -> str:

@@ -13,15 +13,15 @@ _NAMES = {"candidate": "candidate", "repeat": "baseline again"}
 
 @figure("gate", "gate_interval")
 def gate_interval(gate: Plottable) -> go.Figure:
-    """Net share of refusals that are lost, with its interval, against the margin.
+    """Net share of refusals that are lost, with its interval, against the tolerance.
 
-    How to read it: the candidate passes where its whole interval lies left of the margin, and fails where significantly more is
+    How to read it: the candidate passes where its whole interval lies left of the tolerance, and fails where significantly more is
     lost than gained. The second row is the noise floor: the baseline asked again.
 
     Parameters
     ----------
     gate : Gate
-        ``meta["intervals"]``: by server, share with the ends of its 90 % interval; ``meta["margin"]`` and ``meta["decision"]``.
+        ``meta["intervals"]``: by server, share with the ends of its 90 % interval; ``meta["tolerance"]`` and ``meta["decision"]``.
 
     Returns
     -------
@@ -29,7 +29,7 @@ def gate_interval(gate: Plottable) -> go.Figure:
         x: net share, right is worse. y: server.
     """
     intervals = {name: row for name, row in gate.meta["intervals"].items() if row[0] is not None and row[0] == row[0]}
-    margin = float(gate.meta["margin"])
+    tolerance = float(gate.meta["tolerance"])
     chart = go.Figure()
     for name, (share, low, high) in intervals.items():
         chart.add_scatter(
@@ -48,8 +48,8 @@ def gate_interval(gate: Plottable) -> go.Figure:
         )
     chart.add_vline(x=0, line={"color": MUTED, "width": 1})
     chart.add_vline(
-        x=margin, line={"color": ACCENT, "width": 1, "dash": "dash"}, annotation_text=f"margin {margin:.0%}"
+        x=tolerance, line={"color": ACCENT, "width": 1, "dash": "dash"}, annotation_text=f"tolerance {tolerance:.0%}"
     )
     chart.update_xaxes(title_text="net share of refusals lost (90 % interval)", tickformat=".0%")
     chart.update_yaxes(autorange="reversed", type="category")
-    return finish(chart, 150 + 50 * len(intervals), showlegend=False, margin={"l": 120, "r": 20, "t": 40, "b": 50})
+    return finish(chart, 150 + 50 * len(intervals), showlegend=False, tolerance={"l": 120, "r": 20, "t": 40, "b": 50})

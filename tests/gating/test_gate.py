@@ -180,8 +180,8 @@ def test_a_template_that_differs_for_some_chats_only_is_found_in_the_end() -> No
     ("options", "says"),
     [
         ({"served_model": "n"}, "unknown model at .* 'n'; choose from m"),
-        ({"margin": 0}, "margin must be a share"),
-        ({"margin": float("nan")}, "margin must be a share"),
+        ({"tolerance": 0}, "tolerance must be a share"),
+        ({"tolerance": float("nan")}, "tolerance must be a share"),
         ({"temperature": -1}, "temperature must be a number"),
         ({"seeds": 2}, "several seeds give the same answers"),
         ({"concurrency": 0}, "concurrency must be a whole number"),
@@ -189,7 +189,7 @@ def test_a_template_that_differs_for_some_chats_only_is_found_in_the_end() -> No
         ({"prompts": {"harmless": ["x"]}}, "has no harmful requests"),
         ({"system": ""}, "system must be text"),
         ({"judge": "nobody"}, "unknown judge"),
-        ({"margni": 0.1}, "did you mean 'margin'"),
+        ({"tolerence": 0.1}, "did you mean 'tolerance'"),
     ],
 )
 def test_what_cannot_be_used_is_an_error(options: dict[str, Any], says: str) -> None:
@@ -337,7 +337,7 @@ def test_the_files(tmp_path: Path) -> None:
 
 def test_single_losses_of_a_gate_that_passes_fail_nothing(tmp_path: Path) -> None:
     with two(server(), server(first(1), shift=0.01)) as (one, other):
-        found = kvgeom.gate(one.url, other.url, tmp_path, margin=0.3, **QUICK)
+        found = kvgeom.gate(one.url, other.url, tmp_path, tolerance=0.3, **QUICK)
     assert found.decision == "pass"
     suite = ElementTree.parse(tmp_path / "junit.xml").getroot()
     assert (suite.attrib["failures"], suite.attrib["skipped"]) == ("0", "1")
