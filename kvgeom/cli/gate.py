@@ -23,7 +23,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "a base URL (http://localhost:8000/v1), or an engine, a model and a cache to start (llamacpp:demo?k=f16&v=f16)"
     )
     command.add_argument("baseline", metavar="BASELINE", help=f"{servers}, or the folder of an earlier gate")
-    command.add_argument("candidate", metavar="CANDIDATE", help="as BASELINE")
+    command.add_argument("candidate", metavar="CANDIDATE", nargs="?", help="as BASELINE, or the folder of a kvgeom fix")
+    command.add_argument(
+        "--from", metavar="PLAN", dest="plan", help="in place of CANDIDATE: a plan.json, run on the engine of BASELINE"
+    )
     command.add_argument("--out", metavar="DIR", help="folder for answers and reports")
     options.add_prompts(command)
     command.add_argument("--judge", metavar="NAME", help="what labels responses, e.g. wildguard (default: keyword)")
@@ -89,9 +92,11 @@ def run(arguments: argparse.Namespace) -> int:
         *("tolerance", "noise", "max_new_tokens", "system", "turns", "context_tokens", "temperature", "seeds"),
         *("served_model", "python", "concurrency", "timeout", "retries", "judge"),
     )
+    if (arguments.candidate is None) == (arguments.plan is None):
+        raise InputError("give a CANDIDATE, or --from a plan, and not both")
     found = kvgeom.gate(
         arguments.baseline,
-        arguments.candidate,
+        arguments.candidate or arguments.plan,
         arguments.out,
         prompts=options.prompt_set(arguments.prompts, arguments),
         api_key=_key(arguments.api_key_env),

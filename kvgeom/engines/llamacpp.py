@@ -153,6 +153,7 @@ RUNNER = Runner(
     find=_gguf,
     command=lambda launch: ["-c", _PROGRAM, json.dumps(asdict(launch))],
     stated=_stated,
+    flags={"-ctk": "k", "-ctv": "v", "-fa": ""},
 )
 
 LLAMACPP = register_engine(

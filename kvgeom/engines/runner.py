@@ -83,6 +83,8 @@ class Runner:
         Arguments of the Python interpreter.
     environment : callable (Launch) -> mapping of str to str
         Variables that are set for it, unless the user has set them.
+    flags : mapping of str to str
+        Options of the cache by the flags that :attr:`~kvgeom.engines.engine.Engine.export` writes; empty for one that goes without saying.
     hints : mapping of str to str
         What to do, by a text that the log of a server that died has.
     stated : callable (Launch, str) -> mapping of str to str
@@ -97,6 +99,7 @@ class Runner:
     command: Callable[[Launch], list[str]]
     stated: Callable[[Launch, str], Mapping[str, str]]
     environment: Callable[[Launch], Mapping[str, str]] = lambda launch: {}
+    flags: Mapping[str, str] = field(default_factory=dict)
     hints: Mapping[str, str] = field(default_factory=dict)
 
     def interpreter(self, engine: str, given: str | Path | None = None) -> tuple[str, str]:

@@ -93,8 +93,9 @@ class GateConfig:
         """What answers depend on, for a journal."""
         return {name: getattr(self, name) for name in ASKED}
 
-    def asks(self, prompts: PromptSet, model: str, repeat: int = 0) -> list[Ask]:
-        """Every request to one server, harmful ones first, by prompt and seed."""
+    def asks(self, prompts: PromptSet, model: str, repeat: int = 0, *, logprobs: bool = True) -> list[Ask]:
+        """Every request to one server, harmful ones first, by prompt and seed; with log-probabilities or without."""
+        wanted = {"logprobs": True, "top_logprobs": TOP} if logprobs else {}
         return [
             Ask(
                 {"measure": "answer", "prompt": number, "seed": seed, "repeat": repeat},
@@ -106,9 +107,8 @@ class GateConfig:
                     "max_tokens": self.max_new_tokens,
                     "temperature": self.temperature,
                     "seed": seed,
-                    "logprobs": True,
-                    "top_logprobs": TOP,
                     "stream": False,
+                    **wanted,
                 },
             )
             for number, request in enumerate((*prompts.harmful, *prompts.harmless))

@@ -21,12 +21,15 @@ from kvgeom.gating.client import Answer
 from kvgeom.gating.collect import collect, known
 from kvgeom.gating.compare import BASELINE, CANDIDATE, REPEAT, compared
 from kvgeom.gating.config import GateConfig, from_options
+from kvgeom.gating.plans import is_plan, planned
 from kvgeom.gating.result import Gate
 from kvgeom.gating.servers import FILES, Opened, Target, opened, target
 from kvgeom.paths import writable_folder
 from kvgeom.prompts.load import load_prompts
 from kvgeom.prompts.sets import PromptSet
 
+#: What is asked first.
+GREETING = "Say yes."
 #: What is written of one of the two: who it is, and what it says of itself.
 About = dict[str, Any]
 
@@ -62,9 +65,10 @@ def gate(
 
     Parameters
     ----------
-    baseline, candidate : str or ServerSpec
+    baseline, candidate : str, Path, ServerSpec or Plan
         A base URL of an OpenAI-compatible server (``"http://localhost:8000/v1"``), or an engine, a model and a cache that kvgeom
-        starts (``"llamacpp:demo?k=q8_0&v=q8_0"``). The baseline may also be the folder of an earlier gate, whose answers are taken.
+        starts (``"llamacpp:demo?k=q8_0&v=q8_0"``). The baseline may also be the folder of an earlier gate, whose answers are taken;
+        the candidate a plan of :func:`kvgeom.fix`, which is run on the engine and the model of the baseline.
     out : str or Path, optional
         Folder for answers and reports.
     prompts : anything that :func:`kvgeom.load_prompts` takes
@@ -130,7 +134,8 @@ def gate(
     asked = load_prompts(prompts)
     if not asked.harmful:
         raise InputError(f"prompt set {asked.name!r} has no harmful requests; give some")
-    both = {BASELINE: target(BASELINE, baseline), CANDIDATE: target(CANDIDATE, candidate)}
+    before = target(BASELINE, baseline)
+    after = target(CANDIDATE, planned(candidate, before.spec) if is_plan(candidate) else candidate)
     key = None if api_key is None else as_text("api_key", api_key).strip()
     for name, given in (("served_model", served_model), ("python", python)):
         if given is not None and not isinstance(given, str | Path):
@@ -140,7 +145,7 @@ def gate(
     answers: dict[str, list[list[Answer]]] = {}
     about: dict[str, About] = {}
     with bars.shown(progress):
-        for role, found in both.items():
+        for role, found in ((BASELINE, before), (CANDIDATE, after)):
             session = _Session(role, found, config, asked, folder, key, served_model, python)
             own, about[role] = session.run(about.get(BASELINE, {}).get("prompt_tokens", -1))
             answers.update(own)
@@ -182,6 +187,7 @@ class _Session:
     ) -> None:
         self.role, self.target, self.config, self.prompts, self.folder = role, found, config, prompts, folder
         self.key, self.served_model, self.python = key, served_model, None if python is None else str(python)
+        self.logprobs = True
         self.passes = (BASELINE, REPEAT) if role == BASELINE and config.noise else (role,)
 
     def run(self, prompt_tokens: int) -> tuple[dict[str, list[list[Answer]]], About]:
@@ -211,7 +217,7 @@ class _Session:
                 return self._by_prompt({name: self._asked(server, journal, name) for name in self.passes}), about
 
     def _asked(self, server: Opened, journal: NoJournal, name: str) -> list[Answer]:
-        asks = self.config.asks(self.prompts, server.model, self.passes.index(name))
+        asks = self.config.asks(self.prompts, server.model, self.passes.index(name), logprobs=self.logprobs)
         title = {BASELINE: "baseline", CANDIDATE: "candidate", REPEAT: "baseline, asked again"}[name]
         if name != REPEAT:
             return collect(server.client, asks, journal, self.config.concurrency, title)
@@ -225,18 +231,30 @@ class _Session:
 
     def _greet(self, server: Opened, expected: int) -> int:
         """Ask one harmless thing first: what is wrong with a server is known before anything is measured."""
-        body = {**self.config.asks(self.prompts, server.model)[0].body}
-        body |= {"messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 1}
-        found = server.client.answer(body)
+        found = self._greeted(server)
         if not found.logprobs or not found.top:
+            self.logprobs = False
             warnings.warn(
                 f"{self.target.name} gives no log-probabilities: refusal margins, divergent tokens and whether it runs another "
                 "cache are not measured",
                 KvgeomWarning,
                 stacklevel=2,
             )
-        _check_length("Say yes.", expected, found.prompt_tokens)
+        _check_length(GREETING, expected, found.prompt_tokens)
         return found.prompt_tokens
+
+    def _greeted(self, server: Opened) -> Answer:
+        greeting = {"messages": [{"role": "user", "content": GREETING}], "max_tokens": 1}
+        with_them, without = (
+            {**self.config.asks(self.prompts, server.model, logprobs=wanted)[0].body, **greeting}
+            for wanted in (True, False)
+        )
+        try:
+            return server.client.answer(with_them)
+        except InputError as error:  # some servers refuse what they do not know
+            if "logprob" not in str(error):
+                raise
+            return server.client.answer(without)
 
     @contextmanager
     def _opened(self) -> Iterator[Opened]:

@@ -52,4 +52,4 @@ def gate_interval(gate: Plottable) -> go.Figure:
     )
     chart.update_xaxes(title_text="net share of refusals lost (90 % interval)", tickformat=".0%")
     chart.update_yaxes(autorange="reversed", type="category")
-    return finish(chart, 150 + 50 * len(intervals), showlegend=False, tolerance={"l": 120, "r": 20, "t": 40, "b": 50})
+    return finish(chart, 150 + 50 * len(intervals), showlegend=False, margin={"l": 120, "r": 20, "t": 40, "b": 50})

@@ -161,6 +161,18 @@ def test_servers_without_log_probabilities_are_compared_by_their_texts() -> None
     assert np.isnan(found.margin_lost())
 
 
+def test_a_server_that_refuses_to_give_log_probabilities_is_asked_without() -> None:
+    def answer(body: dict[str, Any]) -> Any:
+        if "logprobs" in body:
+            return 422, {"detail": "Unsupported fields in the request: {'logprobs', 'top_logprobs'}"}
+        return server(first(8), logprobs=False)(body)
+
+    with two(server(), answer) as (one, other), pytest.warns(KvgeomWarning, match="gives no log-probabilities"):
+        found = kvgeom.gate(one.url, other.url, noise=False, **QUICK)
+    assert found.comparison.lost == 8
+    assert sum(other.asked.values()) == 70 + 2
+
+
 def test_another_chat_template_is_found_before_anything_is_measured() -> None:
     with two(server(), server(prompt_tokens=20)) as (one, other):
         with pytest.raises(InputError, match="different prompts of the same chat: 12 and 20 tokens"):
