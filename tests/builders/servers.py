@@ -48,7 +48,9 @@ class FakeServer:
     ``answer`` gets the request's body and returns a body, a status with a body, or raises ``ConnectionError`` to hang up.
     """
 
-    def __init__(self, answer: Callable[[dict[str, Any]], Any], model: str = "m", metrics: str = "") -> None:
+    def __init__(
+        self, answer: Callable[[dict[str, Any]], Any], model: str = "m", metrics: str = "", port: int = 0
+    ) -> None:
         self.answer, self.model, self.metrics = answer, model, metrics
         self.asked: Counter[str] = Counter()
         self.at_once = self.most_at_once = 0
@@ -87,6 +89,7 @@ class FakeServer:
                         owner.at_once -= 1
                 status, found = found if isinstance(found, tuple) else (200, found)
                 self.send(status, found if isinstance(found, bytes) else json.dumps(found).encode())
+                owner.answered(body["messages"][-1]["content"])
 
             def send(self, status: int, body: bytes, kind: str = "application/json") -> None:
                 self.send_response(status)
@@ -95,9 +98,12 @@ class FakeServer:
                 self.end_headers()
                 self.wfile.write(body)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def answered(self, request: str) -> None:
+        """Called once an answer is sent."""
 
     def run(self) -> None:
         self._server.serve_forever(poll_interval=0.02)
