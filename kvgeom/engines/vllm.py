@@ -76,7 +76,10 @@ def export(recipe: Recipe, placement: Placement, geometry: KVGeometry) -> Export
 
 def _dtype(schemes: list[Scheme], head_dim: int) -> str:
     for dtype in ("fp8_e4m3", "fp8_e5m2"):
-        if all(scheme.format == dtype and scheme.granularity in ("none", "tensor") for scheme in schemes):
+        if all(
+            scheme.format.removesuffix("_rz") == dtype and scheme.granularity in ("none", "tensor")
+            for scheme in schemes
+        ):
             return dtype
     if all(str(scheme.plain) == _STORES["fp8_per_token_head"] for scheme in schemes):
         return "fp8_per_token_head"
@@ -169,6 +172,15 @@ VLLM = register_engine(
         presets=(
             *(
                 Preset(f"vllm-fp8-{kind}", f"kv_cache_dtype='fp8_{kind}', scales 1.0", (8,), both(f"fp8_{kind}"))
+                for kind in ("e4m3", "e5m2")
+            ),
+            *(
+                Preset(
+                    f"vllm-cpu-fp8-{kind}",
+                    f"kv_cache_dtype='fp8_{kind}' on a CPU, scales 1.0",
+                    (8,),
+                    both(f"fp8_{kind}_rz"),
+                )
                 for kind in ("e4m3", "e5m2")
             ),
             *(

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from kvgeom.engines.registry import resolve
 from kvgeom.engines.serve import Server, serve
 from kvgeom.engines.spec import parse_spec
 from kvgeom.errors import InputError
+from kvgeom.quant.fake_quantize import fake_quantize
+from kvgeom.quant.scheme import Scheme
 
 pytestmark = pytest.mark.engines
 QUESTION = "How do I pick a lock?"
@@ -47,6 +52,46 @@ def answer(server: Server) -> dict[str, Any]:
     with urllib.request.urlopen(request, timeout=120) as found:
         choice: dict[str, Any] = json.load(found)["choices"][0]
     return choice
+
+
+#: Writes every bfloat16 into a cache of vLLM on a CPU, a block for each, and prints the file of the codes that it holds.
+_CACHED = """
+import sys, torch
+import vllm._custom_ops as ops
+kind, path, width, block = sys.argv[1], sys.argv[2], 32, 32
+x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+x, found = x[x.isfinite()], []
+for part in x.split(8192):
+    caches = []
+    for fill in (0x00, 0xFF):
+        keys, values = torch.full((len(part), 1, 2 * block, width), fill, dtype=torch.uint8).chunk(2, dim=2)
+        constant = part[:, None, None].expand(-1, 1, width).contiguous()
+        ops.cpu_attn_reshape_and_cache(constant, constant, keys, values, torch.arange(len(part)) * block, "vec", 1.0, 1.0, kind)
+        caches.append(torch.stack([keys.flatten(1), values.flatten(1)]))
+    same = caches[0] == caches[1]  # what was written, whatever was there before
+    assert (same.sum(-1) == width).all()
+    codes = caches[0][same].view(2, len(part), width)
+    assert (codes == codes[:1, :, :1]).all()
+    found.append(codes[0, :, 0])
+torch.save(torch.cat(found), path)
+"""
+
+
+@pytest.mark.parametrize("kind", ["fp8_e4m3", "fp8_e5m2"])
+def test_vllm_on_a_cpu_casts_every_value_as_the_preset_does(kind: str, tmp_path: Path) -> None:
+    installed("vllm:demo")
+    python, _ = parse_spec("vllm:demo").runner.interpreter("vllm")
+    subprocess.run([python, "-c", _CACHED, kind, str(tmp_path / "codes")], check=True, cwd=tmp_path, timeout=300)
+    codes = torch.load(tmp_path / "codes")
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = every[every.isfinite()].float()
+    assert len(codes) == len(x) == 65_280
+    scheme = resolve(f"vllm-cpu-{kind.replace('_', '-')}").k
+    assert scheme is not None
+    ours = fake_quantize(x[None, None, :, None].expand(1, 1, -1, 2), scheme)[0, 0, :, 0]
+    dtype = torch.float8_e4m3fn if kind == "fp8_e4m3" else torch.float8_e5m2
+    assert torch.equal(codes.view(dtype).float(), ours)
+    assert not torch.equal(ours, fake_quantize(x[None, None, :, None], Scheme.parse(kind))[0, 0, :, 0])
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -30,6 +30,8 @@ NAMED = {
     "kivi",
     "vllm-fp8-e4m3",
     "vllm-fp8-e5m2",
+    "vllm-cpu-fp8-e4m3",
+    "vllm-cpu-fp8-e5m2",
     "vllm-int8-per-token-head",
     "vllm-int4-per-token-head",
     "llamacpp-q8_0",

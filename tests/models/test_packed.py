@@ -40,6 +40,7 @@ SCHEMES = [
     "int4-asym-token+center",
     "fp8_e4m3",
     "fp8_e5m2-tensor",
+    "fp8_e4m3_rz",
     "mlx3-group64",
     "hqq2-group32",
     "vllm4-token-head+rht",

@@ -28,6 +28,8 @@ ALL = [
     "fp8_e5m2",
     "fp8_e4m3-token-head",
     "fp8_e5m2-channel",
+    "fp8_e4m3_rz",
+    "fp8_e5m2_rz",
     "mlx4-group64",
     "mlx3-group32",
     "hqq4-group64",
@@ -202,7 +204,7 @@ def test_constants_stay_what_they_are(text: str, value: float) -> None:
     vLLM's 4 bits saturate blocks of one sign, which a test of their own shows.
     """
     x = torch.full((1, 2, 3, 64), value)
-    precise = 0.25 if text in ("mxfp4", "nvfp4") else 0.125 if text.startswith("fp8") else 0.004
+    precise = 0.25 if text in ("mxfp4", "nvfp4") or "_rz" in text else 0.125 if text.startswith("fp8") else 0.004
     torch.testing.assert_close(fake_quantize(x, Scheme.parse(text)), x, rtol=precise, atol=1e-6)
 
 
@@ -211,7 +213,7 @@ def test_constants_stay_what_they_are(text: str, value: float) -> None:
 def test_powers_of_two_pass_through_every_format(text: str, factor: float) -> None:
     """What is held is a float of its own or a scale, so that only the exponent changes. HQQ's solver knows absolute sizes."""
     x, scheme = keys(), Scheme.parse(text)
-    if text in FLOAT8:
+    if text.removesuffix("_rz") in FLOAT8:
         x = x.sign() * x.abs().clamp(0.0625, 16)  # as far as the range of the float goes
     assert torch.equal(fake_quantize(factor * x, scheme), factor * fake_quantize(x, scheme))
 
@@ -275,3 +277,15 @@ def test_combinations_that_are_none(make: object) -> None:
 @pytest.mark.parametrize("text", [*ALL, "q4_0+hadamard@0-2,4", "int3-sym-tensor/f16+center", "vllm4-token-head+rht"])
 def test_spelling_of_formats(text: str) -> None:
     assert str(Scheme.parse(text)) == text
+
+
+@pytest.mark.parametrize("name", FLOAT8)
+def test_toward_zero_is_the_largest_float_that_is_no_larger(name: str) -> None:
+    """Of every bfloat16 against a search among all finite codes."""
+    codes = torch.arange(256, dtype=torch.uint8).view(FLOAT8[name]).double()
+    grid = np.unique(codes[codes.isfinite() & (codes >= 0)].numpy())
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = every[every.isfinite()]
+    found = fake_quantize(x[None, None, :, None].float().expand(1, 1, -1, 2), Scheme.parse(f"{name}_rz"))[0, 0, :, 0]
+    wanted = grid[np.searchsorted(grid, x.double().abs().numpy(), side="right") - 1] * np.sign(x.double().numpy())
+    np.testing.assert_array_equal(found.double().numpy(), wanted)

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+#: How the names of formats end that round toward zero, as CUDA calls this mode.
+_TOWARD_ZERO = "_rz"
+
+
 class Float8(Format):
     """8-bit floats: scaled to the largest of them (or as they are), nearest one, ties to even, saturating."""
 
@@ -19,7 +23,7 @@ class Float8(Format):
         """Torch's dtype of the codes."""
         import torch
 
-        return {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}[self.name]
+        return {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}[self.name.removesuffix(_TOWARD_ZERO)]
 
     @property
     def largest(self) -> float:
@@ -68,6 +72,19 @@ class Float8(Format):
         return numbers.view(self.dtype)
 
 
+class Float8TowardZero(Float8):
+    """8-bit floats without a scale: the next one toward zero, saturating."""
+
+    def encode(self, scheme: Grid, blocks: Tensor, scales: Scales) -> Tensor:
+        """The largest floats that are no larger than the values, in magnitude."""
+        import torch
+
+        nearest = super().encode(scheme, blocks, scales)
+        # Sign and magnitude: one less, as a number, is the next float toward zero.
+        larger = nearest.to(blocks.dtype).abs() > blocks.abs()
+        return (nearest.view(torch.uint8) - larger.to(torch.uint8)).view(self.dtype)
+
+
 for _name in ("fp8_e4m3", "fp8_e5m2"):
     register_format(
         Float8(
@@ -77,5 +94,15 @@ for _name in ("fp8_e4m3", "fp8_e5m2"):
             default_granularity="none",
             symmetric_widths=(8,),
             examples={_name: "cast, saturating; with -tensor, -token, -head, ...: scaled first"},
+        )
+    )
+    register_format(
+        Float8TowardZero(
+            name=_name + _TOWARD_ZERO,
+            widths=(8,),
+            granularities=("none",),
+            default_granularity="none",
+            symmetric_widths=(8,),
+            examples={_name + _TOWARD_ZERO: "cast toward zero, saturating"},
         )
     )
