@@ -134,7 +134,13 @@ def serve(
         _wait(spec, launch, process, url, path, begin, timeout)
         stated = dict(runner.stated(launch, _text(path, begin)))
         _check(spec, stated)
-        yield Server(spec, url, launch.name, version, path, stated, process.pid)
+        server = Server(spec, url, launch.name, version, path, stated, process.pid)
+        try:
+            yield server
+        except ServerError as error:
+            if process.poll() is None:
+                raise
+            raise ServerError(f"{error}; {spec} has ended: {_last(_text(path, begin))}; its log is {path}") from error
     finally:
         _stop(process)
 

@@ -136,7 +136,7 @@ def opened(
         return
     if found.url is None:
         raise InputError(
-            f"the answers in {found.kept} are not all that is asked; gate against the server itself, or ask the same"
+            f"the answers in {found.kept} are not all that is asked; ask the same as then (--no-noise, if it was asked once), or give the server itself"
         )
     with Client(found.url, key, timeout, retries) as client:
         yield Opened(client, _model(client, served_model), {}, cache_of(client.metrics()))

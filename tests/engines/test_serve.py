@@ -56,6 +56,21 @@ def test_it_stops_where_its_owner_is_killed(tmp_path: Path) -> None:
     assert eventually(lambda: not psutil.pid_exists(child))
 
 
+def use_and_kill(log: Path) -> None:
+    with serve(tiny_engine(), log=log) as server:
+        (engine,) = psutil.Process(server.pid).children()
+        engine.kill()
+        assert eventually(lambda: psutil.Process(server.pid).status() == psutil.STATUS_ZOMBIE)
+        raise ServerError("no answer")
+
+
+def test_one_that_dies_while_it_is_used_is_said_to(tmp_path: Path) -> None:
+    with pytest.raises(
+        ServerError, match=r"no answer; tiny:tiny\?kv=auto has ended: starting runs .*; its log is .*log"
+    ):
+        use_and_kill(tmp_path / "log")
+
+
 def test_two_servers_have_two_ports() -> None:
     with serve(tiny_engine()) as one, serve(tiny_engine()) as other:
         assert one.url != other.url
