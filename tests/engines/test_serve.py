@@ -65,9 +65,7 @@ def use_and_kill(log: Path) -> None:
 
 
 def test_one_that_dies_while_it_is_used_is_said_to(tmp_path: Path) -> None:
-    with pytest.raises(
-        ServerError, match=r"no answer; tiny:tiny\?kv=auto has ended: .+; its log is .*log"
-    ):
+    with pytest.raises(ServerError, match=r"no answer; tiny:tiny\?kv=auto has ended: .+; its log is .*log"):
         use_and_kill(tmp_path / "log")
 
 
