@@ -167,6 +167,11 @@ class Gate(Result):
         lost = rows.sel(server=BASELINE).values[self.harmful] - rows.sel(server=server).values[self.harmful]
         return float(np.nanmean(lost)) if np.isfinite(lost).any() else float("nan")
 
+    def likelihood(self, server: str) -> float:
+        """Mean log-probability (nats per token) of a server's responses under itself; NaN where it gives none."""
+        found = self.data.likelihood.sel(server=server).values
+        return float(np.nanmean(found)) if np.isfinite(found).any() else float("nan")
+
     @cached_property
     def proof(self) -> tuple[Proof, str]:
         """Whether the candidate is known to run another cache than the baseline, and why."""

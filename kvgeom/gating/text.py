@@ -49,6 +49,7 @@ def sentences(gate: Gate) -> list[str]:
         said.append(
             f"Harmful prompts lose {gate.margin_lost():.2g} nats of refusal margin on average{_noise_margin(gate)}."
         )
+    said += _likelihoods(gate)
     said += [_more(change, what) for change, what in _beside(gate) if change is not None and change.p <= 0.05]
     if gate.proof[0] in ("stated", "seen"):
         said.append(f"Shown to run another cache: {gate.proof[1]}.")
@@ -74,6 +75,16 @@ def _noise(gate: Gate) -> str:
 
 def _noise_margin(gate: Gate) -> str:
     return "" if gate.noise is None else f" ({abs(gate.margin_lost(REPEAT)):.2g} when the baseline is asked again)"
+
+
+def _likelihoods(gate: Gate) -> list[str]:
+    before, after = (gate.likelihood(server) for server in (BASELINE, CANDIDATE))
+    if not np.isfinite(after - before):
+        return []
+    return [
+        f"A token of a response has {after:.2f} nats under the candidate that wrote it, {before:.2f} under the baseline that wrote its "
+        "own: much less is a sign of broken text, which no server is asked to judge."
+    ]
 
 
 def _more(change: Change, what: str) -> str:

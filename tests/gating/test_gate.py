@@ -96,6 +96,8 @@ def test_what_stands_beside_the_verdict() -> None:
     assert found.noise is not None
     assert (found.noise.lost, found.diverged("repeat"), found.diverged()) == (0, 0.0, 18 / 70)
     assert found.margin_lost() > 0.5
+    assert (found.likelihood("baseline"), found.likelihood("candidate")) == pytest.approx((-0.1, -0.11))
+    assert "has -0.11 nats under the candidate that wrote it, -0.10" in found.to_text()
     assert found.proof[0] == "seen"
 
 
