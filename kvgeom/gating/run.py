@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,8 @@ from kvgeom.prompts.sets import PromptSet
 
 #: What is asked first.
 GREETING = "Say yes."
+#: What a journal calls what it says of the server.
+_SERVER = {"measure": "server"}
 #: What is written of one of the two: who it is, and what it says of itself.
 About = dict[str, Any]
 
@@ -171,24 +174,25 @@ def gate(
     return made
 
 
+@dataclass
 class _Session:
     """All that is asked of one of the two."""
 
-    def __init__(
-        self,
-        role: str,
-        found: Target,
-        config: GateConfig,
-        prompts: PromptSet,
-        folder: Path | None,
-        key: str | None,
-        served_model: str | None,
-        python: str | Path | None,
-    ) -> None:
-        self.role, self.target, self.config, self.prompts, self.folder = role, found, config, prompts, folder
-        self.key, self.served_model, self.python = key, served_model, None if python is None else str(python)
-        self.logprobs = True
-        self.passes = (BASELINE, REPEAT) if role == BASELINE and config.noise else (role,)
+    role: str
+    target: Target
+    config: GateConfig
+    prompts: PromptSet
+    folder: Path | None
+    key: str | None
+    served_model: str | None
+    python: str | Path | None
+    #: Whether the server gives log-probabilities.
+    logprobs: bool = True
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """What is asked, each with the requests of all prompts."""
+        return (BASELINE, REPEAT) if self.role == BASELINE and self.config.noise else (self.role,)
 
     def run(self, prompt_tokens: int) -> tuple[dict[str, list[list[Answer]]], About]:
         """The answers of every pass, by its name, and what the server is.
@@ -200,21 +204,33 @@ class _Session:
         """
         with self._journal() as journal:
             asks = {name: self.config.asks(self.prompts, "", repeat) for repeat, name in enumerate(self.passes)}
-            about_key = {"measure": "server"}
-            complete = about_key in journal and all(len(known(own, journal)) == len(own) for own in asks.values())
-            if complete:  # a server that has said all is not started again
-                answers = {name: [known(own, journal)[n] for n in range(len(own))] for name, own in asks.items()}
-                return self._by_prompt(answers), dict(journal[about_key])
+            kept = {name: known(own, journal) for name, own in asks.items()}
+            if _SERVER in journal and all(len(kept[name]) == len(own) for name, own in asks.items()):
+                # A server that has said all is not started again.
+                answers = {name: [own[number] for number in sorted(own)] for name, own in kept.items()}
+                return self._by_prompt(answers), dict(journal[_SERVER])
             with self._opened() as server:
                 about = {
-                    "server": self.target.name,
-                    "model": server.model,
-                    **server.about,
-                    "stated": dict(server.stated),
-                    "prompt_tokens": self._greet(server, prompt_tokens),
+                    **{"server": self.target.name, "model": server.model, **server.about},
+                    **{"stated": dict(server.stated), "prompt_tokens": self._greet(server, prompt_tokens)},
                 }
-                journal[about_key] = about
+                self._check_same(journal, about)
+                journal[_SERVER] = about
                 return self._by_prompt({name: self._asked(server, journal, name) for name in self.passes}), about
+
+    def _check_same(self, journal: NoJournal, about: About) -> None:
+        """Be sure that answers that are kept are of this server."""
+        if _SERVER not in journal:
+            return
+        before = journal[_SERVER]
+        changed = [
+            f"{name}: {before[name]!r} then, {about[name]!r} now" for name in about if before[name] != about[name]
+        ]
+        if changed:
+            raise InputError(
+                f"{self.target.name} is not the server whose answers {journal.path} keeps ({'; '.join(changed)}); give another "
+                "folder (--out)"
+            )
 
     def _asked(self, server: Opened, journal: NoJournal, name: str) -> list[Answer]:
         asks = self.config.asks(self.prompts, server.model, self.passes.index(name), logprobs=self.logprobs)
@@ -295,6 +311,7 @@ class _Session:
         return {
             "server": self.target.name,
             **engine,
+            **({} if self.target.url is None else {"served_model": self.served_model}),
             **self.target.about,
             "prompts": hashlib.sha256(json.dumps(bodies).encode()).hexdigest()[:32],
             **self.config.asked(),

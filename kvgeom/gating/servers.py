@@ -33,15 +33,15 @@ class Target:
     spec : ServerSpec or None
     kept : Path or None
         A file with answers of an earlier run.
-    about : mapping of str to str
-        What those are of: server, and version of its engine.
+    about : mapping
+        What those are of: server, its model, and the version of its engine.
     """
 
     name: str
     url: str | None = None
     spec: ServerSpec | None = None
     kept: Path | None = None
-    about: Mapping[str, str] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def target(role: str, given: Any) -> Target:
     path = as_path(role, given)
     if role == "baseline" and path.exists():
         path = path / FILES[role] if path.is_dir() else path
-        about = {name: str(value) for name, value in _header(path).items() if name in ("server", "version")}
-        return Target(about["server"], kept=path, about=about)
+        about = {name: value for name, value in _header(path).items() if name in ("server", "version", "served_model")}
+        return Target(str(about["server"]), kept=path, about=about)
     raise InputError(
         f"{role} {brief(str(given))} is no server; give a URL (http://localhost:8000/v1) or an engine and a model "
         "(llamacpp:demo?k=q8_0&v=q8_0)" + ("" if role == "candidate" else ", or the folder of an earlier gate")
@@ -117,7 +117,7 @@ def opened(
     *,
     key: str | None,
     served_model: str | None,
-    python: str | None,
+    python: str | Path | None,
     log: Path | None,
     timeout: float,
     retries: int,

@@ -9,13 +9,15 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import kvgeom
 from kvgeom.engines.registry import resolve
 from kvgeom.engines.serve import Server, serve
 from kvgeom.engines.spec import parse_spec
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, KvgeomWarning
 from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.scheme import Scheme
 
@@ -114,3 +116,15 @@ def test_a_rounded_cache_changes_what_an_engine_computes(exact: str, rounded: st
         with serve(spec, log=tmp_path / f"log{number}") as server:
             found.append([each["logprob"] for each in answer(server)["logprobs"]["content"]])
     assert found[0] != found[1]
+
+
+def test_a_gate_between_two_caches_of_an_engine(tmp_path: Path) -> None:
+    installed(SPECS[0])
+    prompts = kvgeom.load_prompts("calibration").take(2)
+    options = {"prompts": prompts, "max_new_tokens": 8, "progress": False}
+    found = kvgeom.gate(SPECS[0], SPECS[1], tmp_path, **options)
+    assert found.proof == ("stated", "the candidate says that its cache is k=q8_0, v=q4_0")
+    assert np.isfinite(found.data.apart.sel(server="candidate")).all()
+    assert found.data.apart.sel(server="candidate").max() > 0
+    with pytest.warns(KvgeomWarning, match="the same cache|both servers say"):
+        kvgeom.gate(tmp_path, SPECS[0], **options)  # the same cache, from answers that are kept

@@ -287,6 +287,26 @@ def test_answers_of_another_setting_are_not_taken(tmp_path: Path) -> None:
             kvgeom.gate(one.url, other.url, tmp_path, max_new_tokens=25, **QUICK)
 
 
+def test_answers_of_another_server_at_the_same_address_are_not_taken(tmp_path: Path) -> None:
+    left = 20
+
+    def dies(body: dict[str, Any]) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ConnectionError
+        return server()(body)
+
+    with fake_server(dies) as one, fake_server(server()) as other:
+        with pytest.raises(ServerError):
+            kvgeom.gate(one.url, other.url, tmp_path, retries=0, **QUICK)
+        one.model, left = "another model", 10_000
+        with pytest.raises(
+            InputError, match=r"is not the server whose answers .* keeps .*model: 'm' then, 'another model' now"
+        ):
+            kvgeom.gate(one.url, other.url, tmp_path, **QUICK)
+
+
 def test_a_stored_baseline_is_not_asked_again(tmp_path: Path) -> None:
     with two(server(), server(shift=0.01)) as (one, other):
         kvgeom.gate(one.url, other.url, tmp_path / "first", **QUICK)
