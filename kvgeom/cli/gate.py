@@ -7,7 +7,8 @@ import os
 
 import kvgeom
 from kvgeom.cli import options
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, brief
+from kvgeom.gating.plans import is_plan
 
 NAME = "gate"
 HELP = "compare two live servers: does the candidate keep the refusals of the baseline?"
@@ -94,6 +95,10 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if (arguments.candidate is None) == (arguments.plan is None):
         raise InputError("give a CANDIDATE, or --from a plan, and not both")
+    if arguments.plan is not None and not is_plan(arguments.plan):
+        raise InputError(
+            f"there is no plan at {brief(arguments.plan)}; give the plan.json, or the folder, of a kvgeom fix"
+        )
     found = kvgeom.gate(
         arguments.baseline,
         arguments.candidate or arguments.plan,

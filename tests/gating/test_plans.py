@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import kvgeom
+from kvgeom.cli import main
 from kvgeom.engines.spec import parse_spec
 from kvgeom.errors import InputError, KvgeomWarning
 from kvgeom.gating.plans import is_plan, planned
@@ -53,3 +54,16 @@ def test_what_is_a_plan(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="give the baseline as an engine and a model"):
         kvgeom.gate("http://127.0.0.1:9/v1", str(tmp_path), prompts=["How?"], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ([], "give a CANDIDATE, or --from a plan, and not both"),
+        (["llamacpp:demo?k=q4_0", "--from", "x"], "give a CANDIDATE, or --from a plan, and not both"),
+        (["--from", "nowhere"], "there is no plan at 'nowhere'"),
+    ],
+)
+def test_the_command_wants_one_candidate(line: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gate", "llamacpp:demo", *line, "--quiet"]) == 2
+    assert says in capsys.readouterr().err
