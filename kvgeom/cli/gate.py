@@ -8,7 +8,6 @@ import os
 import kvgeom
 from kvgeom.cli import options
 from kvgeom.errors import InputError, brief
-from kvgeom.gating.plans import is_plan
 
 NAME = "gate"
 HELP = "compare two live servers: does the candidate keep the refusals of the baseline?"
@@ -89,6 +88,8 @@ def _add_servers(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Gate, print the verdict and its tables, and return the status that says which it is."""
+    from kvgeom.gating.plans import is_plan
+
     names = (
         *("tolerance", "noise", "max_new_tokens", "system", "turns", "context_tokens", "temperature", "seeds"),
         *("served_model", "python", "concurrency", "timeout", "retries", "judge"),
