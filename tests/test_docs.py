@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 
 import kvgeom
 from benchmarks import certificate
+from kvgeom.cli.main import _parser
 from kvgeom.engines import registry
+from kvgeom.engines.spec import parse_spec
 from kvgeom.prompts import sets
 from tests.builders.tiny import tiny_model
 
@@ -58,6 +61,32 @@ def test_the_page_on_engines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     for block in python_blocks(ROOT / "docs" / "engines.md"):
         exec(block, names)
     assert "ours-int4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["gate.md", "ci.md"])
+def test_the_pages_on_the_gate_name_options_that_exist(name: str) -> None:
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    (commands,) = [each for each in _parser()._actions if isinstance(each, argparse._SubParsersAction)]
+    known = {option for action in commands.choices["gate"]._actions for option in action.option_strings}
+    lines = [line for block in re.findall(r"```(?:yaml)?\n(.*?)```", text, re.S) for line in block.splitlines()]
+    shown = {
+        word
+        for line in lines
+        if "kvgeom gate" in line or line.strip().startswith(("--", '"llamacpp:'))
+        for word in re.findall(r"--[a-z-]+", line)
+    }
+    assert shown <= known
+    for spec in re.findall(r"(?:llamacpp|vllm):[^\s'\"`]+", "\n".join(lines)):
+        assert parse_spec(spec).model
+
+
+def test_the_jobs_of_pipelines_are_yaml() -> None:
+    yaml = pytest.importorskip("yaml")
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "ci.md").read_text(encoding="utf-8"), re.S)
+    github, step, gitlab = map(yaml.safe_load, blocks)
+    assert {"uses", "run"} & {*github["jobs"]["gate"]["steps"][0]}
+    assert "kvgeom gate" in step[0]["run"]
+    assert any("kvgeom gate" in line for line in gitlab["gate"]["script"])
 
 
 @pytest.mark.slow
