@@ -15,6 +15,8 @@ from kvgeom.errors import InputError, brief, reason
 
 #: A folder with an environment for each engine, named as the engine: ``$KVGEOM_ENGINES/vllm/bin/python``.
 ENVIRONMENTS = "KVGEOM_ENGINES"
+#: Where an environment has its interpreter.
+_PYTHON = "Scripts/python.exe" if sys.platform == "win32" else "bin/python"
 _FIND = """
 import importlib.util, json, sys
 from importlib.metadata import PackageNotFoundError, version
@@ -118,11 +120,7 @@ class Runner:
             If it is not there, or has not the engine.
         """
         folder = os.environ.get(ENVIRONMENTS)
-        own = (
-            None
-            if folder is None
-            else Path(folder) / engine / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-        )
+        own = None if folder is None else Path(folder) / engine / _PYTHON
         tried = [Path(given)] if given is not None else [Path(sys.executable), *([own] if own and own.exists() else [])]
         for python in tried:
             found, version = self._found(python)

