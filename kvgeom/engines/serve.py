@@ -138,7 +138,7 @@ def serve(
         try:
             yield server
         except ServerError as error:
-            if process.poll() is None:
+            if not _ends(process):
                 raise
             raise ServerError(f"{error}; {spec} has ended: {_last(_text(path, begin))}; its log is {path}") from error
     finally:
@@ -178,6 +178,13 @@ def _check(spec: ServerSpec, stated: Mapping[str, str]) -> None:
     if wrong:
         says = ", ".join(f"{name}={value}" for name, value in wrong.items())
         raise ServerError(f"{spec} was started, and says that its cache is {says}; give a cache that it keeps")
+
+
+def _ends(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process has ended, or does within a second: a lost connection is noticed first."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(1.0)
+    return process.returncode is not None
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

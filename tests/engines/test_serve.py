@@ -60,7 +60,6 @@ def use_and_kill(log: Path) -> None:
     with serve(tiny_engine(), log=log) as server:
         (engine,) = psutil.Process(server.pid).children()
         engine.kill()
-        assert eventually(lambda: psutil.Process(server.pid).status() == psutil.STATUS_ZOMBIE)
         raise ServerError("no answer")
 
 
