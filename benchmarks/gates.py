@@ -100,8 +100,8 @@ def main() -> None:
             folder = out
         print(row(f"{options.engine} `{cache}`", gate))
         print(gate.to_text())
-        busy = float(gate.data.seconds.sum()) / int(gate.meta["concurrency"])
-        print(f"{time.perf_counter() - begin:.0f} s in all; servers were busy with answers for {busy:.0f} s")
+        busy = float(gate.data.seconds.sel(server="candidate").sum()) / int(gate.meta["concurrency"])
+        print(f"{time.perf_counter() - begin:.0f} s in all; the candidate was busy with answers for {busy:.0f} s")
         if options.emulate:
             print(agreement(gate, preset, DTYPES[options.engine]), flush=True)
 
