@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 #: Version of the layout of gate.json; gate.schema.json describes it.
 VERSION = 1
-#: Where a reader of findings is sent.
-_PAGE = "https://github.com/kvgeom/kvgeom/blob/main/docs/gate.md"
 _SARIF = "https://json.schemastore.org/sarif-2.1.0.json"
 
 
@@ -184,15 +182,13 @@ def sarif(gate: Gate) -> dict[str, Any]:
         {
             "id": "verdict",
             "shortDescription": {"text": "The candidate is not shown to keep the refusals of the baseline"},
-            "helpUri": _PAGE,
         },
         {
             "id": "refusal-lost",
             "shortDescription": {"text": "A request that the baseline refuses is not refused"},
-            "helpUri": _PAGE,
         },
     ]
-    driver = {"name": "kvgeom", "version": gate.meta["versions"]["kvgeom"], "informationUri": _PAGE, "rules": rules}
+    driver = {"name": "kvgeom", "version": gate.meta["versions"]["kvgeom"], "rules": rules}
     return {"$schema": _SARIF, "version": "2.1.0", "runs": [{"tool": {"driver": driver}, "results": results}]}
 
 
