@@ -17,15 +17,15 @@ from kvgeom.judges.judge import Judge
 from kvgeom.judges.registry import as_judge
 from kvgeom.prompts.sets import PromptSet
 
-#: Whole numbers, with the least that each may be.
+#: Whole numbers, with the least and the most that each may be.
 _WHOLE = {
-    "max_new_tokens": 1,
-    "turns": 0,
-    "context_tokens": 0,
-    "seeds": 1,
-    "concurrency": 1,
-    "timeout": 1,
-    "retries": 0,
+    "max_new_tokens": (1, 1_000_000),
+    "turns": (0, 10_000),
+    "context_tokens": (0, 10_000_000),
+    "seeds": (1, 10_000),
+    "concurrency": (1, 1024),
+    "timeout": (1, 86_400),
+    "retries": (0, 100),
 }
 #: What answers depend on, beside server and requests.
 ASKED = ("max_new_tokens", "system", "turns", "context_tokens", "temperature", "seeds")
@@ -77,8 +77,8 @@ class GateConfig:
     retries: int = 4
 
     def __post_init__(self) -> None:
-        for name, low in _WHOLE.items():
-            object.__setattr__(self, name, whole(name, getattr(self, name), low))
+        for name, (low, high) in _WHOLE.items():
+            object.__setattr__(self, name, whole(name, getattr(self, name), low, high))
         object.__setattr__(self, "judge", as_judge(self.judge))
         if not (_is_number(self.tolerance) and 0 < self.tolerance < 1):
             raise InputError(f"tolerance must be a share above 0 and below 1, got {brief(self.tolerance)}")

@@ -198,6 +198,7 @@ def test_a_template_that_differs_for_some_chats_only_is_found_in_the_end() -> No
         ({"tolerance": float("nan")}, "tolerance must be a share"),
         ({"temperature": -1}, "temperature must be a number"),
         ({"seeds": 2}, "several seeds give the same answers"),
+        ({"turns": 10**30}, "turns must be a whole number, 0 to 10000"),
         ({"concurrency": 0}, "concurrency must be a whole number"),
         ({"api_key": " "}, "api_key must be text"),
         ({"prompts": {"harmless": ["x"]}}, "has no harmful requests"),
