@@ -9,12 +9,12 @@ from typing import Any
 from kvgeom.checks import suggests
 from kvgeom.errors import InputError, unknown
 from kvgeom.evaluation.baseline import versions
-from kvgeom.evaluation.config import RUN_OPTIONS, open_run
+from kvgeom.evaluation.config import RUN_OPTIONS
 from kvgeom.evaluation.inputs import made_with
 from kvgeom.models.zoo import in_zoo
 from kvgeom.paper.protocol import Mode, Protocol
 from kvgeom.paper.published import PublishedTable, published
-from kvgeom.paper.study import Study, described, suites_of
+from kvgeom.paper.study import Study, described, open_study
 from kvgeom.paper.table import PaperTable, Row
 from kvgeom.registry import check_free, import_modules
 
@@ -99,9 +99,7 @@ def paper_table(
         ) -> PaperTable:
             if isinstance(model, Study):
                 return _made(spec, measure, model, mode)
-            suites = suites_of(prompts, advbench)
-            loaded, run = open_run(model, options)
-            with Study(loaded, run, suites).opened() as study, run.bars():
+            with open_study(model, prompts=prompts, advbench=advbench, **options) as study:
                 return _made(spec, measure, study, mode)
 
         for name in ("__module__", "__name__", "__qualname__"):

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvgeom.checks import as_path
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline, run_baseline
 from kvgeom.evaluation.condition import Condition
-from kvgeom.evaluation.config import RunConfig
+from kvgeom.evaluation.config import RunConfig, open_run
 from kvgeom.evaluation.evaluate import run_conditions
 from kvgeom.evaluation.journal import NoJournal
 from kvgeom.evaluation.outcomes import Outcomes
@@ -236,6 +237,38 @@ def _error(base: Baseline, condition: Condition, index: int) -> float:
                 rounded = quantizer(found.layer, site, x)  # type: ignore[arg-type]
                 errors.append(float((rounded - x).float().square().mean()))
     return float(np.mean(errors)) if errors else 0.0
+
+
+@contextmanager
+def open_study(
+    model: Any, *, prompts: Any = "calibration", advbench: Any = None, folder: str | Path | None = None, **options: Any
+) -> Iterator[Study]:
+    """A study that several tables share, in a ``with`` block; what is wrong is said before the model is loaded.
+
+    Parameters
+    ----------
+    model : anything that :func:`kvgeom.load` takes
+    prompts, advbench
+        As of each table.
+    folder : str or Path, optional
+        Where journals go; what is measured is kept in memory by default.
+    **options
+        Of :class:`~kvgeom.evaluation.config.RunConfig` (but ``journal``) and of :func:`kvgeom.load`.
+
+    Raises
+    ------
+    InputError
+        For an unknown option, or prompts that cannot be used.
+    """
+    if options.get("journal") is not None:
+        raise InputError("a study keeps journals of its own; give a folder for them, and leave journal out")
+    suites = suites_of(prompts, advbench)
+    loaded, run = open_run(model, options)
+    with (
+        Study(loaded, run, suites, None if folder is None else as_path("folder", folder)).opened() as study,
+        run.bars(),
+    ):
+        yield study
 
 
 def suites_of(prompts: Any, advbench: Any) -> dict[str, Suite]:

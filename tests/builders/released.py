@@ -17,7 +17,7 @@ from tests.builders.straight_line import StraightLineQwen2
 Round = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
-def block(x: NDArray[np.float32], bits: int, symmetric: bool) -> NDArray[np.float32]:
+def block(x: NDArray[np.float32], bits: int, symmetric: bool, clamp: bool = True) -> NDArray[np.float32]:
     """Values that share a scale, in any shape."""
     one = np.float32
     if symmetric:
@@ -27,7 +27,8 @@ def block(x: NDArray[np.float32], bits: int, symmetric: bool) -> NDArray[np.floa
     codes = 2**bits - 1
     low, high = x.min(), x.max()
     step = max((high - low) / one(codes), one(1e-8))
-    zero = np.clip(np.rint(-low / step), 0, codes)  # the clamp
+    zero = np.rint(-low / step)
+    zero = np.clip(zero, 0, codes) if clamp else zero
     return (np.clip(np.rint(x / step + zero), 0, codes) - zero) * step
 
 

@@ -15,7 +15,7 @@ from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.quant.shared import BatchQuantizer
-from tests.builders.released import rounded
+from tests.builders.released import block, rounded
 
 HEADS, SIZE = 2, 6
 
@@ -112,6 +112,22 @@ def test_a_channel_that_straddles_zero_is_rounded_well(seed: int, bits: int, tok
     step = (x.amax(2, keepdim=True) - x.amin(2, keepdim=True)) / (2**bits - 1)
     found = fake_quantize(x, Scheme.parse(f"released{bits}-asym-channel"))
     assert bool(((found - x).abs() <= step * 1.001).all())
+
+
+@given(st.integers(0, 10**6), st.sampled_from([2, 4, 8]), st.sampled_from([0.0, 2.0, -40.0]))
+def test_without_the_clamp_it_is_the_same_grid_with_0_among_its_levels(seed: int, bits: int, offset: float) -> None:
+    """Channel by channel as in plain arithmetic; equal to the clamped one where a channel straddles 0."""
+    x = drawn(seed, 1, 5, offset)
+    found, clamped = (
+        fake_quantize(x, Scheme.parse(f"{name}{bits}-{end}"))
+        for name, end in (("unclamped", "channel"), ("released", "asym-channel"))
+    )
+    for c, values in enumerate(flat(x)[0].T):
+        np.testing.assert_array_equal(flat(found)[0][:, c], block(values, bits, False, clamp=False))
+        if values.min() < 0 < values.max():
+            np.testing.assert_array_equal(flat(found)[0][:, c], flat(clamped)[0][:, c])
+    zeros = torch.cat([x, torch.zeros(1, HEADS, 1, SIZE)], 2)
+    assert bool((fake_quantize(zeros, Scheme.parse(f"unclamped{bits}-channel"))[:, :, -1] == 0).all())
 
 
 def test_a_lone_token_by_channel() -> None:

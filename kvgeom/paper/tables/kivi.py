@@ -20,12 +20,12 @@ UNIFORM = "a scale for each token"
 WINDOWS = (128, 32)
 
 
-@paper_table("flips under KIVI against a scale for each token", suites=["advbench"], passes=lambda layers: 2 * 3 + 1)
+@paper_table("flips under KIVI against a scale for each token", suites=["advbench"], passes=lambda layers: 2 * 4 + 1)
 def kivi(study: Study, protocol: Protocol) -> Measured:
     """KIVI beside the uniform cache at 4 and 2 bits, and what it recovers of what that loses.
 
     ``released``: the simulation of the released code, which has neither a residual window nor groups of tokens, once as it is and
-    once with zero points that are not clamped. ``faithful``: KIVI's own cache in groups of 32, with the newest 128 tokens exact, as
+    once with the clamp alone removed, and once on a plain asymmetric grid, whose levels need not hold 0. ``faithful``: KIVI's own cache in groups of 32, with the newest 128 tokens exact, as
     its authors have it, and with the newest 32. A cache that is so short that nothing of it is rounded recovers nothing.
     """
     conditions = {f"{cache} {bits}": condition for bits in BITS for cache, condition in caches(protocol, bits).items()}
@@ -75,4 +75,8 @@ def caches(protocol: Protocol, bits: int) -> dict[str, Condition]:
         values = Scheme(bits, False, "group", 32, format=form)
         return protocol.over(keys, values=values, family="kivi", placement=protocol.kivi_placement)
 
-    return uniform | {"KIVI, clamped": simulated("released"), "KIVI, not clamped": simulated("int")}
+    return uniform | {
+        "KIVI, clamped": simulated("released"),
+        "KIVI, clamp removed": simulated("unclamped"),
+        "KIVI, plain asymmetric": simulated("int"),
+    }

@@ -8,12 +8,13 @@ from kvgeom.paper.protocol import Protocol
 from kvgeom.paper.registry import Measured, paper_table
 from kvgeom.paper.study import Study
 from kvgeom.paper.table import Row, recovered, share
+from kvgeom.quant.scheme import Scheme
 
 BITS = (4, 3)
 UNIFORM = "a scale for each token"
 
 
-@paper_table("flips and recovery under finer scales and a protected layer", passes=lambda layers: layers / 2 + 13)
+@paper_table("flips and recovery under finer scales and a protected layer", passes=lambda layers: layers / 2 + 15)
 def perchannel_mitigation(study: Study, protocol: Protocol) -> Measured:
     """Granularities of the whole cache, and what is done to the critical layer apart from the rest; all asymmetric.
 
@@ -46,10 +47,12 @@ def strategies(protocol: Protocol, bits: int, critical: int) -> dict[str, Condit
     token, tensor = protocol.scheme(bits), protocol.scheme(bits, "tensor")
     channel, group = protocol.scheme(bits, "channel"), protocol.scheme(bits, "group", size=64)
     plain = protocol.grid("asymmetric", bits, "channel")
+    freed = Scheme(bits, granularity="channel", format="unclamped")
     found = {
         UNIFORM: protocol.over(token, family="bits"),
         "a scale for each channel": protocol.over(channel),
-        **({"a scale for each channel, not clamped": protocol.over(plain)} if plain != channel else {}),
+        **({"a scale for each channel, clamp removed": protocol.over(freed)} if plain != channel else {}),
+        **({"a scale for each channel, plain asymmetric": protocol.over(plain)} if plain != channel else {}),
         "group-64": protocol.over(group),
         "critical layer in 16 bits, others by token": protocol.each(
             lambda n: (None, None) if n == critical else (token, token)
