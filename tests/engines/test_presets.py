@@ -237,4 +237,4 @@ def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"{row['name']} " in listed
         assert f"{row['bits_per_element']:.3f}" in listed
     assert main(["schemes", "--tokens", "0"]) == 2
-    assert "1 token, got" in capsys.readouterr().err
+    assert "--tokens must be a whole number, 1 to" in capsys.readouterr().err

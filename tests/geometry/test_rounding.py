@@ -30,6 +30,10 @@ CENTER = "int3-asym-tensor+center"
 R = (7, 40, 41)
 
 
+#: Biases are set by hand in models that are loaded.
+pytestmark = pytest.mark.filterwarnings("ignore:.*was changed since it was loaded")
+
+
 @pytest.fixture(scope="module")
 def biased() -> HFModel:
     """A model whose keys are mostly bias: heads of 8 channels, rotary embedding of base 10,000."""

@@ -242,7 +242,7 @@ def test_notes_of_the_model_are_kept_and_shown(tmp_path: Path) -> None:
 
 def test_an_engine_is_named_and_what_it_never_rounds_is_not_called_safe(tmp_path: Path) -> None:
     """With 128 tokens that wait, none of these requests meets KIVI; layers and parts are rounded in their own way."""
-    more = PromptSet("more", PROMPTS.harmful + PROMPTS.harmless, PROMPTS.harmless, "")
+    more = PromptSet("more", PROMPTS.harmful + PROMPTS.harmless, tuple(f"{t} again" for t in PROMPTS.harmless), "")
     options: dict[str, Any] = {"prompts": more, "judge": ArbitraryJudge(), "max_new_tokens": 4, "progress": False}
     found = kvgeom.audit(TINY, tmp_path, scheme="kivi", bits=(2,), **options)
     numbers = json.loads((tmp_path / "audit.json").read_text())

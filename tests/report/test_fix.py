@@ -251,8 +251,8 @@ def test_what_cannot_be_used_is_said_before_anything_is_written(tmp_path: Path) 
 
     same = kvgeom.calibration()
     for how, says in (
-        ({"memory": -0.1}, "memory budget of -0.1"),
-        ({"memory": float("nan")}, "memory budget of nan"),
+        ({"memory": -0.1}, "must be a number, 0 or more, got -0.1"),
+        ({"memory": float("nan")}, "must be a number, 0 or more, got nan"),
         ({"controls": -1}, "got -1"),
         ({"bits": 16}, "got 16"),
         ({"bits": 9}, "got 9"),
@@ -389,7 +389,7 @@ def test_the_command(model: HFModel, tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         (["--bits", "16"], "got 16"),
         (["--bits", "1"], "got 1"),
-        (["--memory", "-1"], "memory budget of -1.0"),
+        (["--memory", "-1"], "must be a number, 0 or more, got -1.0"),
         (["--verify-prompts", "calibration"], "are also in"),
         (["--verify-prompts", "missing.txt"], "no such file"),
         (["--scheme", "q4_0", "--bits", "3"], "q4_0"),
