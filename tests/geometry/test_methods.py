@@ -21,6 +21,7 @@ from kvgeom.geometry.methods.registry import METHODS, as_method, from_features
 from kvgeom.geometry.methods.som import self_organizing_map
 from kvgeom.geometry.methods.whitened import discriminant, shrinkage_of
 from kvgeom.geometry.methods.winsorized import Winsorized
+from kvgeom.prompts.sets import concept_contrasts
 from tests.builders.requests import MORE_PAIRS
 from tests.builders.tiny import tiny_model
 
@@ -338,7 +339,8 @@ def test_every_method_by_name(space: Any, method: str, k: int, tmp_path: Any) ->
         if direction.defined:
             size = direction.basis.shape[1]
             np.testing.assert_allclose(direction.basis.T @ direction.basis, np.eye(size), atol=1e-5)
-    sensitivity = found.sensitivity(progress=False)
+    two = concept_contrasts()[:2]  # all of them take a minute where probes are fitted
+    sensitivity = found.sensitivity(contrasts=two, progress=False)
     cell = sensitivity.data.sel(layer=2, site="v")
     assert np.isfinite(cell.ratio_plugin)
     assert (cell.status.item() == "ok") == bool(np.isfinite(cell.ratio))
