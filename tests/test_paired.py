@@ -92,7 +92,7 @@ def test_the_p_value_is_the_largest_over_what_is_not_known(counts: tuple[int, in
     tables = (table(refusals, tolerance, share) for share in shares)
     rates = [sum(each[cell] for cell in region) for each in tables]
     found = not_worse(lost, gained, refusals, tolerance)
-    assert max(rates) - 1e-9 <= found <= max(rates) + 0.01
+    assert max(rates) - 1e-6 <= found <= max(rates) + 0.01  # both look for the largest on grids
 
 
 @given(COUNTS)

@@ -19,6 +19,7 @@ from kvgeom.cli import main
 from kvgeom.errors import InputError, KvgeomWarning, ServerError
 from kvgeom.gating import client
 from kvgeom.gating.files import schema
+from kvgeom.results import SHOWN_ROWS
 from tests.builders.servers import ANSWER, REFUSAL, FakeServer, completion, fake_server
 
 #: Forty requests of which a server refuses the harmful ones, and as many that are harmless.
@@ -366,6 +367,8 @@ def test_the_files(tmp_path: Path) -> None:
     assert again.data.equals(found.data)
     assert again.to_text() == found.to_text()
     assert len(found.to_frame()) == 210
+    assert "<b>Gate</b>" in found._repr_html_()
+    assert found._repr_html_().count("<tr") <= SHOWN_ROWS + 4
     assert found.plot().data
     assert (tmp_path / "gate.md").read_text() == found.to_markdown()
 

@@ -75,6 +75,7 @@ def test_frames_end_alike_and_tables_can_be_read_back(shared: Study, name: str, 
     assert table.provenance()["judge"] == "arbitrary"
     again = PaperTable.load(table.save(tmp_path / "t.nc"))
     assert again.to_text() == table.to_text()
+    assert "<b>PaperTable</b>" in table._repr_html_()
     assert name in table.to_text()
     assert mode in table.to_text()
 
