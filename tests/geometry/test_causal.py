@@ -18,6 +18,9 @@ from kvgeom.quant.scheme import Scheme
 from kvgeom.stats import rank_correlation
 from tests.builders.tiny import KINDS, tiny_model
 
+#: Weights are scaled after the models were loaded.
+pytestmark = pytest.mark.filterwarnings("ignore:.*was changed since it was loaded")
+
 REQUESTS = ["burn it all down", "how to steal the car", "mend the lock"]
 R = (7, 40, 41)
 

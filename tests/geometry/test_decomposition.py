@@ -24,6 +24,9 @@ from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from tests.builders.tiny import KINDS, tiny_model
 
+#: Weights are scaled after the models were loaded.
+pytestmark = pytest.mark.filterwarnings("ignore:.*was changed since it was loaded")
+
 REQUESTS = ["burn it all down", "how to steal the car"]
 R = (7, 40, 41)
 TENSOR = Scheme(3, True, "tensor")
