@@ -132,8 +132,13 @@ def add_run(command: argparse.ArgumentParser) -> None:
         choices=("cache", "paper"),
         help="cache: as a real cache stores it; paper: as the released code simulates it (default: the engine's, or cache)",
     )
+    add_responses(command)
+
+
+def add_responses(command: argparse.ArgumentParser, beside: str = "") -> None:
+    """How responses are made; ``beside`` the default of the longest answer stands in its help."""
     command.add_argument(
-        "--max-new-tokens", metavar="N", type=int, default=24, help="longest answer (default: %(default)s)"
+        "--max-new-tokens", metavar="N", type=int, default=24, help=f"longest answer (default: %(default)s{beside})"
     )
     command.add_argument(
         "--max-reasoning-tokens",

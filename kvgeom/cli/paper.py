@@ -53,25 +53,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--judge", metavar="NAME", help="what labels responses while the model runs (default: keyword)"
     )
     running.add_argument("--judge-kind", metavar="KIND", help="of a folder or fork that --judge names, e.g. wildguard")
-    running.add_argument(
-        "--max-new-tokens",
-        metavar="N",
-        type=int,
-        default=24,
-        help="longest answer (default: %(default)s; the paper: 256)",
-    )
-    running.add_argument(
-        "--max-reasoning-tokens", metavar="N", type=int, default=1024, help="longest reasoning (default: %(default)s)"
-    )
-    running.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=int,
-        default=512,
-        help="most responses decoded together (default: %(default)s)",
-    )
-    running.add_argument("--seed", metavar="N", type=int, default=0, help="of all random draws (default: %(default)s)")
-    running.add_argument("--quiet", action="store_true", help="no progress bars")
+    options.add_responses(running, "; the paper: 256")
     running.set_defaults(action=_run)
     showing = actions.add_parser("show", help="print the tables of a folder")
     showing.add_argument("folder", metavar="DIR", help="what --out of run named")

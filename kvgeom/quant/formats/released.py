@@ -42,7 +42,11 @@ class Released(Format):
             return Scales(step, torch.zeros_like(step))
         low, high = blocks.amin(axes, keepdim=True), blocks.amax(axes, keepdim=True)
         step = ((high - low) / scheme.levels).clamp_min(1e-8)
-        return Scales(step, (-low / step).round_().clamp_(0, scheme.levels))
+        return Scales(step, self.zero_point(scheme, (-low / step).round_()))
+
+    def zero_point(self, scheme: Grid, whole: Tensor) -> Tensor:
+        """The zero point as it is kept."""
+        return whole.clamp_(0, scheme.levels)
 
     def encode(self, scheme: Grid, blocks: Tensor, scales: Scales) -> Tensor:
         """The nearest codes, ties to even."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvgeom.quant.formats.base import Axes, Format, Grid, Scales, register_format
+from kvgeom.quant.formats.base import Grid, register_format
+from kvgeom.quant.formats.released import Released
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 
-class Unclamped(Format):
+class Unclamped(Released):
     """Asymmetric with a whole zero point of any size, so that 0 is always a level.
 
     It differs from ``released`` in the clamp alone, and from ``int`` in that 0 is a level: where outliers set the step, values that are
@@ -24,19 +25,9 @@ class Unclamped(Format):
 
         return torch.float32, torch.float32
 
-    def fit(self, scheme: Grid, blocks: Tensor, axes: Axes) -> Scales:
-        """Steps, and zero points as offsets."""
-        low, high = blocks.amin(axes, keepdim=True), blocks.amax(axes, keepdim=True)
-        step = ((high - low) / scheme.levels).clamp_min(1e-8)
-        return Scales(step, (-low / step).round_())
-
-    def encode(self, scheme: Grid, blocks: Tensor, scales: Scales) -> Tensor:
-        """The nearest codes, ties to even."""
-        return (blocks / scales.step).add_(scales.offset).round_().clamp_(0, scheme.levels)
-
-    def decode(self, scheme: Grid, codes: Tensor, scales: Scales) -> Tensor:
-        """Values of codes."""
-        return (codes - scales.offset) * scales.step
+    def zero_point(self, scheme: Grid, whole: Tensor) -> Tensor:
+        """As it is."""
+        return whole
 
 
 register_format(
