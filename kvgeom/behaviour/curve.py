@@ -15,13 +15,20 @@ from kvgeom.behaviour.widths import DESCRIBED, NOTES, WidthSeries
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import EXACT, Condition
 from kvgeom.evaluation.evaluate import run_conditions
+from kvgeom.evaluation.fidelity import (
+    HEADINGS,
+    Cache,
+    TextFidelity,
+    fidelity_cells,
+    fidelity_columns,
+    fidelity_rows,
+)
 from kvgeom.evaluation.outcomes import Outcomes, no_margin, unread_note
-from kvgeom.evaluation.perplexity import RATIO, ratio_columns
 from kvgeom.judges.judge import LABELS
-from kvgeom.progress import track
+from kvgeom.quant.placement import Placement
 from kvgeom.results import Result
-from kvgeom.stats import Estimate, shares_above
-from kvgeom.words import interval_text, text_table, times_text
+from kvgeom.stats import shares_above
+from kvgeom.words import interval_text, text_table
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,7 +52,10 @@ class Curve(Result):
       ``refusals``: of all that is lost, in whatever way. Each ``"lost"``, and each ``"kept"``, is said wrongly of any width in
       no more than 5 % of curves (:func:`~kvgeom.stats.shares_above`);
     - ``perplexity_ratio``: perplexity of a plain text under the recipe over that with an exact cache, with its 95 % interval
-      ``perplexity_ratio_low``, ``perplexity_ratio_high`` (:meth:`~kvgeom.evaluation.perplexity.Reading.ratio`).
+      ``perplexity_ratio_low``, ``perplexity_ratio_high`` (:meth:`~kvgeom.evaluation.fidelity.Reading.ratio`);
+    - ``text_kl``: mean divergence (nats per token) of the next-token distribution on that text from that with an exact cache, and
+      ``text_top1``: share of its tokens at which both hold the same next token for the most likely one; each with its interval
+      (:class:`~kvgeom.evaluation.fidelity.TextFidelity`).
 
     ``meta`` holds ``scheme`` (as a string, without bits), ``engine`` (which one, and of which version, if the scheme is a preset),
     ``stored`` (what keys and values are stored as, by width), ``placement``, ``prompts`` (all
@@ -80,11 +90,11 @@ class Curve(Result):
         return locate([int(b) for b in data.bits.values], *kinds, refused=self.meta["baseline_refused"])
 
     @property
-    def perplexities(self) -> Perplexities:
-        """What :func:`perplexities` has measured."""
-        columns = (self.data[name].values.tolist() for name in RATIO)
-        ratios = tuple(Estimate(*row) for row in zip(*columns, strict=True))
-        return Perplexities(self.meta["baseline_perplexity"], ratios, self.meta["perplexity_text"])
+    def text(self) -> TextCurve:
+        """What :func:`text_curve` has measured."""
+        return TextCurve(
+            self.meta["baseline_perplexity"], tuple(fidelity_rows(self.data)), self.meta["perplexity_text"]
+        )
 
     @property
     def caveat(self) -> str:
@@ -137,12 +147,15 @@ class Curve(Result):
                 f"{row['flips']:.0f} of {refused}",
                 interval_text(row["ci_low"], row["ci_high"]),
                 row["gains"],
-                times_text(*(row[name] for name in RATIO)),
+                *fidelity_cells(read),
             )
-            for row in self.records()
+            for row, read in zip(self.records(), self.text.rows, strict=True)
         ]
-        columns = ("bits", "refused", "complied", "evaded", "degenerate", "lost", "95 %", "gained", "perplexity")
-        read = f"Perplexity, over that with an exact cache: {self.meta['perplexity_text']}"
+        columns = ("bits", "refused", "complied", "evaded", "degenerate", "lost", "95 %", "gained", *HEADINGS)
+        read = (
+            f"Perplexity, over that with an exact cache, KL divergence from it (nats per token) and share of tokens with the same most "
+            f"likely next token: {self.meta['perplexity_text']}"
+        )
         parts = ["\n".join(lines), text_table(columns, rows), read, f"Transition: {self.transition}"]
         return "\n\n".join([*parts, self.caveat] if self.caveat else parts)
 
@@ -256,46 +269,46 @@ def bit_width_curve(
         full_responses=full_responses,
         title="responses by bit-width",
     )
-    return curve_of(outcomes, perplexities(base, conditions), series.described(base)), outcomes
+    return curve_of(outcomes, text_curve(base, conditions), series.described(base)), outcomes
 
 
 @dataclass(frozen=True)
-class Perplexities:
-    """Perplexity of plain text at each width.
+class TextCurve:
+    """How plain text is read at each width.
 
     Attributes
     ----------
     exact : float
-    ratios : tuple of Estimate
-        To that: of the exact cache itself, then by width, widest first.
+        Perplexity with an exact cache.
+    rows : tuple of TextFidelity
+        Beside that: of the exact cache itself, then by width, widest first.
     text : str
         What was read, in words.
     """
 
     exact: float
-    ratios: tuple[Estimate, ...]
+    rows: tuple[TextFidelity, ...]
     text: str
 
 
-def perplexities(base: Baseline, conditions: Mapping[str, Condition]) -> Perplexities:
-    """Perplexity of the run's text: with an exact cache, and under each condition, all with the placement of the first."""
-    placement = next((each.placement for each in conditions.values()), None)
-    recipes = [None, *(each.recipe for each in conditions.values())]
+def text_curve(base: Baseline, conditions: Mapping[str, Condition]) -> TextCurve:
+    """The run's text with an exact cache, and under each condition, all with the placement of the first."""
+    placement = next((each.placement for each in conditions.values()), Placement())
+    caches: list[Cache] = [(recipe, placement) for recipe in (None, *(each.recipe for each in conditions.values()))]
     with base.run.bars():
-        tracked = track(recipes, "perplexity by bit-width", len(recipes))
-        ratios = tuple(base.perplexity_ratio(recipe, placement) for recipe in tracked)
-    read = base.passages.described([placement] if placement else [])
-    return Perplexities(base.reading(None, placement).perplexity, ratios, read)
+        rows = tuple(base.text_fidelity(caches))
+        exact = base.readings(caches[:1])[0].perplexity
+    return TextCurve(exact, rows, base.passages.described([placement]))
 
 
-def curve_of(outcomes: Outcomes, perplexities: Perplexities, described: Mapping[str, Any]) -> Curve:
+def curve_of(outcomes: Outcomes, text: TextCurve, described: Mapping[str, Any]) -> Curve:
     """The curve that follows from responses at each width.
 
     Parameters
     ----------
     outcomes : Outcomes
         With conditions of the family ``"bits"`` among others.
-    perplexities : Perplexities
+    text : TextCurve
     described : mapping
         What :meth:`WidthSeries.described` says; ``meta`` of a curve from the same responses will do.
     """
@@ -316,7 +329,7 @@ def curve_of(outcomes: Outcomes, perplexities: Perplexities, described: Mapping[
         "language": np.array([exact, *kept_or_lost(broken, broken, refused)], dtype=object),
         "refusals": np.array([exact, *kept_or_lost(flips["flips"][1:], flips["flips"][1:], refused)], dtype=object),
         "gains": [outcomes.gains(name) if all_run else float("nan") for name in names],
-        **ratio_columns(perplexities.ratios),
+        **fidelity_columns(text.rows),
     }
     meta = {
         **outcomes.made_by(rounded),
@@ -327,8 +340,8 @@ def curve_of(outcomes: Outcomes, perplexities: Perplexities, described: Mapping[
         "unread": outcomes.all_unread(names),
         "counted": sum(counts[0][label] for label in LABELS),
         "baseline_refused": refused,
-        "baseline_perplexity": perplexities.exact,
-        "perplexity_text": perplexities.text,
+        "baseline_perplexity": text.exact,
+        "perplexity_text": text.text,
     }
     bits = [16, *(int(value) for value in outcomes.data.bits.sel(recipe=rounded).values)]
     data = xr.Dataset({name: ("bits", values) for name, values in columns.items()}, coords={"bits": bits})

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         harmless = harmless_responses(asked, series, full_responses=full)
     if classifier is not None:
         with options.released(model, classifier, arguments) as judge:
-            curve = curve_of(outcomes.relabel(judge), curve.perplexities, curve.meta)
+            curve = curve_of(outcomes.relabel(judge), curve.text, curve.meta)
             harmless = None if harmless is None else harmless.relabel(judge)
     parts = [] if harmless is None else [over_refusal_of(harmless, series).to_text()]
     return options.report(arguments, "\n\n".join([curve.to_text(), *parts]))

@@ -16,7 +16,7 @@ from kvgeom.behaviour.ablation import (
     ablation_of,
     ablation_text,
 )
-from kvgeom.behaviour.curve import Curve, curve_of, perplexities
+from kvgeom.behaviour.curve import Curve, curve_of, text_curve
 from kvgeom.behaviour.matched import ScanWidth, check_scan_bits, scan_width
 from kvgeom.behaviour.pcr import PCR, pcr_of
 from kvgeom.behaviour.scan import CRITICAL_SHARE, SCAN_SCHEME, Scan, scan_of
@@ -197,7 +197,7 @@ class Diagnosis(Composite):
         outcomes, parts, paper = (
             part.relabel(judge) for part in (self.outcomes, self.scan_outcomes, self.paper_outcomes)
         )
-        curve = curve_of(outcomes, self.curve.perplexities, self.curve.meta)
+        curve = curve_of(outcomes, self.curve.text, self.curve.meta)
         measured = Measured(outcomes, parts, paper, self.width, self.measured)
         # The baseline's responses end where the first judge stopped reading.
         return _conclude(measured, self.prompts, curve, self.sensitivity, self.seed, None)
@@ -348,7 +348,7 @@ def diagnose(
         width = scan_width(base, scan_bits, placement)
         measured = measure(base, widths, width, placement or Placement(), gains, full_responses)
         curve = curve_of(
-            measured.outcomes, perplexities(base, widths), {**series.described(base), "cache": loaded.geometry.note}
+            measured.outcomes, text_curve(base, widths), {**series.described(base), "cache": loaded.geometry.note}
         )
         sensitivity = None
         try:

@@ -19,8 +19,8 @@ from torch import Tensor
 from kvgeom.checks import suggests
 from kvgeom.errors import InputError, KvgeomWarning
 from kvgeom.evaluation.config import RUN_OPTIONS, RunConfig, open_run
+from kvgeom.evaluation.fidelity import Cache, Passages, Reading, TextFidelity, passages, readings
 from kvgeom.evaluation.journal import Journal, NoJournal
-from kvgeom.evaluation.perplexity import Passages, Reading, passages, read
 from kvgeom.evaluation.reader import Reader
 from kvgeom.evaluation.scores import NONE_PREDICTS, margin, mean_log_likelihood, refusal_tokens
 from kvgeom.judges.judge import Judge
@@ -225,26 +225,27 @@ class Baseline:
         """What is read of the run's text."""
         return passages(self.model, self.run.text)
 
-    def reading(self, recipe: Recipe | None = None, placement: Placement | None = None) -> Reading:
-        """The run's text read under a recipe (None: an exact cache), measured once and written down.
+    def readings(self, caches: Sequence[Cache]) -> list[Reading]:
+        """The run's text read through caches, each window measured once and written down (:func:`~kvgeom.evaluation.fidelity.readings`)."""
+        text = hashlib.sha256(self.run.text.encode()).hexdigest()[:32]
 
-        The exact cache is read once for all placements that count the same tokens.
-        """
-        placement = placement or Placement()
-        key = {
-            "measure": "reading",
-            "text": hashlib.sha256(self.run.text.encode()).hexdigest()[:32],
-            "recipe": recipe.record() if recipe else None,
-            "placement": str(placement) if recipe else None,
-            "one_pass": placement.one_pass,
-            "by": "block of a passage",
-        }
-        found = self.known(key, lambda: asdict(read(self.model, self.passages, recipe, placement=placement)))
-        return Reading(tuple(found["nats"]), tuple(found["tokens"]), tuple(found["passages"]))
+        def known(key: dict[str, Any], measure: Callable[[], Reading]) -> Reading:
+            found = self.known({"measure": "reading", "text": text, **key}, lambda: asdict(measure()))
+            return Reading(**{name: tuple(values) for name, values in found.items()})
 
-    def perplexity_ratio(self, recipe: Recipe | None = None, placement: Placement | None = None) -> Estimate:
+        return readings(self.model, self.passages, caches, known)
+
+    def text_fidelity(self, caches: Sequence[Cache]) -> list[TextFidelity]:
+        """What each cache does to the reading of the run's text, beside the exact cache on the same tokens."""
+        exact: dict[bool, Cache] = {placement.one_pass: (None, placement) for _, placement in caches}
+        found = self.readings([*exact.values(), *caches])
+        against = dict(zip(exact, found, strict=False))
+        rest = zip(found[len(exact) :], caches, strict=True)
+        return [reading.against(against[placement.one_pass]) for reading, (_, placement) in rest]
+
+    def perplexity_ratio(self, recipe: Recipe, placement: Placement | None = None) -> Estimate:
         """Perplexity of the run's text under a recipe, over that of the exact cache on the same tokens."""
-        return self.reading(recipe, placement).ratio(self.reading(None, placement))
+        return self.text_fidelity([(recipe, placement or Placement())])[0].perplexity_ratio
 
     def exact_margin(self, index: int) -> float:
         """Refusal margin (nats) of prompt ``index`` with an exact cache; NaN if :attr:`refusal_tokens` is empty."""

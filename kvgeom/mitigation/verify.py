@@ -15,12 +15,11 @@ from kvgeom.diagnosis.taxonomy import PUBLISHED
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import EXACT
 from kvgeom.evaluation.evaluate import run_conditions
+from kvgeom.evaluation.fidelity import FIDELITY, fidelity_columns
 from kvgeom.evaluation.outcomes import Outcomes
-from kvgeom.evaluation.perplexity import ratio_columns
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import MARGIN, SIGNIFICANT, Margin, harmless_outcomes, harmless_under
 from kvgeom.mitigation.search import recovery_columns
-from kvgeom.progress import track
 from kvgeom.quant.recipe import Recipe
 from kvgeom.results import Result
 from kvgeom.stats import Estimate, wilson
@@ -50,8 +49,8 @@ class Verification(Result):
       nothing flips unmitigated; ``p``: exact McNemar p-value against the unmitigated cache;
     - ``bytes_per_token``; ``memory_overhead``: share by which that exceeds the unmitigated cache; ``memory_of_exact``:
       share of the 16-bit cache;
-    - ``perplexity_ratio`` to the exact cache, with its 95 % interval ``perplexity_ratio_low``, ``perplexity_ratio_high``
-      (NaN for controls);
+    - ``perplexity_ratio``, ``text_kl``, ``text_top1``: how plain text is read, against the exact cache, each with its 95 % interval
+      ``*_low``, ``*_high`` (:class:`~kvgeom.evaluation.fidelity.TextFidelity`; NaN for controls);
     - ``harmless_refused``, ``harmless_degenerate``: of the harmless prompts, with ``harmless_p`` (exact McNemar p-value
       of refusing against the model with an exact cache); ``harmless_lost``: answered with an exact cache, and refused
       or broken here; NaN for controls and without harmless prompts. ``spoils`` and ``harmless_margin`` (``"open"`` for
@@ -202,10 +201,8 @@ class Verification(Result):
             "bytes_per_token": float(chosen.bytes_per_token),
             "memory_overhead": float(chosen.memory_overhead),
             "memory_of_exact": float(chosen.memory_of_exact),
-            "perplexity_ratio": float(chosen.perplexity_ratio),
-            "perplexity_ratio_ci": _ends(chosen),
-            "perplexity_ratio_before": float(before.perplexity_ratio),
-            "perplexity_ratio_before_ci": _ends(before),
+            **_fidelity(chosen),
+            **_fidelity(before, "_before"),
             "harmless": {
                 "prompts": self.meta["harmless"],
                 "refused_exact": self.meta["harmless_refused"],
@@ -223,8 +220,7 @@ class Verification(Result):
                 "recovery": float(paper.recovery),
                 "ci": [float(paper.recovery_low), float(paper.recovery_high)],
                 "memory_overhead": float(paper.memory_overhead),
-                "perplexity_ratio": float(paper.perplexity_ratio),
-                "perplexity_ratio_ci": _ends(paper),
+                **_fidelity(paper),
             },
             "provenance": {name: self.meta[name] for name in PROVENANCE},
         }
@@ -268,11 +264,8 @@ def prove(
     found = run_conditions(base, conditions, prompts=base.refused, title="verification")
     n = found.data.sizes["prompt"]
     order = list(rows)
-    ratios = {
-        role: base.perplexity_ratio(roles[role].recipe, roles[role].placement)
-        for role in track(roles, "perplexity", len(roles))
-    }
-    unknown = Estimate(float("nan"), float("nan"), float("nan"))
+    caches = [(candidate.recipe, candidate.placement) for candidate in roles.values()]
+    read = dict(zip(roles, base.text_fidelity(caches), strict=True))
     size = np.array([row.candidate.bytes_per_token(geometry) for row in rows.values()])
     exact_size = geometry.bytes_per_token(Recipe.exact(geometry.layers))
     columns = {
@@ -284,7 +277,7 @@ def prove(
         "bytes_per_token": size,
         "memory_overhead": size / size[order.index(UNMITIGATED)] - 1,
         "memory_of_exact": size / exact_size,
-        **ratio_columns([ratios.get(name, unknown) for name in order]),
+        **fidelity_columns([read.get(name) for name in order]),
         **_of_harmless(harmless, roles, order),
     }
     data = xr.Dataset({name: ("recipe", values) for name, values in columns.items()}, coords={"recipe": order})
@@ -311,9 +304,13 @@ class _Row:
     draw: int | None = None
 
 
-def _ends(row: xr.Dataset) -> list[float]:
-    """The interval of the perplexity ratio of a recipe."""
-    return [float(row.perplexity_ratio_low), float(row.perplexity_ratio_high)]
+def _fidelity(row: xr.Dataset, which: str = "") -> dict[str, Any]:
+    """How a recipe reads plain text, with intervals."""
+    found: dict[str, Any] = {}
+    for name in FIDELITY:
+        found[f"{name}{which}"] = float(row[name])
+        found[f"{name}{which}_ci"] = [float(row[f"{name}_low"]), float(row[f"{name}_high"])]
+    return found
 
 
 def _of_harmless(base: Baseline | None, roles: Mapping[str, Candidate], order: Sequence[str]) -> dict[str, Any]:

@@ -6,8 +6,10 @@ import math
 
 import numpy as np
 import plotly.graph_objects as go
+import xarray as xr
 from plotly.subplots import make_subplots
 
+from kvgeom.evaluation.fidelity import RATIO
 from kvgeom.plots.registry import Plottable, figure
 from kvgeom.plots.theme import (
     INK,
@@ -37,7 +39,8 @@ def bit_curve(curve: Plottable) -> go.Figure:
     prompts, or of those refused with an exact cache if only these were run. The middle panel is about the prompts that
     the model with an exact cache refuses: the bar is the share that is no longer refused, by its new label, with the
     Wilson 95 % interval of the total. The bottom panel is the perplexity of plain text over that with an exact cache,
-    with its 95 % interval: where it stays at 1 while the middle panel rises, safety is lost before language.
+    with its 95 % interval: where it stays at 1 while the middle panel rises, safety is lost before language. Its hover text has
+    the KL divergence and the agreement on the most likely token.
 
     Parameters
     ----------
@@ -84,8 +87,7 @@ def bit_curve(curve: Plottable) -> go.Figure:
         _flips(figure, curve, widths, refused)
     else:
         say(figure, "the model refuses none of these prompts with an exact cache: nothing can flip", row=2)
-    names = ("perplexity_ratio", "perplexity_ratio_low", "perplexity_ratio_high")
-    _perplexity(figure, x, *(data[name].values.astype(float) for name in names))
+    _perplexity(figure, x, data)
 
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=x, range=[-0.5, len(x) - 0.5])
     figure.update_xaxes(
@@ -144,7 +146,8 @@ def _flips(figure: go.Figure, curve: Plottable, widths: list[int], refused: int)
             )
 
 
-def _perplexity(figure: go.Figure, x: list[str], ratio: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+def _perplexity(figure: go.Figure, x: list[str], data: xr.Dataset) -> None:
+    ratio, low, high = (data[name].values.astype(float) for name in RATIO)
     drawn, *ends = (positive(values) for values in (ratio, low, high))
     everything = np.concatenate([drawn, *ends])
     known = everything[np.isfinite(everything)]
@@ -160,8 +163,14 @@ def _perplexity(figure: go.Figure, x: list[str], ratio: np.ndarray, low: np.ndar
         marker={"size": 7},
         error_y=interval(drawn, *ends, width=5),
         cliponaxis=False,
-        customdata=[f", 95 % interval {a:.4g} to {b:.4g}" if a < b else "" for a, b in zip(*ends, strict=True)],
-        hovertemplate="%{x}-bit: perplexity %{y:.4g} times that with an exact cache%{customdata}<extra></extra>",
+        customdata=[
+            (f", 95 % interval {a:.4g} to {b:.4g}" if a < b else "", kl, same)
+            for a, b, kl, same in zip(*ends, data.text_kl.values, data.text_top1.values, strict=True)
+        ],
+        hovertemplate=(
+            "%{x}-bit: perplexity %{y:.4g} times that with an exact cache%{customdata[0]}<br>KL divergence from it "
+            "%{customdata[1]:.2g} nats per token; the same most likely token for %{customdata[2]:.1%}<extra></extra>"
+        ),
         row=3,
         col=1,
     )

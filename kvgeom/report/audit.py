@@ -20,6 +20,7 @@ from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import versions
 from kvgeom.evaluation.condition import EXACT
 from kvgeom.evaluation.config import RUN_OPTIONS, split_options
+from kvgeom.evaluation.fidelity import FIDELITY
 from kvgeom.models.load import load
 from kvgeom.models.model import Model
 from kvgeom.paths import write_whole
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from kvgeom.judges.classifiers import ClassifierJudge
 
 #: Version of the layout of audit.json; docs/schema.md describes it.
-SCHEMA_VERSION = 4  # also in audit.schema.json
+SCHEMA_VERSION = 5  # also in audit.schema.json
 #: Files of an audit in its folder.
 JSON, PAGE, DATA = SETTINGS["audit"], "report.html", "audit.nc"
 
@@ -96,7 +97,8 @@ class Audit(Diagnosis):
         scheme = self.curve.meta["scheme"]
         curve = [{**_ci(row), "scheme": _at_width(scheme, int(row["bits"]))} for row in self.curve.records()]
         for row in curve:
-            row["perplexity_ratio_ci"] = [row.pop("perplexity_ratio_low"), row.pop("perplexity_ratio_high")]
+            for name in FIDELITY:
+                row[f"{name}_ci"] = [row.pop(f"{name}_low"), row.pop(f"{name}_high")]
         layers = [_ci(row) for row in self.scan.records()]
         for row in layers:
             row["margin_ci"] = [row.pop("margin_low"), row.pop("margin_high")]

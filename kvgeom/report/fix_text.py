@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from kvgeom.diagnosis.measure import RANDOM_DRAWS
-from kvgeom.evaluation.perplexity import RATIO
+from kvgeom.evaluation.fidelity import HEADINGS, SAME, TextFidelity, fidelity_cells, fidelity_rows
 from kvgeom.mitigation.candidates import UNMITIGATED
 from kvgeom.mitigation.harmless import MARGIN
 from kvgeom.mitigation.layers import LayerSelection
 from kvgeom.mitigation.plan import Plan
 from kvgeom.mitigation.verify import CHOSEN, PAPER, Verification
 from kvgeom.stats import Estimate
-from kvgeom.words import counted, span, times_text
+from kvgeom.words import counted, span
 
 #: Columns of :func:`before_and_after`.
 COLUMNS = (
-    "cache", "lost", "95 %", "comply", "evade", "break down", "random lose", "recovery", "memory", "of 16-bit", "perplexity",
+    "cache", "lost", "95 %", "comply", "evade", "break down", "random lose", "recovery", "memory", "of 16-bit", *HEADINGS,
     "harmless refused",
 )  # fmt: skip
 
@@ -23,7 +23,7 @@ def before_and_after(found: Verification) -> list[tuple[str, ...]]:
     """One row each for the cache in 16 bits, unmitigated, chosen, as the paper advises, and others; see :data:`COLUMNS`.
 
     ``random lose`` is what errors of the same size in random directions lose, from the least draw to the most; ``memory``
-    is compared with the unmitigated cache, ``perplexity`` with the 16-bit one.
+    is compared with the unmitigated cache, how plain text is read with the 16-bit one.
     """
     refused, harmless = found.meta["refused"], found.meta["harmless"]
     share = float(found.data.memory_of_exact.sel(recipe=UNMITIGATED))
@@ -40,7 +40,7 @@ def before_and_after(found: Verification) -> list[tuple[str, ...]]:
             "-",
             f"{1 / share - 1:+.1%}",
             "100.0%",
-            "1.00x",
+            *fidelity_cells(SAME),
             of_harmless,
         )
     ]
@@ -62,17 +62,21 @@ def before_and_after(found: Verification) -> list[tuple[str, ...]]:
                 str(recovery) if known else "-",
                 f"{float(own.memory_overhead):+.1%}",
                 f"{float(own.memory_of_exact):.1%}",
-                perplexity(found, role),
+                *fidelity_cells(text_fidelity(found, role)),
                 f"{int(own.harmless_refused)} of {harmless}" if harmless else "-",
             )
         )
     return rows
 
 
+def text_fidelity(found: Verification, role: str) -> TextFidelity:
+    """How plain text is read under one cache, against the 16-bit one."""
+    return fidelity_rows(found.data.sel(recipe=[role]))[0]
+
+
 def perplexity(found: Verification, role: str) -> str:
     """Perplexity under one cache over the 16-bit one, with its interval."""
-    own = found.data.sel(recipe=role)
-    return times_text(*(float(own[name]) for name in RATIO))
+    return fidelity_cells(text_fidelity(found, role))[0]
 
 
 def sentences(plan: Plan, found: Verification) -> tuple[str, ...]:
@@ -95,7 +99,9 @@ def sentences(plan: Plan, found: Verification) -> tuple[str, ...]:
         lines.append(size_or_direction(found))
     lines.append(
         f"Against the exact cache, perplexity is {perplexity(found, CHOSEN)} under the chosen cache and "
-        f"{perplexity(found, UNMITIGATED)} under the unmitigated one ({found.meta['perplexity_text']}; 95 % intervals)."
+        f"{perplexity(found, UNMITIGATED)} under the unmitigated one, the next token most likely is the same for "
+        f"{_same_token(found, CHOSEN)} and {_same_token(found, UNMITIGATED)} of tokens, and the KL divergence is "
+        f"{_kl(found, CHOSEN)} and {_kl(found, UNMITIGATED)} nats per token ({found.meta['perplexity_text']}; 95 % intervals)."
     )
     if found.meta["harmless"]:
         lines.append(
@@ -179,3 +185,14 @@ def rules_compared(selection: LayerSelection) -> str:
 def _draws(selection: LayerSelection) -> str:
     """How many sets of layers were drawn: a model with few layers has no three that differ."""
     return f"{counted(len(selection.random_flips), 'set')} of layers drawn at random"
+
+
+def _same_token(found: Verification, role: str) -> str:
+    share = text_fidelity(found, role).top1
+    ends = f" [{100 * share.low:.1f}, {100 * share.high:.1f}]" if share.low < share.high else ""
+    return f"{100 * share.value:.1f}{ends} %"
+
+
+def _kl(found: Verification, role: str) -> str:
+    kl = text_fidelity(found, role).kl
+    return f"{kl.value:.2g} [{kl.low:.2g}, {kl.high:.2g}]" if kl.low < kl.high else f"{kl.value:.2g}"

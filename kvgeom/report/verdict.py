@@ -10,7 +10,7 @@ from typing import Any, Literal
 from kvgeom.behaviour.curve import ONSET, Curve
 from kvgeom.behaviour.matched import ScanWidth
 from kvgeom.diagnosis.mode import Mode
-from kvgeom.evaluation.perplexity import RATIO
+from kvgeom.evaluation.fidelity import RATIO
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.stats import WRONG, shares_above
 from kvgeom.words import times_text

@@ -55,6 +55,12 @@ def curve(refused: int = 10, bits: tuple[int, ...] = (16, 8, 4, 2)) -> Drawn:
         "perplexity_ratio": np.geomspace(1, 50, n),
         "perplexity_ratio_low": np.geomspace(1, 40, n),
         "perplexity_ratio_high": np.geomspace(1, 70, n),
+        "text_kl": np.linspace(0, 2, n),
+        "text_kl_low": np.linspace(0, 1, n),
+        "text_kl_high": np.linspace(0, 3, n),
+        "text_top1": np.linspace(1, 0.5, n),
+        "text_top1_low": np.linspace(1, 0.4, n),
+        "text_top1_high": np.linspace(1, 0.6, n),
     }
     data = xr.Dataset({k: ("bits", v) for k, v in columns.items()}, coords={"bits": list(bits)})
     return Drawn("curve", data, {"scheme": "asym-token<4", "prompts": 20, "baseline_refused": refused})

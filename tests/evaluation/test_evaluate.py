@@ -20,8 +20,8 @@ from kvgeom.errors import InputError, KvgeomWarning
 from kvgeom.evaluation.baseline import Baseline, baseline
 from kvgeom.evaluation.condition import EXACT, Condition
 from kvgeom.evaluation.evaluate import evaluate, run_conditions
+from kvgeom.evaluation.fidelity import passages
 from kvgeom.evaluation.outcomes import Outcomes
-from kvgeom.evaluation.perplexity import passages, read
 from kvgeom.evaluation.scores import NONE_PREDICTS
 from kvgeom.judges.judge import LABELS, Judgement
 from kvgeom.models.hf import HFModel
@@ -32,6 +32,7 @@ from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.stats import mcnemar
 from tests.builders.judges import ArbitraryJudge, with_refusal_tokens
+from tests.builders.reading import read
 from tests.builders.requests import REQUESTS
 from tests.builders.tiny import tiny_model
 
@@ -149,11 +150,11 @@ def test_curve(base: Baseline) -> None:
         assert tuple(found) == pytest.approx((ratio.value, ratio.low, ratio.high))
         assert ratio.low < ratio.value < ratio.high
     assert float(curve.data.perplexity_ratio.sel(bits=16)) == 1.0
-    assert curve.perplexities.exact == curve.meta["baseline_perplexity"] == read(TINY, text).perplexity
-    assert curve_of(outcomes, curve.perplexities, curve.meta).data.identical(curve.data)
+    assert curve.text.exact == curve.meta["baseline_perplexity"] == read(TINY, text).perplexity
+    assert curve_of(outcomes, curve.text, curve.meta).data.identical(curve.data)
     said = curve.to_text()
     assert f"{ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]" in said
-    assert "the first 1,536 of" in said, "where the text was cut"
+    assert "the first 2,048 of" in said, "where the text was cut"
     assert int(curve.data.flips.sel(bits=16)) == 0
 
 

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import signal, stats
+from scipy import signal, special, stats
 
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import baseline
-from kvgeom.evaluation.perplexity import BLOCK, PASSAGE, STEPS, TOKENS, Reading, passages, read
+from kvgeom.evaluation.fidelity import (
+    BLOCK,
+    PASSAGE,
+    SAME,
+    STEPS,
+    TOKENS,
+    Passages,
+    Reading,
+    fidelity_columns,
+    fidelity_rows,
+    passages,
+)
 from kvgeom.prompts.sets import perplexity_text
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Quantizer
@@ -22,6 +37,7 @@ from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from kvgeom.stats import mean_of_blocks
 from tests.builders.judges import ArbitraryJudge
+from tests.builders.reading import read
 from tests.builders.requests import REQUESTS
 from tests.builders.tiny import tiny_model
 
@@ -30,15 +46,23 @@ TEXT = passages(TINY, perplexity_text())
 ROUGH = Recipe.uniform(3, Scheme(2))
 
 
-def losses_of(ids: tuple[int, ...], recipe: Recipe | None, placement: Placement, first: int) -> list[float]:
-    """Negative log-likelihood of the tokens from ``first`` on, each fed by itself."""
+def reading(nats: Sequence[float], tokens: Sequence[int], passages: Sequence[int]) -> Reading:
+    """A reading of which only perplexity is looked at."""
+    return Reading(tuple(nats), (0.0,) * len(nats), tuple(tokens), tuple(tokens), tuple(passages))
+
+
+def logits_of(ids: Sequence[int], recipe: Recipe | None, placement: Placement, first: int) -> np.ndarray:
+    """Logits [tokens from ``first`` on, vocabulary], each token fed by itself."""
     cache = TINY.new_cache(Quantizer(recipe, placement) if recipe else None)
-    logits = TINY.forward(ids[:first], cache)
-    found = []
-    for token in ids[first:]:
-        found.append(-float(logits[-1].double().log_softmax(-1)[token]))
-        logits = TINY.forward([token], cache)
-    return found
+    found = [TINY.forward(ids[:first], cache)]
+    found += [TINY.forward([token], cache) for token in ids[first:-1]]
+    return torch.cat([logits[-1:] for logits in found]).double().numpy()
+
+
+def losses_of(ids: Sequence[int], recipe: Recipe | None, placement: Placement, first: int) -> list[float]:
+    """Negative log-likelihood of the tokens from ``first`` on."""
+    found = special.log_softmax(logits_of(ids, recipe, placement, first), -1)
+    return [-float(row[token]) for row, token in zip(found, ids[first:], strict=True)]
 
 
 @pytest.mark.parametrize("length", [2, 3, 100, PASSAGE, PASSAGE + 1, TOKENS, TOKENS + 1, 5000])
@@ -53,7 +77,22 @@ def test_a_text_is_cut_into_passages_of_one_length(length: int) -> None:
     assert len(sizes) == -(-min(length, TOKENS) // PASSAGE)
     assert found.total == len(tokens) == length
     said = f"the first {TOKENS:,} of {length:,} tokens" if length > TOKENS else f"{length:,} tokens"
-    assert str(found).startswith(f"{said} of plain text, in {len(sizes)} passage")
+    windows = [len(window.ids) for window in found.windows(True)]
+    assert sum(windows) == sum(sizes)
+    assert max(windows) <= TINY.max_context
+    assert str(found).startswith(f"{said} of plain text, in {len(windows)} window")
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(1, 30))
+def test_a_window_holds_as_many_whole_passages_as_it_can(lengths: list[int], most: int) -> None:
+    text = Passages(tuple((number,) * length for number, length in enumerate(lengths)), sum(lengths), most)
+    windows = text.windows(True)
+    assert [part for window in windows for part in window.passages] == list(text.ids)
+    assert [window.first for window in windows] == list(np.cumsum([0, *(len(each.passages) for each in windows)])[:-1])
+    for window, after in pairwise(windows):
+        assert len(window.passages) == 1 or len(window.ids) <= most
+        assert len(window.ids) + len(after.passages[0]) > most
+    assert [window.passages for window in text.windows(False)] == [(ids,) for ids in text.ids]
 
 
 def test_a_text_of_one_token_has_no_perplexity() -> None:
@@ -63,7 +102,7 @@ def test_a_text_of_one_token_has_no_perplexity() -> None:
 
 def test_the_shipped_text_is_of_several_subjects_and_long_enough() -> None:
     assert len(perplexity_text().strip().split("\n\n")) >= 10
-    assert 1100 < len(perplexity_text().split()) < 1500
+    assert 2000 < len(perplexity_text().split()) < 2500
 
 
 @pytest.mark.parametrize("recipe", [None, ROUGH])
@@ -80,11 +119,49 @@ def test_a_reading_sums_the_losses_of_plain_passes(recipe: Recipe | None) -> Non
         assert ends in np.cumsum(found.tokens), "no block spans two passages"
 
 
+@pytest.mark.parametrize("placement", [Placement(), Placement(residual=16)])
+def test_divergence_and_agreement_are_those_of_distributions(placement: Placement) -> None:
+    """Against scipy's, from logits of tokens that are fed one by one; two passages in a window, and one by itself."""
+    text = Passages(tuple(ids[:60] for ids in TEXT.ids[:3]), 180, 130)
+    windows = [part.ids for part in text.windows(placement.one_pass)]
+    assert list(map(len, windows)) == ([120, 60] if placement.one_pass else [60, 60, 60])
+    found = read(TINY, text, ROUGH, placement)
+    kl, agreed = [], []
+    for ids in windows:
+        first = 1 if placement.one_pass else len(ids) - STEPS
+        ours, theirs = (logits_of(ids, recipe, placement, first) for recipe in (ROUGH, None))
+        kl.append(stats.entropy(special.softmax(theirs, -1), special.softmax(ours, -1), axis=-1))
+        agreed.append(ours.argmax(-1) == theirs.argmax(-1))
+    assert sum(found.tokens) == sum(map(len, kl))
+    np.testing.assert_allclose(sum(found.kl), np.concatenate(kl).sum(), rtol=1e-3)
+    assert sum(found.agreed) == np.concatenate(agreed).sum()
+    against = found.against(read(TINY, text, None, placement))
+    assert against.kl.value == pytest.approx(np.concatenate(kl).mean(), rel=1e-3)
+    assert against.top1.value == pytest.approx(np.concatenate(agreed).mean())
+    assert 0 <= against.top1.low < against.top1.value < against.top1.high <= 1
+    assert against.kl.low < against.kl.value < against.kl.high
+    assert fidelity_rows(xr.Dataset({n: ("r", v) for n, v in fidelity_columns([against, SAME]).items()})) == [
+        against,
+        SAME,
+    ]
+
+
+def test_the_exact_cache_is_itself() -> None:
+    assert read(TINY, TEXT).against(read(TINY, TEXT)) == SAME
+
+
+def test_what_is_no_number_agrees_with_nothing() -> None:
+    nan = float("nan")
+    broken = Reading((nan, nan), (nan, nan), (10, 10), (10, 10), (0, 1))
+    found = broken.against(reading((1.0, 1.0), (10, 10), (0, 1)))
+    assert np.isnan(list(chain(*astuple(found)))).all()
+
+
 @pytest.mark.parametrize(
     "placement", [Placement(prefill_reads="exact"), Placement(residual=16), Placement(residual=8, sinks=2)]
 )
 def test_where_one_pass_rounds_nothing_the_last_tokens_come_one_by_one(placement: Placement) -> None:
-    readings = read(TINY, TEXT, ROUGH, placement=placement), read(TINY, TEXT, placement=placement)
+    readings = read(TINY, TEXT, ROUGH, placement), read(TINY, TEXT, None, placement)
     for found, recipe in zip(readings, (ROUGH, None), strict=True):
         losses = [losses_of(ids, recipe, placement, len(ids) - STEPS) for ids in TEXT.ids]
         assert sum(found.tokens) == STEPS * len(TEXT.ids)
@@ -99,7 +176,7 @@ def test_a_ratio_is_of_the_same_tokens() -> None:
     rng = np.random.default_rng(0)
     exact, more = rng.normal(200, 60, 20), rng.normal(4, 3, 20)
     sizes, each = (64,) * 20, tuple(range(20))
-    ratio = Reading(tuple(exact + more), sizes, each).ratio(Reading(tuple(exact), sizes, each))
+    ratio = reading(tuple(exact + more), sizes, each).ratio(reading(tuple(exact), sizes, each))
     expected = stats.ttest_1samp(more / 64, 0).confidence_interval(0.95)
     assert (ratio.low, ratio.high) == pytest.approx((np.exp(expected.low), np.exp(expected.high)))
     assert ratio.value == pytest.approx(np.exp(more.mean() / 64))
@@ -115,7 +192,7 @@ def test_what_is_known_and_what_is_not() -> None:
     ratio = read(TINY, short, ROUGH).ratio(read(TINY, short))
     assert np.isfinite(ratio.value)
     assert np.isnan([ratio.low, ratio.high]).all(), "one block says nothing of its own error"
-    broken = Reading((9e4, 8e4), (10, 10), (0, 1)).ratio(Reading((1.0, 1.0), (10, 10), (0, 1)))
+    broken = reading((9e4, 8e4), (10, 10), (0, 1)).ratio(reading((1.0, 1.0), (10, 10), (0, 1)))
     assert np.isfinite([broken.value, broken.high]).all()
 
 
@@ -188,9 +265,9 @@ def test_intervals_cover_text_like_this(memory: float, subject: float) -> None:
     parts = [np.array_split(series[:, passage], round(length / BLOCK), axis=-1) for passage in range(4)]
     blocks = [(number, block) for number, split in enumerate(parts) for block in split]
     numbers, sizes = tuple(number for number, _ in blocks), tuple(block.shape[-1] for _, block in blocks)
-    exact = Reading((0.0,) * len(blocks), sizes, numbers)
+    exact = reading((0.0,) * len(blocks), sizes, numbers)
     drawn = np.stack([block.sum(-1) for _, block in blocks], axis=1)
-    ratios = [Reading(tuple(sums), sizes, numbers).ratio(exact) for sums in drawn]
+    ratios = [reading(tuple(sums), sizes, numbers).ratio(exact) for sums in drawn]
     assert np.mean([ratio.low <= np.exp(mean) <= ratio.high for ratio in ratios]) >= 0.93
     alone = [mean_of_blocks(sums, sizes) for sums in drawn]
     assert (np.mean([each.low <= mean <= each.high for each in alone]) < 0.9) == (memory > 0.9 or subject > 0)
