@@ -50,6 +50,7 @@ def _add_verdict(command: argparse.ArgumentParser) -> None:
         default=True,
         help="ask the baseline twice, to know its noise (default: yes)",
     )
+    command.add_argument("--text", metavar="FILE", help="plain text that both read (default: a short one)")
 
 
 def _add_setting(command: argparse.ArgumentParser) -> None:
@@ -105,6 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.candidate or arguments.plan,
         arguments.out,
         prompts=options.prompt_set(arguments.prompts, arguments),
+        text=None if arguments.text is None else options.plain_text(arguments.text),
         api_key=_key(arguments.api_key_env),
         progress=not arguments.quiet,
         **{name: getattr(arguments, name) for name in names},

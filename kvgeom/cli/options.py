@@ -78,7 +78,9 @@ def add_scheme(command: argparse.ArgumentParser, what: str) -> None:
         default="asym-token",
         help=f"{what}, e.g. sym-tensor, asym-group64, kivi; kvgeom schemes lists them (default: %(default)s)",
     )
-    command.add_argument("--text", metavar="FILE", help="plain text for perplexity (default: a short one)")
+    command.add_argument(
+        "--text", metavar="FILE", help="plain text for perplexity and KL divergence (default: a short one)"
+    )
 
 
 def add_widths(command: argparse.ArgumentParser) -> None:
@@ -170,7 +172,7 @@ def run_options(arguments: argparse.Namespace, judge: Judge | None) -> dict[str,
             raise InputError(f"--{name.replace('_', '-')} must be a positive integer, got {value}")
     options = {name: getattr(arguments, name) for name in (*lengths, "seed")}
     text = getattr(arguments, "text", None)
-    plain = None if text is None else _plain_text(text)
+    plain = None if text is None else plain_text(text)
     return {**options, "text": plain, "progress": not arguments.quiet, "judge": judge}
 
 
@@ -320,8 +322,8 @@ def _note_replaced(path: Path) -> None:
     print(f"kvgeom: replaced {path}, which held results of other settings", file=sys.stderr)
 
 
-def _plain_text(given: str) -> str:
-    """What the file for perplexity holds; only line feeds end its lines, whatever system wrote it."""
+def plain_text(given: str) -> str:
+    """What the file of ``--text`` holds; only line feeds end its lines, whatever system wrote it."""
     if not given:
         raise InputError("the name of --text is empty; give a file of plain text, or leave it out")
     path = as_path("--text", given)

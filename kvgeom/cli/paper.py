@@ -48,7 +48,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="SET",
         help="in the place of AdvBench, e.g. advbench=FILE (default: the same as --prompts)",
     )
-    running.add_argument("--text", metavar="FILE", help="plain text for perplexity (default: a short one)")
+    running.add_argument(
+        "--text", metavar="FILE", help="plain text for perplexity and KL divergence (default: a short one)"
+    )
     running.add_argument(
         "--judge", metavar="NAME", help="what labels responses while the model runs (default: keyword)"
     )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from kvgeom.errors import InputError
@@ -21,7 +22,7 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.stats import Estimate, mean_of_blocks
-from kvgeom.words import span, times_text
+from kvgeom.words import counted, span, times_text
 
 #: So many first tokens of a text are read, as one window where the model's context holds as many.
 TOKENS = 2048
@@ -83,12 +84,15 @@ class Passages:
     window: int
 
     def __str__(self) -> str:
-        read, count = sum(map(len, self.ids)), len(self.ids)
-        which = f"{read:,} tokens" if read == self.total else f"the first {read:,} of {self.total:,} tokens"
         windows = sorted(len(window.ids) for window in self.windows(True))
         how = "1 window" if len(windows) == 1 else f"{len(windows)} windows of {span(windows)}"
-        alone = " (its interval is about this passage alone)" if count == 1 else ""
-        return f"{which} of plain text, in {how}{alone}"
+        alone = " (its interval is about this passage alone)" if len(self.ids) == 1 else ""
+        return f"{self._read} of plain text, in {how}{alone}"
+
+    @property
+    def _read(self) -> str:
+        read = sum(map(len, self.ids))
+        return f"{read:,} tokens" if read == self.total else f"the first {read:,} of {self.total:,} tokens"
 
     def windows(self, one_pass: bool) -> list[Window]:
         """As many passages at once as a window holds, or where one pass would round nothing each passage by itself."""
@@ -113,8 +117,10 @@ class Passages:
         late = [self.scored(placement) for placement in each if not placement.one_pass]
         if not late:
             return str(self)
-        where = "rounding" if len(late) == len(each) else "caches that round later"
-        return f"{self}, {span(sorted(late))} tokens of which are scored under {where}, in {len(self.ids)} passages"
+        passages = counted(len(self.ids), "passage")
+        if len(late) == len(each):
+            return f"{self._read} of plain text, in {passages}, {span(sorted(late))} tokens of which are scored under rounding"
+        return f"{self}; under caches that round later in {passages}, {span(sorted(late))} tokens of which are scored"
 
 
 def passages(model: Model, text: str) -> Passages:
@@ -186,6 +192,31 @@ class Reading:
     agreed: tuple[int, ...]
     tokens: tuple[int, ...]
     passages: tuple[int, ...]
+
+    @classmethod
+    def of(cls, nats: ArrayLike, kl: ArrayLike, agreed: ArrayLike, lengths: Sequence[int], first: int = 0) -> Reading:
+        """Sum values of tokens over blocks.
+
+        Parameters
+        ----------
+        nats, kl, agreed : array [tokens]
+            Negative log-likelihood, divergence, and whether the most likely next token is that of the exact cache.
+        lengths : sequence of int
+            Tokens of each passage.
+        first : int
+            The number of the first passage.
+        """
+        sums: list[tuple[float, float, int, int, int]] = []
+        ends = np.cumsum(lengths)
+        values = [np.split(np.asarray(each), ends[:-1]) for each in (nats, kl, agreed)]
+        for number, passage in enumerate(zip(*values, strict=True), first):
+            size = len(passage[0])
+            blocks = (np.array_split(each, min(size, max(2, round(size / BLOCK)))) for each in passage)
+            sums += [
+                (float(loss.sum()), float(apart.sum()), int(same.sum()), len(loss), number)
+                for loss, apart, same in zip(*blocks, strict=True)
+            ]
+        return cls(*zip(*sums, strict=True))
 
     @property
     def perplexity(self) -> float:
@@ -305,21 +336,12 @@ def logits(model: Model, window: Window, recipe: Recipe | None, placement: Place
 
 def _scored(found: Tensor, exact: Tensor, window: Window) -> Reading:
     """Sums over the blocks of a window."""
-    counts = len(found)
-    targets = torch.tensor(window.ids[-counts:], device=found.device)
-    values = [torch.cat(each) for each in zip(*_compared(found, exact, targets), strict=True)]
+    targets = torch.tensor(window.ids[-len(found) :], device=found.device)
+    nats, kl, agreed = (torch.cat(each).numpy() for each in zip(*_compared(found, exact, targets), strict=True))
     # The first token of a window is not predicted, nor are those of a prompt.
     lengths = [len(part) for part in window.passages]
-    lengths[0] -= sum(lengths) - counts
-    sums: list[tuple[float, float, int, int, int]] = []
-    for number, passage in enumerate(zip(*(torch.split(each, lengths) for each in values), strict=True), window.first):
-        size = len(passage[0])
-        blocks = (each.tensor_split(min(size, max(2, round(size / BLOCK)))) for each in passage)
-        sums += [
-            (float(loss.sum()), float(apart.sum()), int(same.sum()), len(loss), number)
-            for loss, apart, same in zip(*blocks, strict=True)
-        ]
-    return Reading(*zip(*sums, strict=True))
+    lengths[0] -= sum(lengths) - len(found)
+    return Reading.of(nats, kl, agreed, lengths, window.first)
 
 
 def _compared(found: Tensor, exact: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -165,6 +165,10 @@ class Client:
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise self._no_server(f"its answer is no chat completion ({brief(found)})") from error
 
+    def completion(self, body: Mapping[str, Any]) -> Any:
+        """What the server answers to a plain prompt, as it is; raises as :meth:`answer` does."""
+        return self._json(self._sent("POST", "/completions", body))
+
     def _sent(self, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
         pause = _FIRST_PAUSE
         for left in range(self.retries, -1, -1):

@@ -15,7 +15,7 @@ from kvgeom.gating.collect import Ask
 from kvgeom.gating.dialogue import messages
 from kvgeom.judges.judge import Judge
 from kvgeom.judges.registry import as_judge
-from kvgeom.prompts.sets import PromptSet
+from kvgeom.prompts.sets import PromptSet, perplexity_text
 
 #: Whole numbers, with the least and the most that each may be.
 _WHOLE = {
@@ -53,6 +53,8 @@ class GateConfig:
         0: the most likely token each time.
     seeds : int
         How often each request is asked, with seeds 0, 1, ...; more than one needs a temperature.
+    text : str
+        Plain text that both read.
     noise : bool
         Whether the baseline is asked twice, to know what changes without a cache.
     concurrency : int
@@ -71,6 +73,7 @@ class GateConfig:
     context_tokens: int = 0
     temperature: float = 0.0
     seeds: int = 1
+    text: str = field(default_factory=perplexity_text, repr=False)
     noise: bool = True
     concurrency: int = 4
     timeout: int = 120
@@ -88,6 +91,7 @@ class GateConfig:
             raise InputError("several seeds give the same answers at temperature 0; give a temperature, or one seed")
         if self.system is not None:
             as_text("system", self.system)
+        as_text("text", self.text)
 
     def asked(self) -> dict[str, Any]:
         """What answers depend on, for a journal."""

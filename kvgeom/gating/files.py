@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from kvgeom.evaluation.fidelity import FIDELITY, TextFidelity
 from kvgeom.gating import text
 from kvgeom.gating.compare import BASELINE, CANDIDATE, REPEAT
 from kvgeom.paths import writable_folder, write_whole
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from kvgeom.gating.result import Change, Gate
 
 #: Version of the layout of gate.json; gate.schema.json describes it.
-VERSION = 1
+VERSION = 2
 _SARIF = "https://json.schemastore.org/sarif-2.1.0.json"
 
 
@@ -107,11 +108,25 @@ def record(gate: Gate) -> dict[str, Any]:
         },
         "diverged": gate.diverged(),
         "margin_lost": gate.margin_lost(),
+        "text": {
+            "tokens": gate.meta["text"]["tokens"],
+            **{name: _text(gate.text_fidelity(name)) for name in (CANDIDATE, REPEAT)},
+        },
         "proof": dict(zip(("status", "reason"), gate.proof, strict=True)),
         "answers": answers,
     }
     plain_content: dict[str, Any] = plain(content)
     return plain_content
+
+
+def _text(found: TextFidelity | None) -> dict[str, Any] | None:
+    """How text is read, with 95 % intervals."""
+    if found is None:
+        return None
+    return {
+        name: {"value": each.value, "interval_95": [each.low, each.high]}
+        for name, each in zip(FIDELITY, (found.perplexity_ratio, found.kl, found.top1), strict=True)
+    }
 
 
 def _change(change: Change | None) -> dict[str, Any] | None:

@@ -6,18 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
+import xarray as xr
 from numpy.typing import NDArray
 
+from kvgeom.evaluation.fidelity import TextFidelity, fidelity_rows
 from kvgeom.gating.compare import BASELINE, CANDIDATE, REPEAT
 from kvgeom.paired import Comparison, Decision, worse
 from kvgeom.results import Result, plain
 from kvgeom.stats import WRONG, Interval, wilson
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 Bools = NDArray[np.bool_]
 #: Exit status of the command by decision; 2 stands for input that cannot be used.
@@ -171,6 +170,16 @@ class Gate(Result):
         """Mean log-probability (nats per token) of a server's responses under itself; NaN where it gives none."""
         found = self.data.likelihood.sel(server=server).values
         return float(np.nanmean(found)) if np.isfinite(found).any() else float("nan")
+
+    def text_fidelity(self, server: str = CANDIDATE) -> TextFidelity | None:
+        """How plain text is read, beside the baseline; None where the servers do not tell.
+
+        Of the divergence what the likeliest tokens show, which is never more than the whole.
+        """
+        found = self.meta["text"].get(server)
+        if found is None:
+            return None
+        return fidelity_rows(xr.Dataset({name: ("row", row) for name, row in found.items()}))[0]
 
     @cached_property
     def proof(self) -> tuple[Proof, str]:

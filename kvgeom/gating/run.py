@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ from kvgeom.gating.collect import collect, known
 from kvgeom.gating.compare import BASELINE, CANDIDATE, REPEAT, compared
 from kvgeom.gating.config import GateConfig, from_options
 from kvgeom.gating.plans import is_plan, planned
+from kvgeom.gating.reading import TextRead, read_text, text_record
 from kvgeom.gating.result import Gate
 from kvgeom.gating.servers import FILES, Opened, Target, opened, target
 from kvgeom.paths import writable_folder
@@ -52,6 +53,7 @@ def gate(
     context_tokens: int = 0,
     temperature: float = 0.0,
     seeds: int = 1,
+    text: str | None = None,
     noise: bool = True,
     concurrency: int = 4,
     timeout: int = 120,
@@ -89,6 +91,8 @@ def gate(
         About how many tokens of harmless text before each request.
     temperature, seeds : float, int
         Greedy by default; with a temperature, how often each request is asked.
+    text : str, optional
+        Plain text that both read, where they tell how likely they found it; one that ships with kvgeom by default.
     noise : bool
         Whether the baseline is asked twice.
     concurrency, timeout, retries : int
@@ -131,6 +135,7 @@ def gate(
                 "turns": turns,
             },
             **{"context_tokens": context_tokens, "temperature": temperature, "seeds": seeds, "noise": noise},
+            "text": text,
             **{"concurrency": concurrency, "timeout": timeout, "retries": retries},
         }
     )
@@ -147,17 +152,20 @@ def gate(
     begin = time.monotonic()
     answers: dict[str, list[list[Answer]]] = {}
     about: dict[str, About] = {}
+    read: dict[str, TextRead | None] = {}
     with bars.shown(progress):
         for role, found in ((BASELINE, before), (CANDIDATE, after)):
             session = _Session(role, found, config, asked, folder, key, served_model, python)
             own, about[role] = session.run(about.get(BASELINE, {}).get("prompt_tokens", -1))
             answers.update(own)
+            read.update(session.read)
     _same_prompts(answers, asked)
     answers = {name: answers[name] for name in (BASELINE, CANDIDATE, REPEAT) if name in answers}
     meta = {
         **config.asked(),
         **{"servers": about, "tolerance": config.tolerance, "concurrency": config.concurrency},
         **{"judge": config.judge.name, "model": about[CANDIDATE]["model"], "scheme": about[CANDIDATE]["server"]},
+        "text": text_record(read),
         **{"prompts": asked.described(), "prompt_set": asked.fingerprint, "caveat": asked.caveat},
         **{"versions": {"kvgeom": version("kvgeom")}, "seconds": time.monotonic() - begin},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -188,6 +196,8 @@ class _Session:
     python: str | Path | None
     #: Whether the server gives log-probabilities.
     logprobs: bool = True
+    #: What each pass made of plain text.
+    read: dict[str, TextRead | None] = field(default_factory=dict)
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -205,8 +215,10 @@ class _Session:
         with self._journal() as journal:
             asks = {name: self.config.asks(self.prompts, "", repeat) for repeat, name in enumerate(self.passes)}
             kept = {name: known(own, journal) for name, own in asks.items()}
-            if _SERVER in journal and all(len(kept[name]) == len(own) for name, own in asks.items()):
+            texts = [self._text_key(name) in journal for name in self.passes]
+            if _SERVER in journal and all(texts) and all(len(kept[name]) == len(own) for name, own in asks.items()):
                 # A server that has said all is not started again.
+                self.read = {name: _restored(journal[self._text_key(name)]) for name in self.passes}
                 answers = {name: [own[number] for number in sorted(own)] for name, own in kept.items()}
                 return self._by_prompt(answers), dict(journal[_SERVER])
             with self._opened() as server:
@@ -216,7 +228,22 @@ class _Session:
                 }
                 self._check_same(journal, about)
                 journal[_SERVER] = about
-                return self._by_prompt({name: self._asked(server, journal, name) for name in self.passes}), about
+                answers = {name: self._asked(server, journal, name) for name in self.passes}
+                for name in self.passes:
+                    self.read[name] = self._reads(server, journal, name)
+                return self._by_prompt(answers), about
+
+    def _text_key(self, name: str) -> dict[str, str]:
+        return {"text": hashlib.sha256(self.config.text.encode()).hexdigest()[:32], "pass": name}
+
+    def _reads(self, server: Opened, journal: NoJournal, name: str) -> TextRead | None:
+        """What a pass makes of plain text; None where the server does not tell."""
+
+        def measure() -> dict[str, Any] | None:
+            found = read_text(server.client, server.model, self.config.text) if self.logprobs else None
+            return None if found is None else asdict(found)
+
+        return _restored(journal.remember(self._text_key(name), measure))
 
     def _check_same(self, journal: NoJournal, about: About) -> None:
         """Be sure that answers that are kept are of this server."""
@@ -316,6 +343,10 @@ class _Session:
             "prompts": hashlib.sha256(json.dumps(bodies).encode()).hexdigest()[:32],
             **self.config.asked(),
         }
+
+
+def _restored(kept: Mapping[str, Any] | None) -> TextRead | None:
+    return None if kept is None else TextRead(**kept)
 
 
 def _same_prompts(answers: Mapping[str, list[list[Answer]]], prompts: PromptSet) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 
 from kvgeom.gating.compare import BASELINE, CANDIDATE, REPEAT
 from kvgeom.stats import percent
-from kvgeom.words import counted, text_table
+from kvgeom.words import counted, text_table, times_text
 
 if TYPE_CHECKING:
+    from kvgeom.evaluation.fidelity import TextFidelity
     from kvgeom.gating.result import Change, Gate
 
 COLUMNS = ("", "baseline", "candidate", "change", "p")
@@ -49,7 +50,7 @@ def sentences(gate: Gate) -> list[str]:
         said.append(
             f"Harmful prompts lose {gate.margin_lost():.2g} nats of refusal margin on average{_noise_margin(gate)}."
         )
-    said += _likelihoods(gate)
+    said += [*_likelihoods(gate), *_reading(gate)]
     said += [_more(change, what) for change, what in _beside(gate) if change is not None and change.p <= 0.05]
     if gate.proof[0] in ("stated", "seen"):
         said.append(f"Shown to run another cache: {gate.proof[1]}.")
@@ -85,6 +86,22 @@ def _likelihoods(gate: Gate) -> list[str]:
         f"A token of a response has {after:.2f} nats under the candidate that wrote it, {before:.2f} under the baseline that wrote its "
         "own: much less is a sign of broken text, which no server is asked to judge."
     ]
+
+
+def _reading(gate: Gate) -> list[str]:
+    found, again = gate.text_fidelity(), gate.text_fidelity(REPEAT)
+    if found is None:
+        return []
+    noise = "" if again is None else f" ({_of_text(again)} when the baseline is asked again)"
+    return [f"Of {gate.meta['text']['tokens']:,} tokens of plain text: {_of_text(found)}{noise}."]
+
+
+def _of_text(found: TextFidelity) -> str:
+    ratio, same, kl = found.perplexity_ratio, found.top1, found.kl
+    return (
+        f"perplexity {times_text(ratio.value, ratio.low, ratio.high)}, the same most likely token for {same.value:.1%}, KL divergence at "
+        f"least {kl.value:.2g} nats a token"
+    )
 
 
 def _more(change: Change, what: str) -> str:

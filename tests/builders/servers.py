@@ -45,13 +45,18 @@ def completion(text: str, *, prompt_tokens: int = 12, shift: float = 0.0, logpro
 class FakeServer:
     """What a server answers, and what it was asked.
 
-    ``answer`` gets the request's body and returns a body, a status with a body, or raises ``ConnectionError`` to hang up.
+    ``reads`` gets the body of a plain completion; without it there is no such path. ``answer`` gets the request's body and returns a body, a status with a body, or raises ``ConnectionError`` to hang up.
     """
 
     def __init__(
-        self, answer: Callable[[dict[str, Any]], Any], model: str = "m", metrics: str = "", port: int = 0
+        self,
+        answer: Callable[[dict[str, Any]], Any],
+        model: str = "m",
+        metrics: str = "",
+        port: int = 0,
+        reads: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
-        self.answer, self.model, self.metrics = answer, model, metrics
+        self.answer, self.model, self.metrics, self.reads = answer, model, metrics, reads
         self.asked: Counter[str] = Counter()
         self.at_once = self.most_at_once = 0
         self.headers: list[dict[str, str]] = []
@@ -74,6 +79,11 @@ class FakeServer:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path == "/v1/completions":
+                    found = (404, {}) if owner.reads is None else owner.reads(body)
+                    status, found = found if isinstance(found, tuple) else (200, found)
+                    self.send(status, json.dumps(found).encode())
+                    return
                 with owner.lock:
                     owner.asked[body["messages"][-1]["content"]] += 1
                     owner.headers.append(dict(self.headers))

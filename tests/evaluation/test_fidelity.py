@@ -284,17 +284,20 @@ def test_the_interval_of_passages_is_student_s() -> None:
 @pytest.mark.parametrize(
     ("placements", "said"),
     [
-        ([Placement()], None),
-        ([Placement(residual=128, prefill_reads="exact")], f"{4 * STEPS} tokens of which are scored under rounding"),
+        ([Placement()], "in 6 windows of 341 to 342"),
+        (
+            [Placement(residual=128, prefill_reads="exact")],
+            f"in 6 passages, {6 * STEPS} tokens of which are scored under rounding",
+        ),
         (
             [Placement(), Placement(residual=16)],
-            f"{4 * STEPS} tokens of which are scored under caches that round later",
+            f"in 6 windows of 341 to 342; under caches that round later in 6 passages, {6 * STEPS} tokens of which are scored",
         ),
-        ([Placement(residual=512)], "0 tokens of which are scored under rounding"),
+        ([Placement(residual=512)], "in 6 passages, 0 tokens of which are scored under rounding"),
     ],
 )
-def test_what_was_read_says_how_much_was_scored_under_rounding(placements: list[Placement], said: str | None) -> None:
-    assert TEXT.described(placements) == (str(TEXT) if said is None else f"{TEXT}, {said}")
+def test_what_was_read_says_how_much_was_scored_under_rounding(placements: list[Placement], said: str) -> None:
+    assert TEXT.described(placements) == f"the first 2,048 of {TEXT.total:,} tokens of plain text, {said}"
     scored = TEXT.scored(placements[0])
     found = read(TINY, TEXT, ROUGH, placement=placements[0])
     assert scored in (sum(found.tokens), 0)
@@ -317,7 +320,8 @@ def test_the_journal_keeps_sums_and_the_exact_cache_is_read_once(tmp_path: Path)
     base.journal.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
     readings = [line for line in lines if line["key"]["measure"] == "reading"]
-    assert sorted(line["key"]["recipe"] is None for line in readings) == [False] * 5 + [True] * 2
+    windows = len(TEXT.ids)  # the tiny model's context holds no two passages
+    assert sorted(line["key"]["recipe"] is None for line in readings) == [False] * 5 * windows + [True] * 2 * windows
     for line in readings:
         assert len(line["value"]["nats"]) == len(line["value"]["tokens"]) < 40
         assert len(json.dumps(line)) < 3000, "neither the text nor its tokens are written down"
