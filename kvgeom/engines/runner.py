@@ -77,6 +77,11 @@ class Runner:
         What installs the version that was run.
     caches : mapping of str to tuple of str
         Options of the cache with their values, the unquantized one first.
+    other : callable (option, value) -> str, optional
+        For an engine whose options take more than these values: what another one is called, from any folder. Raises
+        :class:`~kvgeom.errors.InputError` for what it does not take.
+    plan_option : str
+        The option that takes a saved plan, for an engine that loses nothing of one.
     find : callable (str) -> str
         What the engine loads for what a user calls the model.
 
@@ -102,6 +107,8 @@ class Runner:
     stated: Callable[[Launch, str], Mapping[str, str]]
     environment: Callable[[Launch], Mapping[str, str]] = lambda launch: {}
     flags: Mapping[str, str] = field(default_factory=dict)
+    other: Callable[[str, str], str] | None = None
+    plan_option: str = ""
     hints: Mapping[str, str] = field(default_factory=dict)
 
     def interpreter(self, engine: str, given: str | Path | None = None) -> tuple[str, str]:

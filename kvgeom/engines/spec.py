@@ -109,7 +109,11 @@ def parse_spec(text: str) -> ServerSpec:
         if option not in (*caches, *NUMBERS, "python"):
             raise unknown(f"option of {name}", option, (*caches, *NUMBERS, "python"))
     for option, values in caches.items():
-        if options.get(option, values[0]) not in values:
+        if options.get(option, values[0]) in values:
+            continue
+        if runner and runner.other:
+            options[option] = runner.other(option, options[option])
+        else:
             raise unknown(f"{option} of {name}", options[option], values)
     numbers = {option: _number(option, options[option]) for option in NUMBERS if option in options}
     cache = {option: options.get(option, values[0]) for option, values in caches.items()}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvgeom.engines.engine import Engine, Export, Preset, both
 from kvgeom.engines.registry import register_engine
+from kvgeom.engines.runner import Launch, Runner
 from kvgeom.errors import InputError
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
@@ -100,6 +102,51 @@ def _as_python(recipe: Recipe, placement: Placement) -> list[str]:
     ]
 
 
+def _cache(option: str, value: str) -> str:
+    """A plan by its whole path; presets and schemes as they are."""
+    from kvgeom.engines.transformers_server import cache_config  # imports torch
+
+    cache_config(value)
+    return _find(value)
+
+
+def _command(launch: Launch) -> list[str]:
+    options = {
+        "model": launch.model,
+        "name": launch.name,
+        "port": launch.port,
+        "cache": launch.cache["cache"],
+        "context": launch.context,
+        "threads": launch.threads,
+    }
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return ["-m", "kvgeom.engines.transformers_server", *flags]
+
+
+def _stated(launch: Launch, log: str) -> Mapping[str, str]:
+    from kvgeom.engines.transformers_server import STATED
+
+    found = [line.removeprefix(STATED) for line in log.splitlines() if line.startswith(STATED)]
+    return {"cache": found[-1]} if found else {}
+
+
+def _find(model: str) -> str:
+    """A path from any folder, or what :func:`kvgeom.load` calls it."""
+    return str(Path(model).absolute()) if Path(model).exists() else model
+
+
+RUNNER = Runner(
+    module="kvgeom",
+    packages=("transformers",),
+    install="pip install kvgeom",
+    caches={"cache": ("exact",)},
+    other=_cache,
+    plan_option="cache",
+    find=_find,
+    command=_command,
+    stated=_stated,
+)
+
 _WAITS = Placement(prefill_reads="exact", residual=128, flush="all")
 
 TRANSFORMERS = register_engine(
@@ -129,5 +176,6 @@ TRANSFORMERS = register_engine(
         ),
         export=export,
         export_plan=export_plan,
+        runner=RUNNER,
     )
 )

@@ -32,6 +32,8 @@ def planned(given: object, baseline: ServerSpec | None) -> ServerSpec:
     """
     from kvgeom.mitigation.plan import Plan  # imports torch, which takes seconds
 
+    if baseline is not None and baseline.runner.plan_option and isinstance(given, str | Path):
+        return replace(baseline, cache={**baseline.cache, baseline.runner.plan_option: str(Path(given).absolute())})
     plan = given if isinstance(given, Plan) else Plan.load(str(given))
     if baseline is None:
         raise InputError(

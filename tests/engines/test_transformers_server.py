@@ -1,0 +1,132 @@
+"""transformers as a server with a packed cache: what it answers is what the model and its emulation say."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import HTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+import kvgeom
+from kvgeom.engines.registry import resolve
+from kvgeom.engines.serve import serve
+from kvgeom.engines.spec import parse_spec
+from kvgeom.engines.transformers_server import PackedServer, cache_config, handler
+from kvgeom.errors import InputError
+from kvgeom.evaluation.fidelity import Passages
+from kvgeom.gating.client import Client
+from kvgeom.gating.reading import compared_text, read_text
+from kvgeom.prompts.sets import perplexity_text
+from kvgeom.quant.quantizer import Quantizer
+from tests.builders.reading import read
+from tests.builders.tiny import tiny_hf_model, tiny_model, tiny_tokenizer
+
+TINY = tiny_model(seed=1)
+TEXT = perplexity_text()[:300]
+CACHES = ["exact", "int4-asym-token", "kivi", "llamacpp-q8_0"]
+
+
+@contextmanager
+def served(cache: str, context: int = 512) -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), handler(PackedServer(TINY, "tiny", cache_config(cache), context)))
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def chat(url: str, **options: Any) -> httpx.Response:
+    body = {"messages": [{"role": "user", "content": "Name a river."}], "max_tokens": 6, "temperature": 0, **options}
+    return httpx.post(f"{url}/chat/completions", json=body, timeout=60)
+
+
+@pytest.mark.parametrize("cache", ["exact", "int4-asym-token", "int8-sym-tensor"])
+def test_a_chat_is_what_the_emulation_decodes(cache: str) -> None:
+    prompt = TINY.encode(["Name a river."])[0]
+    config = cache_config(cache)
+    empty = TINY.new_cache(None if config is None else Quantizer(config.recipe(3), config.placement))
+    logits = TINY.forward(prompt.ids, empty)[-1]
+    tokens = TINY.generate([empty], [int(logits.argmax())], 6)[0]
+    with served(cache) as url:
+        found = chat(url, logprobs=True, top_logprobs=5).json()
+    choice = found["choices"][0]
+    assert found["usage"]["prompt_tokens"] == len(prompt.ids)
+    assert choice["message"]["content"] == TINY.decode(tokens)
+    first = choice["logprobs"]["content"][0]
+    best = logits.log_softmax(-1).topk(5).values
+    np.testing.assert_allclose([each["logprob"] for each in first["top_logprobs"]], best, atol=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["int4-asym-token", "int3-sym-tensor"])
+def test_a_text_is_read_as_the_emulation_reads_it(cache: str) -> None:
+    config = resolve(cache)
+    ids = tuple(TINY.tokens(TEXT))
+    text = Passages((ids,), len(ids), len(ids))
+    expected = read(TINY, text, config.recipe(3), config.placement).against(read(TINY, text))
+    with served("exact") as one, served(cache) as other, Client(one) as before, Client(other) as after:
+        found = compared_text(read_text(before, "tiny", TEXT), read_text(after, "tiny", TEXT))
+    assert found is not None
+    assert found.perplexity_ratio.value == pytest.approx(expected.perplexity_ratio.value, rel=1e-3)
+    assert found.top1.value >= expected.top1.value  # bytes that are no text read alike
+    assert 0 < found.kl.value <= expected.kl.value * 1.01
+
+
+def test_seeds_and_temperatures_are_sampled() -> None:
+    with served("exact") as url:
+        texts = [
+            chat(url, temperature=2.0, seed=seed).json()["choices"][0]["message"]["content"] for seed in (0, 0, 1, 2)
+        ]
+    assert texts[0] == texts[1]
+    assert len({*texts}) > 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "said"),
+    [
+        ("chat/completions", {}, 400, "messages"),
+        ("chat/completions", {"messages": 3}, 400, ""),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a" * 600}]}, 400, "the context is 512"),
+        ("completions", {"prompt": "a"}, 400, "echo"),
+        ("completions", {"prompt": "a" * 600, "echo": True}, 400, "600 tokens"),
+        ("nothing", {}, 404, ""),
+    ],
+)
+def test_what_it_cannot_answer(path: str, body: dict[str, Any], status: int, said: str) -> None:
+    with served("exact") as url:
+        found = httpx.post(f"{url}/{path}", json=body, timeout=60)
+        assert found.status_code == status
+        assert said in found.json()["error"]["message"]
+        assert chat(url).status_code == 200
+
+
+def test_specs_take_presets_schemes_and_plans_and_nothing_else(tmp_path: Path) -> None:
+    assert parse_spec("transformers:demo").cache == {"cache": "exact"}
+    assert parse_spec("transformers:demo?cache=kivi").cache == {"cache": "kivi"}
+    for wrong, said in (("kvii", "kivi"), ("int3", "int3"), ("none.json", "none.json")):
+        with pytest.raises(InputError, match=said):
+            parse_spec(f"transformers:demo?cache={wrong}")
+
+
+def test_it_is_started_and_says_what_its_cache_is(tmp_path: Path) -> None:
+    tiny_hf_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    spec = f"transformers:{tmp_path / 'model'}?cache=int8-asym-token&context=256&threads=1"
+    with serve(spec, log=tmp_path / "log") as server:
+        assert server.stated == {"cache": "int8-asym-token"}
+        assert chat(server.url).status_code == 200
+    assert torch.get_num_threads() >= 1
+    prompts = kvgeom.PromptSet("some", ("Name a river.", "Name a town."), (), "tests")
+    found = kvgeom.gate(
+        spec.replace("int8-asym-token", "exact"), spec, prompts=prompts, text=TEXT, max_new_tokens=3, progress=False
+    )
+    assert found.proof[0] == "stated"
+    assert found.text_fidelity() is not None
