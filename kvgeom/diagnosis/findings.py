@@ -92,7 +92,9 @@ def _unknown(found: Effects, posterior: dict[ModeName, float]) -> frozenset[str]
 
 def _reason(name: ModeName, e: Evidence, posterior: dict[ModeName, float], unknown: frozenset[str]) -> str:
     sure = f"{posterior[name]:.0%} of the posterior" if name in posterior else ""
-    layer = f"layer {e.worst_layer}"
+    # Where no layer alone turns a refusal into compliance, fixes are tried at the one that loses most in any way, kept first.
+    tried = next(iter(e.kept), None) if e.worst_layer is None else e.worst_layer
+    layer = "one layer" if tried is None else f"layer {tried}"
     match name:
         case "undetermined":
             if (

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvgeom.engines.engine import Engine, Export, Preset, both
-from kvgeom.engines.registry import register_engine
+from kvgeom.engines.registry import register_engine, resolve
 from kvgeom.engines.runner import Launch, Runner
 from kvgeom.errors import InputError
 from kvgeom.quant.placement import Placement
@@ -102,12 +103,26 @@ def _as_python(recipe: Recipe, placement: Placement) -> list[str]:
     ]
 
 
-def _cache(option: str, value: str) -> str:
-    """A plan by its whole path; presets and schemes as they are."""
-    from kvgeom.engines.transformers_server import cache_config  # imports torch
+#: What a server says of its cache, in its log.
+STATED = "the cache is "
 
-    cache_config(value)
-    return _find(value)
+
+def is_plan_file(text: str) -> bool:
+    """Whether a plan is saved there, or in that folder."""
+    if not text:
+        return False
+    path = Path(text)
+    with suppress(OSError, ValueError):  # of what is no path
+        return (path if path.suffix == ".json" else path / "plan.json").is_file()
+    return False
+
+
+def _cache(option: str, value: str) -> str:
+    """A plan by its whole path; presets and schemes as they are, once they are known."""
+    if is_plan_file(value):
+        return str(Path(value).absolute())
+    resolve(value)
+    return value
 
 
 def _command(launch: Launch) -> list[str]:
@@ -120,12 +135,10 @@ def _command(launch: Launch) -> list[str]:
         "threads": launch.threads,
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return ["-m", "kvgeom.engines.transformers_server", *flags]
+    return ["-m", "kvgeom.gating.transformers_server", *flags]
 
 
 def _stated(launch: Launch, log: str) -> Mapping[str, str]:
-    from kvgeom.engines.transformers_server import STATED
-
     found = [line.removeprefix(STATED) for line in log.splitlines() if line.startswith(STATED)]
     return {"cache": found[-1]} if found else {}
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 import warnings
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from kvgeom.engines.spec import ServerSpec
+from kvgeom.engines.transformers import is_plan_file
 from kvgeom.errors import InputError, KvgeomWarning
 
 
@@ -16,10 +16,7 @@ def is_plan(given: object) -> bool:
     """Whether a candidate is a plan, or a file or folder that holds one."""
     if not isinstance(given, str | Path):
         return hasattr(given, "chosen")
-    path = Path(given)
-    with suppress(OSError, ValueError):  # of what is no path
-        return (path if path.suffix == ".json" else path / "plan.json").is_file()
-    return False
+    return is_plan_file(str(given))
 
 
 def planned(given: object, baseline: ServerSpec | None) -> ServerSpec:

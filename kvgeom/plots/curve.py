@@ -9,7 +9,6 @@ import plotly.graph_objects as go
 import xarray as xr
 from plotly.subplots import make_subplots
 
-from kvgeom.evaluation.fidelity import RATIO
 from kvgeom.plots.registry import Plottable, figure
 from kvgeom.plots.theme import (
     INK,
@@ -147,7 +146,10 @@ def _flips(figure: go.Figure, curve: Plottable, widths: list[int], refused: int)
 
 
 def _perplexity(figure: go.Figure, x: list[str], data: xr.Dataset) -> None:
-    ratio, low, high = (data[name].values.astype(float) for name in RATIO)
+    ratio, low, high = (
+        data[name].values.astype(float)
+        for name in ("perplexity_ratio", "perplexity_ratio_low", "perplexity_ratio_high")
+    )
     drawn, *ends = (positive(values) for values in (ratio, low, high))
     everything = np.concatenate([drawn, *ends])
     known = everything[np.isfinite(everything)]

@@ -107,6 +107,16 @@ def test_chance_does_not_decide_a_name(share: float, named: bool) -> None:
         assert (likely >= SURE) == named
 
 
+@pytest.mark.parametrize("kept", [{}, {1: CURED}])
+def test_scales_at_a_layer_that_turns_nothing_alone(kept: dict[int, Codes]) -> None:
+    """Hypothesis found "Scales per channel at layer None with group-64 elsewhere"."""
+    mode = concluded(study(mixed=CURED, kept=kept), None)
+    said = " ".join((mode.reason, mode.otherwise, *mode.evidence))
+    assert not re.search(r"\b(None|nan)\b", said)
+    assert mode.name == "mixed" or kept
+    assert ("at layer 1" if kept else "at one layer") in said or mode.name != "mixed"
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_every_sentence_has_its_numbers(data: st.DataObject) -> None:

@@ -176,7 +176,7 @@ def test_a_curve_of_the_refused_claims_no_more(base: Baseline) -> None:
     assert f"{n} harmful requests get that are refused with an exact cache, of {len(REQUESTS)}" in titles[1]
     assert "refused" not in titles[0]
     rows = [re.split(r" {2,}", line.strip()) for line in part.to_text().splitlines()]
-    assert {row[0]: row[-2] for row in rows if row and row[0].isdigit()} == dict.fromkeys(("16", "8", "2"), "-")
+    assert {row[0]: row[-4] for row in rows if row and row[0].isdigit()} == dict.fromkeys(("16", "8", "2"), "-")
 
 
 def test_over_refusal(base: Baseline) -> None:

@@ -33,7 +33,8 @@ def test_bit_curve() -> None:
     np.testing.assert_allclose(np.array(ratio.y) + ratio.error_y.array, drawn.data.perplexity_ratio_high)
     np.testing.assert_allclose(np.array(ratio.y) - ratio.error_y.arrayminus, drawn.data.perplexity_ratio_low)
     first, *_, last = ratio.customdata
-    assert (first, last) == ("", ", 95 % interval 40 to 70"), "what is compared with itself has no interval"
+    assert (first[0], last[0]) == ("", ", 95 % interval 40 to 70"), "what is compared with itself has no interval"
+    assert tuple(last[1:]) == (drawn.data.text_kl.values[-1], drawn.data.text_top1.values[-1])
     assert figure.layout.yaxis3.range[1] > np.log10(70), "whiskers are inside"
     assert figure.layout.yaxis3.type == "log"
     assert "asym-token&lt;4" in figure.layout.xaxis3.title.text  # what was rounded stands in the picture, as text

@@ -1,4 +1,4 @@
-"""A server of transformers with a packed cache: ``python -m kvgeom.engines.transformers_server``, which kvgeom starts.
+"""A server of transformers with a packed cache: ``python -m kvgeom.gating.transformers_server``, which kvgeom starts.
 
 It speaks as much of OpenAI's protocol as a gate asks for, one request after the other: chats, log-probabilities, and plain
 completions that read their prompt (``echo``). It is for measuring a cache, not for serving users.
@@ -10,7 +10,6 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from kvgeom.engines.engine import CacheConfig
     from kvgeom.models.hf import HFModel
 
-#: What a server says of its cache, in its log.
-STATED = "the cache is "
 #: Largest body that is read.
 _LARGEST = 1 << 26
 
@@ -34,21 +31,19 @@ def cache_config(text: str) -> CacheConfig | None:
     InputError
         If it is none of these, or cannot be packed.
     """
-    from pathlib import Path
-
     from kvgeom.engines.registry import resolve
+    from kvgeom.engines.transformers import is_plan_file
     from kvgeom.models.packed import check_packable
 
     if text == "exact":
         return None
-    found = None
-    with suppress(OSError):
-        if (Path(text) / "plan.json").is_file() or (text.endswith(".json") and Path(text).is_file()):
-            from kvgeom.mitigation.plan import Plan
+    if is_plan_file(text):
+        from kvgeom.mitigation.plan import Plan
 
-            chosen = Plan.load(text).chosen
-            found = resolve(chosen.recipe, placement=chosen.placement)
-    found = found or resolve(text)
+        chosen = Plan.load(text).chosen
+        found = resolve(chosen.recipe, placement=chosen.placement)
+    else:
+        found = resolve(text)
     check_packable(found.recipe(1) if found.per_layer is None else found.per_layer, found.placement)
     return found
 
@@ -208,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import torch
 
     import kvgeom
+    from kvgeom.engines.transformers import STATED
 
     torch.set_num_threads(given.threads)
     cache = cache_config(given.cache)

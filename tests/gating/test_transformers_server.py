@@ -18,11 +18,11 @@ import kvgeom
 from kvgeom.engines.registry import resolve
 from kvgeom.engines.serve import serve
 from kvgeom.engines.spec import parse_spec
-from kvgeom.engines.transformers_server import PackedServer, cache_config, handler
 from kvgeom.errors import InputError
 from kvgeom.evaluation.fidelity import Passages
 from kvgeom.gating.client import Client
 from kvgeom.gating.reading import compared_text, read_text
+from kvgeom.gating.transformers_server import PackedServer, cache_config, handler
 from kvgeom.prompts.sets import perplexity_text
 from kvgeom.quant.quantizer import Quantizer
 from tests.builders.reading import read
