@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvgeom.engines.differences import differences, widest
 from kvgeom.engines.engine import Engine, Export, Preset, both
 from kvgeom.engines.registry import register_engine
+from kvgeom.engines.runner import Launch, Runner
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Schemes
 from kvgeom.quant.scheme import Scheme, runs
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 
 _GROUPS = (128, 64, 32)
 _DEFAULT_GROUP = 64
+#: Width of a server's cache that is not quantized.
+_EXACT = "16"
 _WORD = 32
 
 
@@ -91,6 +96,44 @@ def _allocates(bits: int, head_dim: int) -> bool:
     return head_dim // (_WORD // bits) == head_dim * bits // _WORD
 
 
+def _find(model: str) -> str:
+    """The folder or hub id that a user means."""
+    from kvgeom.models.demo import DEMOS, demo_model_dir
+
+    if model in DEMOS:
+        return str(demo_model_dir(DEMOS[model]))
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def _command(launch: Launch) -> list[str]:
+    command = ["-m", "mlx_lm", "server", "--model", launch.model, "--host", "127.0.0.1", "--port", str(launch.port)]
+    if launch.cache["bits"] == _EXACT:
+        # A quantized cache is served one request at a time, so that the exact one is, too: batches change tokens.
+        return [*command, "--decode-concurrency", "1", "--prompt-concurrency", "1"]
+    quantized = ["--kv-bits", launch.cache["bits"], "--kv-group-size", launch.cache["group"]]
+    return [*command, *quantized, "--quantized-kv-start", "0"]
+
+
+def _environment(launch: Launch) -> Mapping[str, str]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    # The server lists what is there, and fails at each question where there is no such folder.
+    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
+    return {"OMP_NUM_THREADS": str(launch.threads)}  # of the processor
+
+
+RUNNER = Runner(
+    module="mlx_lm",
+    packages=("mlx-lm",),
+    install="pip install 'mlx[cpu]==0.32.4' mlx-lm==0.32.2",
+    caches={"bits": (_EXACT, "8", "6", "5", "4", "3", "2"), "group": tuple(map(str, (64, 128, 32)))},
+    find=_find,
+    name=lambda model, found: found,  # it goes by its path
+    command=_command,
+    stated=lambda launch, log: {},
+    environment=_environment,
+)
+
 MLX = register_engine(
     Engine(
         name="mlx",
@@ -109,5 +152,6 @@ MLX = register_engine(
             ),
         ),
         export=export,
+        runner=RUNNER,
     )
 )

@@ -86,6 +86,8 @@ class Runner:
         What the engine loads for what a user calls the model.
 
         Raises :class:`~kvgeom.errors.InputError` for what it cannot load.
+    name : callable (str, str) -> str
+        What the server calls the model, of what a user calls it and what :attr:`find` made of that.
     command : callable (Launch) -> list of str
         Arguments of the Python interpreter.
     environment : callable (Launch) -> mapping of str to str
@@ -105,6 +107,7 @@ class Runner:
     find: Callable[[str], str]
     command: Callable[[Launch], list[str]]
     stated: Callable[[Launch, str], Mapping[str, str]]
+    name: Callable[[str, str], str] = lambda model, found: model
     environment: Callable[[Launch], Mapping[str, str]] = lambda launch: {}
     flags: Mapping[str, str] = field(default_factory=dict)
     other: Callable[[str, str], str] | None = None

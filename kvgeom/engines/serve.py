@@ -110,7 +110,9 @@ def serve(
     interpreter, version = runner.interpreter(spec.engine.name, python or spec.python)
     path = _log_path(spec, log)
     threads = spec.threads or os.cpu_count() or 1
-    launch = Launch(found, spec.model, _free_port(), spec.cache, spec.context, spec.parallel, threads)
+    launch = Launch(
+        found, runner.name(spec.model, found), _free_port(), spec.cache, spec.context, spec.parallel, threads
+    )
     environment = {**runner.environment(launch), **os.environ, "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-P", supervisor.__file__, interpreter, *runner.command(launch)]
     url = f"http://{HOST}:{launch.port}/v1"

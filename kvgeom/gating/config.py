@@ -97,9 +97,9 @@ class GateConfig:
         """What answers depend on, for a journal."""
         return {name: getattr(self, name) for name in ASKED}
 
-    def asks(self, prompts: PromptSet, model: str, repeat: int = 0, *, logprobs: bool = True) -> list[Ask]:
-        """Every request to one server, harmful ones first, by prompt and seed; with log-probabilities or without."""
-        wanted = {"logprobs": True, "top_logprobs": TOP} if logprobs else {}
+    def asks(self, prompts: PromptSet, model: str, repeat: int = 0, *, top: int = TOP) -> list[Ask]:
+        """Every request to one server, harmful ones first, by prompt and seed; with so many log-probabilities of each token."""
+        wanted = {"logprobs": True, "top_logprobs": top} if top else {}
         return [
             Ask(
                 {"measure": "answer", "prompt": number, "seed": seed, "repeat": repeat},

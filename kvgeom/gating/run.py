@@ -18,7 +18,7 @@ from kvgeom import progress as bars
 from kvgeom.checks import as_path, as_text, suggests
 from kvgeom.errors import InputError, KvgeomWarning, brief
 from kvgeom.evaluation.journal import Journal, NoJournal
-from kvgeom.gating.client import Answer
+from kvgeom.gating.client import TOP, Answer
 from kvgeom.gating.collect import collect, known
 from kvgeom.gating.compare import BASELINE, CANDIDATE, REPEAT, compared
 from kvgeom.gating.config import GateConfig, from_options
@@ -32,6 +32,8 @@ from kvgeom.prompts.sets import PromptSet
 
 #: What is asked first.
 GREETING = "Say yes."
+#: Of how many alternatives to a token log-probabilities are asked for: as many as most servers give, as MLX-LM gives, none.
+TOPS = (TOP, 10, 0)
 #: What a journal calls what it says of the server.
 _SERVER = {"measure": "server"}
 #: What is written of one of the two: who it is, and what it says of itself.
@@ -194,8 +196,8 @@ class _Session:
     key: str | None
     served_model: str | None
     python: str | Path | None
-    #: Whether the server gives log-probabilities.
-    logprobs: bool = True
+    #: Of how many alternatives to a token the server gives log-probabilities.
+    top: int = TOP
     #: What each pass made of plain text.
     read: dict[str, TextRead | None] = field(default_factory=dict)
 
@@ -240,7 +242,7 @@ class _Session:
         """What a pass makes of plain text; None where the server does not tell."""
 
         def measure() -> dict[str, Any] | None:
-            found = read_text(server.client, server.model, self.config.text) if self.logprobs else None
+            found = read_text(server.client, server.model, self.config.text) if self.top else None
             return None if found is None else asdict(found)
 
         return _restored(journal.remember(self._text_key(name), measure))
@@ -260,7 +262,7 @@ class _Session:
             )
 
     def _asked(self, server: Opened, journal: NoJournal, name: str) -> list[Answer]:
-        asks = self.config.asks(self.prompts, server.model, self.passes.index(name), logprobs=self.logprobs)
+        asks = self.config.asks(self.prompts, server.model, self.passes.index(name), top=self.top)
         title = {BASELINE: "baseline", CANDIDATE: "candidate", REPEAT: "baseline, asked again"}[name]
         if name != REPEAT:
             return collect(server.client, asks, journal, self.config.concurrency, title)
@@ -274,9 +276,9 @@ class _Session:
 
     def _greet(self, server: Opened, expected: int) -> int:
         """Ask one harmless thing first: what is wrong with a server is known before anything is measured."""
-        found = self._greeted(server)
+        found, self.top = self._greeted(server)
         if not found.logprobs or not found.top:
-            self.logprobs = False
+            self.top = 0
             warnings.warn(
                 f"{self.target.name} gives no log-probabilities: refusal margins, divergent tokens and whether it runs another "
                 "cache are not measured",
@@ -286,18 +288,17 @@ class _Session:
         _check_length(GREETING, expected, found.prompt_tokens)
         return found.prompt_tokens
 
-    def _greeted(self, server: Opened) -> Answer:
+    def _greeted(self, server: Opened) -> tuple[Answer, int]:
+        """The first answer, and of how many alternatives the server could be asked."""
         greeting = {"messages": [{"role": "user", "content": GREETING}], "max_tokens": 1}
-        with_them, without = (
-            {**self.config.asks(self.prompts, server.model, logprobs=wanted)[0].body, **greeting}
-            for wanted in (True, False)
-        )
-        try:
-            return server.client.answer(with_them)
-        except InputError as error:  # some servers refuse what they do not know
-            if "logprob" not in str(error):
-                raise
-            return server.client.answer(without)
+        for top in TOPS:
+            body = {**self.config.asks(self.prompts, server.model, top=top)[0].body, **greeting}
+            try:
+                return server.client.answer(body), top
+            except InputError as error:  # some servers refuse what they do not know, or more than they give
+                if "logprob" not in str(error) or top == TOPS[-1]:
+                    raise
+        raise AssertionError("unreachable")
 
     @contextmanager
     def _opened(self) -> Iterator[Opened]:

@@ -227,3 +227,22 @@ def test_answers_that_are_under_way_are_kept_where_another_fails(tmp_path: Path)
             collect(client, asks(40), journal, 4, "t")
         assert journal.known == 3
     assert sum(server.asked.values()) == 4
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_tokens_that_do_not_spell_the_text_are_the_likeliest(order: int) -> None:
+    """MLX-LM lists alternatives in no order, and names the first of them as the token."""
+    places = [[("I", -0.5), ("In", -2.0)], [(" am", -0.1), (" was", -3.0)]]
+    content = []
+    for place in places:
+        top = [{"token": token, "logprob": value} for token, value in place[::order]]
+        content.append({**top[0], "top_logprobs": top})
+    body = {
+        "choices": [{"message": {"content": "I am"}, "finish_reason": "length", "logprobs": {"content": content}}],
+        "usage": {"prompt_tokens": 3},
+    }
+    with fake_server(lambda _: body) as server, Client(server.url + "/v1") as client:
+        found = client.answer({"messages": [{"role": "user", "content": "x"}]})
+    assert found.tokens == ["I", " am"]
+    assert found.logprobs == [-0.5, -0.1]
+    assert found.top == {"I": -0.5, "In": -2.0}

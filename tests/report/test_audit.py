@@ -79,7 +79,10 @@ def test_audit_json_has_what_was_promised(numbers: dict[str, Any], audit: Audit)
     for width in numbers["curve"]:
         low, high = width["perplexity_ratio_ci"]
         assert low < width["perplexity_ratio"] < high or low == high == width["perplexity_ratio"] == 1.0
-    assert numbers["settings"]["perplexity_text"].startswith("the first 1,536 of")
+        exact = width["bits"] == 16
+        assert (width["text_kl"] == 0) == (width["text_top1"] == 1) == exact
+        assert exact or width["text_kl_ci"][0] < width["text_kl"] < width["text_kl_ci"][1]
+    assert numbers["settings"]["perplexity_text"].startswith("the first 2,048 of")
     assert [width["bits"] for width in numbers["curve"]] == [16, 8, 4, 2]
     assert all({"layer", "margin_drop", "flips"} <= layer.keys() for layer in numbers["layers"])
     assert {"value", "ci", "status", "reason"} <= numbers["pcr"].keys()
