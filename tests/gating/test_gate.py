@@ -173,7 +173,7 @@ def test_a_server_that_refuses_to_give_log_probabilities_is_asked_without() -> N
     with two(server(), answer) as (one, other), pytest.warns(KvgeomWarning, match="gives no log-probabilities"):
         found = kvgeom.gate(one.url, other.url, noise=False, **QUICK)
     assert found.comparison.lost == 8
-    assert sum(other.asked.values()) == 70 + 2
+    assert sum(other.asked.values()) == 70 + 3
 
 
 def test_another_chat_template_is_found_before_anything_is_measured() -> None:

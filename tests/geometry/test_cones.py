@@ -172,6 +172,7 @@ def test_keys_and_values_of_a_cone_are_what_they_lose(trained_space: Any, refusa
     assert float(direction.basis[:, 0] @ image) / np.linalg.norm(image) == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_planted_direction_is_recovered() -> None:
     """A model in which one known direction is read as refusal, by one row of its head and by nothing else.
 

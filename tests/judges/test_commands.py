@@ -61,7 +61,9 @@ def asking(command: str, model: Path, sets: dict[str, Path], out: Path, *more: s
     return [*asked, "--quiet", "--device", "cpu", *own[command], *more]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=pytest.mark.slow if name == "fix" else ()) for name in COMMANDS]
+)
 def test_a_classifier(
     command: str,
     model: Path,
@@ -170,7 +172,7 @@ class Interrupted(Guard):
 ANSWERS: list[str] = []
 
 
-@pytest.mark.parametrize("command", ["audit", "diagnose"])
+@pytest.mark.parametrize("command", [pytest.param("audit", marks=pytest.mark.slow), "diagnose"])
 def test_an_interrupted_relabelling_goes_on(
     command: str,
     model: Path,

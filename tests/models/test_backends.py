@@ -121,8 +121,21 @@ def test_parity_on_the_demo(demo: HFModel, backend: str) -> None:
         demo.hf_model.set_attn_implementation("sdpa")
 
 
-@pytest.mark.parametrize("options", [{}, *OTHERS], ids=lambda o: "-".join(map(str, o.values())) or "hf")
-@pytest.mark.parametrize("kind", KINDS)
+def padded_cases() -> list[Any]:
+    """Each kind with each backend. What nnsight would send takes ten seconds to prepare: most of these are for make test-all."""
+    return [
+        pytest.param(
+            kind,
+            options,
+            id="-".join([kind, *map(str, options.values())] if options else [kind, "hf"]),
+            marks=pytest.mark.slow if "remote" in options and kind not in KINDS[:2] else (),
+        )
+        for kind in KINDS
+        for options in ({}, *OTHERS)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "options"), padded_cases())
 def test_left_padding(kind: str, options: dict[str, Any]) -> None:
     """Prompts of different lengths decode together, padded on the left, as each does alone."""
     model = on_backend(kind, **options)
