@@ -42,6 +42,10 @@ def device_and_dtype(
     """
     import torch
 
+    if device is not None and not isinstance(device, str | torch.device):
+        raise InputError(
+            f"device must be text or a torch.device, got {brief(device)}; give 'cpu', or none for {best_device()!r}"
+        )
     device = best_device() if device is None else str(device)
     if not _usable(device):
         known = _devices()
@@ -52,7 +56,10 @@ def device_and_dtype(
         )
     if dtype is None:
         return device, torch.float32 if device == "cpu" else "auto"
-    if dtype not in (*_USUAL, *(getattr(torch, name) for name in _USUAL[1:])):
+    if not isinstance(dtype, str | torch.dtype) or dtype not in (
+        *_USUAL,
+        *(getattr(torch, name) for name in _USUAL[1:]),
+    ):
         raise unknown("floating-point dtype", dtype, _USUAL)
     return device, dtype
 

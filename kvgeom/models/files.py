@@ -57,7 +57,7 @@ def check_folder(path: Path, variant: str | None = None) -> None:
         or there is only an adapter.
     """
     files = {file.name for file in path.iterdir()} if path.is_dir() else set()
-    if has_adapter(path) and ("config.json" not in files or not files & set(_names(variant))):
+    if has_adapter(path) and ("config.json" not in files or not files & set(names_of_weights(variant))):
         raise InputError(
             f"{path} holds an adapter and not the model that it changes; merge it into its base model with "
             "peft's merge_and_unload(), save_pretrained() to a folder, and give that"
@@ -105,7 +105,7 @@ def has_adapter(path: Path) -> bool:
     return any((path / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors"))
 
 
-def _names(variant: str | None) -> tuple[str, str]:
+def names_of_weights(variant: str | None) -> tuple[str, str]:
     """How the weights are called in one file, and the index of several."""
     part = f".{variant}" if variant else ""
     return f"model{part}.safetensors", f"model.safetensors.index{part}.json"
@@ -120,7 +120,7 @@ def weight_files(path: Path, config: Mapping[str, Any], variant: str | None = No
         If there are none, or an index names others than there are.
     """
     named = config.get("transformers_weights")
-    single, index = (named, named) if isinstance(named, str) else _names(variant)
+    single, index = (named, named) if isinstance(named, str) else names_of_weights(variant)
     if (path / single).is_file() and single.endswith(".safetensors"):
         return [path / single]
     if not (path / index).is_file():
@@ -168,7 +168,7 @@ def stored_tensors(
 
 def held_twice(path: Path, variant: str | None = None) -> tuple[str, str] | None:
     """The file of all weights and the index of several where a folder has both; transformers reads the first."""
-    single, index = _names(variant)
+    single, index = names_of_weights(variant)
     return (single, index) if (path / single).is_file() and (path / index).is_file() else None
 
 

@@ -17,7 +17,7 @@ from kvgeom.errors import InputError, KvgeomWarning, brief, unknown_option
 from kvgeom.models.backends import Backend, backends
 from kvgeom.models.demo import DEMOS, demo_model_dir
 from kvgeom.models.device import device_and_dtype
-from kvgeom.models.files import check_folder
+from kvgeom.models.files import check_folder, names_of_weights
 from kvgeom.models.hub import check_hub
 from kvgeom.models.model import missing_members
 from kvgeom.models.pretrained import read_pretrained
@@ -272,7 +272,10 @@ def _locate(given: str, revision: str | None, options: PretrainedOptions) -> tup
         demo = DEMOS[given]
         return str(demo_model_dir(demo)), f"{given} ({demo.title})", demo.stored
     if path.is_dir():
-        check_folder(path / options.get("subfolder", ""), options.get("variant"))
+        folder = as_path("subfolder", path / options.get("subfolder", ""))
+        variant = options.get("variant")
+        as_path("variant", folder / names_of_weights(variant)[1])
+        check_folder(folder, variant)
         return str(path), path.resolve().name, None
     if path.is_file():
         if path.suffix != ".gguf":

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import xarray
@@ -205,6 +206,25 @@ def test_what_holds_a_model(around: Callable[[Any], Any], says: str) -> None:
 def test_options_of_a_wrong_type(options: dict[str, Any], checkpoint: Path) -> None:
     with pytest.raises(InputError, match=f"{next(iter(options))}.*(input should be|float)"):
         load(checkpoint, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"device": 10**5000},
+        {"device": 1.5},
+        {"dtype": np.zeros(3)},
+        {"dtype": object()},
+        {"variant": "a" * 300},
+        {"subfolder": "b" * 300},
+        {"subfolder": "c/" * 4000},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_that_name_nothing_are_one_short_line(options: dict[str, Any], checkpoint: Path) -> None:
+    with pytest.raises(InputError, match=next(iter(options))) as found:
+        load(checkpoint, **options)
+    assert len(str(found.value)) < 400
 
 
 @pytest.mark.parametrize(
