@@ -1,0 +1,63 @@
+"""What vLLM makes of TurboQuant: a codebook for keys, and an ordinary grid for values.
+
+Source: ``triton_turboquant_store.py``, ``triton_turboquant_decode.py`` and ``turboquant/centroids.py`` of vLLM 0.32. Keys are rotated
+by a Hadamard matrix (``+hadamard``), values are not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvgeom.quant.codebooks import Array, normal_levels
+from kvgeom.quant.formats.base import Axes, Format, Grid, Scales, register_format
+from kvgeom.quant.formats.turboquant import Codebook, half
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Keys(Codebook):
+    """Levels of the normal distribution; directions become unit vectors again when they are read ("norm correction")."""
+
+    def levels(self, bits: int, channels: int) -> Array:
+        """The same for any number of channels."""
+        return normal_levels(bits)
+
+    def directions(self, bits: int, codes: Tensor) -> Tensor:
+        """Unit vectors."""
+        found = super().directions(bits, codes)
+        return found / (found.square().sum(-1, keepdim=True) + 1e-16).sqrt()
+
+
+class Values(Format):
+    """From the smallest to the largest value, nearest level, ties upwards; step and offset are rounded after they were used."""
+
+    def scale_dtypes(self, scheme: Grid) -> tuple[torch.dtype, torch.dtype]:
+        """float16 both."""
+        import torch
+
+        return torch.float16, torch.float16
+
+    def quantize(self, scheme: Grid, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
+        """Codes and scales of some blocks."""
+        low = blocks.amin(axes, keepdim=True)
+        step = ((blocks.amax(axes, keepdim=True) - low) / scheme.levels).clamp_min(1e-8)
+        codes = ((blocks - low) / step).add_(0.5).trunc_().clamp_(0, scheme.levels)
+        return codes, Scales(half(step), half(low))
+
+
+for _kind, _name, _symmetric, _example, _note in (
+    (Keys, "vllm_turboquant", (3, 4), "vllm_turboquant4+hadamard", "vLLM's keys under turboquant_*_nc; 3 or 4 bits"),
+    (Values, "vllm_uniform", (), "vllm_uniform4", "vLLM's values under turboquant_*; 3 or 4 bits"),
+):
+    register_format(
+        _kind(
+            name=_name,
+            widths=(3, 4),
+            granularities=("token-head",),
+            default_granularity="token-head",
+            symmetric_widths=_symmetric,
+            examples={_example: _note},
+        )
+    )
