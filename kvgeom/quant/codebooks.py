@@ -43,8 +43,8 @@ def normal_levels(bits: int) -> Array:
     from scipy.special import ndtr, ndtri
 
     def moment(x: Array) -> Array:
-        with np.errstate(over="ignore"):
-            return -np.exp(-x * x / 2) / np.sqrt(2 * np.pi)
+        found: Array = -np.exp(-x * x / 2) / np.sqrt(2 * np.pi)
+        return found
 
     return _levels(bits, ndtr, moment, ndtri, np.inf)
 

@@ -104,7 +104,8 @@ class Product(Codebook):
         above = torch.where(codes.isnan(), codes, (codes >= high).to(codes.dtype))
         found = self.directions(scheme.bits - 1, codes - above * high) * scales.step
         guess = _product(2 * above - 1, _projection(codes).T) * ((torch.pi / 2) ** 0.5 / codes.shape[-1])
-        return found + guess * scales.offset
+        together: Tensor = found + guess * scales.offset
+        return together
 
 
 def half(x: Tensor) -> Tensor:
