@@ -1,4 +1,4 @@
-"""SGLang: 4-bit floats in blocks of 16 channels under a power of two, and 8-bit floats."""
+"""SGLang: 4-bit floats in blocks of 16 channels under a power of two."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ SGLANG = register_engine(
     Engine(
         name="sglang",
         title="SGLang",
-        version="(source of commit 0dae407)",
+        version="0.5.23",
         source=(
-            "https://github.com/sgl-project/sglang (python/sglang/srt/layers/quantization/kvfp4_tensor.py, "
-            "docs/advanced_features/quantized_kv_cache.md)"
+            "https://github.com/sgl-project/sglang (python/sglang/srt/layers/quantization/kvfp4_tensor.py and "
+            "fp4_kv_cache_quant_method.py, docs/advanced_features/quantized_kv_cache.md)"
         ),
-        checked="FP4: its own quantizer, run on a CPU; FP8: the casts of torch",
+        checked="its own quantizer, run on a CPU",
         page="engine-sglang.md",
         presets=(
-            Preset("sglang-fp4-e2m1", "--kv-cache-dtype fp4_e2m1", (4,), both("fp4_e2m1")),
-            *(
-                Preset(f"sglang-fp8-{kind}", f"--kv-cache-dtype fp8_{kind}, scales 1.0", (8,), both(f"fp8_{kind}"))
-                for kind in ("e4m3", "e5m2")
+            Preset(
+                "sglang-fp4-e2m1",
+                "--kv-cache-dtype fp4_mx_block16, which was called fp4_e2m1 before",
+                (4,),
+                both("fp4_e2m1"),
             ),
         ),
     )
