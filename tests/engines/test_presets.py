@@ -88,7 +88,9 @@ def test_every_preset_runs_and_has_a_page(model: HFModel, engine: Engine, preset
         assert not torch.equal(logits, model.forward(IDS[:24]))
 
 
-@pytest.mark.parametrize(("layers", "touched"), [(1, [0]), (2, []), (3, [1]), (5, [2]), (6, [2, 3]), (28, range(2, 26))])
+@pytest.mark.parametrize(
+    ("layers", "touched"), [(1, [0]), (2, []), (3, [1]), (5, [2]), (6, [2, 3]), (28, range(2, 26))]
+)
 def test_presets_that_keep_the_ends_of_a_model(layers: int, touched: list[int]) -> None:
     """Two layers at either end, but never more than half: as vLLM counts them."""
     config = resolve("vllm-turboquant-k3v4-nc")

@@ -68,9 +68,19 @@ def test_built_in_engines_need_no_torch_to_be_listed() -> None:
     names, heavy = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    assert {"exllamav3", "ik_llama", "kivi", "llamacpp", "lmdeploy", "mlx", "paper", "quarot", "sglang", "transformers", "vllm"} <= set(
-        names.split()
-    )
+    assert {
+        "exllamav3",
+        "ik_llama",
+        "kivi",
+        "llamacpp",
+        "lmdeploy",
+        "mlx",
+        "paper",
+        "quarot",
+        "sglang",
+        "transformers",
+        "vllm",
+    } <= set(names.split())
     assert heavy == "False False"
 
 

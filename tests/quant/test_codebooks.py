@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -81,7 +83,7 @@ def test_no_other_levels_do_better(bits: int, d: int) -> None:
 
 def test_the_sphere_becomes_normal() -> None:
     gap = [np.abs(sphere_levels(4, d) - normal_levels(4)).max() for d in (16, 64, 256, 4096)]
-    assert all(a > 3 * b for a, b in zip(gap, gap[1:], strict=False))
+    assert all(a > 3 * b for a, b in pairwise(gap))
 
 
 def test_uniform_levels_of_three_dimensions() -> None:

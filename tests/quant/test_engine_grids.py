@@ -20,7 +20,9 @@ BLOCKS = hnp.arrays(np.float32, (1, 1, 2, 32), elements=st.floats(-1000, 1000, w
 
 
 def rounded(x: np.ndarray, text: str) -> np.ndarray:
-    found: np.ndarray = fake_quantize(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)), Scheme.parse(text)).numpy()
+    found: np.ndarray = fake_quantize(
+        torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)), Scheme.parse(text)
+    ).numpy()
     return found
 
 

@@ -53,7 +53,9 @@ def test_inner_products_under_residual_signs(bits: int, distortion: float) -> No
 def test_signs_take_the_bias_away_that_the_codebook_has() -> None:
     """The expected inner product of a vector with what is stored of it: 1 with signs, less without."""
     x = vectors(4000, 128)
-    along = {name: float((rounded(x, f"{name}2+rotation") * x).sum(-1).mean()) for name in ("turboquant", "turboquant_prod")}
+    along = {
+        name: float((rounded(x, f"{name}2+rotation") * x).sum(-1).mean()) for name in ("turboquant", "turboquant_prod")
+    }
     assert along["turboquant"] == pytest.approx(1 - 0.117, abs=0.01)
     assert along["turboquant_prod"] == pytest.approx(1, abs=0.01)
 
@@ -135,7 +137,8 @@ def test_lmdeploys_keys_and_values_written_out() -> None:
 def test_a_spike_is_a_random_direction_only_after_a_random_rotation() -> None:
     """A Hadamard matrix gives all coordinates of a lone outlier one size, for which no codebook has a level."""
     random, fixed = (
-        torch.stack([(rounded(SPIKE.roll(n, -1), text) - SPIKE.roll(n, -1)).square().sum() for n in range(64)]).mean() / 100
+        torch.stack([(rounded(SPIKE.roll(n, -1), text) - SPIKE.roll(n, -1)).square().sum() for n in range(64)]).mean()
+        / 100
         for text in ("turboquant3+rotation", "turboquant3+hadamard")
     )
     assert float(random) == pytest.approx(0.034, rel=0.15)

@@ -27,7 +27,7 @@ _ROUNDS, _PANELS, _END, _FIRST = 200, 200, 10.5, 3.5
 
 @cache
 def vllm_levels(bits: int) -> Array:
-    """vLLM's levels for the standard normal distribution, with what its way of integrating adds to them.
+    """Levels of vLLM for the standard normal distribution, with what its way of integrating adds to them.
 
     Parameters
     ----------
