@@ -119,8 +119,6 @@ class Nvfp4(BlockFloat4):
 
     def step(self, largest: Tensor) -> Tensor:
         """An E4M3 float."""
-        import torch
-
         return _e4m3(largest / 6)
 
 
