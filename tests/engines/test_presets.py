@@ -221,7 +221,7 @@ def test_resolve_takes_what_users_write() -> None:
         (Recipe.uniform(2, Scheme(4)), 3, "4 bits"),
         (resolve("kivi"), 4, "kivi"),
         ("asym-token", None, "int4-asym-token"),
-        ("gptq", None, "paper"),
+        ("gptq", None, "kivi"),
         ("kvii", None, "'kivi'"),
         ("KIVI", 2, "'kivi'"),
         ("vllm-fp8", None, "'vllm-fp8-e[45]m[32]'"),
