@@ -27,7 +27,12 @@ SCHEMES = [
         "turboquant_prod{bits}+rotation",
     )
 ]
-SCHEMES += ["vllm_turboquant4+hadamard", "vllm_turboquant3+hadamard", "lmdeploy_qjl+hadamard", "lmdeploy_lloyd+hadamard"]
+SCHEMES += [
+    "vllm_turboquant4+hadamard",
+    "vllm_turboquant3+hadamard",
+    "lmdeploy_qjl+hadamard",
+    "lmdeploy_lloyd+hadamard",
+]
 PROMPTS = 8
 
 
@@ -51,7 +56,9 @@ def main() -> None:
     for text in SCHEMES:
         scheme = Scheme.parse(text)
         found = {
-            site: torch.tensor([share(getattr(layer, site).float(), scheme) for cache in caches for layer in cache.layers])
+            site: torch.tensor(
+                [share(getattr(layer, site).float(), scheme) for cache in caches for layer in cache.layers]
+            )
             for site in ("keys", "values")
         }
         bits = bits_per_element(Recipe.uniform(1, scheme), None, *shape)

@@ -7,21 +7,22 @@ densities here, which are log-concave, that has one solution.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvgeom.checks import whole
+from kvgeom.quant.transforms import remembered
 
 Array = NDArray[np.float64]
 
 #: Levels have settled when none moves by more than this, in standard deviations.
 _SETTLED = 1e-12
 _ROUNDS = 200_000
+_NORMAL: dict[int, Array] = {}
+_SPHERE: dict[tuple[int, int], Array] = {}
 
 
-@cache
 def normal_levels(bits: int) -> Array:
     """Levels for the standard normal distribution.
 
@@ -40,6 +41,10 @@ def normal_levels(bits: int) -> Array:
     >>> normal_levels(2).round(4).tolist()
     [-1.5104, -0.4528, 0.4528, 1.5104]
     """
+    return remembered(_NORMAL, bits, _of_normal)
+
+
+def _of_normal(bits: int) -> Array:
     from scipy.special import ndtr, ndtri
 
     def moment(x: Array) -> Array:
@@ -49,7 +54,6 @@ def normal_levels(bits: int) -> Array:
     return _levels(bits, ndtr, moment, ndtri, np.inf)
 
 
-@cache
 def sphere_levels(bits: int, dimension: int) -> Array:
     """Levels for one coordinate of a random point of the unit sphere, times the root of the dimension.
 
@@ -73,9 +77,13 @@ def sphere_levels(bits: int, dimension: int) -> Array:
     >>> sphere_levels(2, 64).round(4).tolist()
     [-1.5, -0.4521, 0.4521, 1.5]
     """
+    return remembered(_SPHERE, (bits, whole("dimension", dimension, 3)), _of_sphere)
+
+
+def _of_sphere(key: tuple[int, int]) -> Array:
     from scipy.special import betainc, betaincinv, gammaln
 
-    dimension = whole("dimension", dimension, 3)
+    bits, dimension = key
     half, root = (dimension - 1) / 2, np.sqrt(dimension)
     # Half of (coordinate + 1) has the beta distribution with both parameters (dimension - 1) / 2.
     factor = np.exp(gammaln(dimension / 2) - gammaln(half)) / np.sqrt(np.pi) / (2 * half)

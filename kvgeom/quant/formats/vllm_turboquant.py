@@ -6,7 +6,6 @@ by a Hadamard matrix (``+hadamard``), values are not.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from kvgeom.quant.codebooks import Array
 from kvgeom.quant.formats.base import Axes, Format, Grid, Scales, register_format
 from kvgeom.quant.formats.turboquant import Codebook, half
+from kvgeom.quant.transforms import remembered
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 #: How vLLM computes its levels: rounds of Lloyd's iteration, panels of the trapezoidal rule for a cell, where the outer cells
 #: end, and where the evenly spaced first levels do, in standard deviations.
 _ROUNDS, _PANELS, _END, _FIRST = 200, 200, 10.5, 3.5
+_LEVELS: dict[int, Array] = {}
 
 
-@cache
 def vllm_levels(bits: int) -> Array:
     """Levels of vLLM for the standard normal distribution, with what its way of integrating adds to them.
 
@@ -39,6 +39,10 @@ def vllm_levels(bits: int) -> Array:
         Up to 0.002 from those of least error (:func:`~kvgeom.quant.codebooks.normal_levels`) for 3 and 4 bits, which moves
         some values to the next level.
     """
+    return remembered(_LEVELS, bits, _integrated)
+
+
+def _integrated(bits: int) -> Array:
     weight = np.full((_PANELS + 1, 1), 1.0)
     weight[[0, -1]] = 0.5
     levels = _FIRST * ((2 * np.arange(1 << bits) + 1) / (1 << bits) - 1)
