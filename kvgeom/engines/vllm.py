@@ -202,10 +202,10 @@ RUNNER = Runner(
 
 def _preset(dtype: str, bits: int) -> Preset:
     turbo = dtype in _TURBOQUANT
-    scales = ", scales 1.0" if dtype.startswith("nvfp4") else ""
+    more = ", first and last two layers exact" if turbo else ", scales 1.0" if dtype.startswith("nvfp4") else ""
     return Preset(
         f"vllm-{dtype.replace('_', '-')}",
-        f"kv_cache_dtype='{dtype}'{scales}",
+        f"kv_cache_dtype='{dtype}'{more}",
         (bits,),
         lambda _: _stored(dtype),
         _PREFILL_EXACT if turbo else Placement(),
