@@ -51,9 +51,12 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     InputError("unknown backend 'jax'; choose from hf, lens")
     >>> unknown("judge", "keywords", ["keyword", "minos"])
     InputError("unknown judge 'keywords'; did you mean 'keyword'?")
+    >>> unknown("preset", "vllm-fp8", ["vllm-nvfp4", "vllm-fp8-e4m3"])
+    InputError("unknown preset 'vllm-fp8'; did you mean 'vllm-fp8-e4m3'?")
     """
-    names = [*known]
-    close = get_close_matches((name if isinstance(name, str) else brief(name)).lower(), names, 1)
+    names, given = [*known], (name if isinstance(name, str) else brief(name)).lower()
+    # A name that goes on where the given one ends is nearer than one with other letters.
+    close = [each for each in names if len(given) > 3 and each.startswith(given)] or get_close_matches(given, names, 1)
     hint = f"did you mean {close[0]!r}?" if close else f"choose from {choices(names)}"
     return InputError(f"unknown {kind} {brief(name)}; {hint}")
 

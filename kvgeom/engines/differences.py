@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme, runs
+from kvgeom.quant.transforms import ROTATIONS
 
 #: What shares a scale.
 _SCALES = {
@@ -22,7 +23,7 @@ _FOLD = "kvgeom.models.checkpoint puts them into the weights"
 _MISSING = {
     "center": "no offset is subtracted (center)",
     "equalize": f"channels are not divided by factors (equalize; {_FOLD})",
-    **dict.fromkeys(("hadamard", "hadamard64", "rht"), f"heads are not rotated (for values, {_FOLD})"),
+    **dict.fromkeys(ROTATIONS, f"heads are not rotated (for values, {_FOLD})"),
 }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvgeom.checks import check_texts, whole_numbers
+from kvgeom.checks import check_texts, whole, whole_numbers
 from kvgeom.engines.runner import Runner
 from kvgeom.errors import InputError, brief
 from kvgeom.quant.placement import Placement
@@ -34,6 +34,9 @@ class CacheConfig:
     placement : Placement
     per_layer : Recipe or None
         Schemes that belong to one model, layer by layer.
+    exact_ends : int
+        How many of the first layers, and of the last ones, stay in full precision; no more than half of all layers each. 0
+        where ``per_layer`` is set.
     """
 
     name: str
@@ -42,6 +45,7 @@ class CacheConfig:
     v: Scheme | None
     placement: Placement
     per_layer: Recipe | None = None
+    exact_ends: int = 0
 
     def __post_init__(self) -> None:
         check_texts("a cache", self, "name", "version")
@@ -50,6 +54,11 @@ class CacheConfig:
             if value is not None and not isinstance(value, kind):
                 raise InputError(f"{name} of a cache must be a {kind.__name__} or None, got {brief(value)}")
         object.__setattr__(self, "placement", Placement.parse(self.placement))
+        object.__setattr__(self, "exact_ends", whole("exact_ends of a cache", self.exact_ends, 0))
+        if self.exact_ends and self.per_layer is not None:
+            raise InputError(
+                f"a cache with schemes layer by layer says itself which layers are exact, got exact_ends={self.exact_ends}; leave it out"
+            )
 
     def recipe(self, n_layers: int) -> Recipe:
         """The recipe for a model with ``n_layers``.
@@ -60,7 +69,8 @@ class CacheConfig:
             If the schemes are given layer by layer, for another number of layers.
         """
         if self.per_layer is None:
-            return Recipe(((self.k, self.v),) * n_layers)
+            ends = min(self.exact_ends, n_layers // 2)
+            return Recipe(((self.k, self.v),) * n_layers).keep_ends(ends, ends)
         if len(self.per_layer) != n_layers:
             raise InputError(f"the model has {n_layers} layers, got a recipe for {len(self.per_layer)}")
         return self.per_layer
@@ -81,7 +91,8 @@ class CacheConfig:
         """What keys and values are stored as."""
         if self.per_layer is not None:
             return str(self.per_layer)
-        return stored_as(self.k, self.v)
+        ends = f", but the first and last {self.exact_ends} layers exact" if self.exact_ends else ""
+        return stored_as(self.k, self.v) + ends
 
     def __str__(self) -> str:
         return f"{self.name}: {self.stored}; {self.placement}"
@@ -146,6 +157,7 @@ class Preset:
     widths: tuple[int, ...]
     schemes: Callable[[int], Schemes]
     placement: Placement = field(default=Placement())
+    exact_ends: int = 0
 
     def __post_init__(self) -> None:
         check_texts("a preset", self, "name", "setting")
@@ -155,6 +167,7 @@ class Preset:
                 f"schemes of preset {self.name!r} must be a function of the width, got {brief(self.schemes)}"
             )
         object.__setattr__(self, "placement", Placement.parse(self.placement))
+        object.__setattr__(self, "exact_ends", whole("exact_ends of a preset", self.exact_ends, 0))
 
 
 @dataclass(frozen=True)
@@ -209,7 +222,7 @@ class Engine:
             raise InputError(f"preset {preset.name!r} offers bits {offered}; got {brief(width)}")
         k, v = preset.schemes(width)
         version = f"{self.title} {self.version}, {preset.setting}"
-        return CacheConfig(preset.name, version, k, v, preset.placement)
+        return CacheConfig(preset.name, version, k, v, preset.placement, exact_ends=preset.exact_ends)
 
 
 def both(scheme: str) -> Callable[[int], Schemes]:

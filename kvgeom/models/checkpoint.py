@@ -23,7 +23,7 @@ from kvgeom.models.model import Model
 from kvgeom.models.quiet import quiet_transformers
 from kvgeom.quant.recipe import Recipe, Site
 from kvgeom.quant.scheme import Scheme
-from kvgeom.quant.transforms import Statics, frame
+from kvgeom.quant.transforms import ROTATIONS, Statics, frame
 
 #: Which checkpoint this is; only a folder that has it is written again.
 MARK = "kvgeom.json"
@@ -42,7 +42,8 @@ def fold(model: Model, recipe: Recipe, sites: Collection[Site] = ("k", "v")) -> 
     ``equalize``  factors into the key projection, inverse into the        factors into the value projection, inverse
                   queries' (or into their norms)                           into the output projection
     ``hadamard``, never: a rotation of a head does not commute with        into the value projection, inverse into the
-    ``rht``       rotary embedding                                         output projection
+    ``rotation``, rotary embedding                                         output projection
+    ``rht``
     ``center``    only in channels that no rotary embedding turns          into the value bias; a bias of the output
                   (:func:`unrotated`)                                      projection takes it back, if the class has one
     ============= ======================================================== ============================================
@@ -87,7 +88,7 @@ def foldable(recipe: Recipe) -> tuple[Site, ...]:
         site: {s.transform for layer in range(len(recipe)) if (s := recipe.scheme(layer, site)) is not None} - {"none"}
         for site in get_args(Site)
     }
-    able: dict[Site, set[str]] = {"k": {"equalize"}, "v": {"equalize", "center", "hadamard", "hadamard64", "rht"}}
+    able: dict[Site, set[str]] = {"k": {"equalize"}, "v": {"equalize", "center", *ROTATIONS}}
     return tuple(site for site, used in found.items() if used and used <= able[site])
 
 

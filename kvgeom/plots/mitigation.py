@@ -25,8 +25,8 @@ from kvgeom.plots.theme import (
 )
 
 FAMILY_COLORS = dict(
-    zip(("unmitigated", "center", "equalize", "hadamard", "refine", "protect", "combined", "window"),
-        (INK, *HEAD_COLORS[:4], HEAD_COLORS[5], HEAD_COLORS[6], HEAD_COLORS[4]), strict=True)
+    zip(("unmitigated", "center", "equalize", "hadamard", "refine", "protect", "combined", "window", "turboquant"),
+        (INK, *HEAD_COLORS[:4], HEAD_COLORS[5], HEAD_COLORS[6], HEAD_COLORS[4], HEAD_COLORS[7]), strict=True)
 )  # fmt: skip
 RULE_COLORS = {"causal": CHOSEN, "first": PLAIN, "attention": HEAD_COLORS[1]}
 

@@ -65,13 +65,14 @@ class Scheme:
         ``released`` they are of these channels alone.
     format : str
         Name of a registered format: ``int``; ``fp8_e4m3`` and ``fp8_e5m2`` (saturating); the blocks of GGML ``q8_0``,
-        ``q5_0``, ``q5_1``, ``q4_0``, ``q4_1``, ``iq4_nl``; the block floats ``mxfp4`` and ``nvfp4``; the integer grids of
-        engines ``mlx``, ``hqq`` and ``vllm``, and that of the paper's code ``released``, which differ from ``int`` in how they
-        choose and apply a scale; or your own
+        ``q6_0``, ``q5_0``, ``q5_1``, ``q4_0``, ``q4_1``, ``iq4_nl``; the block floats ``mxfp4``, ``nvfp4``, ``nvfp4_4over6`` and
+        ``fp4_e2m1``; codebooks for rotated heads ``turboquant``, ``turboquant_prod`` and what engines make of them; the integer
+        grids of engines ``mlx``, ``hqq``, ``vllm`` and ``exllama``, and that of the paper's code ``released``, which differ from
+        ``int`` in how they choose and apply a scale; or your own
         (:func:`kvgeom.quant.formats.base.register_format`).
     transform : str
         What is done to the values before rounding, and undone after: ``none``, ``center``, ``equalize``, ``hadamard``,
-        ``hadamard64``, ``rht``, or your own (:func:`kvgeom.quant.transforms.register_transform`).
+        ``hadamard64``, ``hadamard32``, ``rotation``, ``rht``, or your own (:func:`kvgeom.quant.transforms.register_transform`).
     scales : {"f32", "f16", "bf16"}
         Precision in which the scales (and offsets) of an integer grid are stored.
 

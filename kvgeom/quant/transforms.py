@@ -223,7 +223,7 @@ class Equalize(Transform):
 
 
 class Hadamard(Transform):
-    """Rotate each head by a Hadamard matrix, of blocks no larger than its limit (64 for ``hadamard64``)."""
+    """Rotate each head by a Hadamard matrix, of blocks no larger than the number in its name (64 for ``hadamard64``)."""
 
     def enter(self, x: Tensor, constant: Any) -> Tensor:
         """Rotated heads."""
@@ -236,7 +236,24 @@ class Hadamard(Transform):
 
     def _block(self, x: Tensor) -> int:
         size = x.shape[-1]
-        return min(size & -size, 64) if self.name == "hadamard64" else size & -size
+        limit = self.name.removeprefix("hadamard")
+        return min(size & -size, int(limit)) if limit else size & -size
+
+
+class RandomRotation(Transform):
+    """Rotate each head by one orthogonal matrix, drawn uniformly from a fixed seed (Haar measure)."""
+
+    def enter(self, x: Tensor, constant: Any) -> Tensor:
+        """Rotated heads."""
+        return self._product(x, _rotation(x))
+
+    def leave(self, y: Tensor, constant: Any) -> Tensor:
+        """Rotated back."""
+        return self._product(y, _rotation(y).T)
+
+    def _product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        # In double precision, rounded once: a token must come out the same alone as among others (see _walsh).
+        return (x.to(matrix.dtype) @ matrix).to(x.dtype)
 
 
 class RandomizedHadamard(Transform):
@@ -252,10 +269,14 @@ class RandomizedHadamard(Transform):
         return _walsh(y, block) * _signs(y) / block
 
 
+#: Transforms of kvgeom that turn a head, and change no norm in it but by one factor.
+ROTATIONS = ("hadamard", "hadamard64", "hadamard32", "rotation", "rht")
+
 register_transform(Center(name="center", constants="offsets"))
 register_transform(Equalize(name="equalize", constants="factors"))
-register_transform(Hadamard(name="hadamard"))
-register_transform(Hadamard(name="hadamard64"))
+for _name in ROTATIONS[:3]:
+    register_transform(Hadamard(name=_name))
+register_transform(RandomRotation(name="rotation"))
 register_transform(RandomizedHadamard(name="rht"))
 
 
@@ -302,6 +323,7 @@ def _walsh(x: Tensor, block: int) -> Tensor:
 #: How many draws are kept.
 _KEPT = 512
 _SIGNS: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+_ROTATIONS: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def remembered(cache: dict[K, V], key: K, make: Callable[[K], V]) -> V:
@@ -326,3 +348,18 @@ def _drawn(key: tuple[int, torch.device, torch.dtype]) -> Tensor:
     size, device, dtype = key
     seeded = torch.Generator().manual_seed(0x9E3779B9)
     return (2 * torch.bernoulli(torch.full((size,), 0.5), generator=seeded) - 1).to(device, dtype)
+
+
+def _rotation(like: Tensor) -> Tensor:
+    return remembered(_ROTATIONS, (like.shape[-1], like.device), _turned)
+
+
+def _turned(key: tuple[int, torch.device]) -> Tensor:
+    import numpy as np
+    import torch
+
+    size, device = key
+    q, r = np.linalg.qr(np.random.default_rng((0x9E3779B9, size)).standard_normal((size, size)))
+    # With these signs the matrix is uniformly distributed (Mezzadri 2007).
+    turned = torch.from_numpy(q * np.sign(np.diag(r)))
+    return turned.to(device, torch.float32 if device.type == "mps" else torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvgeom.engines import llamacpp, mlx, vllm
+from kvgeom.engines import exllamav3, llamacpp, mlx, vllm
 from kvgeom.engines.differences import differences
 from kvgeom.engines.engine import Export
+from kvgeom.engines.registry import resolve
 from kvgeom.models.model import KVGeometry
 from kvgeom.quant.memory import bits_per_element
 from kvgeom.quant.placement import Placement
@@ -22,7 +24,7 @@ from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from tests.builders.tiny import wide_model
 
-ENGINES = {"vllm": vllm, "mlx": mlx, "llamacpp": llamacpp}
+ENGINES = {"vllm": vllm, "mlx": mlx, "llamacpp": llamacpp, "exllamav3": exllamav3}
 LLAMA = KVGeometry(layers=4, query_heads=32, kv_heads=8, head_dim=128, d_model=4096, key_bias=False, rope="llama3")
 PHI = KVGeometry(layers=4, query_heads=32, kv_heads=32, head_dim=80, d_model=2560, key_bias=False, rope="longrope")
 SCHEMES = [
@@ -41,6 +43,11 @@ SCHEMES = [
     "mlx3-group64",
     "mxfp4",
     "vllm4-token-head+rht",
+    "nvfp4",
+    "vllm_turboquant3+hadamard",
+    "vllm_uniform4",
+    "turboquant4+rotation",
+    "exllama3+hadamard32",
     "kept",
 ]
 
@@ -91,7 +98,7 @@ def test_never_narrower_and_nothing_is_silent(
     assert read(engine, found.text, geometry) == found.recipe
 
 
-def read(engine: str, text: str, geometry: KVGeometry) -> Recipe:
+def read(engine: str, text: str, geometry: KVGeometry, layers: int = 4) -> Recipe:
     """A recipe out of the text, by what the engines' pages in the documentation say."""
     if engine == "mlx":
         layers: list[Any] = []
@@ -107,14 +114,25 @@ def read(engine: str, text: str, geometry: KVGeometry) -> Recipe:
         assert dtype is not None
         holds = {
             "auto": None,
-            "int4_per_token_head": "vllm4-token-head+rht",
-            "int8_per_token_head": "vllm8-token-head",
-            "fp8_e4m3": "fp8_e4m3",
-            "fp8_e5m2": "fp8_e5m2",
-            "fp8_per_token_head": "fp8_e4m3-token-head",
+            "int4_per_token_head": ("vllm4-token-head+rht",) * 2,
+            "int8_per_token_head": ("vllm8-token-head",) * 2,
+            "fp8_e4m3": ("fp8_e4m3",) * 2,
+            "fp8_e5m2": ("fp8_e5m2",) * 2,
+            "fp8_per_token_head": ("vllm_fp8",) * 2,
+            "nvfp4": ("nvfp4",) * 2,
+            "turboquant_3bit_nc": ("vllm_turboquant3+hadamard", "vllm_uniform3"),
+            "turboquant_k3v4_nc": ("vllm_turboquant3+hadamard", "vllm_uniform4"),
+            "turboquant_4bit_nc": ("vllm_turboquant4+hadamard", "vllm_uniform4"),
+            "turboquant_k8v4": ("fp8_e4m3", "vllm_uniform4"),
         }[dtype[1]]
-        recipe = Recipe.uniform(4, Scheme.parse(holds)) if holds else Recipe.exact(4)
-        return recipe.keep([int(n) for n in skipped[1].split()] if skipped else [])
+        recipe = Recipe((holds,) * layers) if holds else Recipe.exact(layers)
+        ends = 2 if dtype[1].startswith("turboquant") else 0
+        return recipe.keep([int(n) for n in skipped[1].split()] if skipped else []).keep_ends(ends, ends)
+    if engine == "exllamav3":
+        widths = re.fullmatch(r"-cq (\d),(\d)", text)
+        if widths is None:
+            return Recipe.exact(layers)
+        return Recipe(((f"exllama{widths[1]}+hadamard32", f"exllama{widths[2]}+hadamard32"),) * layers)
     pair: list[Any] = []
     for flag, rotation in (("-ctk", "+hadamard"), ("-ctv", "+hadamard64")):
         kind = re.search(rf"{flag} (\w+)", text)
@@ -122,7 +140,7 @@ def read(engine: str, text: str, geometry: KVGeometry) -> Recipe:
         rotated = rotation if geometry.head_dim % 64 == 0 else ""
         pair.append(None if kind[1] == "f16" else Scheme.parse(kind[1] + rotated))
     assert ("-fa on" in text) == (pair[1] is not None)
-    return Recipe((tuple(pair),) * 4)
+    return Recipe((tuple(pair),) * layers)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +154,10 @@ def read(engine: str, text: str, geometry: KVGeometry) -> Recipe:
         (uniform("fp8_e5m2"), "--kv-cache-dtype fp8_e5m2"),
         (uniform("fp8_e4m3-tensor"), "--kv-cache-dtype fp8_e4m3"),
         (uniform("fp8_e4m3-token-head"), "--kv-cache-dtype fp8_per_token_head"),
+        (uniform("vllm_fp8"), "--kv-cache-dtype fp8_per_token_head"),
+        (uniform("nvfp4").keep([1]), "--kv-cache-dtype nvfp4 --kv-cache-dtype-skip-layers 1"),
+        (uniform("nvfp4_4over6"), "--kv-cache-dtype nvfp4_4over6"),
+        (uniform("mxfp4"), "--kv-cache-dtype int4_per_token_head"),
         (Recipe.exact(4), "--kv-cache-dtype auto"),
         (
             Recipe.uniform(4, Scheme(4), layers=[1], sites=["k"]),
@@ -145,6 +167,50 @@ def read(engine: str, text: str, geometry: KVGeometry) -> Recipe:
 )
 def test_vllm(recipe: Recipe, text: str) -> None:
     assert made("vllm", recipe).text == text
+
+
+@pytest.mark.parametrize(
+    ("k", "v", "dtype"),
+    [
+        ("turboquant2+rotation", "turboquant3+rotation", "turboquant_3bit_nc"),
+        ("vllm_turboquant3+hadamard", "vllm_uniform4", "turboquant_k3v4_nc"),
+        ("turboquant_prod4+rotation", "turboquant2+rotation", "turboquant_4bit_nc"),
+        ("turboquant6+rotation", "turboquant4+rotation", "turboquant_k8v4"),
+        ("turboquant4+rotation", "turboquant5+rotation", "int8_per_token_head"),
+        ("vllm_turboquant3+hadamard", "int3-asym-token", "int4_per_token_head"),
+    ],
+)
+def test_codebooks_become_vllms_own(k: str, v: str, dtype: str) -> None:
+    """The narrowest type that is no narrower; layers at the ends stay exact whatever is said, and need no flag."""
+    geometry = replace(LLAMA, layers=7, stores=())
+    recipe = Recipe(((Scheme.parse(k), Scheme.parse(v)),) * 7).keep([1, 3])
+    found = vllm.export(recipe, Placement(prefill_reads="exact"), geometry)
+    turbo = dtype.startswith("turboquant")
+    assert found.text == f"--kv-cache-dtype {dtype} --kv-cache-dtype-skip-layers {'3' if turbo else '1 3'}"
+    assert found.recipe == read("vllm", found.text, geometry, 7)
+    assert found.recipe.touched == ((2, 4) if turbo else (0, 2, 4, 5, 6))
+    assert any("layers 0, 5-6: 16 bits instead of" in line for line in found.cannot) == turbo
+    wide = vllm.export(recipe, Placement(), replace(geometry, head_dim=80))
+    assert "turboquant" not in wide.text
+
+
+def test_vllms_turboquant_loses_nothing_of_its_own_preset() -> None:
+    config = resolve("vllm-turboquant-3bit-nc")
+    found = vllm.export(config.recipe(6), config.placement, replace(LLAMA, layers=6, stores=()))
+    assert (found.text, found.cannot) == ("--kv-cache-dtype turboquant_3bit_nc", ())
+    assert (found.recipe, found.placement) == (config.recipe(6), config.placement)
+
+
+def test_exllama() -> None:
+    recipe = Recipe(((Scheme.parse("int6-asym-token"), Scheme.parse("int3-asym-token")),) * 4)
+    assert made("exllamav3", recipe).text == "-cq 6,3"
+    own = uniform("exllama5+hadamard32")
+    assert made("exllamav3", own).text == "-cq 5,5"
+    assert not made("exllamav3", own).cannot
+    for exact in (recipe.keep([2]), Recipe.exact(4)):
+        found = made("exllamav3", exact)
+        assert (found.text, found.recipe) == ("(no -cq)", Recipe.exact(4))
+    assert made("exllamav3", own, geometry=PHI).recipe == Recipe.exact(4)
 
 
 def test_vllm_rotates_only_heads_of_a_power_of_two() -> None:
@@ -227,7 +293,7 @@ def test_llamacpp() -> None:
     assert "layer 0 " in protected.cannot[-1]
 
 
-@pytest.mark.parametrize("engine", [vllm, mlx, llamacpp], ids=sorted(ENGINES))
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=list(ENGINES))
 def test_as_text(engine: ModuleType) -> None:
     found = engine.export(uniform("int4-asym-token"), Placement(sinks=2), LLAMA)
     lines = str(found).splitlines()
@@ -274,4 +340,4 @@ def test_what_is_stored_can_be_evaluated() -> None:
         logits = model.forward([1, 50, 60, 70], cache)
         exact = model.forward([1, 50, 60, 70])
         assert torch.isfinite(logits).all()
-        assert torch.equal(logits, exact) == (name == "llamacpp")
+        assert torch.equal(logits, exact) == (name in ("llamacpp", "exllamav3"))

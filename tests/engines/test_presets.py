@@ -34,6 +34,19 @@ NAMED = {
     "vllm-cpu-fp8-e5m2",
     "vllm-int8-per-token-head",
     "vllm-int4-per-token-head",
+    "vllm-fp8-per-token-head",
+    "vllm-nvfp4",
+    "vllm-nvfp4-4over6",
+    "vllm-turboquant-k8v4",
+    "vllm-turboquant-4bit-nc",
+    "vllm-turboquant-k3v4-nc",
+    "vllm-turboquant-3bit-nc",
+    "sglang-fp4-e2m1",
+    "exllamav3",
+    "ik_llama-q6_0",
+    "ik_llama-q4_0-had",
+    "lmdeploy-fp8-e4m3",
+    "lmdeploy-turboquant",
     "llamacpp-q8_0",
     "llamacpp-q4_0",
     "lmdeploy-int4",
@@ -73,6 +86,28 @@ def test_every_preset_runs_and_has_a_page(model: HFModel, engine: Engine, preset
             logits = model.forward(ids, cache)
         assert torch.isfinite(logits).all()
         assert not torch.equal(logits, model.forward(IDS[:24]))
+
+
+@pytest.mark.parametrize(
+    ("layers", "touched"), [(1, [0]), (2, []), (3, [1]), (5, [2]), (6, [2, 3]), (28, range(2, 26))]
+)
+def test_presets_that_keep_the_ends_of_a_model(layers: int, touched: list[int]) -> None:
+    """Two layers at either end, but never more than half: as vLLM counts them."""
+    config = resolve("vllm-turboquant-k3v4-nc")
+    recipe = config.recipe(layers)
+    assert recipe.touched == tuple(touched)
+    assert {pair for n, pair in enumerate(recipe) if n in touched} <= {(config.k, config.v)}
+    assert "first and last 2 layers exact" in config.stored
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, "two"])
+def test_ends_are_a_number_of_layers(wrong: Any) -> None:
+    preset = next(preset for preset in presets() if preset.name == "kivi")
+    for make in (lambda: replace(preset, exact_ends=wrong), lambda: replace(resolve("kivi"), exact_ends=wrong)):
+        with pytest.raises(InputError, match="exact_ends"):
+            make()
+    with pytest.raises(InputError, match="layer by layer"):
+        replace(resolve(Recipe.exact(3)), exact_ends=1)
 
 
 class _Kivi(DynamicLayer):  # type: ignore[misc]
@@ -186,7 +221,7 @@ def test_resolve_takes_what_users_write() -> None:
         (Recipe.uniform(2, Scheme(4)), 3, "4 bits"),
         (resolve("kivi"), 4, "kivi"),
         ("asym-token", None, "int4-asym-token"),
-        ("gptq", None, "paper"),
+        ("gptq", None, "kivi"),
         ("kvii", None, "'kivi'"),
         ("KIVI", 2, "'kivi'"),
         ("vllm-fp8", None, "'vllm-fp8-e[45]m[32]'"),

@@ -68,7 +68,19 @@ def test_built_in_engines_need_no_torch_to_be_listed() -> None:
     names, heavy = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    assert {"kivi", "llamacpp", "lmdeploy", "mlx", "paper", "quarot", "transformers", "vllm"} <= set(names.split())
+    assert {
+        "exllamav3",
+        "ik_llama",
+        "kivi",
+        "llamacpp",
+        "lmdeploy",
+        "mlx",
+        "paper",
+        "quarot",
+        "sglang",
+        "transformers",
+        "vllm",
+    } <= set(names.split())
     assert heavy == "False False"
 
 
@@ -107,7 +119,7 @@ def test_it_is_swept_and_audited(checkpoint: Path, tmp_path: Path, capsys: pytes
 
 def test_its_export_is_among_those_of_a_plan(mine: Engine) -> None:
     found = {made.engine: made for made in plan(Placement()).exports()}
-    assert set(found) == {"transformers", "vLLM", "MLX-LM", "llama.cpp", mine.title}
+    assert set(found) == {"transformers", "vLLM", "MLX-LM", "llama.cpp", "ExLlamaV3", mine.title}
     assert found["Mine"].text == "--heads 2"
     assert "int8-asym-token" in found["Mine"].cannot[0]
 
@@ -116,7 +128,7 @@ def test_exports_of_a_plan() -> None:
     first, *others = plan(Placement()).exports("here.json")
     assert "here.json" in first.text
     assert first.recipe == plan(Placement()).chosen.recipe
-    assert {made.engine for made in others} == {"vLLM", "MLX-LM", "llama.cpp"}
+    assert {made.engine for made in others} == {"vLLM", "MLX-LM", "llama.cpp", "ExLlamaV3"}
     assert "transformers" not in {made.engine for made in plan(Placement(prefill_reads="last")).exports()}
     with pytest.raises(InputError, match="projection"):
         plan(Placement.paper()).exports()

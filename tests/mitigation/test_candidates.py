@@ -41,6 +41,7 @@ SCHEMES = [
     *("int4-asym-channel-group32/f16", "int8-sym-group16/bf16", "int4-asym-token+center", "int4-sym-tensor+equalize"),
     *("q4_0", "q8_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "mxfp4", "nvfp4", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3-tensor"),
     *("mlx4-group64", "hqq4-group64", "vllm8-token-head", "vllm4-token-head+rht", "q4_0+hadamard"),
+    *("turboquant3+rotation", "turboquant_prod4+rotation", "exllama4+hadamard32", "fp4_e2m1", "nvfp4_4over6"),
 ]
 ENGINES = {
     **{text: resolve(text) for text in SCHEMES},
@@ -112,11 +113,24 @@ def test_finer_scales_are_no_fewer(name: str) -> None:
             assert size[candidate.name] == size[UNMITIGATED]
         for (k, v), base in zip(candidate.recipe, found[0].recipe, strict=True):
             for one, other in zip((k, v), base, strict=True):
-                assert one is not None
-                assert other is not None
-                assert (one.bits, one.format, one.scales, one.symmetric) == (
-                    other.bits, other.format, other.scales, other.symmetric,
-                )  # fmt: skip
+                assert (one is None) == (other is None)  # layers that the engine leaves alone stay so
+                if one is None or other is None:
+                    continue
+                assert one.bits == other.bits
+                if candidate.family != "turboquant":  # which is a format of its own
+                    assert (one.format, one.scales, one.symmetric) == (other.format, other.scales, other.symmetric)
+
+
+def test_turboquant_keeps_the_width_and_stores_a_norm() -> None:
+    model, known = wide()
+    found = {c.name: c for c in whole_cache(resolve("int3-asym-token"), model.geometry, known)}
+    for name, keys in (("turboquant", "turboquant3"), ("turboquant, residual signs of keys", "turboquant_prod3")):
+        assert str(found[name].recipe) == (
+            "turboquant3+rotation" if keys == "turboquant3" else f"k {keys}+rotation, v turboquant3+rotation"
+        )
+        norms = 3 if keys == "turboquant3" else 4.5  # of keys and values of two heads, or two of the keys
+        assert found[name].bytes_per_token(model.geometry) == 3 * (2 * 2 * 64 * 3 / 8 + norms / 3 * 2 * 2 * 2)
+    assert not {n for n in (c.name for c in whole_cache(resolve("fp8_e5m2"), model.geometry, known)) if "turbo" in n}
 
 
 def test_center_at_the_mean_key() -> None:
@@ -279,8 +293,8 @@ def test_advice_for_every_engine(name: str, mode: ModeName) -> None:
     found = advised(mode, scan([0] * 5, [1.0, np.nan, 0.5, 3.0, 2.0]), unmitigated)
     for pair, base in zip(found.recipe, unmitigated.recipe, strict=True):
         for one, other in zip(pair, base, strict=True):
-            assert other is not None
-            if one is not None and one != other:
+            assert one is None or other is not None
+            if one is not None and other is not None and one != other:
                 assert (one.bits, one.format, one.transform) == (other.bits, "int", "none")
     quantizer = Quantizer(found.recipe, engine.placement)
     if not {s.transform for pair in found.recipe for s in pair if s is not None} & {"center", "equalize"}:
@@ -332,7 +346,7 @@ def test_windows_keep_tokens_and_are_counted() -> None:
 
 def test_mitigations_are_registered_once() -> None:
     names = [each.name for each in methods()]
-    assert names == ["center", "equalize", "hadamard", "refine", "protect", "window"]
+    assert names == ["center", "equalize", "hadamard", "refine", "turboquant", "protect", "window"]
     with pytest.raises(InputError, match="'center'"):
         method("center")(lambda setting: ())
     with pytest.raises(InputError, match="'later'"):

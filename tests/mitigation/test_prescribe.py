@@ -79,6 +79,15 @@ def test_caches_that_can_be_mitigated(scheme: str) -> None:
     assert made.memory_overhead <= 1.0
 
 
+def test_an_engine_that_keeps_the_ends_of_a_model_exact_still_does() -> None:
+    """Whatever a candidate does in the layer between them; and the engine is told so in one flag."""
+    made = diagnosis().prescribe(scheme="vllm-turboquant-3bit-nc", memory=1.0)
+    assert {"turboquant", "turboquant, residual signs of keys", "equalize"} <= {each.name for each in made.candidates}
+    assert {each.recipe.touched for each in made.candidates} == {(1,), ()}
+    (vllm,) = [each for each in made.exports() if each.engine == "vLLM"]
+    assert (vllm.text, vllm.cannot) == ("--kv-cache-dtype turboquant_3bit_nc", ())
+
+
 def test_what_cannot_be_prescribed() -> None:
     with pytest.raises(InputError, match=r"memory.* must be a number.*got -1"):
         diagnosis().prescribe(memory=-1)

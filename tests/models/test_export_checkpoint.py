@@ -70,7 +70,7 @@ def vectors(model: HFModel, seed: int) -> tuple[Statics, Statics]:
 def transforms(draw: st.DrawFn) -> list[tuple[str, str]]:
     """For each layer, what is done to keys and to values."""
     keys = st.sampled_from(["none", "equalize", "center"])
-    values = st.sampled_from(["none", "equalize", "center", "hadamard", "hadamard64", "rht"])
+    values = st.sampled_from(["none", "equalize", "center", "hadamard", "hadamard64", "rotation", "rht"])
     return draw(st.lists(st.tuples(keys, values), min_size=3, max_size=3))
 
 

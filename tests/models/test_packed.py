@@ -46,7 +46,15 @@ SCHEMES = [
     "vllm4-token-head+rht",
     "released4-asym-channel",
     "released3-sym-group48",
-    *[known.name for known in formats() if known.block_size is not None],
+    "vllm_fp8",
+    "vllm_turboquant3+hadamard",
+    "vllm_uniform3",
+    "lmdeploy_qjl+hadamard",
+    "lmdeploy_lloyd+hadamard",
+    "exllama5+hadamard32",
+    "turboquant3+rotation",
+    "turboquant_prod3+rotation",
+    *[known.name for known in formats() if known.block_size is not None and len(known.widths) == 1],
 ]
 
 

@@ -26,7 +26,14 @@ SCHEMES = [
         "int4-asym-token+center",
         "q4_0+hadamard",
     ),
-    *("fp8_e5m2", "mlx4-group64", "vllm4-token-head+rht", "int3-sym-tensor@0-2,4", "int6-sym-head+equalize"),
+    *(
+        "fp8_e5m2",
+        "mlx4-group64",
+        "vllm4-token-head+rht",
+        "turboquant_prod3+rotation",
+        "int3-sym-tensor@0-2,4",
+        "int6-sym-head+equalize",
+    ),
 ]
 schemes = st.one_of(st.none(), st.sampled_from(SCHEMES).map(Scheme.parse))
 vectors = st.dictionaries(

@@ -53,7 +53,7 @@ class _Coarse(Quantizer):
 @pytest.mark.parametrize(
     "placement", [Placement(), Placement(where="projection"), Placement(residual=4), Placement(sinks=2)]
 )
-@pytest.mark.parametrize("transform", ["center", "hadamard", "hadamard64", "rht", "equalize"])
+@pytest.mark.parametrize("transform", ["center", "hadamard", "hadamard64", "hadamard32", "rotation", "rht", "equalize"])
 def test_transforms_leave_full_precision_attention_unchanged(
     biased: HFModel, transform: str, placement: Placement
 ) -> None:

@@ -10,13 +10,14 @@ from typing import Literal, get_args
 from kvgeom.mitigation.candidates import Candidate
 from kvgeom.mitigation.methods.registry import Setting
 from kvgeom.models.model import KVGeometry
-from kvgeom.quant.recipe import Recipe, Schemes, Site
+from kvgeom.quant.recipe import Schemes, Site
 from kvgeom.quant.scheme import Scheme
 
 
 def alike(setting: Setting, name: str, family: str, schemes: Schemes, description: str) -> Candidate:
-    """A candidate with the same schemes in every layer, with the measured constants that they use."""
-    recipe = setting.constants_for(Recipe((schemes,) * setting.geometry.layers))
+    """A candidate with the same schemes in every layer that the engine rounds, with the measured constants that they use."""
+    k, v = schemes
+    recipe = setting.constants_for(replace(setting.config, k=k, v=v).recipe(setting.geometry.layers))
     return Candidate(name, family, recipe, setting.config.placement, description)
 
 

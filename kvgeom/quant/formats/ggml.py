@@ -1,4 +1,4 @@
-"""The block formats of GGML that llama.cpp offers for its cache.
+"""The block formats of GGML that llama.cpp offers for its cache, and ``q6_0`` of ik_llama.cpp.
 
 Blocks lie along the last axis. Source: ``ggml-quants.c`` (and, as numpy, ``quants.py`` of the gguf package).
 """
@@ -48,6 +48,15 @@ class SignedBlocks(Format):
         step = extreme / -half
         codes = (blocks * _inverse(step)).add_(half + 0.5).trunc_().clamp_(0, 2 * half - 1).sub_(half)
         return codes, _scales(step)
+
+
+class FittedBlocks(SignedBlocks):
+    """``q6_0``: codes as those of ``q5_0``, then the step that fits these codes best, errors weighted by the squared value."""
+
+    def quantize(self, scheme: Grid, blocks: Tensor, axes: Axes) -> tuple[Tensor, Scales]:
+        """Codes and scales of some blocks."""
+        codes, _ = super().quantize(scheme, blocks, axes)
+        return codes, _scales(_best_step(blocks, codes))
 
 
 class OffsetBlocks(Format):
@@ -129,6 +138,7 @@ def _best_step(blocks: Tensor, levels: Tensor) -> Tensor:
 
 for _kind, _name, _bits in (
     (Q8, "q8_0", 8),
+    (FittedBlocks, "q6_0", 6),
     (SignedBlocks, "q5_0", 5),
     (OffsetBlocks, "q5_1", 5),
     (SignedBlocks, "q4_0", 4),

@@ -1,10 +1,11 @@
-"""vLLM's integer grids of a head of a token."""
+"""vLLM's grids of a head of a token."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from kvgeom.quant.formats.base import Axes, Format, Grid, Scales, register_format
+from kvgeom.quant.formats.float8 import Float8
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,30 @@ class Vllm(Format):
         return (codes - zero) * step.to(scales.step.dtype)
 
 
+class Float8PerHead(Float8):
+    """vLLM's ``fp8_per_token_head``: values are multiplied by the inverse of the scale, which has a least value.
+
+    Source: ``_reshape_cache_per_token_head`` of vLLM 0.32. ``fp8_e4m3-token-head``, which divides, rounds some values that lie
+    halfway between two floats to the other one.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """E4M3."""
+        import torch
+
+        return torch.float8_e4m3fn
+
+    def fit(self, scheme: Grid, blocks: Tensor, axes: Axes) -> Scales:
+        """The scale that takes the largest value to 448."""
+        step = (blocks.abs().amax(axes, keepdim=True) / self.largest).clamp_min(1e-6)
+        return Scales(step, blocks.new_zeros(step.shape))
+
+    def encode(self, scheme: Grid, blocks: Tensor, scales: Scales) -> Tensor:
+        """The nearest floats."""
+        return (blocks * (1.0 / scales.step)).clamp(-self.largest, self.largest).to(self.dtype)
+
+
 def _half_away(x: Tensor) -> Tensor:
     """Nearest whole number, ties away from zero, as ``trunc(x + 0.5)`` computes it."""
     import torch
@@ -67,5 +92,15 @@ register_format(
         granularities=("token-head",),
         symmetric_widths=(8,),
         examples={"vllm4-token-head+rht": "vLLM's own grids: vllm4 and vllm8"},
+    )
+)
+register_format(
+    Float8PerHead(
+        name="vllm_fp8",
+        widths=(8,),
+        granularities=("token-head",),
+        default_granularity="token-head",
+        symmetric_widths=(8,),
+        examples={"vllm_fp8": "vLLM's own E4M3 with a scale for a head of a token"},
     )
 )
