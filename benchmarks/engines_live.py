@@ -1,6 +1,6 @@
 """Emulations held against the engines themselves on the demo model: greedy tokens and first-token log-probabilities.
 
-Run:  python -m benchmarks.engines_live llamacpp vllm      (some minutes an engine on a core)
+Run:  python -m benchmarks.engines_live llamacpp vllm mlx transformers      (some minutes an engine on a core)
 
 Environments of the engines: make test-engines, then KVGEOM_ENGINES=.engines. 24 requests, 48 tokens each; every cache of an engine is compared
 with kvgeom's emulation of it, and so is the unquantized one, which says what weights and kernels alone are apart. Prints the rows of
@@ -26,12 +26,21 @@ from kvgeom.gating.config import GateConfig
 from kvgeom.models.model import Model
 from kvgeom.quant.quantizer import Quantizer
 
-#: For each engine the dtype of the emulation, and its caches with the presets that emulate them; the unquantized one first.
-ENGINES: dict[str, tuple[str, dict[str, str | None]]] = {
-    "llamacpp": ("float32", {"k=f16&v=f16": None, "k=q8_0&v=q8_0": "llamacpp-q8_0", "k=q4_0&v=q4_0": "llamacpp-q4_0"}),
+#: For each engine the dtype of the emulation, and its caches with the presets that emulate them and their widths; the unquantized one
+#: first.
+ENGINES: dict[str, tuple[str, dict[str, tuple[str, int] | None]]] = {
+    "llamacpp": (
+        "float32",
+        {"k=f16&v=f16": None, "k=q8_0&v=q8_0": ("llamacpp-q8_0", 8), "k=q4_0&v=q4_0": ("llamacpp-q4_0", 4)},
+    ),
     "vllm": (
         "bfloat16",
-        {"kv=auto": None, "kv=fp8_e4m3": "vllm-cpu-fp8-e4m3", "kv=fp8_e5m2": "vllm-cpu-fp8-e5m2"},
+        {"kv=auto": None, "kv=fp8_e4m3": ("vllm-cpu-fp8-e4m3", 8), "kv=fp8_e5m2": ("vllm-cpu-fp8-e5m2", 8)},
+    ),
+    "mlx": ("float32", {"bits=16": None, "bits=8": ("mlx-g64", 8), "bits=4": ("mlx-g64", 4)}),
+    "transformers": (
+        "float32",
+        {"cache=exact": None, "cache=int4-asym-token": ("int4-asym-token", 4), "cache=q4_0": ("q4_0", 4)},
     ),
 }
 TOKENS = 48
@@ -45,13 +54,13 @@ def theirs(spec: str, prompts: kvgeom.PromptSet) -> list[Answer]:
 
 
 def ours(
-    model: Model, preset: str | None, prompts: kvgeom.PromptSet
+    model: Model, preset: tuple[str, int] | None, prompts: kvgeom.PromptSet
 ) -> tuple[list[list[str]], list[dict[str, float]], list[int]]:
     """Tokens as text, log-probabilities of all first tokens, and how many tokens each prompt has."""
     encoded = model.encode([*prompts.harmful, *prompts.harmless])
     edit = None
     if preset is not None:
-        config = resolve(preset)
+        config = resolve(preset[0], bits=preset[1])
         edit = Quantizer(config.recipe(model.geometry.layers), config.placement)
     found = respond(model, encoded, TOKENS, caches=[model.new_cache(edit) for _ in encoded], batch_size=24)
     first = found.first_logits.float().log_softmax(-1)
@@ -87,7 +96,7 @@ def main() -> None:
             assert [each.prompt_tokens for each in answers] == lengths
             cells = (
                 f"{engine} `{cache}`",
-                preset or "exact",
+                "exact" if preset is None else preset[0],
                 f"{sum(map(agreed, tokens, (a.tokens for a in answers)))} of {sum(len(a.tokens) for a in answers)}",
                 f"{sum(t[:1] == a.tokens[:1] for t, a in zip(tokens, answers, strict=True))} of {len(answers)}",
                 f"{np.mean([apart(t, a.top) for t, a in zip(top, answers, strict=True)]):.3f}",
