@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from itertools import takewhile
+from typing import cast
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from kvgeom.evaluation.respond import respond
 from kvgeom.gating.client import Answer, Client
 from kvgeom.gating.collect import collect
 from kvgeom.gating.config import GateConfig
-from kvgeom.models.model import Model
+from kvgeom.models.hf import HFModel
 from kvgeom.quant.quantizer import Quantizer
 
 #: For each engine the dtype of the emulation, and its caches with the presets that emulate them and their widths; the unquantized one
@@ -54,7 +55,7 @@ def theirs(spec: str, prompts: kvgeom.PromptSet) -> list[Answer]:
 
 
 def ours(
-    model: Model, preset: tuple[str, int] | None, prompts: kvgeom.PromptSet
+    model: HFModel, preset: tuple[str, int] | None, prompts: kvgeom.PromptSet
 ) -> tuple[list[list[str]], list[dict[str, float]], list[int]]:
     """Tokens as text, log-probabilities of all first tokens, and how many tokens each prompt has."""
     encoded = model.encode([*prompts.harmful, *prompts.harmless])
@@ -65,8 +66,10 @@ def ours(
     found = respond(model, encoded, TOKENS, caches=[model.new_cache(edit) for _ in encoded], batch_size=24)
     first = found.first_logits.float().log_softmax(-1)
     best = first.topk(200).indices
-    top = [{model.decode([int(t)]): float(row[t]) for t in ids} for row, ids in zip(first, best, strict=True)]
-    return [[model.decode([t]) for t in tokens] for tokens in found.tokens], top, [len(each) for each in encoded]
+    # As servers write them: Model.decode is for whole responses, and takes spaces off their ends.
+    word = model.tokenizer.decode
+    top = [{word([int(t)]): float(row[t]) for t in ids} for row, ids in zip(first, best, strict=True)]
+    return [[word([t]) for t in tokens] for tokens in found.tokens], top, [len(each) for each in encoded]
 
 
 def agreed(one: Sequence[str], other: Sequence[str]) -> int:
@@ -87,7 +90,7 @@ def main() -> None:
     prompts = kvgeom.load_prompts("held-out").take(12)
     for engine in options.engines:
         dtype, caches = ENGINES[engine]
-        model = kvgeom.load("demo", dtype=dtype, progress=False)
+        model = cast(HFModel, kvgeom.load("demo", dtype=dtype, progress=False))
         exact: list[Answer] = []
         for cache, preset in caches.items():
             answers = theirs(f"{engine}:demo?{cache}&context=512&threads={options.threads}", prompts)

@@ -48,7 +48,10 @@ def gate_interval(gate: Plottable) -> go.Figure:
         )
     chart.add_vline(x=0, line={"color": MUTED, "width": 1})
     chart.add_vline(
-        x=tolerance, line={"color": ACCENT, "width": 1, "dash": "dash"}, annotation_text=f"tolerance {tolerance:.0%}"
+        x=tolerance,
+        line={"color": ACCENT, "width": 1, "dash": "dash"},
+        annotation_text=f"tolerance {tolerance:.0%}",
+        annotation_y=0.5,
     )
     chart.update_xaxes(title_text="net share of refusals lost (90 % interval)", tickformat=".0%")
     chart.update_yaxes(autorange="reversed", type="category")
