@@ -10,7 +10,8 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -156,7 +157,8 @@ class PackedServer:
 
 
 def handler(server: PackedServer) -> type[BaseHTTPRequestHandler]:
-    """What answers HTTP for a model."""
+    """What answers HTTP for a model, one request after the other."""
+    one_at_a_time = Lock()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -172,7 +174,10 @@ def handler(server: PackedServer) -> type[BaseHTTPRequestHandler]:
             try:
                 length = int(self.headers.get("Content-Length", ""))
                 body = json.loads(self.rfile.read(min(length, _LARGEST)))
-                self.reply(200, answers[self.path](body))
+                answer = answers[self.path]
+                with one_at_a_time:
+                    found = answer(body)
+                self.reply(200, found)
             except KeyError as error:
                 self.reply(404 if self.path not in answers else 400, {"error": {"message": f"missing {error}"}})
             except (ValueError, TypeError, AttributeError) as error:
@@ -190,6 +195,11 @@ def handler(server: PackedServer) -> type[BaseHTTPRequestHandler]:
             print(time.strftime("%H:%M:%S"), arguments[0] % arguments[1:], flush=True)
 
     return Handler
+
+
+def listening(server: PackedServer, port: int = 0) -> ThreadingHTTPServer:
+    """The HTTP server of a model on the loopback interface; a thread a connection, as a gate keeps several open."""
+    return ThreadingHTTPServer(("127.0.0.1", port), handler(server))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -212,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if cache is not None:  # what this model's cache cannot store is known before anybody asks
         server.new_cache()
     print(f"{STATED}{given.cache}", flush=True)
-    HTTPServer(("127.0.0.1", given.port), handler(server)).serve_forever()
+    listening(server, given.port).serve_forever()
 
 
 if __name__ == "__main__":

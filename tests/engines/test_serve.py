@@ -171,4 +171,4 @@ def test_unquantized_is_the_first_of_every_cache() -> None:
     firsts = {
         engine.name: {values[0] for values in engine.runner.caches.values()} for engine in STARTED if engine.runner
     }
-    assert firsts == {"llamacpp": {"f16"}, "vllm": {"auto"}}
+    assert firsts == {"llamacpp": {"f16"}, "vllm": {"auto"}, "mlx": {"16", "64"}, "transformers": {"exact"}}

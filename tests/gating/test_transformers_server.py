@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from kvgeom.errors import InputError
 from kvgeom.evaluation.fidelity import Passages
 from kvgeom.gating.client import Client
 from kvgeom.gating.reading import compared_text, read_text
-from kvgeom.gating.transformers_server import PackedServer, cache_config, handler
+from kvgeom.gating.transformers_server import PackedServer, cache_config, listening
 from kvgeom.prompts.sets import perplexity_text
 from kvgeom.quant.quantizer import Quantizer
 from tests.builders.reading import read
@@ -35,7 +34,7 @@ CACHES = ["exact", "int4-asym-token", "kivi", "llamacpp-q8_0"]
 
 @contextmanager
 def served(cache: str, context: int = 512) -> Iterator[str]:
-    server = HTTPServer(("127.0.0.1", 0), handler(PackedServer(TINY, "tiny", cache_config(cache), context)))
+    server = listening(PackedServer(TINY, "tiny", cache_config(cache), context))
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}/v1"
@@ -78,6 +77,13 @@ def test_a_text_is_read_as_the_emulation_reads_it(cache: str) -> None:
     assert found.perplexity_ratio.value == pytest.approx(expected.perplexity_ratio.value, rel=1e-3)
     assert found.top1.value >= expected.top1.value  # bytes that are no text read alike
     assert 0 < found.kl.value <= expected.kl.value * 1.01
+
+
+def test_a_connection_that_stays_open_keeps_nobody_waiting() -> None:
+    """A gate has several at once, each open until it ends."""
+    with served("exact") as url, httpx.Client(timeout=20) as one, httpx.Client(timeout=20) as other:
+        for client in (one, other, one):
+            assert client.get(f"{url}/models").status_code == 200
 
 
 def test_seeds_and_temperatures_are_sampled() -> None:
