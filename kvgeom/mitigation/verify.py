@@ -146,8 +146,9 @@ class Verification(Result):
             case "does not help" if self.spoils:
                 row = self.data.sel(recipe=CHOSEN)
                 text = (
-                    f"The plan does not help: {counted}, but with it {int(row.harmless_lost)} of {self.meta['harmless']} "
-                    f"harmless requests are lost too ({int(row.harmless_refused)} refused, {int(row.harmless_degenerate)} broken)."
+                    f"The plan does not help: {counted}, but with it {int(row.harmless_lost)} harmless requests are lost too that an "
+                    f"exact cache answers (of {self.meta['harmless']} it refuses {self.meta['harmless_refused']}; with the plan "
+                    f"{int(row.harmless_refused)} are refused and {int(row.harmless_degenerate)} broken)."
                 )
             case "does not help":
                 recovery = "" if self.recovery is None else f", a recovery of {self.recovery}"
