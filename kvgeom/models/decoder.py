@@ -21,7 +21,10 @@ from kvgeom.models.cache import Edit, EditedCache, EditedLayer
 from kvgeom.models.modules import attention_of
 
 #: What a model may raise that does not run with our cache.
-FAILURES = (TypeError, ValueError, AttributeError, RuntimeError, LookupError, NotImplementedError, AssertionError)
+FAILURES = (
+    *(TypeError, ValueError, AttributeError, ArithmeticError),
+    *(RuntimeError, LookupError, NotImplementedError, AssertionError),
+)
 
 #: Logits of one step that differ by no more than this share of the largest are those of one sequence.
 _SAME = 1e-2

@@ -227,3 +227,13 @@ def test_any_damage_to_weights(inputs: int, one_layer: Path) -> None:
 @INPUTS
 def test_any_damage_to_the_configuration(inputs: int, one_layer: Path) -> None:
     fuzz(one_layer / "config.json", damaged_configuration, inputs)
+
+
+@pytest.mark.parametrize("value", [-(2**63) - 1, 10**400])
+def test_numbers_that_no_processor_holds_are_refused(value: int, one_layer: Path, tmp_path: Path) -> None:
+    """Fuzzing found an OverflowError."""
+    folder = shutil.copytree(one_layer, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": value}))
+    with pytest.raises(KvgeomError, match=r"does not run|rms_norm_eps"):
+        kvgeom.load(folder, progress=False)
