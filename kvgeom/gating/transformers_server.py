@@ -67,11 +67,11 @@ class PackedServer:
         self.model, self.name, self.cache, self.context = model, name, cache, context
 
     def new_cache(self) -> Any:
-        """An empty cache for one sequence; None lets transformers make its own."""
+        """An empty cache for one sequence."""
         from kvgeom.models.packed import quantized_cache
 
         if self.cache is None:
-            return None
+            return self.model.new_cache()
         return quantized_cache(self.model, self.cache.recipe(self.model.geometry.layers), self.cache.placement)
 
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -84,21 +84,9 @@ class PackedServer:
         new = min(int(body.get("max_tokens") or 16), self.context - len(ids))
         if new < 1:
             raise ValueError(f"the prompt has {len(ids)} tokens, and the context is {self.context}")
-        temperature = float(body.get("temperature", 0.0))
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
         torch.manual_seed(int(body.get("seed") or 0))
-        found = self.model.hf_model.generate(
-            torch.tensor([ids], device=self.model.device),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=self.model.device),
-            max_new_tokens=new,
-            past_key_values=self.new_cache(),
-            return_dict_in_generate=True,
-            output_logits=True,
-            **{"do_sample": False, **sampling},
-        )
-        tokens = found.sequences[0, len(ids) :].tolist()
-        ended = bool(tokens) and tokens[-1] in self.model.stop_tokens
-        logs = [logits[0].float().log_softmax(-1) for logits in found.logits]
+        tokens, logs = self._written(ids, new, float(body.get("temperature", 0.0)))
+        ended = tokens[-1] in self.model.stop_tokens
         top = int(body.get("top_logprobs") or 0)
         content = [
             {"token": self._word(token), "logprob": float(row[token]), "top_logprobs": self._top(row, top)}
@@ -117,6 +105,25 @@ class PackedServer:
             ],
             "usage": {"prompt_tokens": len(ids), "completion_tokens": len(tokens)},
         }
+
+    def _written(self, ids: list[int], most: int, temperature: float) -> tuple[list[int], list[Tensor]]:
+        """Tokens, with that which ends them, and the log-probabilities of the vocabulary in the place of each.
+
+        Not by transformers' own ``generate``, which puts penalties and the like of a checkpoint's generation_config between the
+        cache and the text.
+        """
+        import torch
+
+        cache, tokens, rows, new = self.new_cache(), list[int](), list[Any](), ids
+        with torch.inference_mode():
+            while len(tokens) < most and not (tokens and tokens[-1] in self.model.stop_tokens):
+                inputs = torch.tensor([new], device=self.model.device)
+                found = self.model.hf_model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                rows.append(found.logits[0, -1].float().log_softmax(-1))
+                chances = (rows[-1] / temperature).softmax(-1) if temperature else rows[-1]
+                new = [int(chances.multinomial(1) if temperature else chances.argmax())]
+                tokens += new
+        return tokens, rows
 
     def completion(self, body: dict[str, Any]) -> dict[str, Any]:
         """A plain completion that reads its prompt and writes nothing."""

@@ -48,6 +48,23 @@ def chat(url: str, **options: Any) -> httpx.Response:
     return httpx.post(f"{url}/chat/completions", json=body, timeout=60)
 
 
+def test_what_a_checkpoint_asks_of_generation_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Penalties and processors of its generation_config would make another text of the same cache, as nowhere else in kvgeom."""
+    with served("exact") as url:
+        plain = chat(url).json()["choices"][0]["message"]["content"]
+        config = TINY.hf_model.generation_config
+        for name, value in {
+            "repetition_penalty": 9.0,
+            "no_repeat_ngram_size": 1,
+            "min_new_tokens": 6,
+            "do_sample": True,
+        }.items():
+            monkeypatch.setattr(config, name, value)
+        assert chat(url).json()["choices"][0]["message"]["content"] == plain
+    monkeypatch.undo()
+    assert len({*plain}) < len(plain), "a penalty would have been seen"
+
+
 @pytest.mark.parametrize("cache", ["exact", "int4-asym-token", "int8-sym-tensor"])
 def test_a_chat_is_what_the_emulation_decodes(cache: str) -> None:
     prompt = TINY.encode(["Name a river."])[0]
