@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from kvgeom.engines.differences import differences, widest
 from kvgeom.engines.engine import Engine, Export, Preset, both
 from kvgeom.engines.registry import register_engine
-from kvgeom.engines.runner import Launch, Runner
+from kvgeom.engines.runner import Launch, Runner, checkpoint
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Schemes
 from kvgeom.quant.scheme import Scheme, runs
@@ -96,15 +96,6 @@ def _allocates(bits: int, head_dim: int) -> bool:
     return head_dim // (_WORD // bits) == head_dim * bits // _WORD
 
 
-def _find(model: str) -> str:
-    """The folder or hub id that a user means."""
-    from kvgeom.models.demo import DEMOS, demo_model_dir
-
-    if model in DEMOS:
-        return str(demo_model_dir(DEMOS[model]))
-    return str(Path(model).resolve()) if Path(model).exists() else model
-
-
 def _command(launch: Launch) -> list[str]:
     command = ["-m", "mlx_lm", "server", "--model", launch.model, "--host", "127.0.0.1", "--port", str(launch.port)]
     if launch.cache["bits"] == _EXACT:
@@ -127,7 +118,7 @@ RUNNER = Runner(
     packages=("mlx-lm",),
     install="pip install 'mlx[cpu]==0.32.4' mlx-lm==0.32.2",
     caches={"bits": (_EXACT, "8", "6", "5", "4", "3", "2"), "group": tuple(map(str, (64, 128, 32)))},
-    find=_find,
+    find=checkpoint,
     name=lambda model, found: found,  # it goes by its path
     command=_command,
     stated=lambda launch, log: {},

@@ -153,3 +153,15 @@ class Runner:
                 f"{brief(str(python))} is no Python that runs: {reason(error)}; give the path of one, such as venv/bin/python"
             ) from error
         return bool(found), str(version)
+
+
+def from_any_folder(model: str) -> str:
+    """The whole path of what is a path; a hub id, or another name, as it is."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def checkpoint(model: str) -> str:
+    """The folder or hub id that a user means, for an engine that loads checkpoints of transformers."""
+    from kvgeom.models.demo import DEMOS, demo_model_dir
+
+    return str(demo_model_dir(DEMOS[model])) if model in DEMOS else from_any_folder(model)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvgeom.engines.engine import Engine, Export, Preset, both
 from kvgeom.engines.registry import register_engine, resolve
-from kvgeom.engines.runner import Launch, Runner
+from kvgeom.engines.runner import Launch, Runner, from_any_folder
 from kvgeom.errors import InputError
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
@@ -120,7 +120,7 @@ def is_plan_file(text: str) -> bool:
 def _cache(option: str, value: str) -> str:
     """A plan by its whole path; presets and schemes as they are, once they are known."""
     if is_plan_file(value):
-        return str(Path(value).absolute())
+        return from_any_folder(value)
     resolve(value)
     return value
 
@@ -143,11 +143,6 @@ def _stated(launch: Launch, log: str) -> Mapping[str, str]:
     return {"cache": found[-1]} if found else {}
 
 
-def _find(model: str) -> str:
-    """A path from any folder, or what :func:`kvgeom.load` calls it."""
-    return str(Path(model).absolute()) if Path(model).exists() else model
-
-
 RUNNER = Runner(
     module="kvgeom",
     packages=("transformers",),
@@ -155,7 +150,7 @@ RUNNER = Runner(
     caches={"cache": ("exact",)},
     other=_cache,
     plan_option="cache",
-    find=_find,
+    find=from_any_folder,
     command=_command,
     stated=_stated,
 )

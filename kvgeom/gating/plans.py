@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+from kvgeom.engines.runner import from_any_folder
 from kvgeom.engines.spec import ServerSpec
 from kvgeom.engines.transformers import is_plan_file
 from kvgeom.errors import InputError, KvgeomWarning
@@ -30,7 +31,7 @@ def planned(given: object, baseline: ServerSpec | None) -> ServerSpec:
     from kvgeom.mitigation.plan import Plan  # imports torch, which takes seconds
 
     if baseline is not None and baseline.runner.plan_option and isinstance(given, str | Path):
-        return replace(baseline, cache={**baseline.cache, baseline.runner.plan_option: str(Path(given).absolute())})
+        return replace(baseline, cache={**baseline.cache, baseline.runner.plan_option: from_any_folder(str(given))})
     plan = given if isinstance(given, Plan) else Plan.load(str(given))
     if baseline is None:
         raise InputError(
