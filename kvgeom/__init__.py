@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from kvgeom.quant.scheme import Scheme
     from kvgeom.report.audit import Audit, audit
     from kvgeom.report.fix import Fix, fix
+    from kvgeom.screening.result import Screen
+    from kvgeom.screening.screen import screen
 
 _HOMES = {
     "Audit": "kvgeom.report.audit",
@@ -42,6 +44,7 @@ _HOMES = {
     "PromptSet": "kvgeom.prompts.sets",
     "Recipe": "kvgeom.quant.recipe",
     "Scheme": "kvgeom.quant.scheme",
+    "Screen": "kvgeom.screening.result",
     "Subspace": "kvgeom.geometry.subspace",
     "audit": "kvgeom.report.audit",
     "baseline": "kvgeom.evaluation.baseline",
@@ -53,6 +56,7 @@ _HOMES = {
     "gate": "kvgeom.gating.run",
     "load": "kvgeom.models.load",
     "load_prompts": "kvgeom.prompts.load",
+    "screen": "kvgeom.screening.screen",
     "subspace": "kvgeom.geometry.subspace",
 }
 
@@ -72,6 +76,7 @@ __all__ = [
     "PromptSet",
     "Recipe",
     "Scheme",
+    "Screen",
     "ServerError",
     "Subspace",
     "audit",
@@ -84,6 +89,7 @@ __all__ = [
     "gate",
     "load",
     "load_prompts",
+    "screen",
     "subspace",
 ]
 

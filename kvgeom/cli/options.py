@@ -71,16 +71,17 @@ def add_prompts(command: argparse.ArgumentParser) -> None:
     command.add_argument("--limit", metavar="N", type=int, help="use only the first N harmful and N harmless requests")
 
 
-def add_scheme(command: argparse.ArgumentParser, what: str) -> None:
-    """What is done to the cache."""
+def add_scheme(command: argparse.ArgumentParser, what: str, *, text: bool = True) -> None:
+    """What is done to the cache, and with ``text`` what is read through it."""
     command.add_argument(
         "--scheme",
         default="asym-token",
         help=f"{what}, e.g. sym-tensor, asym-group64, kivi; kvgeom schemes lists them (default: %(default)s)",
     )
-    command.add_argument(
-        "--text", metavar="FILE", help="plain text for perplexity and KL divergence (default: a short one)"
-    )
+    if text:
+        command.add_argument(
+            "--text", metavar="FILE", help="plain text for perplexity and KL divergence (default: a short one)"
+        )
 
 
 def add_widths(command: argparse.ArgumentParser) -> None:
@@ -94,14 +95,12 @@ def add_widths(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_scan_bits(command: argparse.ArgumentParser) -> None:
+def add_scan_bits(
+    command: argparse.ArgumentParser,
+    what: str = "width of layers, fixes, PCR (default: the fewest before the model stops writing language)",
+) -> None:
     """The width of layers, parts and PCR."""
-    command.add_argument(
-        "--scan-bits",
-        metavar="B",
-        type=int,
-        help="width of layers, fixes, PCR (default: the fewest before the model stops writing language)",
-    )
+    command.add_argument("--scan-bits", metavar="B", type=int, help=what)
 
 
 def add_geometry(command: argparse.ArgumentParser, *, default: bool) -> None:

@@ -136,7 +136,7 @@ def opened(
         return
     if found.url is None:
         raise InputError(
-            f"the answers in {found.kept} are not all that is asked; ask the same as then (--no-noise, if it was asked once), or give the server itself"
+            f"the answers in {found.kept} are not all that is asked; ask the same as then (--no-noise if it was asked once, --text with the text that it read), or give the server itself"
         )
     with Client(found.url, key, timeout, retries) as client:
         yield Opened(client, _model(client, served_model), {}, cache_of(client.metrics()))

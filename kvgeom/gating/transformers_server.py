@@ -189,6 +189,8 @@ def handler(server: PackedServer) -> type[BaseHTTPRequestHandler]:
                 self.reply(404 if self.path not in answers else 400, {"error": {"message": f"missing {error}"}})
             except (ValueError, TypeError, AttributeError) as error:
                 self.reply(400, {"error": {"message": str(error)}})
+            except RuntimeError as error:  # what torch raises, out of memory among it
+                self.reply(500, {"error": {"message": str(error)}})
 
         def reply(self, status: int, content: dict[str, Any]) -> None:
             body = json.dumps(content).encode()

@@ -131,6 +131,18 @@ def test_what_it_cannot_answer(path: str, body: dict[str, Any], status: int, sai
         assert chat(url).status_code == 200
 
 
+def test_a_machine_that_fails_is_said_and_the_server_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(self: PackedServer, body: dict[str, Any]) -> dict[str, Any]:
+        raise torch.OutOfMemoryError("no memory for this")
+
+    with served("exact") as url:
+        with monkeypatch.context() as patch:
+            patch.setattr(PackedServer, "chat", no_memory)
+            answer = chat(url)
+        assert (answer.status_code, answer.json()["error"]["message"]) == (500, "no memory for this")
+        assert chat(url).status_code == 200
+
+
 def test_specs_take_presets_schemes_and_plans_and_nothing_else(tmp_path: Path) -> None:
     assert parse_spec("transformers:demo").cache == {"cache": "exact"}
     assert parse_spec("transformers:demo?cache=kivi").cache == {"cache": "kivi"}

@@ -1,0 +1,1 @@
+"""A quick look at a quantized cache, from forward passes alone."""
