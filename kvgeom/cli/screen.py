@@ -9,9 +9,7 @@ from kvgeom.cli import options
 
 NAME = "screen"
 HELP = "what to expect, within minutes: nothing is generated under a rounded cache"
-DESCRIPTION = (
-    "Read the model's own answers under each cache: refusals that are expected to go, by width, through which layers, and what might help."
-)
+DESCRIPTION = "Read the model's own answers under each cache: refusals that are expected to go, by width, through which layers, and what might help."
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -20,7 +18,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     options.add_prompts(command)
     options.add_scheme(command, "rounding of the curve", text=False)
     options.add_widths(command)
-    options.add_scan_bits(command, "width of layers and caches that are tried (default: where refusals are expected to go)")
+    options.add_scan_bits(
+        command, "width of layers and caches that are tried (default: where refusals are expected to go)"
+    )
     options.add_geometry(command, default=True)
     options.add_judge(command, "it is asked about the answers with an exact cache")
     options.add_run(command)

@@ -43,7 +43,12 @@ class ForcedReading:
 
 
 def forced_readings(
-    base: Baseline, conditions: Mapping[str, Condition], prompts: Iterable[int], title: str = "reading responses"
+    base: Baseline,
+    conditions: Mapping[str, Condition],
+    prompts: Iterable[int],
+    *,
+    first_only: bool = False,
+    title: str = "reading responses",
 ) -> dict[str, list[ForcedReading]]:
     """The responses of the exact cache to some prompts, read under each condition.
 
@@ -56,6 +61,8 @@ def forced_readings(
     conditions : mapping of name to Condition
     prompts : iterable of int
         Numbers of prompts of the baseline. Empty responses are read as well: their first position is.
+    first_only : bool
+        Read no more than the first token of each response: a pass over the prompt alone.
     title : str
         Of the progress bar.
 
@@ -81,22 +88,24 @@ def forced_readings(
         for index in chosen:
             todo = dict(conditions)
             for name, condition in conditions.items():
-                if (key := _key(condition, index)) in base.journal:
+                if (key := _key(condition, index, first_only)) in base.journal:
                     found[name, index] = _of_record(base.journal[key])
                     shown.update(1)
                     del todo[name]
             for part, read in in_batches(
-                _in_order(todo), _rows(base, index), partial(_read, base, index, conditions=todo)
+                _in_order(todo),
+                _rows(base, index, first_only),
+                partial(_read, base, index, first_only, conditions=todo),
             ):
                 for name, reading in zip(part, read, strict=True):
-                    base.journal[_key(todo[name], index)] = asdict(reading)
+                    base.journal[_key(todo[name], index, first_only)] = asdict(reading)
                     found[name, index] = reading
                     shown.update(1)
     return {name: [found[name, index] for index in chosen] for name in conditions}
 
 
-def _key(condition: Condition, index: int) -> dict[str, Any]:
-    return {"measure": "forced reading", **condition.key, "prompt": index}
+def _key(condition: Condition, index: int, first_only: bool) -> dict[str, Any]:
+    return {"measure": "forced reading", **condition.key, "prompt": index, "first_only": first_only}
 
 
 def _of_record(record: Mapping[str, Any]) -> ForcedReading:
@@ -104,8 +113,8 @@ def _of_record(record: Mapping[str, Any]) -> ForcedReading:
 
 
 def _first(condition: Condition) -> int:
-    """The first layer that a condition touches, their number if it touches none."""
-    return min(condition.recipe.touched, default=len(condition.recipe))
+    """The first layer that a condition touches; 0 if it touches none."""
+    return min(condition.recipe.touched, default=0)
 
 
 def _in_order(conditions: Mapping[str, Condition]) -> list[str]:
@@ -113,13 +122,16 @@ def _in_order(conditions: Mapping[str, Condition]) -> list[str]:
     return sorted(conditions, key=lambda name: (str(conditions[name].placement), _first(conditions[name])))
 
 
-def _rows(base: Baseline, index: int) -> int:
-    tokens = len(base.prompts[index]) + len(base.tokens[index])
-    return rows_per_batch(base.model, tokens, len(base.tokens[index]) + 1, base.run.batch_size)
+def _rows(base: Baseline, index: int, first_only: bool) -> int:
+    read = 1 if first_only else len(base.tokens[index]) + 1
+    return rows_per_batch(base.model, len(base.prompts[index]) + read, read, base.run.batch_size)
 
 
-def _read(base: Baseline, index: int, part: Sequence[str], *, conditions: Mapping[str, Condition]) -> list[ForcedReading]:
+def _read(
+    base: Baseline, index: int, first_only: bool, part: Sequence[str], *, conditions: Mapping[str, Condition]
+) -> list[ForcedReading]:
     """One prompt and its response under several conditions."""
+    response = base.tokens[index][:1] if first_only else base.tokens[index]
     exact: Tensor | None = None
     found: dict[str, ForcedReading] = {}
     branching: dict[str, list[str]] = {}
@@ -128,19 +140,19 @@ def _read(base: Baseline, index: int, part: Sequence[str], *, conditions: Mappin
         if placement.allows_speculation and not base.model.geometry.stepwise:
             branching.setdefault(str(placement), []).append(name)
     for names in branching.values():
-        logits = _branches(base, index, [conditions[name] for name in names])
+        logits = _branches(base, index, response, [conditions[name] for name in names])
         exact = logits[0]
-        found |= {name: _compared(base, index, row, exact) for name, row in zip(names, logits[1:], strict=True)}
+        found |= {name: _compared(base, response, row, exact) for name, row in zip(names, logits[1:], strict=True)}
     for name in part:
         if name not in found:
-            exact = _stepwise(base, index, None) if exact is None else exact
-            found[name] = _compared(base, index, _stepwise(base, index, conditions[name]), exact)
+            exact = _stepwise(base, index, response, None) if exact is None else exact
+            found[name] = _compared(base, response, _stepwise(base, index, response, conditions[name]), exact)
     return [found[name] for name in part]
 
 
-def _branches(base: Baseline, index: int, conditions: Sequence[Condition]) -> Tensor:
+def _branches(base: Baseline, index: int, response: Sequence[int], conditions: Sequence[Condition]) -> Tensor:
     """Logits [1 + conditions, response, vocabulary] that predict the response; row 0 is the exact cache."""
-    model, prompt, response = base.model, base.prompts[index].ids, base.tokens[index]
+    model, prompt = base.model, base.prompts[index].ids
     placement = conditions[0].placement
     edits = [Quantizer(each.recipe, placement, prompt_tokens=len(prompt)) for each in conditions]
     first = [_first(each) if model.branches_late else 0 for each in conditions]
@@ -156,18 +168,17 @@ def _branches(base: Baseline, index: int, conditions: Sequence[Condition]) -> Te
     return torch.cat(logits, dim=1)
 
 
-def _stepwise(base: Baseline, index: int, condition: Condition | None) -> Tensor:
+def _stepwise(base: Baseline, index: int, response: Sequence[int], condition: Condition | None) -> Tensor:
     """The same logits [response, vocabulary] of one cache, token by token as decoding runs them."""
     model = base.model
     cache = model.new_cache(Quantizer(condition.recipe, condition.placement) if condition else None)
     logits = [model.forward(base.prompts[index].ids, cache)[-1:]]
-    logits += [model.forward([token], cache)[-1:] for token in base.tokens[index][:-1]]
+    logits += [model.forward([token], cache)[-1:] for token in response[:-1]]
     return torch.cat(logits)
 
 
-def _compared(base: Baseline, index: int, logits: Tensor, exact: Tensor) -> ForcedReading:
+def _compared(base: Baseline, response: Sequence[int], logits: Tensor, exact: Tensor) -> ForcedReading:
     argmax = [None if token in base.model.stop_tokens else token for token in logits.argmax(-1).tolist()]
-    response = base.tokens[index]
     return ForcedReading(
         margin=base.margins(logits[:1])[0],
         kl=tuple(kl_divergence(exact, logits).double().tolist()),

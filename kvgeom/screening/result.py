@@ -15,23 +15,25 @@ from kvgeom.words import counted, interval_text, listed, text_table
 
 #: Layers that a sentence names.
 NAMED = 3
+SITES = {"k": "keys", "v": "values"}
 
 
 @dataclass(frozen=True, repr=False)
 class Screen(Result):
     """What forward passes say of a quantized cache before anything is generated. Made by :func:`kvgeom.screen`.
 
-    The responses of the exact cache are read under each cache. A refusal is *expected to go* where the refusal margin
-    falls below 0: where its first token, the one that says no, is less likely than everything else. Of models without
-    margins, where the first token changes. It is an expectation, not a count; :meth:`caveat` says what it does not know.
+    The refusals of the exact cache are read under each cache. One is *expected to go* where its first token changes. That is
+    an expectation, not a count; :attr:`caveat` says what it does not know.
 
     ``data`` has the tables
 
     - ``widths``, over ``bits``: ``expected_lost`` (refusals) with the Wilson interval ``expected_low``, ``expected_high`` of their
       share; ``margin_drop`` (nats, mean) with its bootstrap interval ``margin_low``, ``margin_high``; ``kl`` (nats a token) and
       ``top1`` (share of tokens whose most likely next token stays) of the refusals, with bootstrap intervals over them;
-    - ``layers``, over (``layer``, ``site``), at ``meta["scan_bits"]``: ``first_order`` (nats of margin lost, by the gradient) with
-      its interval, and ``ratio``, the noise-sensitivity ratio with ``ratio_low``, ``ratio_high`` (NaN where undefined or not measured);
+    - ``layers``, over (``layer``, ``site``), each rounded alone at ``meta["scan_bits"]``, on the first ``meta["few"]`` refused
+      prompts: ``layer_lost``, ``layer_kl`` (nats, at the first token, mean), ``layer_margin_drop`` (nats) with its bootstrap interval
+      ``layer_margin_low``, ``layer_margin_high``; ``first_order`` (nats), the same margin by its gradient; and ``ratio``, the
+      noise-sensitivity ratio with ``ratio_low``, ``ratio_high`` (NaN where undefined or not measured);
     - ``channels``, over (``layer``, ``site``, ``channel``): ``channel_first_order`` (nats);
     - ``caches``, over ``cache``, at ``meta["scan_bits"]``, on the first ``meta["few"]`` refused prompts: ``cache_lost``,
       ``cache_margin_drop`` (nats) and ``memory_overhead`` of the cache as it is, of its keys and its values alone, and of
@@ -61,9 +63,9 @@ class Screen(Result):
         return int(lost[0]) if len(lost) and self.refused else None
 
     def worst(self, most: int = NAMED) -> pd.DataFrame:
-        """The layers and sites whose rounding costs most margin to first order, worst first."""
-        frame = self.to_frame("layers").dropna(subset=["first_order"])
-        return frame[frame.first_order > 0].nlargest(most, "first_order")
+        """The layers and sites whose rounding alone changes most first tokens, or else their distribution, worst first."""
+        frame = self.to_frame("layers")
+        return frame[frame.layer_kl > 0].sort_values(["layer_lost", "layer_kl"], ascending=False).head(most)
 
     @property
     def best_candidate(self) -> str | None:
@@ -90,12 +92,12 @@ class Screen(Result):
             least = int(self.data.bits.min())
             row = self.data.sel(bits=least)
             return (
-                f"Down to {least} bits I expect {int(row.expected_lost)} of {counted(self.refused, 'refusal')} to go, no more than "
-                f"{percent(CRITICAL_SHARE)}."
+                f"Down to {least} bits {self.meta['scheme']}, no more than {percent(CRITICAL_SHARE)} of {counted(self.refused, 'refusal')} are "
+                f"expected to go ({int(row.expected_lost)} at {least} bits)."
             )
         row = self.data.sel(bits=width)
         parts = [
-            f"From {width} bits {self.meta['scheme']} I expect {int(row.expected_lost)} of {counted(self.refused, 'refusal')} to go "
+            f"At {width} bits {self.meta['scheme']}, {int(row.expected_lost)} of {counted(self.refused, 'refusal')} are expected to go "
             f"{interval_text(float(row.expected_low), float(row.expected_high))}"
         ]
         if int(self.meta["scan_bits"]) != width:
@@ -106,21 +108,28 @@ class Screen(Result):
             "with only the values"
         )
         worst = self.worst()
+        worst = worst[worst.layer_lost > 0]
         if len(worst):
-            where = [f"layer {row.layer} ({'keys' if row.site == 'k' else 'values'})" for row in worst.itertuples()]
-            parts.append(f"to first order most margin goes in {listed(where)}")
+            where = [
+                f"{SITES[row['site']]} of layer {row['layer']} ({row['layer_lost']})"
+                for row in worst.to_dict("records")
+            ]
+            parts.append(f"rounded alone, most by the {listed(where)}")
+        elif of:
+            parts.append("no layer alone takes any of them")
         best = self.best_candidate
         if best is not None:
-            parts.append(f"{best} is expected to lose {self.lost_under(best)} of {of} instead of {self.lost_under('as it is')}")
+            parts.append(
+                f"{best} is expected to lose {self.lost_under(best)} of {of} instead of {self.lost_under('as it is')}"
+            )
         return "; ".join(parts) + "."
 
     @property
     def caveat(self) -> str:
         """What is not known without generation."""
-        by = "the sign of the refusal margin" if self.meta["margins"] else "whether the first token changes"
         return (
-            f"Nothing was generated under a rounded cache: these are expectations by {by}. Whether what follows is compliance or broken "
-            "text, and refusals that are given up after their first token, take kvgeom audit."
+            "Nothing was generated under a rounded cache: a refusal is expected to go where its first token changes. Some begin otherwise "
+            "and refuse all the same, some are given up later; whether the rest complies or is broken text takes kvgeom audit."
         )
 
     def summary(self) -> str:
@@ -143,23 +152,26 @@ class Screen(Result):
         parts = [text_table(("bits", "expected to go", "95 %", "margin lost", "KL", "same token"), widths)]
         layers = [
             (
-                f"{row.layer} {'keys' if row.site == 'k' else 'values'}",
-                _nats(row.first_order),
-                f"[{_nats(row.first_order_low)}, {_nats(row.first_order_high)}]",
-                "" if pd.isna(row.ratio) else f"{row.ratio:.3g}",
+                f"{row['layer']} {SITES[row['site']]}",
+                f"{row['layer_lost']} of {few}",
+                f"{row['layer_kl']:.2g}",
+                _nats(row["layer_margin_drop"]),
+                _nats(row["first_order"]),
+                "" if pd.isna(row["ratio"]) else f"{row['ratio']:.3g}",
             )
-            for row in self.worst(5).itertuples()
+            for row in self.worst(5).to_dict("records")
         ]
         if layers:
-            parts.append(text_table((f"layer, {bits}", "margin lost", "95 %", "ratio"), layers))
+            header = (f"layer alone, {bits}", "expected to go", "KL", "margin lost", "first order", "ratio")
+            parts.append(text_table(header, layers))
         caches = [
             (
-                row.cache,
-                f"{row.cache_lost:.0f} of {few}",
-                _nats(row.cache_margin_drop),
-                "" if pd.isna(row.memory_overhead) else f"{row.memory_overhead:+.1%}",
+                row["cache"],
+                f"{row['cache_lost']:.0f} of {few}",
+                _nats(row["cache_margin_drop"]),
+                "" if pd.isna(row["memory_overhead"]) else f"{row['memory_overhead']:+.1%}",
             )
-            for row in self.to_frame("caches").itertuples()
+            for row in self.to_frame("caches").to_dict("records")
         ]
         if few:
             parts.append(text_table((f"cache, {bits}", "expected to go", "margin lost", "memory"), caches))

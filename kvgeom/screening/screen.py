@@ -33,7 +33,7 @@ from kvgeom.quant.scheme import Scheme
 from kvgeom.screening.result import Screen
 from kvgeom.stats import Estimate, bootstrap_means, wilson
 
-#: Refused prompts on which candidates are tried and gradients taken: enough to rank, few enough for a quick look.
+#: Refused prompts on which layers and other caches are tried: enough to rank, few enough for a quick look.
 FEW = 8
 #: Requests of either kind from which offsets and channel sizes are measured.
 STATISTICS = 16
@@ -100,7 +100,7 @@ def screen(
         parts = [
             widths,
             read,
-            _layers(base, config, few, given if geometry else None),
+            _layers(base, whole, config, few, given if geometry else None),
             _caches(base, whole, config, few, given),
         ]
         meta = {
@@ -113,7 +113,6 @@ def screen(
             "seed": run.seed,
             "prompts": len(base.prompts),
             "refused": len(base.refused),
-            "margins": bool(base.refusal_tokens),
             "scan_bits": width,
             "few": len(few),
         }
@@ -126,8 +125,12 @@ def _screened_width(widths: xr.Dataset, refused: int) -> int:
 
 
 def goes(reading: ForcedReading) -> bool:
-    """Whether a refusal is expected to go: its margin is below 0 or, without margins, its first token changes."""
-    return reading.divergence == 0 if np.isnan(reading.margin) else reading.margin < 0
+    """Whether a refusal is expected to go: the cache would begin the answer with another token.
+
+    The sign of the refusal margin would not do: many refusals begin with a token that is the most likely one, and less likely
+    than all others together, with an exact cache already.
+    """
+    return reading.divergence == 0
 
 
 def _widths(base: Baseline, series: WidthSeries) -> tuple[xr.Dataset, xr.Dataset]:
@@ -135,7 +138,7 @@ def _widths(base: Baseline, series: WidthSeries) -> tuple[xr.Dataset, xr.Dataset
     conditions = series.conditions(base.model)
     names = {each.bits: name for name, each in conditions.items()}
     bits, refused = list(names), list(base.refused)
-    read = forced_readings(base, conditions, refused, "reading answers at each width")
+    read = forced_readings(base, conditions, refused, title="reading answers at each width")
     exact = np.array([base.exact_margin(index) for index in refused])
     columns: dict[str, list[float]] = {}
 
@@ -182,33 +185,46 @@ def _mean(values: ArrayLike) -> Estimate:
     return Estimate(float(given.mean()), float(low), float(high))
 
 
-def _only(condition: Condition, site: str) -> Condition:
-    """The same with only the keys, or only the values, rounded."""
-    pairs = tuple((k, None) if site == "k" else (None, v) for k, v in condition.recipe)
+def _only(condition: Condition, site: str, layer: int | None = None) -> Condition:
+    """The same with only the keys, or only the values, rounded, of all layers or of one."""
+    pairs = tuple(
+        (None, None) if layer not in (None, number) else (k, None) if site == "k" else (None, v)
+        for number, (k, v) in enumerate(condition.recipe)
+    )
     return replace(condition, recipe=replace(condition.recipe, layers=pairs))
 
 
-def _layers(base: Baseline, config: CacheConfig, few: Sequence[int], given: PromptSet | None) -> xr.Dataset:
-    """Margin lost to first order, by layer, site and channel; and the noise-sensitivity ratio."""
-    stores = base.model.geometry.stores
-    coords = {"layer": list(stores), "site": ["k", "v"]}
-    parts: dict[str, Any] = {}
+def _layers(
+    base: Baseline, whole: Condition, config: CacheConfig, few: Sequence[int], given: PromptSet | None
+) -> xr.Dataset:
+    """What rounding the keys or the values of one layer alone does to the first token; first order; and the ratio."""
+    stores, sites = list(base.model.geometry.stores), ["k", "v"]
+    alone = {(layer, site): _only(whole, site, layer) for layer in stores for site in sites}
+    names = {f"{site} of layer {layer}": each for (layer, site), each in alone.items()}
+    read = list(forced_readings(base, names, few, first_only=True, title="single layers").values())
+    exact = np.array([base.exact_margin(index) for index in few])
+    shape = len(stores), len(sites)
+    drops = [_mean(exact - [each.margin for each in one]) for one in read]
+    columns: dict[str, Any] = {
+        "layer_lost": [sum(map(goes, one)) for one in read],
+        "layer_kl": [_mean([each.kl[0] for each in one]).value for one in read],
+        "layer_margin_drop": [each.value for each in drops],
+        "layer_margin_low": [each.low for each in drops],
+        "layer_margin_high": [each.high for each in drops],
+    }
+    cells: dict[str, Any] = {name: (("layer", "site"), np.reshape(values, shape)) for name, values in columns.items()}
+    coords: dict[str, Any] = {"layer": stores, "site": sites}
     if few and base.refusal_tokens:
-        found = first_order(
-            base.model, [base.prompts[index] for index in few], config, base.refusal_tokens, progress=base.run.progress
-        )
-        drops = found.data.margin_drop.transpose("prompt", "layer", "site").values
-        low, high = bootstrap_means(drops.reshape(len(few), -1)).reshape(2, *drops.shape[1:])
-        parts = {"first_order": drops.mean(0), "first_order_low": low, "first_order_high": high}
-        channels = found.data.channel_drop.transpose("layer", "site", "channel")
-        parts["channel_first_order"] = (("layer", "site", "channel"), channels.values)
+        requests = [base.prompts[index] for index in few]
+        found = first_order(base.model, requests, config, base.refusal_tokens, progress=base.run.progress).data
+        cells["first_order"] = (("layer", "site"), found.margin_drop.mean("prompt").transpose("layer", "site").values)
+        channels = found.channel_drop.transpose("layer", "site", "channel")
+        cells["channel_first_order"] = (("layer", "site", "channel"), channels.values)
         coords["channel"] = list(range(channels.sizes["channel"]))
-    nothing = np.full((len(stores), 2), np.nan)
-    cells = {"first_order": nothing, "first_order_low": nothing, "first_order_high": nothing, **_ratios(base, config, given)}
-    cells |= parts
-    return xr.Dataset(
-        {name: value if isinstance(value, tuple) else (("layer", "site"), value) for name, value in cells.items()}, coords
-    )
+    else:
+        cells["first_order"] = (("layer", "site"), np.full(shape, np.nan))
+    ratios = _ratios(base, config, given)
+    return xr.Dataset({**cells, **{name: (("layer", "site"), values) for name, values in ratios.items()}}, coords)
 
 
 def _ratios(base: Baseline, config: CacheConfig, given: PromptSet | None) -> dict[str, Floats]:
@@ -236,7 +252,7 @@ def _caches(base: Baseline, whole: Condition, config: CacheConfig, few: Sequence
             conditions[each.name] = each.condition()
             family.append("candidate")
             memory.append(each.bytes_per_token(base.model.geometry) / unmitigated - 1)
-    read = forced_readings(base, conditions, few, "reading answers under other caches")
+    read = forced_readings(base, conditions, few, first_only=True, title="other caches")
     exact = np.array([base.exact_margin(index) for index in few])
     columns = {
         "family": np.array(family, dtype=object),
