@@ -43,7 +43,7 @@ class RunConfig:
     journal : Path or None
         A file that keeps all that is measured, from which an interrupted run goes on.
     text : str
-        Plain text for perplexity, of which the first 1,536 tokens are read; some is shipped.
+        Plain text for perplexity, of which the first 2,048 tokens are read; some is shipped.
     seed : int
         Of random subspaces, channels, directions and resamples.
     progress : bool
