@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from kvgeom.errors import InputError, ModelError, brief
+from kvgeom.errors import InputError, KvgeomWarning, ModelError, brief, reason
 from kvgeom.models.model import EncodedPrompt
 from kvgeom.models.templates import chosen_template
+from kvgeom.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,8 +25,8 @@ if TYPE_CHECKING:
 ANY_LENGTH = 2**31
 #: Stands for a request, and is left as it is by templates that escape what they show.
 _REQUEST_MARK = "kvgeomRequest7c41b0"
-#: A request with all that templates are known to escape or to tidy inside a text.
-_PROBE = "a \"b\" <c> & 'd'\n\n  \u00e9 \\e  f"
+#: A request with all that templates are known to escape or to tidy inside a text, and longer than what some leave of one.
+_PROBE = "a \"b\" <c> & 'd'\n\n  \u00e9 \\e  f G" + " and so on" * 400
 #: Options with which templates are told whether the model shall reason.
 SWITCHES = ("enable_thinking", "thinking")
 #: What transformers hands to every template.
@@ -103,6 +107,7 @@ class ChatTemplate:
         self.reasoning_switch = self._switch()
         self.notes = (
             *_several(several),
+            *_without_dropout(tokenizer),
             *([_ALTERS] if self._alters_requests() else []),
             *([_PASSES] if _OF_THE_DAY.search(self.text) else []),
         )
@@ -142,15 +147,48 @@ class ChatTemplate:
 
     def encode(self, requests: Sequence[str]) -> list[EncodedPrompt]:
         """Put each request into the template and find its tokens; see :meth:`kvgeom.models.model.Model.encode`."""
-        return [self._encode(request.strip()) for request in requests]
+        found = [self._encode(request.strip()) for request in requests]
+        self._check_whole(found)
+        return found
+
+    def _check_whole(self, prompts: Sequence[EncodedPrompt]) -> None:
+        """Say which requests the model reads less of than was asked, by the template's doing or the tokenizer's.
+
+        Raises
+        ------
+        InputError
+            If two different requests are read as the same.
+        """
+        lost = {prompt.text: missing for prompt in prompts if (missing := self._missing(prompt))}
+        if not lost:
+            return
+        first: dict[tuple[int, ...], str] = {}
+        for prompt in prompts:
+            if first.setdefault(prompt.ids, prompt.text) != prompt.text:
+                raise InputError(
+                    f"{self._name} reads prompts {brief(first[prompt.ids])} and {brief(prompt.text)} as the same: its chat template or "
+                    "tokenizer leaves out what is different; give a template that shows requests whole (--template), or drop one"
+                )
+        request, missing = next(iter(lost.items()))
+        warnings.warn(
+            f"{self._name} reads {counted(len(lost), 'request')} of {len(prompts)} otherwise than asked: its chat template or tokenizer "
+            f"leaves out {brief(missing)} of {brief(request)}",
+            KvgeomWarning,
+            stacklevel=4,
+        )
+
+    def _missing(self, prompt: EncodedPrompt) -> str:
+        """Letters, digits and symbols of a request that are not in the text of its tokens."""
+        read = self._tokenizer.decode(
+            list(prompt.ids[prompt.instruction]), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return "".join((Counter(_letters(prompt.text)) - Counter(_letters(str(read)))).elements())
 
     def _encode(self, request: str) -> EncodedPrompt:
         if not request:
             raise InputError("a request is empty; every prompt needs some text")
         shown = self._shown(request)
-        encoding = self._tokenizer(
-            self._prefix + shown + self._suffix, add_special_tokens=False, return_offsets_mapping=True
-        )
+        encoding = self._tokenized(self._prefix + shown + self._suffix)
         ids: Any = encoding["input_ids"]
         if len(ids) >= self._max_context:
             raise InputError(
@@ -163,6 +201,14 @@ class ChatTemplate:
         if not inside:
             raise InputError(f"the tokenizer of {self._name} makes no token of prompt {brief(request)}; drop it")
         return EncodedPrompt(text=request, ids=tuple(ids), instruction=slice(inside[0], inside[-1] + 1))
+
+    def _tokenized(self, text: str) -> Any:
+        try:
+            return self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        except Exception as error:  # tokenizers raises no other class
+            raise ModelError(
+                f"the tokenizer of {self._name} fails on a plain request: {reason(error)}; its files do not belong together"
+            ) from error
 
     def _apply(self, request: str, options: Mapping[str, Any]) -> str:
         try:
@@ -185,6 +231,21 @@ class ChatTemplate:
                 f"the chat template of {self._name} shows a request {rendered.count(request)} times; it must show it once"
             )
         return rendered
+
+
+def _without_dropout(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Switch off that a tokenizer leaves out merges at random, as one does that was stored for training."""
+    rules = tokenizer.backend_tokenizer.model
+    if not getattr(rules, "dropout", None):
+        return []
+    rules.dropout = None
+    return ["the tokenizer cuts words at random (dropout, meant for training); that is switched off"]
+
+
+def _letters(text: str) -> str:
+    """Letters, digits and symbols, without what normalizers of tokenizers change: case, accents, compatible forms."""
+    plain = unicodedata.normalize("NFKD", text).casefold()
+    return "".join(character for character in plain if unicodedata.category(character)[0] in "LNS")
 
 
 def _several(names: Sequence[str]) -> list[str]:

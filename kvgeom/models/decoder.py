@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 
 from kvgeom.errors import ModelError, reason
 from kvgeom.models.cache import Edit, EditedCache, EditedLayer
+from kvgeom.models.chat import ANY_LENGTH
 from kvgeom.models.modules import attention_of
 
 #: What a model may raise that does not run with our cache.
@@ -26,6 +27,8 @@ FAILURES = (
     *(RuntimeError, LookupError, NotImplementedError, AssertionError),
 )
 
+#: Rotary embeddings whose frequencies change with the longest sequence, as transformers names them.
+MOVING_ROPES = ("longrope", "dynamic")
 #: Logits of one step that differ by no more than this share of the largest are those of one sequence.
 _SAME = 1e-2
 
@@ -48,6 +51,8 @@ class Decoder:
         The attention of each of these.
     batches : bool
         Whether sequences can be decoded together, padded on the left to the longest.
+    batches_up_to : int
+        Tokens that the longest of them may have for that; beyond, it decides about the others as well.
     """
 
     name: str
@@ -56,6 +61,12 @@ class Decoder:
     shapes: Mapping[int, tuple[int, int, int, int]]
     attentions: Mapping[int, nn.Module]
     batches: bool = True
+    batches_up_to: int = ANY_LENGTH
+
+    def alone(self, caches: Sequence[EditedCache], more: int) -> bool:
+        """Whether sequences must be decoded one at a time that shall have ``more`` tokens than their caches hold."""
+        longest = max((cache.get_seq_length() for cache in caches), default=0) + more
+        return not self.batches or longest > self.batches_up_to
 
     def new_cache(self, edit: Edit | None = None) -> EditedCache:
         """An empty cache."""
@@ -125,11 +136,40 @@ def find_decoder(hf_model: Any, name: str) -> Decoder:
     layers = tuple(decoder_layers(hf_model, count, tuple(filled), name))
     found = Decoder(name, layers, kinds, shapes, {index: attention_of(layers[index]) for index in shapes})
     # An index picks among tokens that are padded, too: whether that matters depends on how long the sequences are.
-    return replace(found, batches=not found.indexed and (not found.states or _states_are_cached(hf_model, found)))
+    batches = not found.indexed and _decodes_together(hf_model, found)
+    return replace(found, batches=batches, batches_up_to=batches_up_to(config))
 
 
-def _states_are_cached(hf_model: Any, decoder: Decoder) -> bool:
-    """Whether two sequences of a model with states can be decoded as one batch.
+def max_context(config: Any) -> int:
+    """Tokens that a model can read, by its configuration; :data:`ANY_LENGTH` if it names no limit."""
+    found = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    return min((int(length) for length in found if length), default=ANY_LENGTH)
+
+
+def batches_up_to(config: Any) -> int:
+    """Up to how many tokens nothing that a model computes of a sequence depends on the longest of its batch.
+
+    Of rotary embeddings some have one set of frequencies for all sequences of a batch, by the longest (LongRoPE, dynamic
+    NTK); and Llama 4 scales queries by places that are counted with the padding.
+    """
+    tuned = getattr(config, "attn_temperature_tuning", None)
+    limits = (moving_rope_from(config), int(getattr(config, "floor_scale", 0) or 0) if tuned else None)
+    return min((limit for limit in limits if limit is not None), default=ANY_LENGTH)
+
+
+def moving_rope_from(config: Any) -> int | None:
+    """Beyond how many tokens the frequencies of a rotary embedding follow the longest sequence; None if they never do."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for each in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
+        if each.get("rope_type") in MOVING_ROPES:
+            own = each.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", 0)
+            limits.append(int(own or config.max_position_embeddings))
+    return min(limits, default=None)
+
+
+def _decodes_together(hf_model: Any, decoder: Decoder) -> bool:
+    """Whether two sequences of unequal length say as one batch, padded on the left, what they say alone.
 
     Raises
     ------
@@ -149,7 +189,9 @@ def _states_are_cached(hf_model: Any, decoder: Decoder) -> bool:
         logits: Tensor = found.logits[:, -1].float()
         return logits
 
+    embedding = getattr(hf_model.get_input_embeddings(), "weight", None)
     size = int(hf_model.config.get_text_config().vocab_size)
+    size = size if embedding is None else min(size, embedding.shape[0])  # there may be more logits than embeddings
     drawn = torch.randint(size, (9,), generator=torch.Generator().manual_seed(0)).tolist()
     prompts = [drawn[:8], drawn[3:6]]
 
@@ -158,19 +200,22 @@ def _states_are_cached(hf_model: Any, decoder: Decoder) -> bool:
         run([prompt], cache, [0])
         return cache
 
-    apart = torch.cat([run([drawn[-1:]], read(prompt), [len(prompt)]) for prompt in prompts])
+    lengths = [len(prompt) for prompt in prompts]
     caches = [read(prompt) for prompt in prompts]
     both = EditedCache.stack(caches)
-    between = torch.cat(
-        [run([drawn[-1:]], cache, [len(prompt)]) for cache, prompt in zip(caches, prompts, strict=True)]
-    )
-    allowed = _SAME * float(apart.abs().max())
-    if not torch.allclose(apart, between, atol=allowed):
-        raise ModelError(
-            f"{decoder.name} keeps states of a sequence in its modules, not in the cache, so that sequences cannot be told apart; "
-            "kvgeom needs a model whose cache holds all"
-        )
-    return torch.allclose(run([drawn[-1:]] * 2, both, [len(prompt) for prompt in prompts]), apart, atol=allowed)
+    between = torch.cat([run([drawn[-1:]], cache, [length]) for cache, length in zip(caches, lengths, strict=True)])
+    if decoder.states:
+        apart = torch.cat([run([drawn[-1:]], read(prompt), [len(prompt)]) for prompt in prompts])
+        if not torch.allclose(apart, between, atol=_SAME * float(apart.abs().max())):
+            raise ModelError(
+                f"{decoder.name} keeps states of a sequence in its modules, not in the cache, so that sequences cannot be told apart; "
+                "kvgeom needs a model whose cache holds all"
+            )
+    try:
+        together = run([drawn[-1:]] * 2, both, lengths)
+    except FAILURES:
+        return False
+    return torch.allclose(together, between, atol=_SAME * float(between.abs().max()))
 
 
 def _shape(keys: Tensor, values: Tensor) -> tuple[int, int, int, int]:

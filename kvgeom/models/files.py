@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -37,6 +38,8 @@ _NO_LANGUAGE = (
 #: Small files of a checkpoint, which may be missing.
 _BESIDE = frozenset({"generation_config.json", "tokenizer_config.json", "special_tokens_map.json"})
 _AGAIN = "fetch it again"
+#: Files that are read as text, by their endings, and the most bytes that one may have; tokenizers have some 35 MB.
+_TEXTS, _LARGEST_TEXT = (".json", ".jinja", ".txt", ".model"), 1 << 28
 
 
 def check_folder(path: Path, variant: str | None = None) -> None:
@@ -57,6 +60,8 @@ def check_folder(path: Path, variant: str | None = None) -> None:
         or there is only an adapter.
     """
     files = {file.name for file in path.iterdir()} if path.is_dir() else set()
+    for name in sorted(files):
+        _check_readable(path / name)
     if has_adapter(path) and ("config.json" not in files or not files & set(names_of_weights(variant))):
         raise InputError(
             f"{path} holds an adapter and not the model that it changes; merge it into its base model with "
@@ -67,7 +72,10 @@ def check_folder(path: Path, variant: str | None = None) -> None:
         hint = f"; did you mean {path / single[0]}?" if single else "; give a folder with a transformers checkpoint"
         raise InputError(f"{path} holds no model (no config.json){hint}")
     for name in _BESIDE & files:  # transformers goes on without those that it cannot read
+        _check_encoding(path / name)
         read_json(path / name)
+    if "chat_template.jinja" in files:
+        _check_encoding(path / "chat_template.jinja")
     if "tokenizer.json" in files:
         check_begins(path / "tokenizer.json")
     config = read_json(path / "config.json")
@@ -84,6 +92,32 @@ def check_folder(path: Path, variant: str | None = None) -> None:
                 f"{path / 'config.json'} describes {layers:,} layers, and the weights are {counted(tensors, 'tensor')}; get the "
                 "config.json that belongs to them"
             )
+
+
+def _check_readable(path: Path) -> None:
+    """Refuse what a checkpoint's reader would wait for, or fill the memory with: pipes, devices, and texts without end."""
+    if path.is_dir() or path.suffix not in (*_TEXTS, ".safetensors"):
+        return
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no regular file but a pipe or a device; {_AGAIN}")
+    if path.is_file() and path.suffix in _TEXTS and path.stat().st_size > _LARGEST_TEXT:
+        raise InputError(
+            f"{path} has {path.stat().st_size:,} bytes, and no file of its kind has more than {_LARGEST_TEXT:,}; {_AGAIN}"
+        )
+
+
+def _check_encoding(path: Path) -> None:
+    """Refuse a byte order mark or another encoding: transformers drops such a file, or reads the mark as part of it."""
+    begins = path.read_bytes()
+    try:
+        begins.decode("utf-8")
+        plain = not begins.startswith(codecs.BOM_UTF8)
+    except UnicodeDecodeError:
+        plain = False
+    if not plain:
+        raise InputError(
+            f"{path} is not in plain UTF-8, as transformers reads it; save it as UTF-8 without a byte order mark"
+        )
 
 
 def check_language_model(config: Mapping[str, Any], name: str) -> None:

@@ -19,8 +19,8 @@ from kvgeom.models import hooks
 from kvgeom.models.attention import attention_rule, check_attention
 from kvgeom.models.backends import register_backend
 from kvgeom.models.cache import BatchedEdit, Edit, EditedCache
-from kvgeom.models.chat import ANY_LENGTH, ChatTemplate
-from kvgeom.models.decoder import find_decoder
+from kvgeom.models.chat import ChatTemplate
+from kvgeom.models.decoder import find_decoder, max_context
 from kvgeom.models.decoding import decode
 from kvgeom.models.derivatives import Differentiable
 from kvgeom.models.gradients import Gradients, Places, gradients
@@ -87,7 +87,7 @@ class HFModel(Identified, Differentiable, Padding):
         self.tokenizer = tokenizer
         self.name = name
         self._config: Any = model.config.get_text_config()
-        self.max_context = int(getattr(self._config, "max_position_embeddings", None) or ANY_LENGTH)
+        self.max_context = max_context(self._config)
         self._chat = ChatTemplate(tokenizer, template, name, self.max_context, template_options)
         self.template, self.template_options = self._chat.text, self._chat.options
         self._suffix = self._chat.suffix
@@ -296,7 +296,7 @@ class HFModel(Identified, Differentiable, Padding):
                 first_tokens,
                 max_new_tokens,
                 self.stop_tokens,
-                batch_size=1 if self.geometry.alone else batch_size,
+                batch_size=1 if self.decoder.alone(caches, max_new_tokens) else batch_size,
                 device=self.device,
                 stop=stop,
                 on_done=on_done,

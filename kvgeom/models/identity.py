@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kvgeom.errors import KvgeomWarning, ModelError
+from kvgeom.models.decoder import MOVING_ROPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -154,11 +155,21 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _computed(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers that a model computes and does not store."""
+    """Buffers that a model computes and does not store, without those that hang on what it has read last."""
     stored = model.state_dict(keep_vars=True)
+    moving = set(_moving(model))
     for name, x in sorted(dict(model.named_buffers()).items()):
-        if name not in stored:
+        if name not in stored and name not in moving:
             yield from _plain(name.replace("_original_component.", ""), x.detach())
+
+
+def _moving(model: nn.Module) -> Iterator[str]:
+    """Frequencies of rotary embedding that follow the longest sequence; what they are made from is in the configuration."""
+    for name, module in model.named_modules():
+        kinds = getattr(module, "rope_type", None)
+        for part, kind in (kinds if isinstance(kinds, dict) else {"": kinds}).items():
+            if kind in MOVING_ROPES:
+                yield f"{name}.{part}_inv_freq" if part else f"{name}.inv_freq"
 
 
 def _plain(name: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from kvgeom.models.decoder import moving_rope_from
 from kvgeom.words import counted
 
 if TYPE_CHECKING:
@@ -66,8 +67,21 @@ def notes_of(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) 
         *_zeros(model, tokenizer),
         *_silent_norms(model, prompt),
         *_generation(model),
+        *_moving_rope(model),
         *_tokenizer(tokenizer, prompt),
     )
+
+
+def _moving_rope(model: Any) -> list[str]:
+    """That keys keep the frequencies of when they were stored."""
+    config = model.config.get_text_config()
+    switch = moving_rope_from(config)
+    if switch is None:
+        return []
+    return [
+        f"its rotary embedding has other frequencies for sequences of more than {switch:,} tokens; a response that comes to them keeps the "
+        "keys of before, where transformers' generate would compute all keys again"
+    ]
 
 
 def _zeros(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:

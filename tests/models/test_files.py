@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -237,3 +238,35 @@ def test_numbers_that_no_processor_holds_are_refused(value: int, one_layer: Path
     (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": value}))
     with pytest.raises(KvgeomError, match=r"does not run|rms_norm_eps"):
         kvgeom.load(folder, progress=False)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"])
+def test_pipes_are_not_waited_for(name: str, copied: Path) -> None:
+    (copied / name).unlink(missing_ok=True)
+    os.mkfifo(copied / name)
+    with pytest.raises(InputError, match=rf"{name} is no regular file"):
+        kvgeom.load(copied, progress=False)
+
+
+def test_weights_in_a_pipe(copied: Path) -> None:
+    (copied / "model.safetensors").unlink()
+    os.mkfifo(copied / "model.safetensors")
+    with pytest.raises(InputError, match="is no regular file"):
+        kvgeom.load(copied, progress=False)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "added_tokens.json", "chat_template.jinja"])
+def test_texts_without_end_are_not_read(name: str, copied: Path) -> None:
+    with (copied / name).open("ab") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(InputError, match=r"has 3,221,225,472 bytes, and no file of its kind has more"):
+        kvgeom.load(copied, progress=False)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_other_encodings_are_not_dropped(name: str, encoding: str, copied: Path) -> None:
+    text = "{{ messages[0].content }}" if name.endswith(".jinja") else (copied / name).read_text()
+    (copied / name).write_text(text, encoding=encoding)
+    with pytest.raises(InputError, match=rf"{name} is not in plain UTF-8"):
+        kvgeom.load(copied, progress=False)

@@ -227,6 +227,7 @@ DEPENDS = (
 )
 
 
+@pytest.mark.filterwarnings("ignore:.*otherwise than asked")
 @pytest.mark.parametrize("shown", DEPENDS)
 def test_prompts_are_as_the_template_writes_them_whatever_it_depends_on(shown: str) -> None:
     """They were put between the texts that one short request had around it."""

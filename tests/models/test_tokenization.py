@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 import kvgeom
-from kvgeom.errors import KvgeomWarning
+from kvgeom.errors import InputError, KvgeomWarning, ModelError
 from kvgeom.models.tokenization import other_rules
 from tests.builders.tiny import tiny_hf_model, tiny_tokenizer
 
@@ -52,3 +52,84 @@ def test_rules_that_are_not_those_of_the_file_are_noted(normalizer: Any, tmp_pat
 def test_the_same_rules_and_other_files(tmp_path: Path) -> None:
     assert kvgeom.load(qwen(tmp_path, lambda stored: None), progress=False).notes == ()
     assert other_rules(tiny_tokenizer(), tmp_path / "nothing") == []
+
+
+def loaded(change: Callable[[dict[str, Any]], object] = lambda stored: None, template: str | None = None) -> Any:
+    """A tiny model whose tokenizer has other rules, or with another template."""
+    stored = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    change(stored)
+    tokenizer = tiny_tokenizer()
+    rules = Tokenizer.from_str(json.dumps(stored))
+    made = type(tokenizer)(
+        tokenizer_object=rules,
+        **{f"{name}_token": getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "pad")},
+    )
+    made.chat_template = template or tokenizer.chat_template
+    return kvgeom.load(tiny_hf_model(), tokenizer=made, progress=False)
+
+
+@pytest.mark.parametrize("what", ["{{ c[:40] }}", "{{ c|truncate(50) }}", "{{ c|replace('lock', 'l') }}"])
+def test_templates_that_show_another_request_are_said_to(what: str) -> None:
+    model = loaded(template="{% set c = messages[0].content %}<u>" + what + "</u>")
+    model.encode(["Hi you"])
+    begins = "Tell me at length how somebody would go about it to "
+    with pytest.warns(
+        KvgeomWarning, match=r"reads 1 request of 2 otherwise than asked: .* leaves out .* of 'Tell me at length"
+    ):
+        model.encode(["Hi you", begins + "pick a lock"])
+    if "lock" not in what:
+        with pytest.raises(InputError, match=r"reads prompts .* as the same"):
+            model.encode([begins + "pick a lock", begins + "bake bread"])
+
+
+@pytest.mark.parametrize("what", ["{{ c|e }}", "{{ c|tojson }}", "{{ c.split()|join(' ') }}"])
+def test_templates_that_escape_or_tidy_leave_no_letter_out(what: str) -> None:
+    with pytest.warns(KvgeomWarning, match="alters what a request says"):
+        model = loaded(template="{% set c = messages[0].content %}<u>" + what + "</u>")
+    for request in ('Say "a" and b', "Two\n\nlines  and blanks", "TELL me of \u00e9t\u00e9, \u6c34 and \U0001f30a"):
+        assert model.encode([request])
+
+
+def test_letters_without_a_token_are_no_blanks() -> None:
+    """Of a tokenizer of characters that has no token for what it does not know."""
+
+    def letters(stored: dict[str, Any]) -> None:
+        keep = {f"<{name}>" for name in ("pad", "s", "/s", "unk")}
+        known = [*sorted(keep), *"abcdefghijklmnopqrstuvwxyzHW?.,<>/ "]
+        stored["model"] = {"type": "BPE", "vocab": {text: at for at, text in enumerate(known)}, "merges": []}
+        stored["pre_tokenizer"] = stored["decoder"] = stored["post_processor"] = stored["normalizer"] = None
+        stored["added_tokens"] = []
+
+    model = loaded(letters, template="<u>{{ messages[0].content }}</u>")
+    assert len(model.encode(["How does it go?"])[0]) == len("<u>How does it go?</u>")
+    for request, lost in (("is it 水?", "水"), ("Как it go?", "как"), ("How W1?", "1")):
+        with pytest.warns(KvgeomWarning, match=rf"leaves out '{lost}' of"):
+            model.encode([request])
+    with pytest.raises(InputError, match="as the same"):
+        model.encode(["How Как?", "How Что?"])
+
+
+def test_random_merges_are_switched_off() -> None:
+    def dropping(stored: dict[str, Any]) -> None:
+        vocabulary = dict(stored["model"]["vocab"])
+        last = max(vocabulary, key=lambda text: vocabulary[text])
+        vocabulary["an"] = vocabulary.pop(last)
+        stored["model"] |= {"dropout": 0.5, "vocab": vocabulary, "merges": [["a", "n"]]}
+
+    with pytest.warns(KvgeomWarning, match="cuts words at random"):
+        model = loaded(dropping)
+    assert len({model.encode(["an anan and any banana"])[0].ids for _ in range(20)}) == 1
+
+
+def test_tokenizers_that_fail_are_one_line() -> None:
+    def words(stored: dict[str, Any]) -> None:
+        stored["model"] = {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "vocab": {"a": 5},
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 9,
+        }
+
+    with pytest.raises(ModelError, match=r"the tokenizer of .* fails on a plain request: .*UNK"):
+        loaded(words)
