@@ -182,7 +182,14 @@ class ChatTemplate:
         read = self._tokenizer.decode(
             list(prompt.ids[prompt.instruction]), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        return "".join((Counter(_letters(prompt.text)) - Counter(_letters(str(read)))).elements())
+        left = Counter(_letters(str(read)))
+        missing = []
+        for letter in _letters(prompt.text):
+            if left[letter]:
+                left[letter] -= 1
+            else:
+                missing.append(letter)
+        return "".join(missing)
 
     def _encode(self, request: str) -> EncodedPrompt:
         if not request:
