@@ -147,7 +147,7 @@ class ChatTemplate:
 
     def encode(self, requests: Sequence[str]) -> list[EncodedPrompt]:
         """Put each request into the template and find its tokens; see :meth:`kvgeom.models.model.Model.encode`."""
-        found = [self._encode(request.strip()) for request in requests]
+        found = [self.prompt(request.strip()) for request in requests]
         self._check_whole(found)
         return found
 
@@ -191,7 +191,8 @@ class ChatTemplate:
                 missing.append(letter)
         return "".join(missing)
 
-    def _encode(self, request: str) -> EncodedPrompt:
+    def prompt(self, request: str) -> EncodedPrompt:
+        """One request in the template, and its tokens; whether the model reads all of it is not looked at."""
         if not request:
             raise InputError("a request is empty; every prompt needs some text")
         shown = self._shown(request)

@@ -93,7 +93,8 @@ class HFModel(Identified, Differentiable, Padding):
         self._suffix = self._chat.suffix
         self._rows = embedding_rows(model)
         check_vocabulary(self._rows, tokenizer, name)
-        prompt = list(self.encode([REQUEST])[0].ids)
+        prompt = list(self._chat.prompt(REQUEST).ids)
+        self._check(prompt, "a plain request")
         self.vocabulary = check_runs(model, prompt, name)
         named = named_stops(model, tokenizer, name)
         self.stop_tokens, cannot_stop = stop_tokens(named, self.vocabulary)
