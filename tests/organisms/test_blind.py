@@ -211,6 +211,7 @@ def test_the_certificate_draws_what_can_be_planted(certificate: ModuleType) -> N
     assert seen >= {(change, sites) for change in ("crush", "outlier") for sites in ("keys", "values", "both")}
 
 
+@pytest.mark.slow
 def test_the_certificate_has_a_row_for_each_organism(certificate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the seed of a day; here of one that nothing is planted in."""
     monkeypatch.setattr(certificate, "BASES", ((SIZE, 0),))
