@@ -23,7 +23,9 @@ LARGEST_SEED = 2**32 - 1
 
 
 def suggests(more: Iterable[str] = ()) -> Callable[[F], F]:
-    """Let a function, a method or a dataclass name the keyword that was meant where one is misspelt.
+    """Let a function, a method or a dataclass name the keyword that was meant where one is misspelt, and take flags as flags.
+
+    A keyword that is annotated as ``bool`` must be True or False (:func:`flag`): Python would take ``"no"`` for true.
 
     Parameters
     ----------
@@ -38,7 +40,7 @@ def suggests(more: Iterable[str] = ()) -> Callable[[F], F]:
     Raises
     ------
     InputError
-        When the function is called with a keyword that it does not take, before it is entered.
+        When the function is called with a keyword that it does not take, or a flag that is none, before it is entered.
 
     Examples
     --------
@@ -57,15 +59,16 @@ def suggests(more: Iterable[str] = ()) -> Callable[[F], F]:
             made.__init__ = decorate(made.__init__)
             return target
         by_keyword = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-        own = [p.name for p in signature(target).parameters.values() if p.kind in by_keyword and p.name != "self"]
+        own = {p.name: p for p in signature(target).parameters.values() if p.kind in by_keyword and p.name != "self"}
         known = dict.fromkeys([*own, *beside])
+        flags = {name for name, each in own.items() if each.annotation in (bool, "bool")}
 
         @wraps(target)
         def checked(*args: Any, **keywords: Any) -> Any:
             for name in keywords:
                 if name not in known:
                     raise unknown("option", name, known)
-            return target(*args, **keywords)
+            return target(*args, **keywords | {name: flag(name, keywords[name]) for name in flags & {*keywords}})
 
         return cast(F, checked)
 
@@ -251,8 +254,23 @@ def as_text(name: str, value: object) -> str:
     return str(value)
 
 
+def as_name(what: str, value: object) -> str:
+    r"""A text by which something is known in files; raises as :func:`as_text`, and for a NUL, where a file may end it.
+
+    Examples
+    --------
+    >>> as_name("the name of a recipe", "a\0b")
+    Traceback (most recent call last):
+    kvgeom.errors.InputError: the name of a recipe has a NUL character, which files cannot keep; remove it: 'a\x00b'
+    """
+    text = as_text(what, value)
+    if "\0" in text:
+        raise InputError(f"{what} has a NUL character, which files cannot keep; remove it: {brief(text)}")
+    return text
+
+
 def check_texts(what: str, of: object, *names: str) -> None:
-    """Check that some fields of a value are texts; they may be empty.
+    """Check that some fields of a value are texts that can be kept in a file; they may be empty.
 
     Raises
     ------
@@ -262,6 +280,8 @@ def check_texts(what: str, of: object, *names: str) -> None:
     for name in names:
         if not isinstance(found := getattr(of, name), str):
             raise InputError(f"{name} of {what} must be text, got {brief(found)}")
+        if found.strip():
+            as_name(f"{name} of {what}", found)
 
 
 def as_path(name: str, value: object) -> Path:

@@ -169,8 +169,10 @@ def write_whole(path: Path, content: str | bytes | Iterable[bytes]) -> Path:
     Raises
     ------
     InputError
-        If its folder cannot be written, or the disk is full.
+        If the path names no file, its folder cannot be written, or the disk is full.
     """
+    if not path.name:
+        raise InputError(f"no file was named: {str(path)!r} is a folder; give the path of a file")
     if isinstance(content, str):
         content = content.encode()
     partial = path.with_name(f".{path.name[:100]}-{secrets.token_hex(8)}")

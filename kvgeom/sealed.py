@@ -32,6 +32,13 @@ def write_sealed(path: Path, content: bytes) -> Path:
     return write_whole(path, content + _MARK + hashlib.sha256(content).digest())
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether a file ends as :func:`write_sealed` ends files; what is before is not read."""
+    with path.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _SEAL))
+        return file.read(_SEAL).startswith(_MARK)
+
+
 def check_seal(path: Path) -> None:
     """Check that a file is as :func:`write_sealed` has left it.
 

@@ -112,6 +112,18 @@ def test_a_checked_function_stays_what_it_is() -> None:
     assert inspect.isfunction(kvgeom.evaluate)
 
 
+def test_flags_are_taken_as_flags() -> None:
+    @suggests()
+    def shown(x: object, *, loud: bool = False) -> object:
+        return loud
+
+    assert shown(0) is False
+    assert shown(0, loud=np.True_) is True  # type: ignore[arg-type]
+    assert shown(0, loud=1) is True
+    with pytest.raises(InputError, match="loud must be True or False, got 'no'"):
+        shown(0, loud="no")  # type: ignore[arg-type]
+
+
 def test_options_of_others_are_let_through() -> None:
     @suggests(("deep",))
     def outer(flat: int = 0, **options: int) -> dict[str, int]:

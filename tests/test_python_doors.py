@@ -10,6 +10,7 @@ from dataclasses import fields
 from inspect import signature
 from itertools import count, repeat
 from pathlib import Path
+from pkgutil import resolve_name
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -34,6 +35,7 @@ from kvgeom.organisms import Size
 from kvgeom.organisms.blind import Part
 from kvgeom.prompts.benchmarks import Benchmark, register_benchmark
 from kvgeom.quant.memory import scheme_bytes
+from kvgeom.quant.serialization import save_recipe
 from kvgeom.quant.transforms import Statics
 from tests.builders.nasty import MORE, NASTY, wrong_ends
 from tests.builders.tiny import tiny_hf_model, tiny_model, tiny_tokenizer
@@ -245,3 +247,85 @@ def test_a_group_that_is_larger_than_all_there_is_takes_what_one_group_takes(tex
     tokens, heads, dim = 7, 2, 24
     alone = Scheme.parse(text.replace("1000000", str(heads * dim)).replace("2147483648", str(tokens)))
     assert scheme_bytes(scheme, heads, dim, tokens) == scheme_bytes(alone, heads, dim, tokens)
+
+
+# --- flags, spellings, names ---
+
+#: Where functions are that have flags, beside ``kvgeom`` itself.
+FURTHER = (
+    "behaviour.curve.bit_width_curve behaviour.over_refusal.harmless_responses behaviour.scan.single_layer_scan "
+    "evaluation.evaluate.run_conditions evaluation.forced.forced_readings geometry.subspace.Subspace.sensitivity geometry.subspace.Subspace.compare "
+    "judges.classifiers.classifier mitigation.search.Search.ranked models.backends.register_backend organisms.planting.plant "
+    "plots.magnitude.magnitude_surface report.audit.audit report.fix.fix screening.screen.screen geometry.decomposition.decompose"
+)
+
+
+def with_flags() -> dict[str, Callable[..., Any]]:
+    """Functions that take flags by keyword."""
+    found = {name: getattr(kvgeom, name) for name in kvgeom.__all__}
+    found |= {path: resolve_name(f"kvgeom.{path}") for path in FURTHER.split()}
+    return {
+        name: each for name, each in found.items() if callable(each) and not isinstance(each, type) and flags_of(each)
+    }
+
+
+def flags_of(function: Callable[..., Any]) -> list[str]:
+    return [each.name for each in signature(function).parameters.values() if each.annotation in (bool, "bool")]
+
+
+def test_a_flag_is_true_or_false() -> None:
+    """Python takes "no" for true. It is checked before anything else."""
+    functions = with_flags()
+    assert {"audit", "diagnose", "evaluate", "fix", "gate", "load", "screen", "subspace"} <= {*functions}
+    for function in functions.values():
+        for name in flags_of(function):
+            for value in ("no", "False", 2, None, [1]):
+                with pytest.raises(InputError, match=f"^{name} must be True or False, got "):
+                    function("wildguard", **{name: value})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("int4-asym-group８", "int４-asym-token", "int04-asym-token", "int4-asym-group064", "int4-asym-group٣"),
+        *("int4-asym-token@07", "int4-asym-token@0-07", "int4-asym-token@０", "int4-asym-token@0-３"),
+    ],
+)
+def test_a_scheme_has_one_spelling(text: str) -> None:
+    with pytest.raises(InputError, match=r"cannot read (scheme|channels)"):
+        Scheme.parse(text)
+
+
+@pytest.mark.parametrize("name", ["", " ", 5, b"x", ["a"], "a\0b", "\0", "\ud800"])
+def test_a_name_is_one_that_files_can_keep(name: Any) -> None:
+    model = tiny_model(layers=1)
+    with pytest.raises(InputError, match=r"^name "):
+        kvgeom.load(tiny_hf_model(layers=1), tokenizer=tiny_tokenizer(), name=name)
+    if isinstance(name, str):
+        with pytest.raises(InputError, match=r"^the name of a recipe "):
+            kvgeom.evaluate(model, {name: "int3-sym-tensor"}, **SHORT)
+        if name.strip():
+            for make in (lambda: Condition(UNIFORM, family=name), lambda: Judgement("refused", name)):
+                with pytest.raises(InputError, match=r"NUL|half a character"):
+                    make()
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_what_names_no_file_is_not_written(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = kvgeom.evaluate(tiny_model(layers=1), "int3-sym-tensor", **SHORT)
+    for save in (found.save, lambda path: save_recipe(path, UNIFORM)):
+        with pytest.raises(InputError, match="give the path of a file"):
+            save(path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_recipe_is_written_to_a_path(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    with pytest.raises(InputError, match="the file of a recipe must be a path, got Recipe"):
+        save_recipe(UNIFORM, path)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"writes a Recipe, got 'int4-asym-token'"):
+        save_recipe(path, "int4-asym-token")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="placement"):
+        save_recipe(path, UNIFORM, 3)  # type: ignore[arg-type]
+    assert not path.exists()

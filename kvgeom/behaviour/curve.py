@@ -12,6 +12,7 @@ import xarray as xr
 
 from kvgeom.behaviour.scan import CRITICAL_SHARE
 from kvgeom.behaviour.widths import DESCRIBED, NOTES, WidthSeries
+from kvgeom.checks import suggests
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import EXACT, Condition
 from kvgeom.evaluation.evaluate import run_conditions
@@ -240,6 +241,7 @@ def kept_or_lost(lost: Sequence[int], kept: Sequence[int], refused: int) -> list
     return words
 
 
+@suggests()
 def bit_width_curve(
     base: Baseline, series: WidthSeries, *, refused_only: bool = False, full_responses: bool = False
 ) -> tuple[Curve, Outcomes]:

@@ -65,6 +65,7 @@ def over_refusal(base: Baseline, series: WidthSeries) -> OverRefusal:
     return over_refusal_of(harmless_responses(base, series), series)
 
 
+@suggests()
 def harmless_responses(base: Baseline, series: WidthSeries, *, full_responses: bool = False) -> Outcomes:
     """The responses behind :func:`over_refusal`; in full, as a classifier needs them, if asked for."""
     conditions = series.conditions(base.model)

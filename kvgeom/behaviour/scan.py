@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from kvgeom.checks import whole
+from kvgeom.checks import suggests, whole
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import Condition
@@ -114,6 +114,7 @@ def single_layers(
     }
 
 
+@suggests()
 def single_layer_scan(
     base: Baseline,
     scheme: Scheme | str | None = None,

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Audit, and print the verdict and where the report lies."""
     during, classifier = options.judges(arguments)
     run, before = options.run_options(arguments, during), options.earlier(arguments)
-    from kvgeom.report.folder import report_folder
+    from kvgeom.folders import report_folder
 
     report_folder(arguments.out, "audit")
     result = kvgeom.audit(

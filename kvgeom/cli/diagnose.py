@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Diagnose, and print all tables."""
     during, classifier = options.judges(arguments)
     run = options.run_options(arguments, during)
+    options.check_out(arguments)
     found = kvgeom.diagnose(
         arguments.model,
         options.prompt_set(arguments.prompts, arguments),

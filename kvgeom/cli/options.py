@@ -285,6 +285,14 @@ def journal(arguments: argparse.Namespace, name: str = "journal.jsonl") -> Path 
     return None if arguments.out is None else out_folder(arguments) / name
 
 
+def check_out(arguments: argparse.Namespace) -> None:
+    """Check, before a model is loaded, that the tables of :func:`report` would replace nothing that somebody else wrote."""
+    from kvgeom.folders import check_replaceable
+
+    if arguments.out is not None:
+        check_replaceable(out_folder(arguments), [f"{arguments.command}.txt"])
+
+
 def report(arguments: argparse.Namespace, text: str) -> int:
     """Keep what a command has found beside the journal, with --out, and print it."""
     if arguments.out is None:

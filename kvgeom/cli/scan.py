@@ -25,6 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Scan, and print the layers."""
     during, classifier = options.judges(arguments)
     run = options.run_options(arguments, during)
+    options.check_out(arguments)
     prompts = options.prompt_set(arguments.prompts, arguments)
     from kvgeom.behaviour.matched import check_scan_bits, scan_width
     from kvgeom.behaviour.scan import scan_of, single_layer_scan

@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Screen, and print what is expected."""
     judge = options.judge(arguments)
     run = options.run_options(arguments, judge)
+    options.check_out(arguments)
     prompts = options.prompt_set(arguments.prompts, arguments)
     found = kvgeom.screen(
         arguments.model,

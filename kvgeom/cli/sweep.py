@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Sweep, and print the curve."""
     during, classifier = options.judges(arguments)
     run, full = options.run_options(arguments, during), classifier is not None
+    options.check_out(arguments)
     prompts = options.prompt_set(arguments.prompts, arguments)
     if arguments.over_refusal and not prompts.harmless:
         raise InputError(f"--over-refusal needs harmless requests, and {arguments.prompts} has none; give another set")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from kvgeom.checks import check_texts, whole
+from kvgeom.checks import as_name, check_texts, whole
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import resolve
 from kvgeom.errors import InputError, brief
@@ -85,7 +85,7 @@ def as_conditions(given: Any, model: Model, placement: Placement | str | None) -
     Raises
     ------
     InputError
-        If one cannot be read, is for another number of layers, rounds only layers that store nothing, or has the name of
+        If one cannot be read, has a name that no file could keep, is for another number of layers, rounds only layers that store nothing, or has the name of
         the model with an exact cache, or if two different ones have one name.
     """
     if isinstance(given, Mapping):
@@ -98,7 +98,8 @@ def as_conditions(given: Any, model: Model, placement: Placement | str | None) -
 
 
 def check_name(name: str) -> None:
-    """Raise InputError if a cache has the name that is reserved for the exact one."""
+    """Raise InputError if a cache has no name that files can keep, or the one that is reserved for the exact cache."""
+    as_name("the name of a recipe", name)
     if name == EXACT:
         raise InputError(f"{EXACT!r} is the name of the model with an exact cache; give the recipe another name")
 

@@ -121,6 +121,7 @@ def _check_model(given: Any, model: Model) -> None:
         )
 
 
+@suggests()
 def run_conditions(
     base: Baseline,
     conditions: Mapping[str, Condition],

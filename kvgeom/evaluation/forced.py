@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvgeom import progress
+from kvgeom.checks import suggests
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import Condition
@@ -42,6 +43,7 @@ class ForcedReading:
     divergence: int
 
 
+@suggests()
 def forced_readings(
     base: Baseline,
     conditions: Mapping[str, Condition],

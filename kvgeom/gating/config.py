@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-from kvgeom.checks import as_text, whole
+from kvgeom.checks import as_text, flag, whole
 from kvgeom.errors import InputError, brief
 from kvgeom.gating.client import TOP
 from kvgeom.gating.collect import Ask
@@ -89,6 +89,7 @@ class GateConfig:
             raise InputError(f"temperature must be a number, 0 or more, got {brief(self.temperature)}")
         if self.seeds > 1 and self.temperature == 0:
             raise InputError("several seeds give the same answers at temperature 0; give a temperature, or one seed")
+        object.__setattr__(self, "noise", flag("noise", self.noise))
         if self.system is not None:
             as_text("system", self.system)
         as_text("text", self.text)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from kvgeom.evaluation.fidelity import FIDELITY, TextFidelity
+from kvgeom.folders import report_folder
 from kvgeom.gating import text
 from kvgeom.gating.compare import BASELINE, CANDIDATE, REPEAT
-from kvgeom.paths import writable_folder, write_whole
+from kvgeom.paths import write_whole
 from kvgeom.results import plain
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def write(gate: Gate, out: str | Path) -> Path:
     """Write all files into a folder; returns it."""
     from kvgeom.gating.page import render
 
-    folder = writable_folder(out)
+    folder = report_folder(out, "gate")
     contents = {
         "gate.json": json.dumps(record(gate), indent=1, allow_nan=False) + "\n",
         "gate.md": gate.to_markdown(),

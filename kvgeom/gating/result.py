@@ -244,7 +244,7 @@ class Gate(Result):
         Raises
         ------
         InputError
-            If it cannot be written.
+            If it cannot be written, or holds the report of another command, or a file of somebody else that would be replaced.
         """
         from kvgeom.gating.files import write
 

@@ -18,6 +18,7 @@ from kvgeom import progress as bars
 from kvgeom.checks import as_path, as_text, suggests
 from kvgeom.errors import InputError, KvgeomWarning, brief
 from kvgeom.evaluation.journal import Journal, NoJournal
+from kvgeom.folders import report_folder
 from kvgeom.gating.client import TOP, Answer
 from kvgeom.gating.collect import collect, known
 from kvgeom.gating.compare import BASELINE, CANDIDATE, REPEAT, compared
@@ -26,7 +27,6 @@ from kvgeom.gating.plans import is_plan, planned
 from kvgeom.gating.reading import TextRead, read_text, text_record
 from kvgeom.gating.result import Gate
 from kvgeom.gating.servers import FILES, Opened, Target, opened, target
-from kvgeom.paths import writable_folder
 from kvgeom.prompts.load import load_prompts
 from kvgeom.prompts.sets import PromptSet
 
@@ -150,7 +150,7 @@ def gate(
     for name, given in (("served_model", served_model), ("python", python)):
         if given is not None and not isinstance(given, str | Path):
             raise InputError(f"{name} must be text, got {brief(given)}")
-    folder = None if out is None else writable_folder(out)
+    folder = None if out is None else report_folder(out, "gate")
     begin = time.monotonic()
     answers: dict[str, list[list[Answer]]] = {}
     about: dict[str, About] = {}

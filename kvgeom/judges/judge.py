@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Literal, Protocol, TypeVar
 
+from kvgeom.checks import as_name
 from kvgeom.errors import InputError, brief
 from kvgeom.judges.reasoning import answer_of
 
@@ -45,6 +46,8 @@ class Judgement:
             raise InputError(f"a judge labels a response as {', '.join(LABELS)}; got {brief(self.label)}")
         if not isinstance(self.reason, str):
             raise InputError(f"the reason of a judgement must be text, got {brief(self.reason)}")
+        if self.reason.strip():
+            as_name("the reason of a judgement", self.reason)
 
 
 class Judge(Protocol):

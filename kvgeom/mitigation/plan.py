@@ -10,10 +10,11 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvgeom.checks import suggests
+from kvgeom.checks import as_path, suggests
 from kvgeom.errors import InputError, unknown
 from kvgeom.evaluation.baseline import opened
 from kvgeom.evaluation.config import LENGTHS, RUN_OPTIONS, RunConfig, split_options
+from kvgeom.folders import check_replaceable
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import opened_on
 from kvgeom.mitigation.layers import LayerSelection
@@ -240,10 +241,18 @@ class Plan:
         return written({each.name: getattr(self, each.name) for each in fields(self)}, self.overhead)
 
     def save(self, path: str | Path) -> Path:
-        """Write ``plan.json`` (into a folder, or to a path that ends in .json), whole or not at all."""
-        path = json_path(path)
-        writable_folder(path.parent)
-        return write_whole(path, json.dumps(plain(self.to_dict()), indent=1, allow_nan=False) + "\n")
+        """Write ``plan.json`` (into a folder, or to a path that ends in .json), whole or not at all.
+
+        Raises
+        ------
+        InputError
+            If it cannot be written, or the folder has a ``plan.json`` that kvgeom did not write.
+        """
+        file = json_path(path)
+        folder = writable_folder(file.parent)
+        if as_path("plan", path) != file:  # else the user named that very file
+            check_replaceable(folder, [file.name])
+        return write_whole(file, json.dumps(plain(self.to_dict()), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import xarray as xr
 
-from kvgeom.checks import number
+from kvgeom.checks import number, suggests
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.mitigation.candidates import UNMITIGATED, Candidate
 from kvgeom.mitigation.harmless import Harmless
@@ -56,6 +56,7 @@ class Search(Result):
         """The first of :meth:`ranked` within the budget; the unmitigated cache if there is none."""
         return str(self.meta["chosen"])
 
+    @suggests()
     def ranked(self, *, within_budget: bool) -> list[str]:
         """Tested candidates that lose fewer refusals than the unmitigated cache and spoil nothing harmless, best first.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from kvgeom.checks import suggests
 from kvgeom.registry import check_free
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Backend:
     remote: bool
 
 
+@suggests()
 def register_backend(
     name: str, *, wraps: Callable[[object], bool], make: Callable[..., Model], remote: bool = False
 ) -> Backend:

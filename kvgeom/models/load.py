@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # of the standard library from Python 3.12 on, for pydantic
 
-from kvgeom.checks import as_path, one_of
+from kvgeom.checks import as_name, as_path, flag, one_of
 from kvgeom.errors import InputError, KvgeomWarning, brief, unknown_option
 from kvgeom.models.backends import Backend, backends
 from kvgeom.models.demo import DEMOS, demo_model_dir
@@ -143,6 +143,9 @@ def load(
             raise unknown_option(option, load_option_names())
     if backend is not None:
         one_of("backend", backend, backends())
+    if name is not None:
+        name = as_name("name", name)
+    trust_remote_code, progress = flag("trust_remote_code", trust_remote_code), flag("progress", progress)
     given = {
         "dtype": dtype,
         "device": device,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from kvgeom.checks import one_of, whole_numbers
+from kvgeom.checks import one_of, suggests, whole_numbers
 from kvgeom.errors import InputError, ModelError
 from kvgeom.evaluation.baseline import Baseline, baseline
 from kvgeom.evaluation.condition import as_conditions
@@ -71,6 +71,7 @@ class Organism:
     planted: tuple[tuple[int, str, int], ...] = field(default=(), repr=False)
 
 
+@suggests()
 def plant(
     model: Any,
     mode: PlantedMode,

@@ -11,6 +11,7 @@ from typing import Any
 from kvgeom.checks import as_path, suggests
 from kvgeom.errors import InputError, KvgeomError
 from kvgeom.evaluation.config import RUN_OPTIONS, open_run
+from kvgeom.folders import SETTINGS, check_replaceable, is_ours, report_folder
 from kvgeom.paper.layout import asked, grid
 from kvgeom.paper.page import write_page
 from kvgeom.paper.protocol import MODES, Mode
@@ -19,10 +20,11 @@ from kvgeom.paper.study import Study, suites_of
 from kvgeom.paper.table import PaperTable
 from kvgeom.paths import write_whole
 from kvgeom.progress import track
-from kvgeom.report.folder import SETTINGS, report_folder
 
 #: Stands for all tables.
 ALL = "all"
+#: Of the files of a table.
+_ENDINGS = (".nc", ".csv", ".md", ".tex")
 
 
 @suggests(RUN_OPTIONS)
@@ -68,6 +70,7 @@ def run_tables(
     if options.get("journal") is not None:
         raise InputError("tables keep journals of their own in the folder; leave journal out")
     suites, folder = suites_of(prompts, advbench), report_folder(out, "paper")
+    check_tables(folder, [spec.name for spec in specs])
     loaded, run = open_run(model, options)
     own = folder / slug(loaded.name)
     modes: Sequence[Mode] = MODES if mode == "both" else [mode]  # type: ignore[list-item]
@@ -90,6 +93,13 @@ def run_tables(
     write_page(folder, found)
     write_cross(folder, found)
     return made
+
+
+def check_tables(folder: Path, names: Sequence[str]) -> None:
+    """Check that tables, of whatever model, would replace none that kvgeom did not write."""
+    kept = is_ours(folder / SETTINGS["paper"])
+    for place in (each for mode in MODES for each in sorted(folder.glob(f"*/{mode}"))):
+        check_replaceable(place, [f"{name}{ending}" for name in names for ending in _ENDINGS], kept=kept)
 
 
 def slug(name: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from kvgeom.checks import suggests
 from kvgeom.plots.theme import (
     SITE_NAMES,
     channel_hover,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 MAGNITUDE = "Blues"
 
 
+@suggests()
 def magnitude_surface(stored: xr.Dataset, *, heatmap: bool = True) -> go.Figure:
     """Magnitudes of one prompt's stored vectors before and after rounding, as surfaces beside heat maps.
 

@@ -167,9 +167,13 @@ def _json_list(path: Path) -> Iterator[Row]:
     if found.next() == "[":
         yield from found.items()
     elif found.next() == "{":
+        before = set[str]()
         for name in found.members():
             if name not in CLASSES:
                 raise InputError(f"{unknown('class of prompts', name[:60], CLASSES)}, in {found.where}; {_JSON_HINT}")
+            if name in before:
+                raise found.error(f"is not JSON (key {brief(name)} twice in an object)")
+            before.add(name)
             yield from (of_class(row, name) for row in found.items())
     elif found.next():
         raise found.error("is no list")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -34,8 +35,24 @@ BESIDE = (
 
 #: Columns that may say what is harmful, each in a way of its own: of a prompt or of an answer, by yes or by no.
 _LIKE_A_LABEL = re.compile(r"(?:.*[_ -])?(?:labels?|classes|(?:un)?safe|harmful|harmless|benign)(?:[_ -].*)?")
+#: Columns that may say it where they have numbers or yes and no; where they have text, that may be a topic or an answer.
+_LIKE_A_FLAG = re.compile(
+    r"(?:.*[_ -])?(?:is|non|un|not)?(?:harm\w{0,8}|(?:un)?safe(?:ty)?|toxic(?:ity)?|malicious|danger(?:ous)?|benign|unethical|illegal|"
+    r"offensive|flagged|jailbreak|refus(?:e|ed|al)|target|gold|y)"
+)
+_YES_OR_NO = frozenset({"yes", "no", "y", "n", "true", "false", "t", "f"})
 _HARMFUL = frozenset({"harmful", "unsafe", "1", "true"})
 _HARMLESS = frozenset({"harmless", "safe", "benign", "0", "false"})
+#: What a column that is no label says of a harmless request, without what joins its words.
+_SAYS_HARMLESS = frozenset(
+    {
+        "harmless",
+        "benign",
+        "safe",
+        "innocuous",
+        *(no + bad for no in ("un", "non", "not") for bad in ("harmful", "toxic")),
+    }
+)
 _JOINTS = re.compile("[_ -]")
 #: What a label may be; the text of anything else may have no end.
 _PLAIN = (str, Real, np.bool_)
@@ -123,11 +140,17 @@ def labelled(row: Row) -> tuple[str, bool]:
         return _request(where, content, replies=False), True
     columns: dict[str, Any] = {}
     for key, value in content.items():
-        name = (key if isinstance(key, str) else brief(key)).strip().lower()
+        name = _plain(key if isinstance(key, str) else brief(key))
         if name in columns:
             raise InputError(f"{where} has two columns {brief(name)}, in capitals or not; rename or remove one")
         columns[name] = value
     return _single_request(where, columns), _is_harmful(where, columns)
+
+
+def _plain(text: str) -> str:
+    """A name or a short value as it is compared: in small letters, without blanks around it or what nobody sees in it."""
+    seen = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+    return seen.strip().lower()
 
 
 def _single_request(where: str, columns: Mapping[str, Any]) -> str:
@@ -164,7 +187,7 @@ def _is_blank(value: object) -> bool:
 
 def _is_harmful(where: str, columns: Mapping[str, Any]) -> bool:
     labels = {name: columns[name] for name in LABEL_COLUMNS if name in columns}
-    like = next((name for name in columns if _LIKE_A_LABEL.fullmatch(name) and not _is_blank(columns[name])), None)
+    like = next((name for name, value in columns.items() if _is_like_a_label(name, value)), None)
     if like and not labels:
         raise InputError(
             f"{where} has {brief(like)}, which may say what is harmful, and no 'label'; rename that column to 'label', or "
@@ -182,7 +205,37 @@ def _is_harmful(where: str, columns: Mapping[str, Any]) -> bool:
         raise InputError(f"{first!r} in {where} must be harmful or harmless, got {brief(labels[first])}")
     if len(means) > 1:
         raise InputError(f"{where} is harmful and harmless, by {' and '.join(labels)}; remove one of these columns")
+    against = None if means else next((name for name in columns if _says_harmless(name, columns[name])), None)
+    if against:
+        raise InputError(
+            f"{where} has {brief(columns[against])} in {brief(against)} and no label, without which it is harmful; rename that "
+            "column to 'label', or remove it"
+        )
     return means != {False}
+
+
+def _is_like_a_label(name: str, value: object) -> bool:
+    """Whether a column that is not called a label may say what is harmful."""
+    if _is_blank(value) or name in TEXT_COLUMNS:
+        return False
+    return bool(_LIKE_A_LABEL.fullmatch(name) or (_LIKE_A_FLAG.fullmatch(name) and _is_a_flag(value)))
+
+
+def _is_a_flag(value: object) -> bool:
+    """Whether a value is a number, or yes or no, also as text."""
+    if not isinstance(value, str):
+        return isinstance(value, _PLAIN)
+    try:
+        return math.isfinite(float(value))
+    except ValueError:
+        return _plain(value) in _YES_OR_NO
+
+
+def _says_harmless(name: str, value: object) -> bool:
+    """Whether a column that is neither a label nor a request calls it harmless in so many words."""
+    if name in TEXT_COLUMNS or not isinstance(value, str):
+        return False
+    return len(value) < 40 and _JOINTS.sub("", _plain(value)) in _SAYS_HARMLESS
 
 
 def _meaning(label: object) -> bool | None:

@@ -23,9 +23,9 @@ MOST_CHANNELS = 1_000_000
 _SIZED = {"group": MOST_CHANNELS, "channel-group": MOST_TOKENS}
 _LAST_CHANNEL = MOST_CHANNELS - 1
 #: Neighbouring channels, or one.
-_RUN = r"\d{1,6}(-\d{1,6})?"
+_RUN = r"(?:0|[1-9][0-9]{0,5})(?:-(?:0|[1-9][0-9]{0,5}))?"
 #: What follows the part that the format itself reads.
-_SUFFIXES = re.compile(r"(?P<format>[^/+@]+)(?:/(?P<scales>\w+))?(?:\+(?P<transform>\w+))?(?:@(?P<channels>[\d,-]+))?")
+_SUFFIXES = re.compile(r"(?P<format>[^/+@]+)(?:/(?P<scales>\w+))?(?:\+(?P<transform>\w+))?(?:@(?P<channels>[0-9,-]+))?")
 
 
 def check_bits(bits: int) -> int:

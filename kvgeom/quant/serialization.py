@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from kvgeom.checks import as_path
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, brief
 from kvgeom.paths import write_whole
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
@@ -170,7 +170,7 @@ def save_recipe(path: str | Path, recipe: Recipe, placement: Placement | None = 
     Raises
     ------
     InputError
-        If it cannot be written.
+        If it cannot be written, or is no recipe.
 
     Examples
     --------
@@ -181,14 +181,17 @@ def save_recipe(path: str | Path, recipe: Recipe, placement: Placement | None = 
     ...     load_recipe(folder + "/recipe.json") == (recipe, Placement())
     True
     """
+    file = as_path("the file of a recipe", path)
+    if not isinstance(recipe, Recipe):
+        raise InputError(f"save_recipe(path, recipe) writes a Recipe, got {brief(recipe)}")
     statics: dict[str, Any] = {}
     record = {
         "recipe_version": RECIPE_VERSION,
         "recipe": recipe_to_json(recipe, statics),
-        "placement": asdict(placement or Placement()),
+        "placement": asdict(Placement() if placement is None else Placement.parse(placement)),
         "statics": statics,
     }
-    write_whole(as_path("the file of a recipe", path), json.dumps(record) + "\n")
+    write_whole(file, json.dumps(record) + "\n")
 
 
 def load_recipe(path: str | Path) -> tuple[Recipe, Placement]:

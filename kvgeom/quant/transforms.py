@@ -135,7 +135,7 @@ def register_transform(new: Transform) -> Transform:
         If its name is taken or cannot be part of a scheme's string.
     """
     check_free("a transform named", new.name, {"none", *_TRANSFORMS})
-    if not re.fullmatch(r"[a-z]+\d*", new.name):
+    if not re.fullmatch(r"[a-z]+[0-9]*", new.name):
         raise InputError(f"invalid transform name {new.name!r}; use lower-case letters, then digits")
     _TRANSFORMS[new.name] = new
     return new

@@ -21,6 +21,7 @@ from kvgeom.evaluation.baseline import versions
 from kvgeom.evaluation.condition import EXACT
 from kvgeom.evaluation.config import RUN_OPTIONS, split_options
 from kvgeom.evaluation.fidelity import FIDELITY
+from kvgeom.folders import SETTINGS, report_folder
 from kvgeom.models.load import load
 from kvgeom.models.model import Model
 from kvgeom.paths import write_whole
@@ -28,7 +29,6 @@ from kvgeom.prompts.load import as_prompt_set
 from kvgeom.prompts.sets import PromptSet, calibration
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.scheme import Scheme
-from kvgeom.report.folder import SETTINGS, report_folder
 from kvgeom.report.page import AuditPage, render
 from kvgeom.report.verdict import Verdict, conclude
 from kvgeom.results import Result, plain

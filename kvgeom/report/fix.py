@@ -18,6 +18,7 @@ from kvgeom.engines.registry import resolve, widths
 from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import versions
 from kvgeom.evaluation.config import LENGTHS, RUN_OPTIONS, split_options
+from kvgeom.folders import SETTINGS, report_folder
 from kvgeom.mitigation.plan import Plan
 from kvgeom.mitigation.search import as_budget
 from kvgeom.mitigation.verify import Verification
@@ -29,7 +30,7 @@ from kvgeom.quant.placement import Placement
 from kvgeom.quant.scheme import Scheme, check_bits
 from kvgeom.report.fix_page import render
 from kvgeom.report.fix_text import COLUMNS, before_and_after, sentences
-from kvgeom.report.folder import SETTINGS, FixSettings, report_folder
+from kvgeom.report.folder import FixSettings
 from kvgeom.results import plain
 from kvgeom.sealed import read_json
 from kvgeom.words import text_table

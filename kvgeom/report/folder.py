@@ -1,4 +1,4 @@
-"""The folder of a report: one command's results, which no other command overwrites."""
+"""The settings of the report that a folder holds."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from pydantic import Field, JsonValue
 
 from kvgeom.checks import as_path
 from kvgeom.errors import InputError
-from kvgeom.paths import writable_folder
+from kvgeom.folders import SETTINGS
 from kvgeom.quant.serialization import Count, Size, StrictRecord
 from kvgeom.results import plain
 from kvgeom.sealed import read_json
-
-#: The file with the settings of each command that writes a report.html; no other command writes it.
-SETTINGS = {"audit": "audit.json", "fix": "fix.json", "paper": "paper.json"}
 
 
 class _Prompts(StrictRecord, extra="allow"):
@@ -58,21 +55,6 @@ class FixSettings(StrictRecord, extra="allow"):
 
 #: Settings that differ from run to run.
 _PASSING = ("seconds", "created", "versions")
-
-
-def report_folder(out: str | Path, command: str) -> Path:
-    """Make or find the folder for a command's report.
-
-    Raises
-    ------
-    InputError
-        If it cannot be written, or holds the report of another command.
-    """
-    folder = as_path("the output folder", out)
-    for other, file in SETTINGS.items():
-        if other != command and folder.joinpath(file).exists():
-            raise InputError(f"folder {out} holds the results of kvgeom {other}; give another folder (--out)")
-    return writable_folder(out)
 
 
 def settings_in(out: str | Path, command: str) -> dict[str, Any]:

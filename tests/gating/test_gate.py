@@ -371,6 +371,9 @@ def test_the_files(tmp_path: Path) -> None:
     assert found._repr_html_().count("<tr") <= SHOWN_ROWS + 4
     assert found.plot().data
     assert (tmp_path / "gate.md").read_text() == found.to_markdown()
+    for journal in tmp_path.glob("*.jsonl"):
+        journal.unlink()
+    assert found.write(tmp_path) == tmp_path  # they may be replaced
 
 
 def test_single_losses_of_a_gate_that_passes_fail_nothing(tmp_path: Path) -> None:

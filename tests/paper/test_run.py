@@ -13,13 +13,14 @@ import pytest
 from kvgeom.cli import main
 from kvgeom.errors import InputError, ModelError
 from kvgeom.evaluation import config
+from kvgeom.folders import report_folder
 from kvgeom.models.hf import HFModel
 from kvgeom.paper import registry
 from kvgeom.paper.layout import Grid, grid, latex
 from kvgeom.paper.page import render
 from kvgeom.paper.published import published
 from kvgeom.paper.registry import tables
-from kvgeom.paper.run import read_folder, run_tables, slug
+from kvgeom.paper.run import check_tables, read_folder, run_tables, slug
 from kvgeom.paper.study import as_suite
 from tests.builders.paper import ASKED, RUN, WIDE, study
 from tests.builders.tiny import tiny_tokenizer
@@ -130,6 +131,8 @@ def test_tables_of_several_models_stand_in_one_with_what_is_published_of_others(
 
 def test_a_page_is_the_same_each_time(folder: Path) -> None:
     assert render(read_folder(folder)) == (folder / "report.html").read_text()
+    assert report_folder(folder, "paper") == folder  # may be replaced
+    check_tables(folder, [*tables()])
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:

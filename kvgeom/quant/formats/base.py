@@ -139,13 +139,17 @@ class Format:
 
     def begins(self, text: str) -> bool:
         """Whether ``text`` begins as a scheme of this format does."""
-        return re.match(re.escape(self.name) + (r"\d" if len(self.widths) > 1 else r"(?!\w)"), text) is not None
+        return re.match(re.escape(self.name) + (r"[0-9]" if len(self.widths) > 1 else r"(?!\w)"), text) is not None
 
     def read(self, text: str) -> Parsed | None:
         """The fields of a scheme without its suffixes, such as ``int4-asym-group64``; None if it is of another format."""
-        bits = r"(?P<bits>\d{1,99})" if len(self.widths) > 1 else ""
+        bits = r"(?P<bits>0|[1-9][0-9]{0,98})" if len(self.widths) > 1 else ""
         sign = r"-(?P<sign>sym|asym)" if self.symmetric_widths is None else ""
-        shared = r"-(?P<granularity>(?!a?sym)[a-z]+(?:-[a-z]+)?)(?P<size>\d{0,99})" if self.block_size is None else ""
+        shared = (
+            r"-(?P<granularity>(?!a?sym)[a-z]+(?:-[a-z]+)?)(?P<size>(?:0|[1-9][0-9]{0,98})?)"
+            if self.block_size is None
+            else ""
+        )
         optional = "?" if self.default_granularity is not None else ""
         match = re.fullmatch(f"{re.escape(self.name)}{bits}{sign}(?:{shared}){optional}", text)
         if match is None:
