@@ -60,7 +60,7 @@ def test_so_are_they_in_python(tmp_path: Path) -> None:
         (tmp_path / file).unlink()
 
 
-@pytest.mark.parametrize("name", ["audit", "sweep"])
+@pytest.mark.parametrize("name", [pytest.param("audit", marks=pytest.mark.slow), "sweep"])
 def test_what_kvgeom_wrote_is_replaced(
     name: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,7 +117,7 @@ def test_scales_at_a_layer_that_turns_nothing_alone(kept: dict[int, Codes]) -> N
     assert ("at layer 1" if kept else "at one layer") in said or mode.name != "mixed"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_every_sentence_has_its_numbers(data: st.DataObject) -> None:
     """Whatever was tried and found, no layer, share or interval is missing from a sentence."""

@@ -90,6 +90,7 @@ def test_a_classifier(
     assert said[0] not in said[2:]
 
 
+@pytest.mark.slow
 def test_an_audit_says_what_a_classifier_says_during_the_run(
     model: Path, sets: dict[str, Path], guards: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -145,6 +146,7 @@ def test_the_judge_of_keywords_is_what_no_judge_is(
     assert "replaced" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_classifier_in_the_same_folder(
     model: Path, sets: dict[str, Path], guards: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,8 +79,21 @@ def numbers(model: HFModel) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"heads along {layer}", heads.along
 
 
-@pytest.mark.parametrize("options", OTHERS, ids=lambda o: "-".join(map(str, o.values())))
-@pytest.mark.parametrize("kind", KINDS)
+def cases(*backends: dict[str, Any]) -> list[Any]:
+    """Each kind with each backend. What nnsight would send takes ten seconds to prepare: most of these are for make test-all."""
+    return [
+        pytest.param(
+            kind,
+            options,
+            id="-".join([kind, *map(str, options.values())] if options else [kind, "hf"]),
+            marks=pytest.mark.slow if "remote" in options and kind not in KINDS[:1] else (),
+        )
+        for kind in KINDS
+        for options in backends
+    ]
+
+
+@pytest.mark.parametrize(("kind", "options"), cases(*OTHERS))
 def test_parity(kind: str, options: dict[str, Any]) -> None:
     reference, other = on_backend(kind), on_backend(kind, **options)
     assert other.backend == options["backend"]
@@ -121,21 +134,7 @@ def test_parity_on_the_demo(demo: HFModel, backend: str) -> None:
         demo.hf_model.set_attn_implementation("sdpa")
 
 
-def padded_cases() -> list[Any]:
-    """Each kind with each backend. What nnsight would send takes ten seconds to prepare: most of these are for make test-all."""
-    return [
-        pytest.param(
-            kind,
-            options,
-            id="-".join([kind, *map(str, options.values())] if options else [kind, "hf"]),
-            marks=pytest.mark.slow if "remote" in options and kind not in KINDS[:2] else (),
-        )
-        for kind in KINDS
-        for options in ({}, *OTHERS)
-    ]
-
-
-@pytest.mark.parametrize(("kind", "options"), padded_cases())
+@pytest.mark.parametrize(("kind", "options"), cases({}, *OTHERS))
 def test_left_padding(kind: str, options: dict[str, Any]) -> None:
     """Prompts of different lengths decode together, padded on the left, as each does alone."""
     model = on_backend(kind, **options)

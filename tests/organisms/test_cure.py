@@ -17,12 +17,20 @@ from kvgeom.mitigation.candidates import UNMITIGATED, Candidate, protect
 from kvgeom.mitigation.plan import Plan
 from kvgeom.mitigation.verify import Verification
 from kvgeom.models.statistics import with_constants
-from kvgeom.organisms import Organism
+from kvgeom.organisms import MODES, Organism
 from kvgeom.organisms.observed import NEW_TOKENS
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from tests.builders.organisms import size_of
+
+#: That of several layers is searched longest.
+pytestmark = pytest.mark.parametrize(
+    "organism",
+    [pytest.param(mode, marks=pytest.mark.slow if mode == "multi-layer dilution" else ()) for mode in MODES],
+    indirect=True,
+    scope="session",
+)
 
 
 def held_out(mode: str) -> PromptSet:
