@@ -21,15 +21,18 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def text_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Columns set flush: words to the left, numbers to the right; NaN is a dash."""
+def text_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], last: int | None = None) -> str:
+    """Columns set flush: words to the left, numbers to the right; NaN is a dash. The last has at most so many characters a line."""
     from tabulate import tabulate
 
     cells = [[cell_text(value) for value in row] for row in rows]
     if not cells:
         return "  ".join(columns)
     right = ["right" if all(_is_number(row[n]) for row in cells) else "left" for n in range(len(columns))]
-    return tabulate(cells, headers=list(columns), tablefmt="simple", disable_numparse=True, colalign=right)
+    widths = None if last is None else [*[None] * (len(columns) - 1), last]
+    return tabulate(
+        cells, headers=list(columns), tablefmt="simple", disable_numparse=True, colalign=right, maxcolwidths=widths
+    )
 
 
 def cell_text(value: Any) -> str:

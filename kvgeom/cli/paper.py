@@ -79,19 +79,18 @@ def _list(arguments: argparse.Namespace) -> int:
             name,
             "" if layers is None else f"{spec.passes(layers):.0f}",
             spec.values or "none",
-            ", ".join(spec.published),
-            spec.measures,
+            spec.measures
+            + (f" (there: {', '.join(spec.published)})" if list(spec.published) not in ([], [name]) else ""),
         )
         for name, spec in tables().items()
     ]
-    header = ("table", "" if layers is None else "passes", "published", "label of the paper", "measures")
-    print(text_table(header, rows))
+    print(text_table(("table", "" if layers is None else "passes", "published", "measures"), rows, last=40))
     if layers is not None:
         print(
             f"\npasses: forward passes over each refused prompt, with {layers} layers, what tables share counted in each; "
             "released: and decoding in batches of 4"
         )
-    print("published: results that are public, of all models together")
+    print("published: results that are public, of all models together; there: what the paper calls it")
     return 0
 
 
