@@ -304,7 +304,11 @@ def test_an_empty_name_of_a_folder_is_none(checkpoint: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize(
     ("command", "size", "file"),
-    [("sweep", 2000, "journal.jsonl"), ("audit", 60_000, "audit.nc"), ("audit", 300_000, "report.html")],
+    [
+        ("sweep", 2000, "journal.jsonl"),
+        pytest.param("audit", 60_000, "audit.nc", marks=pytest.mark.slow),
+        ("audit", 300_000, "report.html"),
+    ],
 )
 def test_a_full_disk_loses_nothing(
     command: str, size: int, file: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

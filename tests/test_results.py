@@ -88,7 +88,7 @@ assert len(directions.to_frame()) == 4 * 2 * LAYERS * 3 and "harmful" in directi
 """
 
 
-@pytest.mark.parametrize("contrasts", [19, 0])
+@pytest.mark.parametrize("contrasts", [19, pytest.param(0, marks=pytest.mark.slow)])
 def test_results_of_a_real_model_fit_into_memory(contrasts: int) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))

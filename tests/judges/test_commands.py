@@ -62,7 +62,8 @@ def asking(command: str, model: Path, sets: dict[str, Path], out: Path, *more: s
 
 
 @pytest.mark.parametrize(
-    "command", [pytest.param(name, marks=pytest.mark.slow if name in ("audit", "fix") else ()) for name in COMMANDS]
+    "command",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("audit", "diagnose", "fix") else ()) for name in COMMANDS],
 )
 def test_a_classifier(
     command: str,

@@ -80,13 +80,18 @@ def numbers(model: HFModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def cases(*backends: dict[str, Any]) -> list[Any]:
-    """Each kind with each backend. What nnsight would send takes ten seconds to prepare: most of these are for make test-all."""
+    """Each kind with each backend. nnsight takes up to ten seconds for one: all but the first kinds are for make test-all."""
+
+    def marks(kind: str, options: dict[str, Any]) -> Any:
+        first = KINDS[:1] if "remote" in options else KINDS[:2]
+        return pytest.mark.slow if options.get("backend") == "nnsight" and kind not in first else ()
+
     return [
         pytest.param(
             kind,
             options,
             id="-".join([kind, *map(str, options.values())] if options else [kind, "hf"]),
-            marks=pytest.mark.slow if "remote" in options and kind not in KINDS[:1] else (),
+            marks=marks(kind, options),
         )
         for kind in KINDS
         for options in backends

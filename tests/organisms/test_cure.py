@@ -24,10 +24,11 @@ from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from tests.builders.organisms import size_of
 
-#: That of several layers is searched longest.
+#: Whose fix is searched longest: those that finer scales do not cure.
+SLOW = ("multi-layer dilution", "outlier-as-safety")
 pytestmark = pytest.mark.parametrize(
     "organism",
-    [pytest.param(mode, marks=pytest.mark.slow if mode == "multi-layer dilution" else ()) for mode in MODES],
+    [pytest.param(mode, marks=pytest.mark.slow if mode in SLOW else ()) for mode in MODES],
     indirect=True,
     scope="session",
 )

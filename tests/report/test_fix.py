@@ -159,6 +159,7 @@ class Impatient:
         return self.judge.label(request, response, likelihood)
 
 
+@pytest.mark.slow
 def test_an_interrupted_fix_goes_on(model: HFModel, tmp_path: Path) -> None:
     """Stopped in the search and in the proof it ends as one that was not, and nothing is labelled twice."""
     few = {**HOW, "prompts": PROMPTS.take(2), "verify_prompts": PROOF.take(2), "controls": 0}
