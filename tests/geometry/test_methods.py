@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import kvgeom
@@ -45,13 +45,17 @@ def turned(seed: int, channels: int) -> np.ndarray:
 
 
 @settings(max_examples=25, deadline=None)
+@example(923, "som", 3)
 @given(seeds, st.sampled_from(from_features()), st.integers(1, 5))
 def test_bases_are_orthonormal_with_the_harmful_side_positive(seed: int, method: str, k: int) -> None:
     x, harmful = drawn(seed)
     k = min(k, most_dimensions(method, 1, 12))
     basis = estimate(x, harmful, method, k)
-    assert basis.shape == (10, k)
-    np.testing.assert_allclose(basis.T @ basis, np.eye(k), atol=1e-9)
+    # Neurons of a map, and centres of clusters, may lie on one line: then there are fewer directions.
+    least = 1 if method in ("som", "clusters") else k
+    assert basis.shape[0] == 10
+    assert least <= basis.shape[1] <= k
+    np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-9)
     assert (difference_of_means(x, harmful) @ basis >= -1e-9).all()
 
 
