@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def main() -> None:
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for row in (*organisms(asked.count, asked.seed), *(real(name, asked.out) for name in asked.models)):
+    for row in chain(organisms(asked.count, asked.seed), (real(name, asked.out) for name in asked.models)):
         rows.append(row)
         print(json.dumps(row), flush=True)
         (asked.out / "rows.json").write_text(json.dumps(rows, indent=1) + "\n")
