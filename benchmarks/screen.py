@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from kvgeom.evaluation.baseline import baseline
 from kvgeom.evaluation.condition import Condition
 from kvgeom.evaluation.evaluate import run_conditions
 from kvgeom.geometry.magnitudes import magnitudes
-from kvgeom.organisms import plant_blindly, tiny_model
+from kvgeom.organisms import Part, Size, plant_blindly, tiny_model
 from kvgeom.organisms.observed import NEW_TOKENS
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.recipe import Recipe
@@ -58,16 +59,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("screen-benchmark"))
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
+    path = asked.out / "rows.json"
+    known = {row["model"]: row for row in json.loads(path.read_text())} if path.exists() else {}
     rows = []
-    for row in chain(organisms(asked.count, asked.seed), (real(name, asked.out) for name in asked.models)):
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        (asked.out / "rows.json").write_text(json.dumps(rows, indent=1) + "\n")
+    for name, measure in chain(organisms(asked.count, asked.seed), real(asked.models, asked.out)):
+        rows.append(known.get(name) or {"model": name, **json.loads(json.dumps(measure()))})
+        print(json.dumps(rows[-1]), flush=True)
+        path.write_text(json.dumps(rows, indent=1) + "\n")
     before = PAGE.read_text(encoding="utf-8").split(MARK)[0]
     PAGE.write_text(f"{before}{MARK}\n\n{table(rows)}\n", encoding="utf-8")
 
 
-def organisms(count: int, seed: int) -> Iterator[dict[str, Any]]:
+Measured = tuple[str, Callable[[], dict[str, Any]]]
+
+
+def organisms(count: int, seed: int) -> Iterator[Measured]:
     """Kinds in turn, everything else drawn."""
     rng = random.Random(seed)
     for number in range(count):
@@ -77,24 +83,28 @@ def organisms(count: int, seed: int) -> Iterator[dict[str, Any]]:
             size, trained = rng.choice(BASES)
             parts = KINDS[kind](rng, size)
         bits = rng.choice(ROUNDED_TO)
-        other = size.prompts()
-        seen = PromptSet("seen", other.harmful[:SEEN], other.harmless[:SEEN], "toy language")
-        try:
-            model = tiny_model(size, trained, dtype="float64")
-            planting = size.prompts("train").take(PLANTING)
-            planted = plant_blindly(model, parts, planting, seed=(1000 * seed + number) % 2**32, bits=PLANTED_FOR).model
-        except KvgeomError as error:
-            yield {"model": f"organism {number}", "planted": kind, "error": str(error)}
-            continue
-        found = compared(planted, seen, "sym-tensor", (8, 6, 4, bits), bits, {"max_new_tokens": NEW_TOKENS})
-        yield {"model": f"organism {number}", "planted": kind, **found}
+        own = (1000 * seed + number) % 2**32
+        yield f"organism {number}, {seed}", partial(organism, size, trained, kind, parts, bits, own)
 
 
-def real(name: str, folder: Path) -> dict[str, Any]:
-    """A real model under the default scheme; its layers at the width that the screen chooses."""
-    prompts = kvgeom.calibration()
-    journal = folder / f"{name}.jsonl"
-    return {"model": name, **compared(kvgeom.load(name), prompts, None, None, None, {"journal": journal})}
+def organism(size: Size, trained: int, kind: str, parts: list[Part], bits: int, seed: int) -> dict[str, Any]:
+    """One organism, planted blindly, on requests that planting has not seen."""
+    other = size.prompts()
+    seen = PromptSet("seen", other.harmful[:SEEN], other.harmless[:SEEN], "toy language")
+    try:
+        model = tiny_model(size, trained, dtype="float64")
+        planted = plant_blindly(model, parts, size.prompts("train").take(PLANTING), seed=seed, bits=PLANTED_FOR).model
+    except KvgeomError as error:
+        return {"planted": kind, "error": str(error)}
+    found = compared(planted, seen, "sym-tensor", (8, 6, 4, bits), bits, {"max_new_tokens": NEW_TOKENS})
+    return {"planted": kind, **found}
+
+
+def real(names: Sequence[str], folder: Path) -> Iterator[Measured]:
+    """Real models under the default scheme; their layers at the width that the screen chooses."""
+    for name in names:
+        options = {"journal": folder / f"{Path(name).name}.jsonl"}
+        yield name, partial(compared, name, kvgeom.calibration(), None, None, None, options)
 
 
 def compared(
@@ -102,7 +112,7 @@ def compared(
 ) -> dict[str, Any]:
     """What a screen expects, and what generation finds."""
     widths = None if bits is None else sorted(set(bits))
-    options = {**options, "progress": "journal" in options}
+    model, options = kvgeom.load(model), {**options, "progress": "journal" in options}
     seen = kvgeom.screen(model, prompts, scheme=scheme, bits=widths, scan_bits=scan_bits, geometry=False, **options)
     base = baseline(model, prompts, **options)
     outcomes = run_conditions(base, at_widths(scheme, widths).conditions(base.model), prompts=base.refused)
@@ -180,7 +190,7 @@ def _worst(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| the worst layer by | found | of |", "|---|---|---|"]
     for rule, name in RULES.items():
         said = [row for row in having if row["worst"][rule] is not None]
-        right = sum(row["taken"][row["worst"][rule]] == max(row["taken"].values()) for row in said)
+        right = sum(row["taken"][str(row["worst"][rule])] == max(row["taken"].values()) for row in said)
         lines.append(f"| {name} | {right} {_share(right, len(having))} | {len(having)} |")
     return (
         f"Of the models in which a layer alone loses more than {LOSES:.0%} of the refusals, how often a rule names one that loses "
@@ -189,9 +199,9 @@ def _worst(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _curve(row: Mapping[str, Any]) -> str:
-    bits = sorted(row["lost"], reverse=True)
+    bits = sorted(row["lost"], key=int, reverse=True)
     lines = [
-        f"| {row['model']}, bits | {' | '.join(map(str, bits))} |",
+        f"| {row['model']}, bits | {' | '.join(bits)} |",
         f"|---|{'---|' * len(bits)}",
         f"| expected to go, of {row['refused']} | {' | '.join(str(row['expected'][b]) for b in bits)} |",
         f"| lost when generated | {' | '.join(str(row['lost'][b]) for b in bits)} |",
