@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from kvgeom.errors import InputError, KvgeomWarning, ModelError, brief, reason
+from kvgeom.errors import InputError, KvgeomWarning, ModelError, brief
 from kvgeom.models.model import EncodedPrompt
 from kvgeom.models.templates import chosen_template
+from kvgeom.models.tokenization import tokenized
 from kvgeom.words import counted
 
 if TYPE_CHECKING:
@@ -196,7 +197,9 @@ class ChatTemplate:
         if not request:
             raise InputError("a request is empty; every prompt needs some text")
         shown = self._shown(request)
-        encoding = self._tokenized(self._prefix + shown + self._suffix)
+        encoding = tokenized(
+            self._tokenizer, self._prefix + shown + self._suffix, self._name, return_offsets_mapping=True
+        )
         ids: Any = encoding["input_ids"]
         if len(ids) >= self._max_context:
             raise InputError(
@@ -209,14 +212,6 @@ class ChatTemplate:
         if not inside:
             raise InputError(f"the tokenizer of {self._name} makes no token of prompt {brief(request)}; drop it")
         return EncodedPrompt(text=request, ids=tuple(ids), instruction=slice(inside[0], inside[-1] + 1))
-
-    def _tokenized(self, text: str) -> Any:
-        try:
-            return self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        except Exception as error:  # tokenizers raises no other class
-            raise ModelError(
-                f"the tokenizer of {self._name} fails on a plain request: {reason(error)}; its files do not belong together"
-            ) from error
 
     def _apply(self, request: str, options: Mapping[str, Any]) -> str:
         try:

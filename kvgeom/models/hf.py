@@ -39,6 +39,7 @@ from kvgeom.models.notes import notes_of
 from kvgeom.models.padded import Padding
 from kvgeom.models.rotary import RotaryEmbedding
 from kvgeom.models.sanity import REQUEST, check_kind, check_runs, check_tokens, check_vocabulary, embedding_rows
+from kvgeom.models.tokenization import tokenized
 from kvgeom.models.weights import drop_weights, weights_stored
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class HFModel(Identified, Differentiable, Padding):
         return prompts
 
     def tokens(self, text: str) -> list[int]:
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = list(tokenized(self.tokenizer, text, self.name)["input_ids"])
         self._check(ids, f"text {brief(text)}")
         return ids
 

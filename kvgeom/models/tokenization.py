@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from kvgeom.errors import brief
+from kvgeom.errors import ModelError, brief, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +24,22 @@ _PROBES = (
     "\u6587\u5b57\u5316\u3051\u3067\u3059\u3002 \u041f\u0440\u0438\u0432\u0435\u0442! \u0645\u0631\u062d\u0628\u0627 \U0001f642",
     "def f(x):\n    return {'a': [1, 2.5e-3], \"b\": not x}  # done",
 )
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, text: str, name: str, **options: Any) -> Any:
+    """What a tokenizer makes of a text, without special tokens.
+
+    Raises
+    ------
+    ModelError
+        If it fails, as one does whose files do not belong together.
+    """
+    try:
+        return tokenizer(text, add_special_tokens=False, **options)
+    except Exception as error:  # tokenizers raises no other class
+        raise ModelError(
+            f"the tokenizer of {name} fails on a plain text: {reason(error)}; its files do not belong together"
+        ) from error
 
 
 def other_rules(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str]:
@@ -50,7 +66,7 @@ def other_rules(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str]:
     stored.no_truncation()
     rules = [json.loads(part.__getstate__()) for part in (stored.normalizer, stored.pre_tokenizer) if part is not None]
     for text in (*_PROBES, *dict.fromkeys(_literals(rules))):
-        found = tokenizer(text, add_special_tokens=False)["input_ids"]
+        found = tokenized(tokenizer, text, str(folder))["input_ids"]
         if found != stored.encode(text, add_special_tokens=False).ids:
             return [
                 f"the {type(tokenizer).__name__} of transformers reads text by rules of its own, and not by those of tokenizer.json: "

@@ -131,5 +131,15 @@ def test_tokenizers_that_fail_are_one_line() -> None:
             "max_input_chars_per_word": 9,
         }
 
-    with pytest.raises(ModelError, match=r"the tokenizer of .* fails on a plain request: .*UNK"):
+    with pytest.raises(ModelError, match=r"the tokenizer of .* fails on a plain text: .*UNK"):
         loaded(words)
+
+
+def test_a_folder_whose_tokenizer_fails_is_one_line(tmp_path: Path) -> None:
+    """Of a class whose rules need a word that the file does not have."""
+    tiny_hf_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "BertTokenizer"}))
+    with pytest.raises(ModelError, match=r"the tokenizer of .* fails on a plain text"):
+        kvgeom.load(tmp_path, progress=False)
