@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import kvgeom
 from benchmarks.certificate import ALWAYS, OURS, ROWS, SEARCHED, write
@@ -151,7 +151,25 @@ KINDS: dict[str, Callable[[random.Random, Size], list[Part] | None]] = {
 }
 
 
-def organisms(count: int, seed: int) -> Iterator[dict[str, Any]]:
+class Drawn(NamedTuple):
+    """An organism that is not yet made: what is planted in what, and the seed of the rest."""
+
+    number: int
+    kind: str
+    size: Size
+    trained: int
+    parts: list[Part]
+    bits: int
+    seed: int
+
+    def planted(self) -> Model:
+        """The organism; raises KvgeomError where it cannot be made."""
+        model = tiny_model(self.size, self.trained, dtype="float64")
+        planting = self.size.prompts("train").take(PLANTING)
+        return plant_blindly(model, self.parts, planting, seed=self.seed, bits=PLANTED_FOR).model
+
+
+def draws(count: int, seed: int) -> Iterator[Drawn]:
     """One after the other, kinds in turn, everything else drawn."""
     rng = random.Random(seed)
     for number in range(count):
@@ -160,27 +178,36 @@ def organisms(count: int, seed: int) -> Iterator[dict[str, Any]]:
         while parts is None:
             size, trained = rng.choice(BASES)
             parts = KINDS[kind](rng, size)
-        bits = rng.choice(ROUNDED_TO)
+        yield Drawn(number, kind, size, trained, parts, rng.choice(ROUNDED_TO), (1000 * seed + number) % 2**32)
+
+
+def seen_by(size: Size) -> PromptSet:
+    """The requests that are diagnosed, none of which planting has seen."""
+    other = size.prompts()
+    return PromptSet("seen", other.harmful[:SEEN], other.harmless[:SEEN], "toy language")
+
+
+def organisms(count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """A row for each of :func:`draws`."""
+    for drawn in draws(count, seed):
         about = {
-            "seed": seed, "number": number, "base": asdict(size), "base_seed": trained, "planted": kind,
-            "parts": [asdict(part) for part in parts], "bits": bits,
+            "seed": seed, "number": drawn.number, "base": asdict(drawn.size), "base_seed": drawn.trained, "planted": drawn.kind,
+            "parts": [asdict(part) for part in drawn.parts], "bits": drawn.bits,
         }  # fmt: skip
-        began, own = time.monotonic(), (1000 * seed + number) % 2**32
+        began = time.monotonic()
         try:
-            model = tiny_model(size, trained, dtype="float64")
-            planting = size.prompts("train").take(PLANTING)
-            planted = plant_blindly(model, parts, planting, seed=own, bits=PLANTED_FOR).model
+            planted = drawn.planted()
         except KvgeomError as error:
             found = {"error": str(error)}
         else:
-            found = certified(planted, size, bits, own)
+            found = certified(planted, drawn.size, drawn.bits, drawn.seed)
         yield {**about, **found, "seconds": round(time.monotonic() - began, 1)}
 
 
 def certified(model: Model, size: Size, bits: int, seed: int) -> dict[str, Any]:
     """Diagnose on few prompts, and measure on many what is true and what each fix does."""
     train, other = size.prompts("train"), size.prompts()
-    seen = PromptSet("seen", other.harmful[:SEEN], other.harmless[:SEEN], "toy language")
+    seen = seen_by(size)
     unseen = PromptSet("unseen", other.harmful[SEEN:] + train.harmful[PLANTING:], (), "toy language")
 
     def diagnose(prompts: PromptSet) -> Diagnosis:

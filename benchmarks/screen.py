@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -21,14 +20,13 @@ from typing import Any
 import numpy as np
 
 import kvgeom
-from benchmarks.organisms import BASES, KINDS, PLANTED_FOR, PLANTING, ROUNDED_TO, SEEN
+from benchmarks.organisms import Drawn, draws, seen_by
 from kvgeom.behaviour.widths import at_widths
 from kvgeom.errors import KvgeomError
 from kvgeom.evaluation.baseline import baseline
 from kvgeom.evaluation.condition import Condition
 from kvgeom.evaluation.evaluate import run_conditions
 from kvgeom.geometry.magnitudes import magnitudes
-from kvgeom.organisms import Part, Size, plant_blindly, tiny_model
 from kvgeom.organisms.observed import NEW_TOKENS
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.recipe import Recipe
@@ -74,30 +72,19 @@ Measured = tuple[str, Callable[[], dict[str, Any]]]
 
 
 def organisms(count: int, seed: int) -> Iterator[Measured]:
-    """Kinds in turn, everything else drawn."""
-    rng = random.Random(seed)
-    for number in range(count):
-        kind = list(KINDS)[number % len(KINDS)]
-        parts = None
-        while parts is None:
-            size, trained = rng.choice(BASES)
-            parts = KINDS[kind](rng, size)
-        bits = rng.choice(ROUNDED_TO)
-        own = (1000 * seed + number) % 2**32
-        yield f"organism {number}, {seed}", partial(organism, size, trained, kind, parts, bits, own)
+    """Those that the certificate draws."""
+    for drawn in draws(count, seed):
+        yield f"organism {drawn.number}, {seed}", partial(organism, drawn)
 
 
-def organism(size: Size, trained: int, kind: str, parts: list[Part], bits: int, seed: int) -> dict[str, Any]:
+def organism(drawn: Drawn) -> dict[str, Any]:
     """One organism, planted blindly, on requests that planting has not seen."""
-    other = size.prompts()
-    seen = PromptSet("seen", other.harmful[:SEEN], other.harmless[:SEEN], "toy language")
     try:
-        model = tiny_model(size, trained, dtype="float64")
-        planted = plant_blindly(model, parts, size.prompts("train").take(PLANTING), seed=seed, bits=PLANTED_FOR).model
+        planted = drawn.planted()
     except KvgeomError as error:
-        return {"planted": kind, "error": str(error)}
-    found = compared(planted, seen, "sym-tensor", (8, 6, 4, bits), bits, {"max_new_tokens": NEW_TOKENS})
-    return {"planted": kind, **found}
+        return {"planted": drawn.kind, "error": str(error)}
+    widths, options = (8, 6, 4, drawn.bits), {"max_new_tokens": NEW_TOKENS}
+    return {"planted": drawn.kind, **compared(planted, seen_by(drawn.size), "sym-tensor", widths, drawn.bits, options)}
 
 
 def real(names: Sequence[str], folder: Path) -> Iterator[Measured]:

@@ -114,14 +114,9 @@ def _of_record(record: Mapping[str, Any]) -> ForcedReading:
     return ForcedReading(record["margin"], tuple(record["kl"]), record["agreed"], record["divergence"])
 
 
-def _first(condition: Condition) -> int:
-    """The first layer that a condition touches; 0 if it touches none."""
-    return min(condition.recipe.touched, default=0)
-
-
 def _in_order(conditions: Mapping[str, Condition]) -> list[str]:
     """Those that one pass serves beside each other, by the first layer that they touch, as branches must be."""
-    return sorted(conditions, key=lambda name: (str(conditions[name].placement), _first(conditions[name])))
+    return sorted(conditions, key=lambda name: (str(conditions[name].placement), conditions[name].recipe.first_touched))
 
 
 def _rows(base: Baseline, index: int, first_only: bool) -> int:
@@ -157,7 +152,7 @@ def _branches(base: Baseline, index: int, response: Sequence[int], conditions: S
     model, prompt = base.model, base.prompts[index].ids
     placement = conditions[0].placement
     edits = [Quantizer(each.recipe, placement, prompt_tokens=len(prompt)) for each in conditions]
-    first = [_first(each) if model.branches_late else 0 for each in conditions]
+    first = [each.recipe.first_touched if model.branches_late else 0 for each in conditions]
     cache = model.branching_cache(edits)
     if placement.prefill_reads != "exact":
         ids = [*prompt, *response[:-1]]

@@ -112,7 +112,7 @@ def _verify_prompt(
     for name in recipes:
         if not recipes[name].touched:
             yield Answer(name, index, draft, base.exact_margin(index), 0.0, -1)
-    names = sorted((name for name in recipes if recipes[name].touched), key=lambda name: _first(recipes[name]))
+    names = sorted((name for name in recipes if recipes[name].touched), key=lambda name: recipes[name].first_touched)
     stages = _stages(base, index, placement)
     rows = rows_per_batch(base.model, sum(map(len, stages)), max(OPENING, *map(len, stages[1:]), 1))
     for _, found in in_batches(names, rows, lambda part: _verify_batch(base, index, part, recipes, placement, stages)):
@@ -147,7 +147,7 @@ def _verify_batch(
     scores: list[tuple[float, float]] = []
     for ids in stages:
         last = len(ids) if checked else len(ids) - prompt_tokens + 1
-        first = [_first(recipes[part[row]]) if model.branches_late else 0 for row in alive]
+        first = [recipes[part[row]].first_touched if model.branches_late else 0 for row in alive]
         logits = model.forward_branches(ids, [edits[row] for row in alive], first, cache=cache, last=last)
         # One transfer for the batch instead of one for each number.
         argmax = [[None if t in model.stop_tokens else t for t in row] for row in logits[1:].argmax(-1).tolist()]
@@ -173,11 +173,6 @@ def _verify_batch(
         if len(agree) < len(argmax):
             cache.keep(torch.tensor([0, *(place + 1 for place in agree)], device=model.device))
     return found + [Answer(part[row], index, draft, *scores[row], -1) for row in alive]
-
-
-def _first(recipe: Recipe) -> int:
-    """The first layer that a recipe touches, their number if it touches none."""
-    return min(recipe.touched, default=len(recipe))
 
 
 def diverges_at(response: Sequence[int | None], draft: Sequence[int], ended: bool) -> int:

@@ -126,6 +126,11 @@ class Recipe:
         """Layers in which something is rounded."""
         return tuple(layer for layer, pair in enumerate(self.layers) if pair != (None, None))
 
+    @property
+    def first_touched(self) -> int:
+        """The first layer in which something is rounded; 0 if there is none."""
+        return min(self.touched, default=0)
+
     def scheme(self, layer: int, site: Site) -> Scheme | None:
         """The scheme of one site of one layer."""
         one_of("site", site, get_args(Site))

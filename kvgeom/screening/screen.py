@@ -151,8 +151,6 @@ def _widths(base: Baseline, series: WidthSeries) -> tuple[xr.Dataset, xr.Dataset
         lost = sum(map(goes, own))
         low, high = wilson(lost, len(refused))
         drop = _mean(exact - [each.margin for each in own])
-        kl = _mean([float(np.mean(each.kl)) for each in own])
-        top1 = _mean([each.agreed / len(each.kl) for each in own])
         add(
             expected_lost=lost,
             expected_low=low,
@@ -160,12 +158,8 @@ def _widths(base: Baseline, series: WidthSeries) -> tuple[xr.Dataset, xr.Dataset
             margin_drop=drop.value,
             margin_low=drop.low,
             margin_high=drop.high,
-            kl=kl.value,
-            kl_low=kl.low,
-            kl_high=kl.high,
-            top1=top1.value,
-            top1_low=top1.low,
-            top1_high=top1.high,
+            **_columns("kl", [float(np.mean(each.kl)) for each in own]),
+            **_columns("top1", [each.agreed / len(each.kl) for each in own]),
         )
     by_prompt = {
         "margin": [[each.margin for each in read[name]] for name in names.values()],
@@ -183,6 +177,12 @@ def _mean(values: ArrayLike) -> Estimate:
         return Estimate(np.nan, np.nan, np.nan)
     low, high = bootstrap_means(given)
     return Estimate(float(given.mean()), float(low), float(high))
+
+
+def _columns(name: str, values: ArrayLike) -> dict[str, float]:
+    """A mean over prompts and its interval, by the names of columns."""
+    found = _mean(values)
+    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 def _only(condition: Condition, site: str, layer: int | None = None) -> Condition:
