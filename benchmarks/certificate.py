@@ -2,7 +2,7 @@
 
 Run:  make certificate        (or: python -m benchmarks.certificate)
 
-Written between markers in docs/organisms.md and the README, from docs/organisms.json; `make organisms` measures anew and then does
+Written between markers in docs/organisms.md, from docs/organisms.json; `make organisms` measures anew and then does
 the same. Nothing that is counted is written by hand, so that no outcome makes a page untrue.
 """
 
@@ -26,7 +26,7 @@ from kvgeom.words import counted, listed
 Rows = Sequence[Mapping[str, Any]]
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "docs" / "organisms.json"
-#: Between these stands what is generated, in either page.
+#: Between these stands what is generated.
 BEGIN, END = "<!-- certificate: begin -->", "<!-- certificate: end -->"
 #: Caches that are tried whatever the mode.
 ALWAYS = {"always group-64": "sym-group64", "always per-channel": "sym-channel", "always center": "sym-tensor+center"}
@@ -37,7 +37,7 @@ UNNAMED, LANGUAGE, BORDER = "undetermined", "language lost", "is on a border"
 
 
 def write(rows: Rows) -> None:
-    """Write what the rows say into both pages."""
+    """Write what the rows say into the page."""
     for page, text in pages(rows).items():
         before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
         page.write_text(before + text + rest.partition(END)[2], encoding="utf-8")
@@ -47,7 +47,6 @@ def pages(rows: Rows) -> dict[Path, str]:
     """By page, what stands in it, markers included."""
     texts = {
         ROOT / "docs" / "organisms.md": f"{tables(rows)}\n\n{claims(rows)}",
-        ROOT / "README.md": _wrapped(f"{summary(rows)} ([the certificate and its limits](docs/organisms.md)).", ""),
     }
     return {page: f"{BEGIN}\n{text}\n{END}" for page, text in texts.items()}
 
@@ -62,18 +61,6 @@ def calibration(rows: Rows) -> tuple[int, int, float]:
     right = sum(_likeliest(row) == row["true"] for row in sure)
     p = float(binomtest(right, len(sure), SURE, alternative="less").pvalue) if sure else 1.0
     return right, len(sure), p
-
-
-def summary(rows: Rows) -> str:
-    """The paragraph of the README, without its full stop."""
-    fixes = _by_truth(_made(rows))
-    robust = [row for row in fixes["has no fix"] if row["true"] == "robust"]
-    works = [f"{rule} {count}" for rule, count in _counts(rows).items() if rule != OURS]
-    return (
-        f"{_named(rows)} {_prescriptions(rows)} Of the {len(fixes['has a fix'])} organisms that have a fix, {OURS} works for "
-        f"{_counts(rows)[OURS]} ({', '.join(works)}). Of {counted(len(robust), 'robust organism')} "
-        f"{sum(row['found'] == 'robust' for row in robust)} were called so. {_absent(rows)}"
-    )
 
 
 def claims(rows: Rows) -> str:

@@ -9,7 +9,7 @@ planting asked for is not what came out, and decides nothing here. The diagnosis
 96 others: which fixes work there, by the definitions of docs/taxonomy.md. The seed is the day's unless it is given, and stands in
 every row.
 
-Written: every row as JSON, and what it says, by :mod:`benchmarks.certificate`, in docs/organisms.md and the README, where a test
+Written: every row as JSON, and what it says, by :mod:`benchmarks.certificate`, in docs/organisms.md, where a test
 compares the two.
 """
 

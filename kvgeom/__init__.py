@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kvgeom.quant.scheme import Scheme
     from kvgeom.report.audit import Audit, audit
     from kvgeom.report.fix import Fix, fix
+    from kvgeom.report.tour import Tour, tour
     from kvgeom.screening.result import Screen
     from kvgeom.screening.screen import screen
 
@@ -46,6 +47,7 @@ _HOMES = {
     "Scheme": "kvgeom.quant.scheme",
     "Screen": "kvgeom.screening.result",
     "Subspace": "kvgeom.geometry.subspace",
+    "Tour": "kvgeom.report.tour",
     "audit": "kvgeom.report.audit",
     "baseline": "kvgeom.evaluation.baseline",
     "calibration": "kvgeom.prompts.sets",
@@ -58,6 +60,7 @@ _HOMES = {
     "load_prompts": "kvgeom.prompts.load",
     "screen": "kvgeom.screening.screen",
     "subspace": "kvgeom.geometry.subspace",
+    "tour": "kvgeom.report.tour",
 }
 
 __all__ = [
@@ -79,6 +82,7 @@ __all__ = [
     "Screen",
     "ServerError",
     "Subspace",
+    "Tour",
     "audit",
     "baseline",
     "calibration",
@@ -91,6 +95,7 @@ __all__ = [
     "load_prompts",
     "screen",
     "subspace",
+    "tour",
 ]
 
 

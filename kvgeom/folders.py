@@ -13,13 +13,14 @@ from kvgeom.paths import read_whole, writable_folder
 from kvgeom.sealed import LARGEST_JSON, is_sealed
 
 #: The file with the settings of each command that writes a report.html; no other command writes it.
-SETTINGS = {"audit": "audit.json", "fix": "fix.json", "gate": "gate.json", "paper": "paper.json"}
+SETTINGS = {"audit": "audit.json", "fix": "fix.json", "gate": "gate.json", "paper": "paper.json", "tour": "tour.nc"}
 #: The other files that each writes, but for journals.
 _BESIDE = {
     "audit": ("report.html", "audit.nc"),
     "fix": ("report.html", "plan.json", "diagnosis.nc", "verification.nc"),
     "gate": ("report.html", "gate.md", "junit.xml", "gate.sarif", "gate.nc"),
     "paper": ("report.html",),
+    "tour": ("report.html",),
 }
 
 #: What each JSON file of kvgeom has, and hardly a file of anybody else; of a list, each item.

@@ -54,6 +54,7 @@ def test_output_that_is_closed(command: str, status: int) -> None:
         assert not found.stdout
 
 
+@pytest.mark.slow
 def test_what_is_found_is_kept_where_output_is_closed(checkpoint: Path, tmp_path: Path) -> None:
     asked = shlex.join(short("sweep", checkpoint, tmp_path, "--bits", "3"))
     found = shell(f"{KVGEOM} {asked} >&-")

@@ -269,6 +269,7 @@ def killed_run_is_the_same(
     assert "damaged" not in log
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_ten_times_is_the_same(checkpoint: Path, tmp_path: Path) -> None:
     killed_run_is_the_same(
         "sweep", checkpoint, tmp_path, 10, ["--limit", "4", "--max-new-tokens", "4"], random.randrange(2**32)
@@ -297,6 +298,7 @@ def test_commands_that_are_killed_fifty_times_are_the_same(command: str, tmp_pat
     killed_run_is_the_same(command, tmp_path / "model", tmp_path, 50, more, random.randrange(2**32))
 
 
+@pytest.mark.slow
 def test_of_two_runs_in_one_folder_the_second_says_so(checkpoint: Path, tmp_path: Path) -> None:
     asked = [
         "sweep",

@@ -178,6 +178,7 @@ SHOWN = {
     "Patching": "patch_layers(model, space.harmful[:2], [int3], openings, **quiet)",
     "Ratios": "ratios({'tiny': space.sensitivity(contrasts=(), **quiet)})",
     "Scan": "fixed.diagnosis.scan",
+    "Screen": "kvgeom.screen(model, asked, scheme='sym-tensor', max_new_tokens=12, **quiet)",
     "Search": "fixed.plan.search",
     "Selection": "selection",
     "Sensitivity": "space.sensitivity(**quiet)",
@@ -186,7 +187,7 @@ SHOWN = {
     "Verification": "fixed.verification",
 }
 #: Those that need more than a model, and show themselves in tests of their own.
-SHOWN_ELSEWHERE = {"Gate", "PaperTable"}
+SHOWN_ELSEWHERE = {"Gate", "PaperTable", "Tour"}
 #: Those that look at prompts that the model refuses, and at no response.
 CAUSAL = (
     "Patching", "FirstOrder", "AttentionError", "Decomposition", "ErrorPaths", "ChannelDamage", "Magnitudes",
@@ -207,14 +208,17 @@ def kinds(parent: type[Result]) -> Iterator[type[Result]]:
         yield from kinds(kind) if kind.__subclasses__() else (kind,)
 
 
-@pytest.mark.real
-def test_every_result_shows_itself_in_a_notebook(trained: HFModel, tmp_path: Path) -> None:
+def test_every_kind_of_result_is_shown_somewhere() -> None:
     for found in pkgutil.walk_packages(kvgeom.__path__, "kvgeom."):
         if not found.name.endswith("__main__"):
             importlib.import_module(found.name)
     assert {kind.__name__ for kind in kinds(Result) if kind.__module__.startswith("kvgeom.")} == {
         *SHOWN
     } | SHOWN_ELSEWHERE
+
+
+@pytest.mark.real
+def test_every_result_shows_itself_in_a_notebook(trained: HFModel, tmp_path: Path) -> None:
     lines = [*SHOWN.values(), *ALSO]
     # A bar and figures too, which need packages of the notebook's side.
     lines += ["space.sensitivity(contrasts=(), **quiet).plot().show()", "kvgeom.subspace(model, asked).k"]
@@ -254,6 +258,7 @@ def made(tiny: HFModel) -> dict[str, Result]:
         plan.selection,
         proof,
         over_refusal(found.baseline, at_widths(bits=4)),
+        kvgeom.screen(tiny, prompts, bits=[8, 4], **how),
         space,
         space.compare("mean", samples=0, **quiet),
         space.effects(prompts=others, controls=1, tokens={5}, seed=3, **quiet),
@@ -282,7 +287,7 @@ def test_every_result_says_alike_where_it_comes_from(made: dict[str, Result], ti
     prompts = {
         **dict.fromkeys((*CAUSAL, "Independence"), harmful),
         "Effects": fingerprint(*([f"{text} again" for text in x] for x in (REQUESTS, [f"{t} too" for t in REQUESTS]))),
-        **dict.fromkeys(("Subspace", "Directions", "Sensitivity", "Selection", "Steering", "Ratios"), both),
+        **dict.fromkeys(("Subspace", "Directions", "Sensitivity", "Selection", "Steering", "Ratios", "Screen"), both),
         "Verification": again,
     }
     for name, found in said.items():
@@ -301,7 +306,7 @@ def test_every_result_says_alike_where_it_comes_from(made: dict[str, Result], ti
     assert said["FirstOrder"]["scheme"] == said["AttentionError"]["scheme"] == "int4-asym-token"
     assert said["Patching"]["scheme"] == {"a": "int4-asym-token"}
     assert said["Scan"]["scheme"] in {f"int{bits}-sym-tensor" for bits in range(2, 9)}  # it is searched
-    assert said["Curve"]["scheme"] == said["OverRefusal"]["scheme"] == "asym-token"
+    assert said["Curve"]["scheme"] == said["OverRefusal"]["scheme"] == said["Screen"]["scheme"] == "asym-token"
     assert said["Ablation"]["scheme"]["every channel"].startswith(said["Scan"]["scheme"])
     assert said["Outcomes"]["scheme"] == made["Outcomes"].meta["recipes"]
     assert said["Steering"]["scheme"] is said["Steering"]["placement"] is said["Subspace"]["scheme"] is None
@@ -335,6 +340,7 @@ def test_a_whole_says_what_its_parts_agree_in(made: dict[str, Result]) -> None:
 TAKEN: dict[str, Any] = {
     **{"recipe": "exact", "recipes": ["exact"], "names": ["exact"], "prompts": [0], "role": "chosen"},
     **{"site": "k", "layer": 1, "pairs": 2, "one": "a", "other": "b", "part": "all", "queries": "all"},
+    "cache": "as it is",
     **{"intervention": "none", "harmful": True, "within_budget": True, "contrasts": ()},
 }
 #: They take models, files or other results, and are asked elsewhere; or make results of what a file holds.

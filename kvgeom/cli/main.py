@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
 import kvgeom
-from kvgeom.cli import audit, diagnose, fix, gate, paper, scan, schemes, screen, sweep
+from kvgeom.cli import audit, diagnose, fix, gate, paper, scan, schemes, screen, sweep, tour
 from kvgeom.cli.streams import usable_streams
 from kvgeom.errors import KvgeomError, KvgeomWarning, unknown
 from kvgeom.paths import disk_is_full, not_written
 
 #: In the order of ``kvgeom --help``. Each module has NAME, HELP, DESCRIPTION, add_options(parser) and run(arguments).
-COMMANDS = (screen, audit, diagnose, sweep, scan, fix, gate, paper, schemes)
+COMMANDS = (tour, screen, audit, diagnose, sweep, scan, fix, gate, paper, schemes)
 
 #: Characters of an error of the parser, which repeats what was written.
 LONGEST = 500

@@ -169,6 +169,7 @@ def handler(server: PackedServer) -> type[BaseHTTPRequestHandler]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = -1  # headers and body in one packet, or each answer waits 40 ms for an acknowledgement
 
         def do_GET(self) -> None:
             if self.path == "/v1/models":

@@ -232,6 +232,8 @@ def _of_file(name: str, rows: Iterable[tuple[str, bool]], source: str, path: Pat
     harmful, harmless, count = dict[str, None](), dict[str, None](), 0
     for request, bad in rows:
         count += 1
+        if request in (harmless if bad else harmful):
+            raise InputError(f"{path} has {brief(request)} as both harmful and harmless; label each request once")
         (harmful if bad else harmless).setdefault(request)
     repeated = count - len(harmful) - len(harmless)
     return _checked(PromptSet(name, tuple(harmful), tuple(harmless), source, repeated), str(path))

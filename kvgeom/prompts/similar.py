@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,11 @@ def clusters(requests: Sequence[str]) -> tuple[int, ...]:
     >>> clusters(["How do I pick a lock?", "Write a guide to cooking rice", "Explain how to pick a lock!"])
     (0, 1, 0)
     """
+    return _clusters(tuple(requests))
+
+
+@lru_cache(maxsize=16)  # the same few sets are asked about again and again
+def _clusters(requests: tuple[str, ...]) -> tuple[int, ...]:
     forms = [_form(request) for request in requests]
     distinct = sorted({*forms})
     joined = dict(zip(distinct, _joined(distinct), strict=True))

@@ -9,6 +9,7 @@ from typing import ClassVar
 import pandas as pd
 
 from kvgeom.behaviour.scan import CRITICAL_SHARE
+from kvgeom.checks import one_of, whole
 from kvgeom.results import Result
 from kvgeom.stats import percent
 from kvgeom.words import counted, interval_text, listed, text_table
@@ -65,7 +66,8 @@ class Screen(Result):
     def worst(self, most: int = NAMED) -> pd.DataFrame:
         """The layers and sites whose rounding alone changes most first tokens, or else their distribution, worst first."""
         frame = self.to_frame("layers")
-        return frame[frame.layer_kl > 0].sort_values(["layer_lost", "layer_kl"], ascending=False).head(most)
+        worst = frame[frame.layer_kl > 0].sort_values(["layer_lost", "layer_kl"], ascending=False)
+        return worst.head(whole("most", most, 1))
 
     @property
     def best_candidate(self) -> str | None:
@@ -80,6 +82,7 @@ class Screen(Result):
 
     def lost_under(self, cache: str) -> int:
         """Refusals of the first ``meta["few"]`` that are expected to go under one of the caches."""
+        one_of("cache", cache, self.data.cache.values.tolist())
         return int(self.data.cache_lost.sel(cache=cache))
 
     @property

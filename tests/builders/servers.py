@@ -65,6 +65,7 @@ class FakeServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = -1  # headers and body in one packet, or each answer waits 40 ms for an acknowledgement
 
             def log_message(self, *_: Any) -> None:
                 pass

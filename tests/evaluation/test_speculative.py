@@ -82,7 +82,14 @@ def test_drafts_give_what_generation_gives(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["center", "hadamard", "fp8_e4m3", "int3-asym-channel-group4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "center",
+        "int3-asym-channel-group4",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("hadamard", "fp8_e4m3")),
+    ],
+)
 def test_drafts_under_what_engines_do(name: str, placement: Placement) -> None:
     """Offsets that turn with their position, blocks, windows and sinks: fast and full agree on every label."""
     model = TINY["qwen2"]

@@ -98,7 +98,7 @@ def test_backends_have_the_same_derivatives(backend: str) -> None:
             model.derivatives([1, 2], lambda logits: logits.sum(), [basis])
 
 
-@pytest.mark.parametrize("start", ["mean", "random"])
+@pytest.mark.parametrize("start", ["mean", pytest.param("random", marks=pytest.mark.slow)])
 def test_a_cone_reaches_its_losses(trained_space: Any, refusals: frozenset[int], start: Any) -> None:
     """On requests that it has not seen: margin lost, margin induced, and nothing else changed; random directions do not."""
     model = trained_space.model
@@ -204,6 +204,7 @@ def test_a_planted_direction_is_recovered() -> None:
         assert found.after < found.before
 
 
+@pytest.mark.slow
 def test_an_organism_keeps_its_refusal_direction(
     trained: HFModel, trained_space: Any, refusals: frozenset[int]
 ) -> None:

@@ -334,7 +334,13 @@ def space() -> Any:
     return kvgeom.subspace(tiny_model(), MORE_PAIRS, progress=False)
 
 
-@pytest.mark.parametrize(("method", "k"), [(name, 3 if name in SEVERAL else 1) for name in from_features()])
+@pytest.mark.parametrize(
+    ("method", "k"),
+    [
+        pytest.param(name, 3 if name in SEVERAL else 1, marks=pytest.mark.slow if name == "logistic" else ())
+        for name in from_features()
+    ],
+)
 def test_every_method_by_name(space: Any, method: str, k: int, tmp_path: Any) -> None:
     found = kvgeom.subspace(space.model, MORE_PAIRS, method=method, k=k, progress=False)
     again = space.refit(method=as_method(method), k=k)

@@ -242,7 +242,9 @@ def test_null_a_keeps_the_signal() -> None:
         assert found[name] == pytest.approx(np.quantile(ratios, q))
 
 
-@pytest.mark.parametrize("differ", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "differ", [pytest.param(0.0, marks=pytest.mark.slow), pytest.param(1.0, marks=pytest.mark.slow)]
+)
 def test_null_b_is_above_all_19_in_one_of_twenty_at_most(differ: float) -> None:
     """Twenty contrasts of a kind against the same requests, of which one is called safety."""
     rng, one, above, count = np.random.default_rng(10), design(10), [], 500

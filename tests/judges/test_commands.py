@@ -129,6 +129,7 @@ def test_over_refusal_is_judged_by_the_classifier_too(
     assert [counted["16"], counted["4"]] == expected
 
 
+@pytest.mark.slow
 def test_the_judge_of_keywords_is_what_no_judge_is(
     model: Path, sets: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,10 +80,10 @@ def numbers(model: HFModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def cases(*backends: dict[str, Any]) -> list[Any]:
-    """Each kind with each backend. nnsight takes up to ten seconds for one: all but the first kinds are for make test-all."""
+    """Each kind with each backend. nnsight takes up to ten seconds for one: all but the first kinds, and its server on this machine, are for make test-all."""
 
     def marks(kind: str, options: dict[str, Any]) -> Any:
-        first = KINDS[:1] if "remote" in options else KINDS[:2]
+        first = () if "remote" in options else KINDS[:2]
         return pytest.mark.slow if options.get("backend") == "nnsight" and kind not in first else ()
 
     return [

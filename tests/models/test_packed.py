@@ -67,8 +67,23 @@ def compare(recipe: Recipe, placement: Placement, prompt: int, generated: int) -
     return packed
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
-@pytest.mark.parametrize("text", SCHEMES)
+#: Each scheme under two placements, in turn; all of them are slow together.
+OFTEN = {(scheme, (number + more) % len(PLACEMENTS)) for number, scheme in enumerate(SCHEMES) for more in (0, 3)}
+
+
+@pytest.mark.parametrize(
+    ("text", "placement"),
+    [
+        pytest.param(
+            text,
+            placement,
+            marks=() if (text, number) in OFTEN else pytest.mark.slow,
+            id=f"{text}-{placement}",
+        )
+        for text in SCHEMES
+        for number, placement in enumerate(PLACEMENTS)
+    ],
+)
 def test_same_values_and_the_bytes_of_the_accounting(text: str, placement: Placement) -> None:
     recipe = Recipe.uniform(3, Scheme.parse(text))
     if "center" in text:

@@ -59,8 +59,18 @@ def test_the_model_refuses_some(shared: Study) -> None:
     assert 3 <= len(shared.base().refused) < len(ASKED)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", tables())
+#: In the mode of the released code they take seconds each, and are measured by hand below.
+LONG = ("perchannel_mitigation", "perplexity", "seeds", "channel_ablation", "naive_baselines", "kivi", "decision_tree")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        pytest.param(name, mode, marks=pytest.mark.slow if name in LONG and mode == "released" else ())
+        for name in tables()
+        for mode in MODES
+    ],
+)
 def test_frames_end_alike_and_tables_can_be_read_back(shared: Study, name: str, mode: str, tmp_path: Path) -> None:
     table = tables()[name].function(shared, mode=mode)
     frame = table.to_frame()

@@ -116,6 +116,7 @@ def test_every_key_is_documented() -> None:
     assert not missing
 
 
+@pytest.mark.slow
 def test_a_repeated_audit_is_the_same(numbers: dict[str, Any]) -> None:
     again = kvgeom.audit(
         TINY,
@@ -213,6 +214,7 @@ def test_text_from_outside_is_escaped(out: Path, audit: Audit) -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in body
 
 
+@pytest.mark.slow
 def test_nothing_refused_is_undetermined(tmp_path: Path) -> None:
     found = kvgeom.audit(
         TINY, tmp_path, prompts=PROMPTS.take(4), bits=(2,), placement="paper", max_new_tokens=4, progress=False
@@ -263,6 +265,7 @@ def test_an_engine_is_named_and_what_it_never_rounds_is_not_called_safe(tmp_path
     assert "asym-token" not in words
 
 
+@pytest.mark.slow
 def test_a_set_without_harmless_requests_borrows_the_calibration_set() -> None:
     found = kvgeom.audit(
         TINY, prompts=PromptSet("h", PROMPTS.harmful[:3], (), ""), bits=(2,), max_new_tokens=2, progress=False

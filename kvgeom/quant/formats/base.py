@@ -290,7 +290,7 @@ def get_format(name: str) -> Format:
         If there is none.
     """
     import_modules(_PACKAGE)
-    one_of("format", name, [known.name for known in formats()])
+    one_of("format", name, _FORMATS)
     return _FORMATS[name]
 
 
