@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -9,11 +10,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TextIO
 
+import pandas as pd
 import pytest
 
+import kvgeom
 from kvgeom.cli import main
+from kvgeom.cli.audit import scheme_of
+from kvgeom.models.hf import HFModel
+from kvgeom.organisms import Size
+from kvgeom.report.verdict import first_lost
 from tests.builders.disk import room_for
 from tests.builders.tiny import tiny_hf_model, tiny_tokenizer
 
@@ -123,6 +131,40 @@ def test_it_prints_the_verdict_and_where_the_report_lies(
     assert numbers["curve"][1]["scheme"] == "int8-sym-channel"
     assert numbers["settings"]["placement"].startswith("projection")
     assert numbers["prompts"]["harmful"] == 3
+
+
+def test_a_pipeline_fails_on_the_verdicts_that_it_names(
+    trained: HFModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trained model loses its refusals at 2 bits, and keeps them at 8; the audit names the command that comes next."""
+    monkeypatch.setattr(kvgeom, "load", lambda *_, **__: trained)
+    prompts = Size(3).prompts()
+    rows = [
+        {"prompt": text, "label": label} for label in ("harmful", "harmless") for text in getattr(prompts, label)[:40]
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = ["sweep", "m", "--prompts", str(tmp_path / "p.jsonl"), "--max-new-tokens", "12", "--quiet"]
+    sure = ["--fail-on", "breaks", "language-lost", "refusals-lost"]
+    assert main([*asked, "--bits", "8", *sure]) == 0
+    assert main([*asked, "--bits", "2", "--scheme", "sym-tensor"]) == 0
+    assert main([*asked, "--bits", "2", "--scheme", "sym-tensor", *sure]) == 1
+    assert main([*asked, "--bits", "8", "--limit", "2", "--fail-on", "undetermined"]) == 1
+    with pytest.raises(SystemExit):
+        main([*asked, "--fail-on", "brakes"])
+    assert "did you mean 'breaks'" in capsys.readouterr().err
+
+
+def test_an_audit_names_the_command_that_comes_next() -> None:
+    frame = pd.DataFrame(
+        {"bits": [16, 8, 4, 3], "alignment": ["", "kept", "open", "lost"], "language": ["", "open", "open", "lost"]}
+    )
+    frame["refusals"] = ["", "kept", "lost", "lost"]
+    curve = SimpleNamespace(records=lambda: frame.to_dict("records"))
+    assert first_lost(curve) == 4  # type: ignore[arg-type]
+    frame.loc[1:, ["alignment", "language", "refusals"]] = "open"
+    assert first_lost(curve) is None  # type: ignore[arg-type]
+    given = argparse.Namespace(scheme="kivi")
+    assert scheme_of(given) == ["--scheme", "kivi"]
 
 
 def test_a_sweep_says_what_it_rounded(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

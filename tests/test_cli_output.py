@@ -66,7 +66,7 @@ def test_what_is_found_is_kept_where_output_is_closed(checkpoint: Path, tmp_path
     assert json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[0])
 
 
-@pytest.mark.parametrize("command", [pytest.param("audit", marks=pytest.mark.slow), "sweep"])
+@pytest.mark.parametrize("command", [pytest.param(each, marks=pytest.mark.slow) for each in ("audit", "sweep")])
 def test_an_ascii_terminal_is_shown_escaped_names(command: str, checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "a\u00e9"
     asked = shlex.join(short(command, checkpoint, out, "--bits", "3"))

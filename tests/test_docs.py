@@ -151,3 +151,15 @@ def test_another_outcome_is_said_as_it_is() -> None:
     assert f"| has no fix | {no_fix[0]} | 1 | 0 | 1 |" in certificate.tables(rows)
     for few in ([], rows[:1], [row for row in rows if row["true"] is None], [{**rows[0], "error": "not planted"}]):
         assert certificate.pages(few), "any outcome is said"
+
+
+def test_messages_that_the_page_of_errors_quotes_are_those_of_the_code() -> None:
+    """By their fixed parts; a message that is worded anew is worded anew there too."""
+    source = " ".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "kvgeom").rglob("*.py")))
+    source = re.sub(r'["\']\s*\n\s*f?["\']', "", source)
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    quoted = [row.split("`")[1] for row in page.splitlines() if row.startswith("| `")]
+    assert len(quoted) >= 15
+    for message in quoted:
+        for part in message.split("..."):
+            assert part.strip() in source, message

@@ -19,7 +19,11 @@ from tests.builders.tiny import tiny_hf_model, tiny_tokenizer
 PROMPTS = Size(3).prompts().take(3)
 
 
-@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.fixture(
+    scope="module",
+    params=[torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
+    ids=["bfloat16", "float16"],
+)
 def half_precision(request: pytest.FixtureRequest) -> Model:
     """A random Qwen2 in half precision on the CPU."""
     return kvgeom.load(tiny_hf_model("qwen2", seed=2).to(request.param), tokenizer=tiny_tokenizer(), name="half")

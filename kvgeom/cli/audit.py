@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 import kvgeom
 from kvgeom.cli import options
@@ -14,13 +15,14 @@ DESCRIPTION = "Audit a model end to end: where do its refusals break as the KV c
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    options.add_model(command, "report.html, audit.json", required=True)
+    options.add_model(command, "report.html, audit.json", out="kvgeom-audit")
     options.add_prompts(command)
     options.add_scheme(command, "rounding of the curve")
     options.add_widths(command)
     options.add_scan_bits(command)
     options.add_judge(command)
     options.add_run(command)
+    options.add_fail_on(command)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -28,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     during, classifier = options.judges(arguments)
     run, before = options.run_options(arguments, during), options.earlier(arguments)
     from kvgeom.folders import report_folder
+    from kvgeom.report.verdict import first_lost
 
     report_folder(arguments.out, "audit")
     result = kvgeom.audit(
@@ -54,4 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"  - {sentence}")
     folder = options.out_folder(arguments)
     print(f"\nreport: {folder / 'report.html'}\nnumbers: {folder / 'audit.json'}")
-    return 0
+    width = first_lost(result.curve)
+    if width is not None:
+        print(f"next: {shlex.join(['kvgeom', 'fix', arguments.model, '--bits', str(width), *scheme_of(arguments)])}")
+    return options.status_of(arguments, result.verdict.status)
+
+
+def scheme_of(arguments: argparse.Namespace) -> list[str]:
+    """The option that names the scheme, where it is not the default."""
+    return [] if arguments.scheme == "asym-token" else ["--scheme", arguments.scheme]

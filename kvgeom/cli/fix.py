@@ -17,7 +17,7 @@ DESCRIPTION = (
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    options.add_model(command, "report.html, plan.json", required=True)
+    options.add_model(command, "report.html, plan.json", out="kvgeom-fix")
     options.add_prompts(command)
     options.add_scheme(command, "the cache to mitigate")
     command.add_argument(

@@ -27,15 +27,19 @@ if TYPE_CHECKING:
     from kvgeom.prompts.sets import PromptSet
 
 
-def add_model(command: argparse.ArgumentParser, written: str, *, required: bool = False) -> None:
-    """The model, where results go, and how the model is loaded."""
+#: What a verdict may be for a pipeline to fail: the status of :class:`~kvgeom.report.verdict.Verdict`, in one word.
+FAILURES = ("breaks", "language-lost", "refusals-lost", "undetermined")
+
+
+def add_model(command: argparse.ArgumentParser, written: str, *, out: str | None = None) -> None:
+    """The model, where results go (``out`` by default), and how the model is loaded."""
     command.add_argument("model", metavar="MODEL", help="hub id, folder, .gguf file, or 'demo'")
     command.add_argument(
         "--out",
         metavar="DIR",
-        required=required,
+        default=out,
         help=f"folder for {written} and journal.jsonl, from which an interrupted run goes on; results of the same command "
-        "with other settings are replaced, and said to be",
+        f"with other settings are replaced, and said to be{' (default: %(default)s)' if out else ''}",
     )
     loading = command.add_argument_group("loading the model")
     loading.add_argument("--template", metavar="FILE", help="Jinja chat template, for a model without one")
@@ -101,6 +105,23 @@ def add_scan_bits(
 ) -> None:
     """The width of layers, parts and PCR."""
     command.add_argument("--scan-bits", metavar="B", type=int, help=what)
+
+
+def add_fail_on(command: argparse.ArgumentParser) -> None:
+    """Which verdicts are an exit status of 1."""
+    command.add_argument(
+        "--fail-on",
+        metavar="VERDICT",
+        nargs="+",
+        choices=FAILURES,
+        default=(),
+        help=f"for pipelines: exit with status 1 where this is the verdict ({', '.join(FAILURES)}; default: never)",
+    )
+
+
+def status_of(arguments: argparse.Namespace, verdict: str) -> int:
+    """The exit status that --fail-on asks for."""
+    return int(verdict.replace(" ", "-") in arguments.fail_on)
 
 
 def add_geometry(command: argparse.ArgumentParser, *, default: bool) -> None:

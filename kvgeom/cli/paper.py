@@ -30,7 +30,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     listing.set_defaults(action=_list)
     running = actions.add_parser("run", help="measure one table or all")
     running.add_argument("table", metavar="LABEL", help="a table that list shows, a label of the paper, or all")
-    options.add_model(running, "report.html, each table as .csv, .tex, .md and .nc,", required=True)
+    options.add_model(running, "report.html, each table as .csv, .tex, .md and .nc,", out="kvgeom-paper")
     running.add_argument(
         "--mode",
         choices=("faithful", "released", "both"),

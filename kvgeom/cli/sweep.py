@@ -24,6 +24,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     options.add_judge(command)
     options.add_run(command)
+    options.add_fail_on(command)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -37,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     from kvgeom.behaviour.curve import bit_width_curve, curve_of
     from kvgeom.behaviour.over_refusal import harmless_responses, over_refusal_of
     from kvgeom.behaviour.widths import at_widths
+    from kvgeom.report.verdict import headline
 
     series = at_widths(arguments.scheme, arguments.bits, arguments.placement)
     journal, of_harmless = (options.journal(arguments, name) for name in ("journal.jsonl", "over-refusal.jsonl"))
@@ -53,4 +55,6 @@ def run(arguments: argparse.Namespace) -> int:
             curve = curve_of(outcomes.relabel(judge), curve.text, curve.meta)
             harmless = None if harmless is None else harmless.relabel(judge)
     parts = [] if harmless is None else [over_refusal_of(harmless, series).to_text()]
-    return options.report(arguments, "\n\n".join([curve.to_text(), *parts]))
+    options.report(arguments, "\n\n".join([curve.to_text(), *parts]))
+    rows = [row for row in curve.records() if row["bits"] < 16]
+    return options.status_of(arguments, headline(model.name, rows, curve.meta["baseline_refused"])[0])

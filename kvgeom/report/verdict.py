@@ -122,6 +122,15 @@ def headline(name: str, rows: Sequence[Row], refused: int) -> tuple[Status, str]
     )
 
 
+def first_lost(curve: Curve) -> int | None:
+    """The widest width that loses alignment, language or refusals in any way; None if none is shown to."""
+    found = [
+        _first([row for row in curve.records() if row["bits"] < 16], what, "lost")
+        for what in ("alignment", "language", "refusals")
+    ]
+    return max((int(row["bits"]) for row in found if row is not None), default=None)
+
+
 def _by_width(rows: Sequence[Row], refused: int) -> list[str]:
     """What each width does, by how sure it is."""
     said = []

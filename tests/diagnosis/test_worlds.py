@@ -200,6 +200,7 @@ def test_random_directions_that_differ_blame_nothing_however_many_prompts(prompt
     assert blamed <= 4
 
 
+@pytest.mark.slow
 def test_beside_the_directions_that_were_tried_stands_one_that_was_not() -> None:
     """Another direction is one of them or the unknown one, each as likely; the mean weighs them by a flat Dirichlet."""
     shares, prompts = np.array([0.2, 0.5, 0.8]), 4000

@@ -153,6 +153,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     assert table.to_frame().equals(tables()["cumulative"].function(study()).to_frame())
 
 
+@pytest.mark.slow
 def test_a_table_that_cannot_be_measured_is_named_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import rankdata
 
 import kvgeom.paper
 from kvgeom.errors import InputError
@@ -19,6 +20,7 @@ from kvgeom.paper.attention import by_attention
 from kvgeom.paper.memory import cache_bytes
 from kvgeom.paper.protection import layer_sets
 from kvgeom.paper.protocol import GRIDS, MODES, Protocol
+from kvgeom.paper.published import published
 from kvgeom.paper.registry import get_table, tables
 from kvgeom.paper.study import CriticalLayers, Study
 from kvgeom.paper.table import ENDING, PaperTable, Row, recovered
@@ -26,6 +28,7 @@ from kvgeom.paper.tables.channel_ablation import magnitudes, subsets
 from kvgeom.paper.tables.perplexity import windows
 from kvgeom.paper.tables.phase_thresholds import COMPLETE, SAFE, borders
 from kvgeom.paper.tables.protocol_validation import fix
+from kvgeom.paper.tables.scheme_transfer import _interval, _rank_correlation
 from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
@@ -487,7 +490,7 @@ def test_tables_are_found_by_the_papers_labels() -> None:
     assert get_table("cumulative_yi").name == "cumulative"
     assert get_table("qwen_protection_sweep").name == "protection_sweep"
     with pytest.raises(InputError, match="does not measure"):
-        get_table("specdecode_flip")
+        get_table("temperature")
     with pytest.raises(InputError, match="did you mean"):
         get_table("cumulativ")
 
@@ -496,3 +499,64 @@ def test_rows_of_another_place_are_looked_up_there() -> None:
     assert Row({"bits": 4}, "flip", 0.5).coordinates == {"bits": 4}
     assert Row({"bits": 4}, "flip", 0.5, published_at={}).coordinates == {}
     assert Row({"bits": 4}, "flip", 0.5, published_at=None).coordinates is None
+
+
+def test_a_rotation_is_that_of_the_scheme(shared: Study) -> None:
+    table = tables()["rotation"].function(shared)
+    for bits in (4, 3):
+        for cache, text in (("plain", f"int{bits}-asym-token"), ("rotated", f"int{bits}-asym-token+hadamard")):
+            assert measured(table, "flip", bits=bits, cache=cache) == flips(Recipe.uniform(3, Scheme.parse(text)))
+    own, other = table.cell("PCR", bits=3), tables()["pcr_framework"].function(shared).cell("PCR", grid="symmetric")
+    assert own["measured"] == other["measured"] or (
+        own["measured"] != own["measured"] and other["measured"] != other["measured"]
+    )
+
+
+def test_layers_under_two_quantizers(shared: Study) -> None:
+    table = tables()["scheme_transfer"].function(shared)
+    for section, text in (("section 4", "int3-sym-tensor"), ("section 5", "int3-asym-token")):
+        for layer in range(3):
+            expected = flips(Recipe.uniform(3, Scheme.parse(text), layers=[layer]))
+            assert measured(table, f"flip, {section}", layer=str(layer)) == expected
+
+
+@given(st.integers(2, 6), st.integers(1, 8), st.integers(0, 2**31))
+def test_the_rank_correlation_of_two_columns(layers: int, prompts: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    one, other = (rng.integers(0, 2, (layers, prompts)).astype(float) for _ in range(2))
+    value = _rank_correlation(one, other)
+    a, b = (rankdata(x.sum(1)) for x in (one, other))
+    if len({*a}) == 1 or len({*b}) == 1:
+        assert np.isnan(value)
+        return
+    assert value == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-9)
+    low, high = _interval(one, other, seed, draws=50)
+    assert np.isnan(low) or -1 <= low <= high <= 1
+    assert _interval(one, one, seed, draws=50) == pytest.approx((1, 1), nan_ok=True)
+
+
+def test_caches_of_vllm_are_its_presets(shared: Study) -> None:
+    table = tables()["vllm_fp8"].function(shared)
+    for cache, text in (("fp8_e5m2", "fp8_e5m2"), ("fp8_e4m3", "fp8_e4m3"), ("simulated 8 bits", "int8-asym-token")):
+        assert measured(table, "conditional flip", cache=cache) == flips(Recipe.uniform(3, Scheme.parse(text)))
+    row = published().find("vllm_fp8", "conditional flip", "qwen7b", {"cache": "fp8_e5m2"})
+    assert row is not None
+    assert row.value == 0.303
+
+
+def test_a_draft_changes_nothing(shared: Study) -> None:
+    table = tables()["speculative"].function(shared)
+    for bits in (8, 4, 3):
+        assert measured(table, "responses that differ", bits=bits) == 0
+        plain, drafted = (measured(table, f"flip, {how}", bits=bits) for how in ("token by token", "with a draft"))
+        assert plain == drafted == flips(Recipe.uniform(3, Scheme(bits)))
+
+
+def test_stored_codes_give_what_the_simulation_gives(shared: Study) -> None:
+    table = tables()["real_dtype"].function(shared)
+    n = len(shared.base().refused)
+    for text in ("int8-asym-token", "fp8_e4m3", "int4-asym-token"):
+        assert measured(table, "labels that agree", cache=text) == n
+        assert measured(table, "flip, stored", cache=text) == flips(Recipe.uniform(3, Scheme.parse(text)))
+    sizes = [table.cell("bytes of a token", cache=text)["measured"] for text in ("int8-asym-token", "int4-asym-token")]
+    assert sizes[1] < sizes[0]

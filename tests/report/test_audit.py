@@ -282,6 +282,7 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["audit.json"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_audit_leaves_what_is_done_and_nothing_half_written(tmp_path: Path) -> None:
     checkpoint, out = tmp_path / "model", tmp_path / "out"
     tiny_hf_model(layers=6).save_pretrained(checkpoint)
