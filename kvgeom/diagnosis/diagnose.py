@@ -19,7 +19,7 @@ from kvgeom.behaviour.ablation import (
 from kvgeom.behaviour.curve import Curve, curve_of, text_curve
 from kvgeom.behaviour.matched import ScanWidth, check_scan_bits, scan_width
 from kvgeom.behaviour.pcr import PCR, pcr_of
-from kvgeom.behaviour.scan import CRITICAL_SHARE, SCAN_SCHEME, Scan, scan_of
+from kvgeom.behaviour.scan import SCAN_SCHEME, Scan, scan_of
 from kvgeom.behaviour.widths import at_widths
 from kvgeom.checks import suggests
 from kvgeom.diagnosis.evidence import Evidence, evidence_from
@@ -37,7 +37,7 @@ from kvgeom.diagnosis.measure import (
 )
 from kvgeom.diagnosis.mode import Mode, ModeName
 from kvgeom.diagnosis.posterior import effects
-from kvgeom.diagnosis.taxonomy import FIXABLE, pattern_of, published_mode
+from kvgeom.diagnosis.taxonomy import FIXABLE, mode_at_face_value
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.errors import InputError, KvgeomWarning, ModelError
 from kvgeom.evaluation.baseline import Baseline, opened, run_baseline
@@ -52,6 +52,7 @@ from kvgeom.results import Composite, Result
 
 if TYPE_CHECKING:
     from kvgeom.evaluation.relabel import KeptLabels
+    from kvgeom.explorer.widget import Explorer
     from kvgeom.judges.classifiers import ClassifierJudge
     from kvgeom.mitigation.plan import Plan
 
@@ -134,18 +135,17 @@ class Diagnosis(Composite):
         """
         if self.mode.name in FIXABLE:
             return self.mode.name
-        layers, whole = self.scan.data, self.ablation.data.flips
-        critical = int((layers.flip_rate > CRITICAL_SHARE).sum())
-        worst = layers.isel(layer=int(layers.flips.values.argmax()))
-        lost = int(whole.sel(recipe=ALL_LAYERS))
-        if not lost:
-            return "robust"
-        pcr = 1 - int(worst.flips_channel) / int(worst.flips) if int(worst.flips) else 0.0
-        group64 = 1 - int(whole.sel(recipe="group-64")) / lost
-        n_layers = layers.sizes["layer"]
-        found = published_mode(pcr, pattern_of(critical, n_layers), (group64, group64))
-        # To keep the only layer is to keep the whole cache.
-        return "hyper-vulnerable" if n_layers == 1 and found == "outlier-as-safety" else found
+        whole = self.ablation.data.flips
+        return mode_at_face_value(self.scan.data, int(whole.sel(recipe=ALL_LAYERS)), int(whole.sel(recipe="group-64")))
+
+    def explore(self) -> Explorer:
+        """Layers, their channels, prompts and both responses to point at: the last line of a cell, or ``.save("x.html")``.
+
+        What was measured changes at once. Where the model is at hand, it answers under a cache that you type.
+        """
+        from kvgeom.diagnosis.explore import explore
+
+        return explore(self)
 
     @suggests(RUN_OPTIONS)
     def on(self, model: Any, **options: Any) -> Diagnosis:

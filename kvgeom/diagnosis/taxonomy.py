@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+import xarray as xr
 from numpy.typing import NDArray
 
 from kvgeom.behaviour.pcr import THRESHOLDS
@@ -176,6 +177,27 @@ def named(probability: dict[ModeName, float]) -> ModeName:
     """The mode of a probability of :data:`SURE` and more, else undetermined."""
     likeliest = next(iter(probability))
     return likeliest if probability[likeliest] >= SURE else "undetermined"
+
+
+def mode_at_face_value(layers: xr.Dataset, lost: int, left_by_groups: int) -> ModeName:
+    """The mode that :func:`published_mode` names from counts as they are: no intervals, and broken text counted as lost.
+
+    Parameters
+    ----------
+    layers : xarray.Dataset
+        Over ``layer``: ``flips``, ``flip_rate`` and ``flips_channel`` of each layer alone.
+    lost, left_by_groups : int
+        Flips with all layers rounded per-tensor, and with group-64 scales.
+    """
+    if not lost:
+        return "robust"
+    critical = int((layers.flip_rate > CRITICAL_SHARE).sum())
+    worst = layers.isel(layer=int(layers.flips.values.argmax()))
+    pcr = 1 - int(worst.flips_channel) / int(worst.flips) if int(worst.flips) else 0.0
+    group64, n_layers = 1 - left_by_groups / lost, layers.sizes["layer"]
+    found = published_mode(pcr, pattern_of(critical, n_layers), (group64, group64))
+    # To keep the only layer is to keep the whole cache.
+    return "hyper-vulnerable" if n_layers == 1 and found == "outlier-as-safety" else found
 
 
 def published_mode(pcr: float, pattern: Pattern | None, group64: tuple[float, float]) -> ModeName:

@@ -17,9 +17,9 @@ from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.evaluation.inputs import as_tokens, opened
 from kvgeom.geometry.causal import patch_layers
 from kvgeom.geometry.channels import outliers
-from kvgeom.geometry.ratio import OUTLIER_FACTOR
 from kvgeom.geometry.rounding import DEFAULT_SCHEME
 from kvgeom.models.reading import read
+from kvgeom.outliers import OUTLIER_FACTOR
 from kvgeom.progress import shown
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from kvgeom.checks import MOST_DRAWS, as_seed, at_coordinates, one_of, suggests, whole
 from kvgeom.geometry.activations import SITES, Site, at_site
 from kvgeom.geometry.fitted import FittedSpace
-from kvgeom.geometry.ratio import OUTLIER_FACTOR
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec, Rounding
 from kvgeom.geometry.sensitivity import Sensitivity
+from kvgeom.outliers import OUTLIER_FACTOR, outlier_border
 from kvgeom.words import counted
 
 
@@ -61,13 +61,6 @@ def outliers(magnitude: NDArray[np.floating]) -> NDArray[np.bool_]:
     """
     found: NDArray[np.bool_] = magnitude > outlier_border(magnitude)
     return found
-
-
-def outlier_border(magnitude: NDArray[np.floating]) -> NDArray[np.float64]:
-    """The root mean square above which channels are outliers, along the last axis, which is kept."""
-    median, largest = np.median(magnitude, axis=-1, keepdims=True), magnitude.max(-1, keepdims=True)
-    border: NDArray[np.float64] = np.maximum(OUTLIER_FACTOR * median, largest / OUTLIER_FACTOR)
-    return border
 
 
 @dataclass(frozen=True)

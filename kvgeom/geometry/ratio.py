@@ -10,9 +10,6 @@ from scipy.stats import t as student
 
 from kvgeom.geometry.signal import COVERAGE, Design, Signal, chance, noise_to_signal, signal
 
-#: A channel is an outlier if its root mean square is more than so many times that of the layer's median channel, and that of
-#: the largest no more than so many times its own: what is far below the largest sets no scale, but is crushed by it.
-OUTLIER_FACTOR = 5.0
 #: A class difference that chance makes more often than this cannot be told from 0.
 ALPHA = 0.05
 

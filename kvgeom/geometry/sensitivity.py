@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import xarray as xr
@@ -17,7 +17,6 @@ from kvgeom.geometry.fitted import FittedSpace
 from kvgeom.geometry.noise import NoiseSums, add_noise
 from kvgeom.geometry.ratio import (
     ALPHA,
-    OUTLIER_FACTOR,
     above_all,
     channel_quantities,
     head_quantities,
@@ -26,9 +25,13 @@ from kvgeom.geometry.ratio import (
     random_bases,
 )
 from kvgeom.geometry.rounding import DEFAULT_SCHEME, CacheSpec, Rounding
+from kvgeom.outliers import OUTLIER_FACTOR
 from kvgeom.progress import shown
 from kvgeom.prompts.sets import concept_contrasts
 from kvgeom.results import Result
+
+if TYPE_CHECKING:
+    from kvgeom.explorer.widget import Explorer
 
 _STORED: tuple[Site, Site] = ("k", "v")
 #: More random subspaces than this fill memory, and sharpen no quantile that is read.
@@ -83,7 +86,7 @@ class Sensitivity(Result):
     ``to_frame("channels")``, ``to_frame("resid_channels")`` and ``to_frame("contrasts")`` have the others.
 
     ``meta`` holds ``scheme``, ``placement``, ``kv_heads``, ``head_dim``, ``k``, ``contrasts``, ``contrast_pairs`` and
-    ``outlier_factor`` (see :data:`kvgeom.geometry.ratio.OUTLIER_FACTOR`).
+    ``outlier_factor`` (see :data:`kvgeom.outliers.OUTLIER_FACTOR`).
     """
 
     kind: ClassVar[str] = "sensitivity"
@@ -103,6 +106,13 @@ class Sensitivity(Result):
         names = {name: name.removeprefix(prefix) for name in map(str, self.data) if name.startswith(prefix)}
         picked = self.data[list(names)].rename(names)
         return picked.rename(resid_channel="channel") if site == "resid" else picked.sel(kv=site, drop=True)
+
+    def explore(self) -> Explorer:
+        """Layers and their channels to point at: the last line of a cell, or ``.save("x.html")``."""
+        from kvgeom.explorer.payload import payload
+        from kvgeom.explorer.widget import Explorer
+
+        return Explorer(payload([self]))
 
     @property
     def conclusion(self) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from kvgeom.outliers import outlier_border
 from kvgeom.plots.registry import Plottable, figure
 from kvgeom.plots.sensitivity import channels_of
 from kvgeom.plots.theme import (
@@ -124,8 +125,7 @@ def _ticks(top: float) -> str:
 
 
 def _guides(figure: go.Figure, magnitude: np.ndarray, outlier_factor: float) -> None:
-    # As kvgeom.geometry.channels.outlier_border has it.
-    border = max(outlier_factor * float(np.median(magnitude)), float(magnitude.max()) / outlier_factor)
+    border = outlier_border(magnitude, outlier_factor).item()
     if border > 0:
         figure.add_vline(x=border, line={"color": MUTED, "width": 1, "dash": "dot"}, row=1, col=2)
     figure.add_hline(y=1 / len(magnitude), line={"color": MUTED, "width": 1, "dash": "dash"}, row=1, col=2)
