@@ -108,6 +108,7 @@ def twelve_layers(rng: np.random.Generator, prompts: int = 64) -> Trials:
     return replace(trials, mixed=with_fix(0.05), random=none, random_layer=none)
 
 
+@pytest.mark.slow
 def test_layers_that_may_not_be_the_worst_exclude_nothing() -> None:
     """The dilution of this world came out as hyper-vulnerable in 36 of 40 studies."""
     names = []

@@ -132,6 +132,7 @@ def test_a_cone_reaches_its_losses(trained_space: Any, refusals: frozenset[int],
     assert kl < 0.1
 
 
+@pytest.mark.slow
 def test_every_direction_between_the_columns_of_a_cone(trained_space: Any, refusals: frozenset[int]) -> None:
     model = trained_space.model
     found = trained_space.refit(method=Cone(tokens=tuple(refusals), seed=1), k=2, position="instruction")

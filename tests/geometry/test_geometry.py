@@ -295,6 +295,7 @@ def test_positions_are_shared_by_all_prompts() -> None:
     assert last == prompts[0].ids[-1:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory of a process is read as Linux says it")
 def test_memory_does_not_grow_with_the_number_of_prompts() -> None:
     """What is recorded grows by fifty megabytes; what is held in memory, files aside, by less than a tenth of that."""

@@ -176,7 +176,8 @@ class Interrupted(Guard):
 ANSWERS: list[str] = []
 
 
-@pytest.mark.parametrize("command", [pytest.param("audit", marks=pytest.mark.slow), "diagnose"])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["audit", "diagnose"])
 def test_an_interrupted_relabelling_goes_on(
     command: str,
     model: Path,

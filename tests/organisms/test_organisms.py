@@ -154,6 +154,7 @@ def test_outliers_leave_nothing_of_the_other_values(trained: HFModel) -> None:
     assert int(alive.any(1).sum()) == 1
 
 
+@pytest.mark.slow
 def test_seeds_differ_and_repeat(trained: HFModel) -> None:
     prompts = SIZE.prompts("train").take(8)
     made = [plant(trained, "robust", seed=seed, prompts=prompts, verify=False) for seed in (0, 0, 1)]
