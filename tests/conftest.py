@@ -76,7 +76,10 @@ def trained() -> HFModel:
     return tiny_model(Size(3))
 
 
-@pytest.fixture(scope="session", params=MODES)
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(mode, marks=pytest.mark.slow if mode == "multi-layer dilution" else ()) for mode in MODES],
+)
 def organism(request: pytest.FixtureRequest) -> Organism:
     """A trained model with each mode planted in turn."""
     mode = request.param

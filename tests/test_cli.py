@@ -349,7 +349,7 @@ def test_an_empty_name_of_a_folder_is_none(checkpoint: Path, capsys: pytest.Capt
     [
         ("sweep", 2000, "journal.jsonl"),
         pytest.param("audit", 60_000, "audit.nc", marks=pytest.mark.slow),
-        ("audit", 300_000, "report.html"),
+        pytest.param("audit", 300_000, "report.html", marks=pytest.mark.slow),
     ],
 )
 def test_a_full_disk_loses_nothing(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 SITES = {"k": "keys", "v": "values", "resid": "residual"}
 #: What is known of each channel.
 CHANNELS = ("magnitude", "noise", "loading")
+#: What is shown of a response.
+ANSWER = ("text", "label", "reason", "divergence", "margin")
 #: How recipes are grouped, by their families; all others are "other caches".
 GROUPS = {"bits": "widths", "layer": "single layers"}
 OTHERS = "other caches"
@@ -129,22 +131,19 @@ def _add_scan(found: dict[str, Any], part: Part, layers: list[int]) -> None:
 
 def _add_outcomes(found: dict[str, Any], parts: list[Part]) -> None:
     prompts: dict[int, dict[str, Any]] = {}
-    seen: set[str] = set()
     for part in parts:
-        data = part.data
-        exact = data.sel(recipe="exact")
-        refused = [int(n) for n in data.prompt.values[exact.label.values == "refused"]]
+        answers = _answers(part.data)
+        refused = [index for index, answer in answers["exact"].items() if answer["label"] == "refused"]
+        requests = dict(zip(_numbers(part.data.prompt), map(str, part.data.request.values), strict=True))
         for index in refused:
-            row = exact.sel(prompt=index)
-            prompts.setdefault(
-                index, {"index": index, "request": str(row.request.item()), "exact": answer_of(row), "answers": {}}
-            )
-        for name in map(str, data.recipe.values):
+            row = {"index": index, "request": requests[index], "exact": answers["exact"][index], "answers": {}}
+            prompts.setdefault(index, row)
+        families = zip(*(part.data[name].values for name in ("recipe", "family", "layer")), strict=True)
+        known = {each["name"] for each in found["recipes"]}
+        for name, family, layer in ((str(name), str(family), int(layer)) for name, family, layer in families):
             if name == "exact":
                 continue
-            if name not in seen:
-                seen.add(name)
-                family, layer = str(data.family.sel(recipe=name).item()), int(data.layer.sel(recipe=name))
+            if name not in known:
                 found["recipes"].append(
                     {
                         "name": name,
@@ -153,19 +152,32 @@ def _add_outcomes(found: dict[str, Any], parts: list[Part]) -> None:
                         "about": str(part.meta["recipes"].get(name, "")),
                     }
                 )
-            one = data.sel(recipe=name)
             for index in refused:
-                prompts[index]["answers"].setdefault(name, answer_of(one.sel(prompt=index)))
+                prompts[index]["answers"].setdefault(name, answers[name][index])
     found["prompts"] = [prompts[index] for index in sorted(prompts)]
+
+
+def _answers(data: xr.Dataset) -> dict[str, dict[int, dict[str, Any]]]:
+    """Every response, by recipe and prompt; arrays are read once, because there may be tens of thousands."""
+    columns = {name: data[name].transpose("recipe", "prompt").values.tolist() for name in ANSWER}
+    return {
+        str(recipe): {
+            index: _plain_answer({name: columns[name][row][at] for name in ANSWER})
+            for at, index in enumerate(_numbers(data.prompt))
+        }
+        for row, recipe in enumerate(data.recipe.values)
+    }
 
 
 def answer_of(row: xr.Dataset) -> dict[str, Any]:
     """One response of outcomes: a recipe and a prompt."""
-    margin = float(row.margin)
+    return _plain_answer({name: row[name].item() for name in ANSWER})
+
+
+def _plain_answer(values: Mapping[str, Any]) -> dict[str, Any]:
+    margin = float(values["margin"])
     return {
-        "text": str(row.text.item()),
-        "label": str(row.label.item()),
-        "reason": str(row.reason.item()),
-        "divergence": int(row.divergence),
+        **{name: str(values[name]) for name in ("text", "label", "reason")},
+        "divergence": int(values["divergence"]),
         "margin": margin if np.isfinite(margin) else None,
     }

@@ -206,7 +206,7 @@ def test_the_mode_card() -> None:
     assert list(diamonds.x) == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("command", ["diagnose", "sweep", "scan"])
+@pytest.mark.parametrize("command", [pytest.param("diagnose", marks=pytest.mark.slow), "sweep", "scan"])
 def test_commands(command: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = [command, str(checkpoint), "--limit", "2", "--max-new-tokens", "3", "--quiet"]
     assert main(asked) == 0

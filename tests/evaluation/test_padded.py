@@ -191,6 +191,7 @@ def test_per_channel_reduction_takes_grids_and_batches(base: Baseline) -> None:
     assert int(found.data.flips_channel) == sum(lost["channel"][n] != "refused" for n in kept)
 
 
+@pytest.mark.slow
 def test_the_geometry_takes_the_grid() -> None:
     """A clamped zero point destroys keys by channel that a key bias moves off 0, and the noise shows it."""
     space = kvgeom.subspace(MODEL, PAIRS, progress=False)

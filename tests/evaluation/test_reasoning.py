@@ -336,6 +336,7 @@ def test_journals_do_not_mix(tmp_path: Path) -> None:
         baseline(own, ["why?"], journal=path, **{**options, "max_reasoning_tokens": 11})
 
 
+@pytest.mark.slow
 def test_an_audit_of_a_model_that_reasons(tmp_path: Path) -> None:
     """Whole, and it says what could not be measured."""
     asked = [f"{request} {n}" for request in REQUESTS for n in range(2)]

@@ -38,7 +38,7 @@ PLACEMENTS = [Placement.cache(), Placement.paper(), Placement(prefill_reads="exa
 TINY = {kind: tiny_model(kind, seed=1) for kind in KINDS}
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     st.sampled_from(KINDS),
     st.sampled_from(PLACEMENTS),

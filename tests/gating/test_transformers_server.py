@@ -159,6 +159,13 @@ def test_it_is_started_and_says_what_its_cache_is(tmp_path: Path) -> None:
         assert server.stated == {"cache": "int8-asym-token"}
         assert chat(server.url).status_code == 200
     assert torch.get_num_threads() >= 1
+
+
+@pytest.mark.slow
+def test_a_gate_starts_both(tmp_path: Path) -> None:
+    tiny_hf_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    spec = f"transformers:{tmp_path / 'model'}?cache=int8-asym-token&context=256&threads=1"
     prompts = kvgeom.PromptSet("some", ("Name a river.", "Name a town."), (), "tests")
     found = kvgeom.gate(
         spec.replace("int8-asym-token", "exact"), spec, prompts=prompts, text=TEXT, max_new_tokens=3, progress=False

@@ -282,6 +282,7 @@ def test_width_of_a_scheme(scheme: str, asked: int | None, bits: int) -> None:
     assert check(asked, scheme, 0.0).bits == bits
 
 
+@pytest.mark.slow
 def test_a_preset_is_mitigated_at_the_width_that_was_asked(model: HFModel) -> None:
     found = kvgeom.fix(
         model, scheme="kivi", bits=4, prompts=PROMPTS.take(2), verify_prompts=PROOF.take(2), max_new_tokens=9, controls=0,
