@@ -353,7 +353,7 @@ def diagnose(
         sensitivity = None
         try:
             sensitivity = sensitivity_of(loaded, chosen, width.scheme, placement, run) if geometry else None
-        except (InputError, ModelError) as error:  # it is evidence, and decides nothing
+        except ModelError as error:  # it is evidence, and decides nothing
             curve = replace(curve, meta={**curve.meta, "no_geometry": str(error)})
             warnings.warn(f"the geometry is not measured: {error}", KvgeomWarning, stacklevel=2)
     return _conclude(measured, chosen, curve, sensitivity, run.seed, base)

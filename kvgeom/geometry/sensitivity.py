@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,6 +12,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from kvgeom.checks import as_seed, at_coordinates, suggests, whole
+from kvgeom.errors import InputError, KvgeomWarning
 from kvgeom.geometry.activations import SITES, Site
 from kvgeom.geometry.estimators import defined_at
 from kvgeom.geometry.fitted import FittedSpace
@@ -164,7 +166,7 @@ def measure(
     contrasts : sequence of prompt sets, or one, optional
         What has nothing to do with safety (null b), two classes of harmless requests each, in anything that
         :func:`kvgeom.prompts.load.as_prompt_set` takes;
-        :func:`kvgeom.prompts.sets.concept_contrasts` by default, ``()`` for none. To be above 19 of them is a
+        :func:`kvgeom.prompts.sets.concept_contrasts` by default (left out, with a warning, where the model's tokenizer cannot tell them apart), ``()`` for none. To be above 19 of them is a
         one-sided test at 5 %, and fewer decide nothing.
     contrast_pairs : int
         Use so many pairs of each contrast; safety is compared with them as measured from as many.
@@ -189,7 +191,7 @@ def measure(
     }
     with shown(progress):
         own = NoiseSums(space, noise_pairs, nulls, seed)
-        found = space.contrasted(concept_contrasts() if contrasts is None else contrasts, contrast_pairs)
+        found = _contrasted(space, contrasts, contrast_pairs)
         others = {name: NoiseSums(other, noise_pairs, seed=seed) for name, other in found.items()}
         # Safety as the contrasts are measured, from as many pairs.
         matched = [NoiseSums(space.first(contrast_pairs), noise_pairs, seed=seed)] if others else []
@@ -206,6 +208,17 @@ def measure(
         "outlier_factor": OUTLIER_FACTOR,
     }
     return Sensitivity(_with_contrasts(_table(own, rounding), matched, others), meta)
+
+
+def _contrasted(space: FittedSpace, contrasts: Any, pairs: int) -> Mapping[str, FittedSpace]:
+    """The contrasts of null (b); none, said in a warning, where the model cannot tell those that nobody chose apart."""
+    if contrasts is not None:
+        return space.contrasted(contrasts, pairs)
+    try:
+        return space.contrasted(concept_contrasts(), pairs)
+    except InputError as error:
+        warnings.warn(f"harmless contrasts (null b) are not measured: {error}", KvgeomWarning, stacklevel=5)
+        return {}
 
 
 def _with_contrasts(data: xr.Dataset, matched: list[NoiseSums], others: Mapping[str, NoiseSums]) -> xr.Dataset:

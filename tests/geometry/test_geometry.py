@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvgeom
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, KvgeomWarning
 from kvgeom.geometry.activations import positions, tokens_at
 from kvgeom.geometry.ratio import Contrast, Moments, null_quantities, quantities, random_bases
 from kvgeom.geometry.sensitivity import Sensitivity, measure
@@ -22,7 +22,9 @@ from kvgeom.geometry.signal import Design, held_out_signal
 from kvgeom.geometry.steering import steer
 from kvgeom.geometry.subspace import Subspace
 from kvgeom.models.hf import HFModel
-from kvgeom.prompts.sets import PromptSet, calibration, held_out
+from kvgeom.organisms import Size
+from kvgeom.organisms import tiny_model as tiny_trained
+from kvgeom.prompts.sets import PromptSet, calibration, concept_contrasts, held_out
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.scheme import Scheme
 from tests.builders.geometry import by_hand, synthetic
@@ -388,3 +390,15 @@ def test_demo_direction_takes_and_brings_refusal(demo: HFModel) -> None:
     assert after[1] < before[0]
     (_, _, before), (_, _, after) = steered.refusals("none", False), steered.refusals("add", False)
     assert after[0] > before[1]
+
+
+def test_a_tokenizer_that_cannot_tell_the_contrasts_apart_has_a_ratio_without_them() -> None:
+    """Of the default ones; contrasts that somebody gives are refused."""
+    size = Size(3)
+    space = kvgeom.subspace(tiny_trained(size), size.prompts().take(8), progress=False)
+    with pytest.warns(KvgeomWarning, match=r"contrasts \(null b\) are not measured: .* as the same"):
+        found = space.sensitivity(progress=False)
+    assert found.data.sizes.get("contrast", 0) == 0
+    assert "is not decided" in found.conclusion
+    with pytest.raises(InputError, match="as the same"):
+        space.sensitivity(contrasts=concept_contrasts(), progress=False)

@@ -9,6 +9,7 @@ import codecs
 import csv
 import io
 import json
+import unicodedata
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -187,7 +188,10 @@ def strings(row: Any) -> list[str]:
 
 def is_request(column: str) -> bool:
     known = ("prompt", "request", "goal", "behavior", "instruction", "question", "text", "messages")
-    return column.strip().lower() in known
+    seen = "".join(
+        letter for letter in unicodedata.normalize("NFKC", column) if unicodedata.category(letter) != "Cf"
+    )  # nobody sees a byte order mark
+    return seen.strip().lower() in known
 
 
 def attempt(load: Callable[[], PromptSet]) -> PromptSet | str:
