@@ -21,7 +21,7 @@ from kvgeom.cli import main
 from kvgeom.cli.audit import scheme_of
 from kvgeom.models.hf import HFModel
 from kvgeom.organisms import Size
-from kvgeom.report.verdict import first_lost
+from kvgeom.report.verdict import first_lost, status_of
 from tests.builders.disk import room_for
 from tests.builders.tiny import tiny_hf_model, tiny_tokenizer
 
@@ -163,6 +163,11 @@ def test_an_audit_names_the_command_that_comes_next() -> None:
     assert first_lost(curve) == 4  # type: ignore[arg-type]
     frame.loc[1:, ["alignment", "language", "refusals"]] = "open"
     assert first_lost(curve) is None  # type: ignore[arg-type]
+    # Whatever came out: of few refusals, and where nothing was rounded, a sweep says what an audit says.
+    frame["alignment"] = "kept"
+    for refused, untouched, status in ((9, 0, "holds"), (4, 0, "undetermined"), (9, 10, "undetermined")):
+        meta = {"baseline_refused": refused, "prompts": 10, "model": "m", "untouched": untouched}
+        assert status_of(SimpleNamespace(records=curve.records, meta=meta))[0] == status  # type: ignore[arg-type]
     given = argparse.Namespace(scheme="kivi")
     assert scheme_of(given) == ["--scheme", "kivi"]
 

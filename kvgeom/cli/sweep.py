@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     from kvgeom.behaviour.curve import bit_width_curve, curve_of
     from kvgeom.behaviour.over_refusal import harmless_responses, over_refusal_of
     from kvgeom.behaviour.widths import at_widths
-    from kvgeom.report.verdict import headline
+    from kvgeom.report.verdict import status_of
 
     series = at_widths(arguments.scheme, arguments.bits, arguments.placement)
     journal, of_harmless = (options.journal(arguments, name) for name in ("journal.jsonl", "over-refusal.jsonl"))
@@ -56,5 +56,4 @@ def run(arguments: argparse.Namespace) -> int:
             harmless = None if harmless is None else harmless.relabel(judge)
     parts = [] if harmless is None else [over_refusal_of(harmless, series).to_text()]
     options.report(arguments, "\n\n".join([curve.to_text(), *parts]))
-    rows = [row for row in curve.records() if row["bits"] < 16]
-    return options.status_of(arguments, headline(model.name, rows, curve.meta["baseline_refused"])[0])
+    return options.status_of(arguments, status_of(curve)[0])
