@@ -216,7 +216,7 @@ def certified(model: Model, size: Size, bits: int, seed: int) -> dict[str, Any]:
 
     found, truth = diagnose(seen), diagnose(unseen)
     # What comes out on so many prompts is taken for the truth if it is sure.
-    true = max(truth.mode.shares["posterior"].items(), key=lambda item: item[1])
+    true = truth.mode.likeliest
     row: dict[str, Any] = {
         "refused": len(found.baseline.refused),
         "found": found.mode.name,

@@ -77,6 +77,11 @@ class Mode(Result):
         "shares": ("basis", "mode"),
     }
 
+    @property
+    def likeliest(self) -> tuple[str, float]:
+        """The mode with most of the posterior, and its probability; it is named only where that is enough."""
+        return max(self.shares["posterior"].items(), key=lambda item: item[1])
+
     @classmethod
     def of(
         cls,

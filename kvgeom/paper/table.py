@@ -70,6 +70,12 @@ def share(at: _At, quantity: str, count: int, n: int, published_at: _PublishedAt
     return Row(at, quantity, count / n if n else _NAN, low, high, n, published_at=published_at)
 
 
+def repeated(at: _At, quantity: str, cell: Mapping[str, Any], published_at: _PublishedAt = None) -> Row:
+    """A cell of another table, as :meth:`PaperTable.cell` has it, in this one."""
+    measured, low, high, n, unit = (cell[name] for name in ("measured", "low", "high", "n", "unit"))
+    return Row(at, quantity, measured, low, high, n, unit, published_at)
+
+
 def recovered(at: _At, quantity: str, before: ArrayLike, after: ArrayLike, **more: Any) -> Row:
     """The share of what is lost ``before`` that is not lost ``after``, less what only ``after`` loses; paired by prompt.
 

@@ -21,8 +21,6 @@ from kvgeom.plots.theme import (
     wrapped,
 )
 
-#: A fix works if it takes away more than this share of what is lost, as kvgeom.diagnosis.taxonomy has it.
-BORDER = 0.5
 #: Colours of models by the name that their mode got; others are grey.
 COLOURS = {"outlier-crushes-safety": PLAIN, "outlier-as-safety": ACCENT, "multi-layer dilution": "#8a60a8"}
 
@@ -94,19 +92,19 @@ def taxonomy_plane(tour: Plottable) -> go.Figure:
     Parameters
     ----------
     tour : Tour
-        ``group64`` and ``kept``, each with ``_low`` and ``_high``, and ``named``, over model.
+        ``group64`` and ``kept``, each with ``_low`` and ``_high``, and ``named``, over model; ``meta["rescue"]``, the share from which on a fix works.
 
     Returns
     -------
     plotly.graph_objects.Figure
         x: share of the loss taken away by group-64 scales. y: by keeping the worst layer. One point a model.
     """
-    data = tour.data
+    data, border = tour.data, float(tour.meta["rescue"])
     chart = go.Figure()
     regions = (
-        ("outlier-crushes-safety", BORDER, 1.08, -0.12, 1.12, 0.79, -0.06),
-        ("outlier-as-safety", -0.12, BORDER, BORDER, 1.12, 0.19, 1.06),
-        ("multi-layer dilution", -0.12, BORDER, -0.12, BORDER, 0.19, -0.06),
+        ("outlier-crushes-safety", border, 1.08, -0.12, 1.12, 0.79, -0.06),
+        ("outlier-as-safety", -0.12, border, border, 1.12, 0.19, 1.06),
+        ("multi-layer dilution", -0.12, border, -0.12, border, 0.19, -0.06),
     )
     for name, x0, x1, y0, y1, x, y in regions:
         chart.add_shape(
@@ -114,10 +112,10 @@ def taxonomy_plane(tour: Plottable) -> go.Figure:
         )
         chart.add_annotation(text=name, x=x, y=y, showarrow=False, font={"size": 12, "color": MUTED})
     chart.add_shape(
-        type="line", x0=BORDER, x1=BORDER, y0=-0.12, y1=1.12, line={"color": MUTED, "dash": "dot", "width": 1}
+        type="line", x0=border, x1=border, y0=-0.12, y1=1.12, line={"color": MUTED, "dash": "dot", "width": 1}
     )
     chart.add_shape(
-        type="line", x0=-0.12, x1=BORDER, y0=BORDER, y1=BORDER, line={"color": MUTED, "dash": "dot", "width": 1}
+        type="line", x0=-0.12, x1=border, y0=border, y1=border, line={"color": MUTED, "dash": "dot", "width": 1}
     )
     for model in data.model.values:
         one = data.sel(model=model)

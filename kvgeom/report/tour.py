@@ -12,7 +12,7 @@ import xarray as xr
 
 from kvgeom.checks import suggests, whole
 from kvgeom.diagnosis.diagnose import Diagnosis, diagnose
-from kvgeom.diagnosis.taxonomy import FIXABLE
+from kvgeom.diagnosis.taxonomy import FIXABLE, PUBLISHED
 from kvgeom.engines.registry import resolve
 from kvgeom.evaluation.baseline import baseline, versions
 from kvgeom.evaluation.evaluate import evaluate
@@ -26,11 +26,12 @@ from kvgeom.organisms.observed import NEW_TOKENS
 from kvgeom.organisms.planting import PlantedMode
 from kvgeom.paths import write_whole
 from kvgeom.plots.channels import channel_loading
+from kvgeom.plots.theme import SITE_NAMES
 from kvgeom.plots.tour import fixes_by_model, taxonomy_plane
 from kvgeom.progress import bar, shown
 from kvgeom.prompts.sets import PromptSet
 from kvgeom.quant.placement import Placement
-from kvgeom.report.html import cells, page, section
+from kvgeom.report.html import page, section
 from kvgeom.results import Result
 from kvgeom.stats import Estimate, percent
 from kvgeom.words import counted, text_table
@@ -213,8 +214,8 @@ def _tour_of(stops: Sequence[Stop], seed: int) -> Tour:
     data = xr.Dataset(
         {
             "named": over_models([stop.diagnosis.mode.name for stop in stops], object),
-            "likeliest": over_models([_likeliest(stop.diagnosis)[0] for stop in stops], object),
-            "probability": over_models([_likeliest(stop.diagnosis)[1] for stop in stops]),
+            "likeliest": over_models([stop.diagnosis.mode.likeliest[0] for stop in stops], object),
+            "probability": over_models([stop.diagnosis.mode.likeliest[1] for stop in stops]),
             **_shares("group64", [stop.diagnosis.evidence.group64 for stop in stops]),
             **_shares("kept", [stop.diagnosis.evidence.worst_kept for stop in stops]),
             "refused": over_models([stop.diagnosis.evidence.refused for stop in stops], int),
@@ -234,6 +235,7 @@ def _tour_of(stops: Sequence[Stop], seed: int) -> Tour:
         "model": "tiny models with a planted failure mode",
         "scheme": f"{' or '.join(map(str, sorted(bits)))} bits, symmetric, one scale for a tensor",
         "placement": str(Placement()),
+        "rescue": PUBLISHED.rescue,
         "seed": seed,
         "judge": stops[0].diagnosis.curve.meta["judge"],
         "max_new_tokens": NEW_TOKENS,
@@ -241,12 +243,6 @@ def _tour_of(stops: Sequence[Stop], seed: int) -> Tour:
         "versions": versions(),
     }
     return Tour(data, meta)
-
-
-def _likeliest(found: Diagnosis) -> tuple[str, float]:
-    """The mode with most of the posterior, which is named only where that is enough, and its probability."""
-    name, share = max(found.mode.shares["posterior"].items(), key=lambda item: item[1])
-    return str(name), float(share)
 
 
 def _said(named: str, likeliest: str, probability: float) -> str:
@@ -305,7 +301,6 @@ def _page(found: Tour, stops: Sequence[Stop]) -> str:
             *_channel_sections(stops),
         ],
         sentences_of=[(stop.organism.mode, stop.organism.edits, stop.diagnosis.mode.evidence) for stop in stops],
-        settings=cells(found.to_frame("models")[["model", "named", "layers"]]),
     )
 
 
@@ -317,7 +312,7 @@ def _card(stop: Stop) -> dict[str, str]:
         note += f"; {best}: {stop.lost[best][0]}"
     return {
         "title": f"planted: {stop.organism.mode}",
-        "value": _said(found.name, *_likeliest(stop.diagnosis)),
+        "value": _said(found.name, *stop.diagnosis.mode.likeliest),
         "note": note,
     }
 
@@ -333,7 +328,7 @@ def _channel_sections(stops: Sequence[Stop]) -> list[dict[str, Any]]:
         found.append(
             section(
                 f"What was planted: {stop.organism.mode}",
-                f"Each point is a channel of the {'keys' if site == 'k' else 'values'} of layer {layer}. Channels {channels} were made outliers. "
+                f"Each point is a channel of the {SITE_NAMES[site]} of layer {layer}. Channels {channels} were made outliers. "
                 "Far to the right are outliers, which set the scale that others share; high up are channels in which "
                 "harmful and harmless requests differ.",
                 channel_loading(stop.geometry, layer, site),

@@ -28,7 +28,6 @@ from kvgeom.paper.tables.channel_ablation import magnitudes, subsets
 from kvgeom.paper.tables.perplexity import windows
 from kvgeom.paper.tables.phase_thresholds import COMPLETE, SAFE, borders
 from kvgeom.paper.tables.protocol_validation import fix
-from kvgeom.paper.tables.scheme_transfer import _interval, _rank_correlation
 from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
@@ -520,19 +519,18 @@ def test_layers_under_two_quantizers(shared: Study) -> None:
             assert measured(table, f"flip, {section}", layer=str(layer)) == expected
 
 
-@given(st.integers(2, 6), st.integers(1, 8), st.integers(0, 2**31))
-def test_the_rank_correlation_of_two_columns(layers: int, prompts: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    one, other = (rng.integers(0, 2, (layers, prompts)).astype(float) for _ in range(2))
-    value = _rank_correlation(one, other)
-    a, b = (rankdata(x.sum(1)) for x in (one, other))
-    if len({*a}) == 1 or len({*b}) == 1:
-        assert np.isnan(value)
-        return
-    assert value == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-9)
-    low, high = _interval(one, other, seed, draws=50)
-    assert np.isnan(low) or -1 <= low <= high <= 1
-    assert _interval(one, one, seed, draws=50) == pytest.approx((1, 1), nan_ok=True)
+def test_the_rank_correlation_of_two_columns(shared: Study) -> None:
+    table = tables()["scheme_transfer"].function(shared)
+    one, other = (
+        [table.cell(f"flip, section {n}", layer=str(layer))["measured"] for layer in range(3)] for n in (4, 5)
+    )
+    seen = table.cell("rank correlation, as seen")["measured"]
+    if len({*one}) == 1 or len({*other}) == 1:
+        assert np.isnan(seen)
+    else:
+        assert seen == pytest.approx(np.corrcoef(rankdata(one), rankdata(other))[0, 1], abs=1e-9)
+    row = table.cell("rank correlation")
+    assert np.isnan(row["low"]) or -1 <= row["low"] <= row["measured"] <= row["high"] <= 1
 
 
 def test_caches_of_vllm_are_its_presets(shared: Study) -> None:

@@ -8,7 +8,7 @@ from kvgeom.paper.cells import flip_rows
 from kvgeom.paper.protocol import Protocol
 from kvgeom.paper.registry import Measured, paper_table
 from kvgeom.paper.study import Study
-from kvgeom.paper.table import Row, recovered
+from kvgeom.paper.table import Row, recovered, repeated
 from kvgeom.paper.tables.pcr_framework import pcr_framework
 from kvgeom.quant.scheme import Scheme
 
@@ -46,17 +46,6 @@ def rotation(study: Study, protocol: Protocol) -> Measured:
         before, after = (found.flipped(f"{name} {bits}") for name in (PLAIN, ROTATED))
         rows.append(recovered({"bits": bits, "cache": ROTATED}, "recovery", before, after))
     pcr = pcr_framework(study, mode=protocol.mode).cell("PCR", grid="symmetric")
-    rows.append(
-        Row(
-            {"bits": 3, "cache": "critical layer"},
-            "PCR",
-            pcr["measured"],
-            pcr["low"],
-            pcr["high"],
-            pcr["n"],
-            pcr["unit"],
-            None,
-        )
-    )
+    rows.append(repeated({"bits": 3, "cache": "critical layer"}, "PCR", pcr))
     note = "The rotation is that of each head (kvgeom.quant.transforms); the one of the paper is not public."
     return Measured(rows, (note, study.critical(protocol).note))

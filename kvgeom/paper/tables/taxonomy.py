@@ -7,7 +7,7 @@ from kvgeom.diagnosis.taxonomy import pattern_of, published_mode
 from kvgeom.paper.protocol import Protocol
 from kvgeom.paper.registry import Measured, paper_table
 from kvgeom.paper.study import Study
-from kvgeom.paper.table import Row
+from kvgeom.paper.table import Row, repeated
 from kvgeom.paper.tables.pcr_framework import pcr_framework
 
 
@@ -29,17 +29,8 @@ def taxonomy(study: Study, protocol: Protocol) -> Measured:
     mode = "undefined" if undefined else published_mode(pcr["measured"], pattern, 2 * (reduction["measured"],))
     at: dict[str, int | str] = {"layers": study.model.geometry.layers}
     rows = [
-        Row(at, "PCR", pcr["measured"], pcr["low"], pcr["high"], n, pcr["unit"], {}),
-        Row(
-            at,
-            "group-64 reduction",
-            reduction["measured"],
-            reduction["low"],
-            reduction["high"],
-            n,
-            reduction["unit"],
-            None,
-        ),
+        repeated(at, "PCR", pcr, {}),
+        repeated(at, "group-64 reduction", reduction),
         Row(at, "pattern", pattern, n=n, unit="words", published_at=None),
         Row(at, "mode", mode, n=n, unit="words", published_at={}),
     ]
