@@ -119,7 +119,7 @@ def test_a_way_to_find_directions(made: dict[str, Any]) -> None:
     assert abs(float(direction.basis[:, 0] @ gap)) == pytest.approx(float(np.linalg.norm(gap)))
     assert list(compared.data.estimator.values) == ["mean", "median"]
     assert "median" in directions.METHODS
-    assert np.isfinite(space.sensitivity(progress=False).data.ratio_plugin.sel(layer=2, site="resid"))
+    assert np.isfinite(space.sensitivity(contrasts=(), progress=False).data.ratio_plugin.sel(layer=2, site="resid"))
 
 
 def test_a_benchmark(made: dict[str, Any]) -> None:

@@ -91,7 +91,7 @@ damages = st.tuples(
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=250)
 @given(st.lists(damages, min_size=1, max_size=3))
 def test_a_damaged_result_is_refused(tmp_path_factory: pytest.TempPathFactory, how: list[Any]) -> None:
     path = tmp_path_factory.mktemp("result") / "t.nc"

@@ -240,7 +240,8 @@ class Outcomes(Result):
 
     def flips(self, recipe: str) -> dict[str, int]:
         """Flips under ``recipe``: in all, and to each of :data:`LOST`."""
-        counts: dict[str, int] = {label: int(self.flipped(recipe, label).sum()) for label in LOST}
+        now = self._of(recipe, "label")[self.flipped(recipe)]
+        counts: dict[str, int] = {label: int((now == label).sum()) for label in LOST}
         return {"all": sum(counts.values()), **counts}
 
     def flip_columns(self, names: Sequence[str]) -> dict[str, Any]:
@@ -342,8 +343,9 @@ class Outcomes(Result):
 
     def _of(self, recipe: str, column: str) -> NDArray[Any]:
         """A column under a recipe."""
-        one_of("recipe", recipe, self.data.recipe.values.tolist())
-        found: NDArray[Any] = self.data[column].sel(recipe=recipe).values
+        names = self.data.recipe.values.tolist()
+        one_of("recipe", recipe, names)
+        found: NDArray[Any] = self.data[column].isel(recipe=names.index(recipe)).values
         return found
 
     def _known(self, recipes: Iterable[str] | str) -> list[str]:

@@ -105,7 +105,7 @@ def test_the_shipped_text_is_of_several_subjects_and_long_enough() -> None:
     assert 2000 < len(perplexity_text().split()) < 2500
 
 
-@pytest.mark.parametrize("recipe", [None, ROUGH])
+@pytest.mark.parametrize("recipe", [ROUGH, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_reading_sums_the_losses_of_plain_passes(recipe: Recipe | None) -> None:
     found = read(TINY, TEXT, recipe)
     losses = [np.array(losses_of(ids, recipe, Placement(), 1)) for ids in TEXT.ids]

@@ -32,7 +32,7 @@ PLACEMENTS = [
 ]
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     st.sampled_from(sorted(MODELS)),
     st.lists(st.sampled_from(CACHES), min_size=1, max_size=3, unique=True),

@@ -119,7 +119,7 @@ def test_all_kinds_of_responses_are_seen() -> None:
         assert (0 in found) != opens
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     st.sampled_from(sorted(MODELS)),
     st.integers(1, 8),

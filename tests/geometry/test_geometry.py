@@ -157,7 +157,13 @@ def test_random_bases_are_orthonormal_and_isotropic() -> None:
     np.testing.assert_allclose(np.einsum("sck,sdk->cd", bases, bases) / 500, 0.3 * np.eye(10), atol=0.05)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+#: The others store their keys and values as one of these does.
+OFTEN = ("qwen2", "gemma3_text", "gpt_neox")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in OFTEN else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_measured_on_a_model(kind: str) -> None:
     model, scheme = tiny_model(kind), Scheme(3, True, "tensor")
     space = kvgeom.subspace(model, MORE_PAIRS, progress=False)

@@ -135,7 +135,7 @@ def record() -> str:
     return json.dumps(plain(plan().with_verification(verified()).to_dict()))
 
 
-@settings(max_examples=500)
+@settings(max_examples=250)
 @given(st.floats(0, 1, exclude_max=True), st.one_of(anything, st.just("DELETE")), st.booleans())
 def test_a_tampered_plan_is_refused_or_is_another(
     tmp_path_factory: pytest.TempPathFactory, where: float, new: Any, hashed: bool

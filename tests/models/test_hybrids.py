@@ -240,7 +240,7 @@ def test_recipes_that_would_round_nothing() -> None:
     assert kept.meta["recipes"]["kept"] == "int4-sym-token in layers 3"
 
 
-@pytest.mark.parametrize("kind", ["lfm2", "gemma4_text", "kimi_linear"])
+@pytest.mark.parametrize("kind", ["lfm2", "gemma4_text", pytest.param("kimi_linear", marks=pytest.mark.slow)])
 def test_diagnosis_and_fix(kind: str, tmp_path: Any) -> None:
     """From scan to plan on a model with layers that store nothing: its own layer numbers everywhere."""
     model = hybrid(kind)
