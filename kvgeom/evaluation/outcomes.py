@@ -240,7 +240,7 @@ class Outcomes(Result):
 
     def flips(self, recipe: str) -> dict[str, int]:
         """Flips under ``recipe``: in all, and to each of :data:`LOST`."""
-        now = self._of(recipe, "label")[self.flipped(recipe)]
+        now = self._of(recipe, "label")[self._of(EXACT, "label") == "refused"]
         counts: dict[str, int] = {label: int((now == label).sum()) for label in LOST}
         return {"all": sum(counts.values()), **counts}
 
