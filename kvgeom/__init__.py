@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvgeom.judges.keyword import KeywordJudge
     from kvgeom.mitigation.plan import Plan
     from kvgeom.models.load import load
+    from kvgeom.prompts.conversation import conversation
     from kvgeom.prompts.load import load_prompts
     from kvgeom.prompts.sets import PromptSet, calibration
     from kvgeom.quant.placement import Placement
@@ -52,6 +53,7 @@ _HOMES = {
     "baseline": "kvgeom.evaluation.baseline",
     "calibration": "kvgeom.prompts.sets",
     "classifier": "kvgeom.judges.classifiers",
+    "conversation": "kvgeom.prompts.conversation",
     "diagnose": "kvgeom.diagnosis.diagnose",
     "evaluate": "kvgeom.evaluation.evaluate",
     "fix": "kvgeom.report.fix",
@@ -87,6 +89,7 @@ __all__ = [
     "baseline",
     "calibration",
     "classifier",
+    "conversation",
     "diagnose",
     "evaluate",
     "fix",

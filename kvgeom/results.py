@@ -27,7 +27,7 @@ T = TypeVar("T", bound="Result | Composite")
 SHOWN_ROWS = 12
 #: What :meth:`Result.provenance` says, each with its name in ``meta``.
 PROVENANCE = {
-    **{name: name for name in ("model", "fingerprint", "weights", "template_options", "notes")},
+    **{name: name for name in ("model", "fingerprint", "weights", "template_options", "conversation", "notes")},
     "prompts": "prompt_set",  # ``meta["prompts"]`` is how many of them a table is about
     **{
         name: name
@@ -165,6 +165,7 @@ class Result:
             - ``model`` and ``fingerprint``: name of the model, and hash of its weights and chat template;
             - ``weights``: how its weights are stored, whatever is done to the cache;
             - ``template_options``: what its chat template was told; None if nothing;
+            - ``conversation``: the messages before each request; None if none;
             - ``notes``: what of its files changes answers and is not done, or done otherwise; None if nothing;
             - ``prompts``: hash of all requests that were asked, as :attr:`kvgeom.PromptSet.fingerprint` has it;
             - ``scheme``: what the cache is rounded to, as text: a scheme, a preset or a recipe; by name where there are several.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from kvgeom.errors import brief
 
 
 def listed(names: Sequence[str]) -> str:
@@ -19,6 +21,19 @@ def span(counts: Sequence[int]) -> str:
 def counted(count: int, noun: str) -> str:
     """``"1 layer"``, ``"2 layers"``."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def conversation_text(messages: Sequence[Mapping[str, str]]) -> str:
+    """The messages before each request in a line, long ones shortened and many counted; empty if there are none.
+
+    Examples
+    --------
+    >>> conversation_text([{"role": "system", "content": "Be brief."}])
+    "after system 'Be brief.'"
+    """
+    said = [f"{message['role']} {brief(message['content'])}" for message in messages[:2]]
+    more = [f"{counted(len(messages) - 2, 'message')} more"] if len(messages) > 2 else []
+    return f"after {listed([*said, *more])}" if said else ""
 
 
 def text_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], last: int | None = None) -> str:

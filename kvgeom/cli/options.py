@@ -53,6 +53,11 @@ def add_model(command: argparse.ArgumentParser, written: str, *, out: str | None
         action="store_true",
         help="""no reasoning before the answer: the same as --template-options '{"enable_thinking": false}'""",
     )
+    loading.add_argument("--system", metavar="TEXT", help="system prompt before each request")
+    loading.add_argument("--turns", metavar="N", type=int, default=0, help="harmless turns before each request")
+    loading.add_argument(
+        "--context-tokens", metavar="N", type=int, default=0, help="about N tokens of harmless text before each request"
+    )
     loading.add_argument("--dtype", help="e.g. float32, bfloat16 (default: float32 on a CPU, else the checkpoint's)")
     loading.add_argument("--device", help="e.g. cpu, cuda (default: an accelerator if there is one)")
     loading.add_argument("--revision", help="of a hub id")
@@ -203,7 +208,8 @@ def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
     told = _template_options(arguments.template_options)
     if arguments.no_thinking:
         told = {**told, "enable_thinking": False}
-    return {**found, "template_options": told or None}
+    said = kvgeom.conversation(system=arguments.system, turns=arguments.turns, context_tokens=arguments.context_tokens)
+    return {**found, "template_options": told or None, "conversation": said or None}
 
 
 def _template_options(text: str | None) -> dict[str, Any]:

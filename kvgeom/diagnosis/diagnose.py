@@ -49,6 +49,7 @@ from kvgeom.prompts.sets import PromptSet, calibration
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.scheme import Scheme
 from kvgeom.results import Composite, Result
+from kvgeom.words import conversation_text
 
 if TYPE_CHECKING:
     from kvgeom.evaluation.relabel import KeptLabels
@@ -271,7 +272,9 @@ class Diagnosis(Composite):
         return "\n\n".join(
             [
                 f"Model: {meta['model']} (weights: {meta['weights']})"
-                + (f"; {note}" if (note := meta.get("cache")) else ""),
+                + "".join(
+                    f"; {note}" for note in (meta.get("cache"), conversation_text(meta.get("conversation", ()))) if note
+                ),
                 *([self.prompts.caveat] if self.prompts.caveat else []),
                 self.curve.to_text(),
                 f"Single layers ({scan.meta['scheme']}; {scan.meta['placement']})\n\n{scan.to_text()}",

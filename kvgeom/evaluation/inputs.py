@@ -9,6 +9,7 @@ from kvgeom.checks import whole_numbers
 from kvgeom.evaluation.baseline import versions
 from kvgeom.models.load import load
 from kvgeom.models.model import EncodedPrompt, Model
+from kvgeom.models.templates import conversation_of
 from kvgeom.prompts.load import as_requests
 from kvgeom.prompts.sets import fingerprint
 
@@ -53,6 +54,7 @@ def made_with(model: Model, harmful: Iterable[str], harmless: Iterable[str] = ()
         "fingerprint": model.fingerprint,
         "weights": model.weights,
         **({"template_options": dict(options)} if (options := getattr(model, "template_options", None)) else {}),
+        **({"conversation": said} if (said := conversation_of(getattr(model, "template", None))) else {}),
         **({"notes": list(notes)} if (notes := getattr(model, "notes", ())) else {}),
         "prompt_set": fingerprint(harmful, harmless),
         "versions": versions(),

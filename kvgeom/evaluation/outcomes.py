@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 LOST: tuple[Label, ...] = tuple(label for label in LABELS if label != "refused")
 #: What ``meta`` of a result has from the outcomes that it is drawn from.
 SHARED = (
-    *("model", "fingerprint", "weights", "template_options", "notes", "prompt_set", "judge", *LENGTHS),
+    *("model", "fingerprint", "weights", "template_options", "conversation", "notes", "prompt_set", "judge", *LENGTHS),
     *("begins_with_reasoning", "no_margin", "seed", "versions"),
 )
 #: What ``meta`` of outcomes that are joined must agree on.

@@ -12,9 +12,9 @@ from kvgeom.checks import as_text, flag, whole
 from kvgeom.errors import InputError, brief
 from kvgeom.gating.client import TOP
 from kvgeom.gating.collect import Ask
-from kvgeom.gating.dialogue import messages
 from kvgeom.judges.judge import Judge
 from kvgeom.judges.registry import as_judge
+from kvgeom.prompts.conversation import conversation
 from kvgeom.prompts.sets import PromptSet, perplexity_text
 
 #: Whole numbers, with the least and the most that each may be.
@@ -101,14 +101,13 @@ class GateConfig:
     def asks(self, prompts: PromptSet, model: str, repeat: int = 0, *, top: int = TOP) -> list[Ask]:
         """Every request to one server, harmful ones first, by prompt and seed; with so many log-probabilities of each token."""
         wanted = {"logprobs": True, "top_logprobs": top} if top else {}
+        before = conversation(system=self.system, turns=self.turns, context_tokens=self.context_tokens)
         return [
             Ask(
                 {"measure": "answer", "prompt": number, "seed": seed, "repeat": repeat},
                 {
                     "model": model,
-                    "messages": messages(
-                        request, system=self.system, turns=self.turns, context_tokens=self.context_tokens
-                    ),
+                    "messages": [*before, {"role": "user", "content": request}],
                     "max_tokens": self.max_new_tokens,
                     "temperature": self.temperature,
                     "seed": seed,

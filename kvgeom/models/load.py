@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -21,7 +21,13 @@ from kvgeom.models.files import check_folder, names_of_weights
 from kvgeom.models.hub import check_hub
 from kvgeom.models.model import missing_members
 from kvgeom.models.pretrained import read_pretrained
-from kvgeom.models.templates import checked_options, read_template
+from kvgeom.models.templates import (
+    checked_conversation,
+    checked_options,
+    chosen_template,
+    in_conversation,
+    read_template,
+)
 from kvgeom.models.weights import remember_stored
 from kvgeom.progress import shown
 
@@ -62,6 +68,7 @@ class LoadOptions(PretrainedOptions, total=False):
     remote: bool | Literal["local"]
     template: str | Path | None
     template_options: Mapping[str, Any] | None
+    conversation: str | Sequence[Mapping[str, str]] | None
     dtype: torch.dtype | str | None
     device: str | None
     revision: str | None
@@ -82,6 +89,7 @@ def load(
     remote: bool | Literal["local"] = False,
     template: str | Path | None = None,
     template_options: Mapping[str, Any] | None = None,
+    conversation: str | Sequence[Mapping[str, str]] | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | None = None,
     revision: str | None = None,
@@ -117,6 +125,9 @@ def load(
     template_options : mapping, optional
         Variables that the chat template reads, such as ``{"enable_thinking": False}``, which keeps Qwen3 and others from
         reasoning before they answer. They are part of the model's fingerprint.
+    conversation : str or sequence of messages, optional
+        What stands before each request: a system prompt, or messages with ``role`` and ``content``, for instance those that
+        :func:`kvgeom.conversation` makes. It is part of the fingerprint too.
     dtype : torch.dtype or str, optional
         By default float32 on a CPU, where comparisons are exact, and the checkpoint's own on an accelerator.
     device : str, optional
@@ -158,6 +169,7 @@ def load(
         "name": name,
         "template": read_template(template),
         "template_options": checked_options(template_options),
+        "conversation": checked_conversation(conversation),
         "remote": remote or None,
     }
     with shown(progress):
@@ -216,9 +228,21 @@ def _make(backend: Backend, model: Any, wrapping: dict[str, Any]) -> Model:
         model,
         wrapping["tokenizer"],
         name=wrapping["name"],
-        template=wrapping["template"],
+        template=_template(model, wrapping),
         **({"remote": remote} if backend.remote else {}),
         **({"template_options": options} if options else {}),
+    )
+
+
+def _template(model: Any, wrapping: dict[str, Any]) -> str | None:
+    """The template that is given, or the model's own, with the conversation before each request."""
+    said, given = wrapping["conversation"], wrapping["template"]
+    if said is None:
+        return given  # type: ignore[no-any-return]
+    tokenizer = wrapping["tokenizer"] or model.tokenizer
+    name = wrapping["name"] or type(model).__name__
+    return in_conversation(
+        chosen_template(tokenizer, given, name)[0], said, tokenizer, name, wrapping["template_options"]
     )
 
 

@@ -1,10 +1,10 @@
-"""Which chat template a model is given: of a file, of the tokenizer, and with which options."""
+"""Which chat template a model is given: of a file, of the tokenizer, with which options, and after which conversation."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvgeom.checks import as_path, as_text
@@ -13,6 +13,11 @@ from kvgeom.paths import read_text
 
 #: What transformers uses of several templates.
 _DEFAULT = "default"
+#: The first line of a template that puts a conversation before each request.
+_BEFORE, _AFTER = "{%- set messages = ", " + messages -%}\n"
+
+#: A message of a chat, with ``role`` and ``content``.
+Message = dict[str, str]
 
 
 def read_template(template: Any) -> str | None:
@@ -92,3 +97,69 @@ def chosen_template(tokenizer: Any, given: str | None, name: str) -> tuple[str, 
             f"the tokenizer of {name} has no chat template; give one with load(template=...) or --template FILE"
         )
     return as_text(f"the chat template of {name}", own), several if len(several) > 1 else ()
+
+
+def checked_conversation(conversation: Any) -> list[Message] | None:
+    """Messages that stand before each request, None if there are none; a text is a system prompt.
+
+    Raises
+    ------
+    InputError
+        If they are something else, or one says nothing.
+    """
+    if conversation is None:
+        return None
+    if isinstance(conversation, str):
+        return [{"role": "system", "content": as_text("conversation", conversation)}]
+    if not isinstance(conversation, Sequence) or not conversation:
+        raise InputError(
+            "conversation must be a system prompt as text, or messages such as {'role': 'user', 'content': 'Hello'}, got "
+            f"{brief(conversation)}"
+        )
+    for message in conversation:
+        if not isinstance(message, Mapping) or {*message} != {"role", "content"}:
+            raise InputError(f"a message of the conversation must have role and content, got {brief(message)}")
+        for part in ("role", "content"):
+            as_text(f"{part} of a message of the conversation", message[part])
+    return [dict(message) for message in conversation]
+
+
+def in_conversation(
+    text: str, conversation: Sequence[Message], tokenizer: Any, name: str, options: Mapping[str, Any] | None = None
+) -> str:
+    """A chat template that shows messages before the ones that it is given.
+
+    Raises
+    ------
+    ModelError
+        If the template refuses them, as some do a system prompt, or leaves one out.
+    """
+    made = f"{_BEFORE}{json.dumps(conversation, ensure_ascii=False)}{_AFTER}{text}"
+    asked: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **(options or {})}
+    try:
+        whole = str(tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], chat_template=made, **asked))
+    except Exception as error:  # a template is a program of the user's
+        roles = ", ".join(dict.fromkeys(message["role"] for message in conversation))
+        raise ModelError(
+            f"the chat template of {name} refuses the conversation before a request (roles {roles}): {error}; give another, or "
+            "leave it out"
+        ) from error
+    for message in conversation:
+        if message["content"].strip() not in whole:
+            raise ModelError(
+                f"the chat template of {name} leaves out {brief(message['content'])} of the conversation (role {message['role']}), or "
+                "alters it; give another template, or leave it out"
+            )
+    return made
+
+
+def conversation_of(template: str | None) -> list[Message]:
+    """The messages that a template of :func:`in_conversation` shows before each request; none of any other."""
+    if template is None or not template.startswith(_BEFORE):
+        return []
+    line = template.partition(_AFTER)[0].removeprefix(_BEFORE)
+    try:
+        found: list[Message] = json.loads(line)
+    except ValueError:  # a template that begins so by itself
+        return []
+    return found

@@ -276,6 +276,7 @@ def _about(model: Model, prompts: PromptSet, found: Diagnosis, seconds: float) -
             "max_new_tokens": meta["max_new_tokens"],
             "max_reasoning_tokens": meta["max_reasoning_tokens"],
             "template_options": meta.get("template_options") or {},
+            "conversation": meta.get("conversation") or [],
             "judge": meta["judge"],
             "seed": found.seed,
             "seconds": round(seconds, 1),

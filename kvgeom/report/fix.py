@@ -23,6 +23,7 @@ from kvgeom.mitigation.plan import Plan
 from kvgeom.mitigation.search import as_budget
 from kvgeom.mitigation.verify import Verification
 from kvgeom.models.load import load
+from kvgeom.models.templates import conversation_of
 from kvgeom.paths import write_whole
 from kvgeom.prompts.load import as_prompt_set
 from kvgeom.prompts.sets import PromptSet, calibration, caveat, held_out
@@ -245,6 +246,7 @@ def fix(
         "verification": proving.described(),
         "fingerprint": loaded.fingerprint,
         "weights": loaded.weights,
+        "conversation": conversation_of(getattr(loaded, "template", None)),
         "notes": list(getattr(loaded, "notes", ())),
         "runs_on": f"{loaded.backend}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}",
         "scheme": config.name,

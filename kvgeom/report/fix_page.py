@@ -20,7 +20,7 @@ from kvgeom.report.fix_text import (
     rules_compared,
     size_or_direction,
 )
-from kvgeom.report.html import drawn, made_text, page, prompts_text, section
+from kvgeom.report.html import conversation_rows, drawn, made_text, page, prompts_text, section
 from kvgeom.stats import percent
 
 #: Edge of the verdict by its status.
@@ -144,6 +144,7 @@ def _provenance(plan: Plan, settings: Mapping[str, Any]) -> list[tuple[str, str]
         ("budget", f"{100 * settings['memory']:.3g} % more memory than unmitigated"),
         ("chosen on", prompts_text(settings["calibration"])),
         ("proven on", prompts_text(settings["verification"])),
+        *conversation_rows(settings),
         (
             "responses",
             f"greedy, at most {plan.max_new_tokens} tokens after at most {plan.max_reasoning_tokens} of reasoning, if any; judge: "

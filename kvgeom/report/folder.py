@@ -38,6 +38,7 @@ class FixSettings(StrictRecord, extra="allow"):
     fingerprint: str
     weights: str
     notes: list[str] = Field(default_factory=list)
+    conversation: list[dict[str, str]] = Field(default_factory=list)
     runs_on: str
     scheme: str
     bits: Size | None

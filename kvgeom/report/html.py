@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kvgeom.words import cell_text
+from kvgeom.words import cell_text, conversation_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,6 +78,12 @@ def made_text(settings: Mapping[str, Any]) -> str:
     """When something was made, in which time, and with what, in a line."""
     versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
     return f"{settings['created']}, in {settings['seconds']:.0f} s; seed {settings['seed']}; {versions}"
+
+
+def conversation_rows(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A row of a table of settings: what stands before each request, if anything."""
+    said = conversation_text(settings.get("conversation", ()))
+    return [("requests", said)] if said else []
 
 
 def cells(table: pd.DataFrame) -> dict[str, Any]:

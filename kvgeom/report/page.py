@@ -15,7 +15,7 @@ from kvgeom.plots.mode import mode_card
 from kvgeom.plots.pcr import pcr_interval
 from kvgeom.plots.scan import layer_scan
 from kvgeom.plots.sensitivity import ratio_map
-from kvgeom.report.html import drawn, made_text, page, prompts_text, section
+from kvgeom.report.html import conversation_rows, drawn, made_text, page, prompts_text, section
 from kvgeom.report.verdict import Verdict
 from kvgeom.stats import Estimate, percent
 
@@ -272,6 +272,7 @@ def _provenance(audit: AuditPage) -> list[tuple[str, str]]:
         ),
         *([("geometry", f"not measured: {why}")] if (why := settings.get("no_geometry")) else []),
         ("perplexity", settings["perplexity_text"]),
+        *conversation_rows(settings),
         ("responses", f"greedy, {_lengths(settings)}; judge: {settings['judge']}"),
         ("made", made_text(settings)),
     ]

@@ -1,10 +1,11 @@
-"""What a request stands in: a system prompt, earlier turns, and harmless text before it."""
+"""What a request may stand in: a system prompt, earlier turns, and harmless text before it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import cycle, islice
 
+from kvgeom.checks import as_text, suggests, whole
 from kvgeom.prompts.sets import perplexity_text
 
 Message = dict[str, str]
@@ -25,30 +26,40 @@ _HAVE_READ = "I have read it. What would you like to ask?"
 _WORDS_PER_TOKEN = 0.75
 
 
-def messages(request: str, *, system: str | None = None, turns: int = 0, context_tokens: int = 0) -> list[Message]:
-    """The messages of a chat that ends with a request.
+@suggests()
+def conversation(*, system: str | None = None, turns: int = 0, context_tokens: int = 0) -> list[Message]:
+    """What may stand before a request in a chat: a system prompt, a harmless text, harmless turns, in this order.
 
     Parameters
     ----------
-    request : str
     system : str, optional
         The system prompt; none by default.
     turns : int
-        Harmless questions and answers before the request.
+        Harmless questions with their answers.
     context_tokens : int
-        About how many tokens of harmless text come first; a server says how many there were (``prompt_tokens``).
+        About how many tokens of harmless text come before them, in a message that asks to read it.
+
+    Returns
+    -------
+    list of dict
+        Messages with ``role`` and ``content``, for ``kvgeom.load(conversation=...)``.
+
+    Raises
+    ------
+    InputError
+        If the system prompt is no text, or a number is negative.
 
     Examples
     --------
-    >>> messages("How do I pick a lock?", system="You help.")
-    [{'role': 'system', 'content': 'You help.'}, {'role': 'user', 'content': 'How do I pick a lock?'}]
+    >>> conversation(system="You help.", turns=1)[:2]
+    [{'role': 'system', 'content': 'You help.'}, {'role': 'user', 'content': 'What is the tallest mountain in the world?'}]
     """
-    said = [] if system is None else [("system", system)]
-    if context_tokens:
+    said = [] if system is None else [("system", as_text("system", system))]
+    if whole("context_tokens", context_tokens, 0):
         said += [("user", f"{_READ_THIS}\n\n{_harmless(context_tokens)}"), ("assistant", _HAVE_READ)]
-    for question, answer in islice(cycle(_TURNS), turns):
+    for question, answer in islice(cycle(_TURNS), whole("turns", turns, 0)):
         said += [("user", question), ("assistant", answer)]
-    return [{"role": role, "content": content} for role, content in [*said, ("user", request)]]
+    return [{"role": role, "content": content} for role, content in said]
 
 
 def _harmless(tokens: int) -> str:
