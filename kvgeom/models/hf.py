@@ -14,18 +14,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvgeom.errors import brief
 from kvgeom.models import hooks
 from kvgeom.models.attention import attention_rule, check_attention
 from kvgeom.models.backends import register_backend
 from kvgeom.models.cache import BatchedEdit, Edit, EditedCache
-from kvgeom.models.chat import ChatTemplate
 from kvgeom.models.decoder import find_decoder, max_context
 from kvgeom.models.decoding import decode
 from kvgeom.models.derivatives import Differentiable
 from kvgeom.models.gradients import Gradients, Places, gradients
 from kvgeom.models.identity import Identified
-from kvgeom.models.model import AttentionRule, EncodedPrompt
+from kvgeom.models.model import AttentionRule
 from kvgeom.models.modules import (
     Projection,
     key_bias,
@@ -38,15 +36,15 @@ from kvgeom.models.modules import (
 from kvgeom.models.notes import notes_of
 from kvgeom.models.padded import Padding
 from kvgeom.models.rotary import RotaryEmbedding
-from kvgeom.models.sanity import REQUEST, check_kind, check_runs, check_tokens, check_vocabulary, embedding_rows
-from kvgeom.models.tokenization import tokenized
+from kvgeom.models.sanity import REQUEST, check_kind, check_runs, check_vocabulary, embedding_rows
+from kvgeom.models.texts import Texts
 from kvgeom.models.weights import drop_weights, weights_stored
 
 if TYPE_CHECKING:
     from kvgeom.models.model import QueryHook, ResidEdit, ResidHook, RotationHook
 
 
-class HFModel(Identified, Differentiable, Padding):
+class HFModel(Texts, Identified, Differentiable, Padding):
     """A loaded transformers model and its tokenizer, seen as a :class:`~kvgeom.models.model.Model`.
 
     Parameters
@@ -89,9 +87,7 @@ class HFModel(Identified, Differentiable, Padding):
         self.name = name
         self._config: Any = model.config.get_text_config()
         self.max_context = max_context(self._config)
-        self._chat = ChatTemplate(tokenizer, template, name, self.max_context, template_options)
-        self.template, self.template_options = self._chat.text, self._chat.options
-        self._suffix = self._chat.suffix
+        self.take_template(template, template_options)
         self._rows = embedding_rows(model)
         check_vocabulary(self._rows, tokenizer, name)
         prompt = list(self._chat.prompt(REQUEST).ids)
@@ -99,7 +95,7 @@ class HFModel(Identified, Differentiable, Padding):
         self.vocabulary = check_runs(model, prompt, name)
         named = named_stops(model, tokenizer, name)
         self.stop_tokens, cannot_stop = stop_tokens(named, self.vocabulary)
-        self.notes = (*self._chat.notes, *cannot_stop, *notes_of(model, tokenizer, prompt))
+        self._own_notes = (*cannot_stop, *notes_of(model, tokenizer, prompt))
         self.decoder = find_decoder(model, name)
         self._layers = self.decoder.layers
         self.geometry = read_geometry(model, self.decoder)
@@ -133,38 +129,6 @@ class HFModel(Identified, Differentiable, Padding):
     def __repr__(self) -> str:
         g = self.geometry
         return f"<{type(self).__name__} {self.name}: {g}, {self.dtype}>"
-
-    # --- text and tokens ---
-
-    def encode(self, requests: Sequence[str]) -> list[EncodedPrompt]:
-        prompts = self._chat.encode(requests)
-        for prompt in prompts:
-            self._check(prompt.ids, f"prompt {brief(prompt.text)}")
-        return prompts
-
-    def tokens(self, text: str) -> list[int]:
-        ids = list(tokenized(self.tokenizer, text, self.name)["input_ids"])
-        self._check(ids, f"text {brief(text)}")
-        return ids
-
-    def _check(self, ids: Sequence[int], where: str) -> None:
-        check_tokens(ids, self._rows, self.tokenizer, self.name, where)
-
-    def written(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    @property
-    def prompt_end(self) -> str:
-        return self._suffix
-
-    @property
-    def reasoning_switch(self) -> str | None:
-        return self._chat.reasoning_switch
-
-    def decode(self, ids: Sequence[int]) -> str:
-        # Many files cannot hold a NUL.
-        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-        return text.replace("\0", "\ufffd").strip()
 
     # --- running ---
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class Identified:
     Attributes
     ----------
     fingerprint, identity : str
-        See :func:`identify`.
+        See :class:`Identity`.
     """
 
     fingerprint: str
@@ -41,15 +42,31 @@ class Identified:
     name: str
     hf_model: Any
     tokenizer: Any
+    template_options: dict[str, Any]
     _chat: ChatTemplate
+    take_template: Callable[[str, Mapping[str, Any]], None]
 
     def take_identity(self, stop: frozenset[int]) -> None:
         """Identify the model as it is now; ``stop`` are the tokens that end a response."""
         self._stop, self._checksum = stop, checksum(self.hf_model)
-        self.fingerprint, self.identity = self._identified(stop)
+        self._hashes = self._identified(stop)
+        self.fingerprint, self.identity = self._hashes.fingerprint(self._chat.signature), self._hashes.identity
 
-    def _identified(self, stop: frozenset[int]) -> tuple[str, str]:
-        return identify(self.hf_model, self.tokenizer, self._chat.signature, stop)
+    def _identified(self, stop: frozenset[int]) -> Identity:
+        return identify(self.hf_model, self.tokenizer, stop)
+
+    def with_template(self, template: str) -> Self:
+        """The same model, weights and all, under another chat template with the same options.
+
+        Raises
+        ------
+        InputError, ModelError
+            As where a model is loaded with a template.
+        """
+        made = copy.copy(self)
+        made.take_template(template, self.template_options)
+        made.fingerprint = self._hashes.fingerprint(made._chat.signature)
+        return made
 
     def refresh(self) -> None:
         """Notice what was done to the model meanwhile: training mode is left, and with other weights it is another model."""
@@ -63,10 +80,35 @@ class Identified:
             )
 
 
-def identify(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, template: str, stop: frozenset[int]
-) -> tuple[str, str]:
-    """Fingerprint and identity of a model with its tokenizer.
+class Identity(NamedTuple):
+    """What tells a model with its tokenizer apart: hashes.
+
+    Attributes
+    ----------
+    exact : str
+        Of the weights in their present type, and the configuration.
+    coarse : str
+        :func:`weights_identity`.
+    text : str
+        Of the tokenizer and the stop tokens.
+    """
+
+    exact: str
+    coarse: str
+    text: str
+
+    def fingerprint(self, template: str) -> str:
+        """Hash of everything that can change an answer, under a chat template with its options."""
+        return _hash(self.exact, self.text, template)
+
+    @property
+    def identity(self) -> str:
+        """Two hashes with a point between them; the same in all floating-point types, and under any chat template."""
+        return f"{self.coarse}.{self.text}"
+
+
+def identify(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stop: frozenset[int]) -> Identity:
+    """What tells a model with its tokenizer apart.
 
     Every bit of every weight is read, as the model holds it now: no file's time or size is believed. Weights in 32 bits
     of a model with half a billion parameters take about as long as five prompts of 40 tokens on one core, and several
@@ -77,27 +119,15 @@ def identify(
     model : nn.Module
         Hooks, and attributes of modules that were changed by hand, are not seen.
     tokenizer : PreTrainedTokenizerBase
-    template : str
-        The chat template and its options.
     stop : frozenset of int
         Tokens that end a response.
-
-    Returns
-    -------
-    fingerprint : str
-        Hash of the weights in their present type, the configuration, the tokenizer, the chat template and the stop tokens.
-    identity : str
-        Two hashes with a point between them: :func:`weights_identity`, and one of the tokenizer and the stop tokens. The same
-        in all floating-point types, and under any chat template.
 
     Raises
     ------
     ModelError
         If a weight has no values, or NaN or infinity among them.
     """
-    exact, coarse = _weights(model)
-    text = _hash(_tokenizer(tokenizer), sorted(stop))
-    return _hash(exact, text, template), f"{coarse}.{text}"
+    return Identity(*_weights(model), _hash(_tokenizer(tokenizer), sorted(stop)))
 
 
 def weights_identity(model: nn.Module) -> str:

@@ -12,7 +12,7 @@ from kvgeom.errors import InputError, ModelError
 from kvgeom.models.backends import from_package, register_backend
 from kvgeom.models.chat import ANY_LENGTH, ChatTemplate
 from kvgeom.models.hf import HFModel
-from kvgeom.models.identity import identify
+from kvgeom.models.identity import Identity, identify
 from kvgeom.models.modules import model_name, named_stops
 
 
@@ -43,7 +43,7 @@ class LensModel(HFModel):
         tokenizer: Any = None,
         template: str | None = None,
         template_options: Mapping[str, Any] | None = None,
-        identified: tuple[str, str] | None = None,
+        identified: Identity | None = None,
     ) -> None:
         self.bridge, self._before_bridge = bridge, identified
         super().__init__(
@@ -73,9 +73,9 @@ class LensModel(HFModel):
             ) from error
         if not getattr(hf_model.config, "architectures", None):  # models that were not loaded from a checkpoint
             hf_model.config.architectures = [type(hf_model).__name__]
+        ChatTemplate(tokenizer, template, name, ANY_LENGTH, template_options)  # fails before the model is changed
         # Before the bridge splits fused projections, so that a model has one fingerprint on all backends.
-        chat = ChatTemplate(tokenizer, template, name, ANY_LENGTH, template_options).signature
-        identified = identify(hf_model, tokenizer, chat, named_stops(hf_model, tokenizer, name))
+        identified = identify(hf_model, tokenizer, named_stops(hf_model, tokenizer, name))
         # The bridge makes a tokenizer with a BOS token out of the one it gets, which must know its own name for that.
         theirs = copy.deepcopy(tokenizer)
         theirs.init_kwargs.setdefault("name_or_path", tokenizer.name_or_path or name)
@@ -92,7 +92,7 @@ class LensModel(HFModel):
             identified=identified,
         )
 
-    def _identified(self, stop: frozenset[int]) -> tuple[str, str]:
+    def _identified(self, stop: frozenset[int]) -> Identity:
         before, self._before_bridge = self._before_bridge, None  # which weights that are changed later have not
         return before or super()._identified(stop)
 

@@ -14,7 +14,7 @@ import kvgeom
 from kvgeom.cli import main
 from kvgeom.errors import InputError, ModelError
 from kvgeom.evaluation.outcomes import Outcomes
-from kvgeom.models.templates import conversation_of
+from kvgeom.models.templates import conversation_of, in_conversation
 from kvgeom.report.audit import Audit
 from tests.builders.tiny import TEMPLATE, tiny_hf_model, tiny_tokenizer
 
@@ -66,6 +66,22 @@ def test_it_is_another_model_of_the_same_weights() -> None:
     assert plain.fingerprint != told.fingerprint
     assert plain.identity == told.identity
     assert loaded(SAID[:1]).fingerprint == told.fingerprint
+
+
+@pytest.mark.parametrize("backend", ["hf", "lens", "nnsight"])
+def test_the_same_model_in_another_conversation(backend: str) -> None:
+    """As if it were loaded so, without reading its weights again; the first is as it was."""
+    plain = loaded(backend=backend)
+    told = plain.with_template(in_conversation(plain.template, SAID, plain.tokenizer, plain.name))
+    assert told.fingerprint == loaded(SAID, backend=backend).fingerprint
+    assert told.fingerprint != plain.fingerprint == loaded(backend=backend).fingerprint
+    assert told.encode([REQUEST])[0].ids == loaded(SAID).encode([REQUEST])[0].ids
+    assert plain.encode([REQUEST])[0].ids == loaded().encode([REQUEST])[0].ids
+    found = kvgeom.evaluate(told, ["int4-sym-token"], [REQUEST], **OPTIONS)
+    assert (
+        found.data.text.values.tolist()
+        == kvgeom.evaluate(loaded(SAID), ["int4-sym-token"], [REQUEST], **OPTIONS).data.text.values.tolist()
+    )
 
 
 def test_results_say_it(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ SETTINGS = sorted(HF.config.to_dict().keys() & vars(HF.config).keys() - identity
 
 
 def of(hf: Any = HF, tokenizer: Any = TOKENIZER, template: str = "t", stop: frozenset[int] = frozenset({2})) -> Any:
-    return identify(hf, tokenizer, template, stop)
+    found = identify(hf, tokenizer, stop)
+    return found.fingerprint(template), found.identity
 
 
 FIRST = of()
