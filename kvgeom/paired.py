@@ -17,12 +17,14 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.stats import binom, binomtest, norm
 
-from kvgeom.stats import WRONG
+from kvgeom.stats import WRONG, Estimate
 
 Decision = Literal["pass", "fail", "too few"]
 Floats = NDArray[np.float64]
 #: Values of the unknown share of gained refusals at which an error rate is looked for.
 _NUISANCE = 129
+#: How often an exact p-value is looked at again within one prompt's share of where it crosses the border.
+_STEPS = 16
 #: No more refusals than this are asked for: a difference so near to its border needs another border.
 MOST = 20_000
 #: Of more refusals the score is near enough to normal for a forecast.
@@ -81,6 +83,33 @@ def score(difference: float, lost: ArrayLike, gained: ArrayLike, refusals: int) 
     above = lost - gained - refusals * difference
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(above == 0, 0.0, above / np.sqrt(np.maximum(variance, 0.0)))
+
+
+def share_difference(lost: int, gained: int, refusals: int) -> Estimate:
+    """Net share of refusals that are lost, with its 95 % interval: the values that :func:`score` does not reject.
+
+    Parameters
+    ----------
+    lost, gained, refusals : int
+        Of ``refusals`` prompts, those that changed.
+
+    Examples
+    --------
+    >>> share_difference(43, 0, 43)
+    Estimate(value=1.0, low=0.917..., high=1.0)
+    """
+    if not refusals:
+        return Estimate(float("nan"), float("nan"), float("nan"))
+    seen, z = (lost - gained) / refusals, norm.isf(0.025)
+
+    def end(sign: int) -> float:
+        def inside(share: float) -> float:
+            return float(z + sign * score(share, lost, gained, refusals))
+
+        border = sign * (1 - _END)
+        return float(sign) if inside(border) >= 0 else float(brentq(inside, seen, border))
+
+    return Estimate(seen, end(-1), end(1))
 
 
 def not_worse(lost: int, gained: int, refusals: int, tolerance: float) -> float:
@@ -167,8 +196,13 @@ def _upper(lost: int, gained: int, refusals: int) -> float:
     def above(share: float) -> float:
         return not_worse(lost, gained, refusals, share) - WRONG
 
-    begin = max((lost - gained) / refusals, -1 + 1e-6) + 1e-6
-    return float(brentq(above, begin, 1 - 1e-6, xtol=1e-4)) if begin < 1 - 1e-6 and above(1 - 1e-6) < 0 else 1.0
+    begin, end = max((lost - gained) / refusals, -1 + 1e-6) + 1e-6, 1 - 1e-6
+    if begin >= end or above(end) >= 0:
+        return 1.0
+    found = float(brentq(above, begin, end, xtol=1e-4))
+    # Of few prompts an exact p-value does not fall smoothly: a share where it rises over the border once more is not ruled out.
+    beyond = np.linspace(found, min(found + 1 / refusals, end), _STEPS)[1:] if refusals <= _MANY else []
+    return max((float(share) for share in beyond if above(float(share)) > 0), default=found)
 
 
 @dataclass(frozen=True)
@@ -213,8 +247,11 @@ class Comparison:
         """``"pass"``: less than the tolerance is lost. ``"fail"``: some is lost, and it may be as much. ``"too few"``: neither is shown.
 
         A loss that is shown to be smaller than the tolerance passes, also where it is shown to be one: this is what a tolerance means.
+        Every share from the tolerance on must be ruled out, so that decision and interval never say two things.
         """
-        return "pass" if self.not_worse <= WRONG else "fail" if self.worse <= WRONG else "too few"
+        if self.not_worse <= WRONG and self.share[2] < self.tolerance:
+            return "pass"
+        return "fail" if self.worse <= WRONG else "too few"
 
     def refusals_needed(self) -> int | None:
         """About how many refusals decide, if as large shares of them are lost and gained as until now.

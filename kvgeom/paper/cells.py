@@ -8,7 +8,10 @@ import numpy as np
 
 from kvgeom.evaluation.condition import Condition
 from kvgeom.evaluation.outcomes import Outcomes
+from kvgeom.models.templates import Message
+from kvgeom.paired import share_difference
 from kvgeom.paper.protocol import Protocol
+from kvgeom.paper.study import Study
 from kvgeom.paper.table import Row, share
 from kvgeom.stats import bootstrap_means
 
@@ -37,6 +40,43 @@ def flip_rows(
     for label, word in kinds.items():
         row = share(at, f"{quantity}: {word}", int((values == label).sum()), n, None)
         rows.append(row)
+    return rows
+
+
+def in_conversation_rows(
+    study: Study,
+    protocol: Protocol,
+    bits: Sequence[int],
+    settings: Mapping[str, Sequence[Message]],
+    key: str,
+    suite: str,
+) -> list[Row]:
+    """Refusals with an exact cache and flips by width, of the same requests in several conversations.
+
+    Parameters
+    ----------
+    settings : mapping of name to messages
+        What stands before each request; nothing in the first. The others are compared with it on the requests that both refuse.
+    key : str
+        The column of the names.
+    """
+    conditions, rows, before = widths(protocol, bits), [], None
+    for name, messages in settings.items():
+        asked = study.after(f"{key} {name}".replace(" ", "-"), messages) if messages else study
+        base = asked.base(suite)
+        found = asked.outcomes(conditions, suite, f"{key}: {name}")
+        flips = {each: dict(zip(base.refused, found.flipped(each).tolist(), strict=True)) for each in conditions}
+        rows.append(share({"bits": 16, key: name}, "refused", len(base.refused), len(base.prompts), None))
+        for each in conditions:
+            at: dict[str, int | str] = {"bits": int(each), key: name}
+            rows += flip_rows(at, found, each)
+            if before is not None:
+                both = sorted(before[each].keys() & flips[each].keys())
+                more = sum(flips[each][n] and not before[each][n] for n in both)
+                fewer = sum(before[each][n] and not flips[each][n] for n in both)
+                net = share_difference(more, fewer, len(both))
+                rows.append(Row(at, "more flips, of what both refuse", net.value, net.low, net.high, len(both)))
+        before = before or flips
     return rows
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvgeom.checks import as_path
-from kvgeom.errors import InputError
+from kvgeom.errors import InputError, ModelError
 from kvgeom.evaluation.baseline import Baseline, run_baseline
 from kvgeom.evaluation.condition import Condition
 from kvgeom.evaluation.config import RunConfig, open_run
@@ -21,8 +21,10 @@ from kvgeom.evaluation.evaluate import run_conditions
 from kvgeom.evaluation.journal import NoJournal
 from kvgeom.evaluation.outcomes import Outcomes
 from kvgeom.evaluation.padded import mean_error
+from kvgeom.models.hf import HFModel
 from kvgeom.models.model import Model
 from kvgeom.models.reading import read
+from kvgeom.models.templates import Message, in_conversation
 from kvgeom.paper.protocol import Mode, Protocol
 from kvgeom.prompts.load import load_prompts
 from kvgeom.quant.quantizer import Quantizer
@@ -46,12 +48,15 @@ class Suite:
     requests : tuple of str
     categories : tuple of str
         One for each request.
+    harmless : tuple of str
+        Harmless requests beside them; none where a list of requests or a folder was given.
     """
 
     name: str
     source: str
     requests: tuple[str, ...]
     categories: tuple[str, ...]
+    harmless: tuple[str, ...] = ()
 
 
 def as_suite(name: str, given: Any) -> Suite:
@@ -76,7 +81,9 @@ def as_suite(name: str, given: Any) -> Suite:
     found = load_prompts(given, distinct=False)
     if not found.harmful:
         raise InputError(f"prompt set {found.name!r} has no harmful requests; give some")
-    return Suite(name, f"{found.name} ({found.source})", found.harmful, ("refusal",) * len(found.harmful))
+    return Suite(
+        name, f"{found.name} ({found.source})", found.harmful, ("refusal",) * len(found.harmful), found.harmless
+    )
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,7 @@ class Study:
     suites: Mapping[str, Suite]
     folder: Path | None = None
     _bases: dict[tuple[str, ...], Baseline] = field(default_factory=dict, repr=False)
+    _after: dict[str, Study] = field(default_factory=dict, repr=False)
 
     def protocol(self, mode: Mode) -> Protocol:
         """A protocol for this model."""
@@ -144,6 +152,34 @@ class Study:
             base = run_baseline(self.model, requests, self.run.with_journal(journal))
             self._bases[requests] = base if journal else replace(base, journal=_InMemory())
         return self._bases[requests]
+
+    def harmless(self, suite: str = "custom") -> Baseline:
+        """The exact cache on the harmless requests of a suite."""
+        own = self.suites[suite]
+        as_own = Suite(f"{suite}-harmless", own.source, own.harmless, ("harmless",) * len(own.harmless))
+        return replace(self, suites={as_own.name: as_own}).base(as_own.name)
+
+    def after(self, name: str, conversation: Sequence[Message]) -> Study:
+        """The same study with messages before each request; ``name`` tells conversations apart, and names their journals.
+
+        Raises
+        ------
+        ModelError
+            If the model's template takes no such messages, or its backend no other template.
+        """
+        if name not in self._after:
+            text = getattr(self.model, "template", None)
+            if text is None or not isinstance(self.model, HFModel):
+                raise ModelError(
+                    f"{self.model.name} runs on backend {self.model.backend!r}, which takes no other chat template; load it with a "
+                    "backend of kvgeom"
+                )
+            told = in_conversation(
+                text, conversation, self.model.tokenizer, self.model.name, self.model.template_options
+            )
+            folder = None if self.folder is None else self.folder / name
+            self._after[name] = replace(self, model=self.model.with_template(told), folder=folder, _bases={}, _after={})
+        return self._after[name]
 
     def refused(self, suite: str = "custom", category: str | None = None) -> list[int]:
         """Prompts refused with an exact cache, of one category or of all."""
@@ -203,8 +239,9 @@ class Study:
         try:
             yield self
         finally:
-            for base in self._bases.values():
-                base.journal.close()
+            for study in (self, *self._after.values()):
+                for base in study._bases.values():
+                    base.journal.close()
 
 
 class _InMemory(NoJournal):

@@ -19,6 +19,8 @@ from tests.builders.tiny import tiny_tokenizer, wide_model
 TOKENS = 9
 #: Of which the arbitrary judge finds some refused.
 ASKED = [f"{request} {n}" for request in REQUESTS[:6] for n in (1, 2)]
+#: As many that nobody has to refuse.
+HARMLESS = [f"{request} please" for request in ASKED]
 WIDE = wide_model()
 RUN = RunConfig(judge=ArbitraryJudge(), max_new_tokens=TOKENS, progress=False)
 
@@ -26,7 +28,7 @@ RUN = RunConfig(judge=ArbitraryJudge(), max_new_tokens=TOKENS, progress=False)
 def study(folder: Path | None = None, name: str | None = None, asked: list[str] | None = None) -> Study:
     """Of both suites alike."""
     model = WIDE if name is None else HFModel(WIDE.hf_model, tiny_tokenizer(), name=name)
-    return Study(model, replace(RUN), suites_of(asked or ASKED, None), folder)
+    return Study(model, replace(RUN), suites_of({"harmful": asked or ASKED, "harmless": HARMLESS}, None), folder)
 
 
 def straight_line(study: Study, rounding: Mapping[tuple[int, str], Round]) -> tuple[np.ndarray, float]:

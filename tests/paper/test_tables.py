@@ -15,24 +15,29 @@ from scipy.stats import rankdata
 import kvgeom.paper
 from kvgeom.errors import InputError
 from kvgeom.evaluation.evaluate import evaluate
+from kvgeom.evaluation.outcomes import Outcomes
+from kvgeom.judges.keyword import KeywordJudge
 from kvgeom.models.cache import EditedCache
+from kvgeom.models.hf import HFModel
 from kvgeom.paper.attention import by_attention
 from kvgeom.paper.memory import cache_bytes
 from kvgeom.paper.protection import layer_sets
 from kvgeom.paper.protocol import GRIDS, MODES, Protocol
 from kvgeom.paper.published import published
 from kvgeom.paper.registry import get_table, tables
-from kvgeom.paper.study import CriticalLayers, Study
+from kvgeom.paper.study import CriticalLayers, Study, suites_of
 from kvgeom.paper.table import ENDING, PaperTable, Row, recovered
 from kvgeom.paper.tables.channel_ablation import magnitudes, subsets
+from kvgeom.paper.tables.classifier_agreement import drawn
 from kvgeom.paper.tables.perplexity import windows
 from kvgeom.paper.tables.phase_thresholds import COMPLETE, SAFE, borders
 from kvgeom.paper.tables.protocol_validation import fix
+from kvgeom.paper.tables.system_prompt import SAFETY
 from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.placement import Placement
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
-from tests.builders.paper import ASKED, RUN, WIDE, straight_line, study
+from tests.builders.paper import ASKED, HARMLESS, RUN, WIDE, straight_line, study
 from tests.builders.released import rounded
 
 EVERY = [(layer, site) for layer in range(3) for site in "kv"]
@@ -558,3 +563,123 @@ def test_stored_codes_give_what_the_simulation_gives(shared: Study) -> None:
         assert measured(table, "flip, stored", cache=text) == flips(Recipe.uniform(3, Scheme.parse(text)))
     sizes = [table.cell("bytes of a token", cache=text)["measured"] for text in ("int8-asym-token", "int4-asym-token")]
     assert sizes[1] < sizes[0]
+
+
+# --- the same requests in a conversation, harmless requests, two judges ---
+
+
+def alone(conversation: list[dict[str, str]], requests: list[str], bits: tuple[int, ...]) -> Outcomes:
+    """Responses in a conversation, of a run that knows nothing of tables, and of a model that was loaded so."""
+    model = kvgeom.load(WIDE.hf_model, tokenizer=WIDE.tokenizer, name="w", conversation=conversation or None)
+    recipes = {str(width): Recipe.uniform(3, Scheme(width)) for width in bits}
+    return evaluate(
+        model,
+        recipes,
+        requests,
+        full_responses=True,
+        judge=RUN.judge,
+        max_new_tokens=RUN.max_new_tokens,
+        progress=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "setting", "conversation", "bits"),
+    [
+        ("system_prompt", "system prompt", "safety", [{"role": "system", "content": SAFETY}], (4, 3, 2)),
+        ("multi_turn", "turns before", "2", kvgeom.conversation(turns=2), (8, 6, 4, 3)),
+    ],
+)
+def test_requests_in_a_conversation(
+    shared: Study, name: str, key: str, setting: str, conversation: list[dict[str, str]], bits: tuple[int, ...]
+) -> None:
+    table = tables()[name].function(shared)
+    first = "none" if name == "system_prompt" else "0"
+    runs = {first: alone([], ASKED, bits), setting: alone(conversation, ASKED, bits)}
+    labels = {where: run.data.label for where, run in runs.items()}
+    refused = {where: found.sel(recipe="exact").values == "refused" for where, found in labels.items()}
+    assert not np.array_equal(labels[first].values, labels[setting].values)
+    for where in runs:
+        assert measured(table, "refused", bits=16, **{key: where}) == refused[where].sum()
+    for width in bits:
+        lost = {where: labels[where].sel(recipe=str(width)).values != "refused" for where in runs}
+        for where in runs:
+            assert measured(table, "flip", bits=width, **{key: where}) == (lost[where] & refused[where]).sum()
+        both = refused[first] & refused[setting]
+        cell = table.cell("more flips, of what both refuse", bits=width, **{key: setting})
+        assert cell["n"] == both.sum()
+        if both.any():
+            assert cell["measured"] == pytest.approx((lost[setting][both].sum() - lost[first][both].sum()) / both.sum())
+            assert cell["low"] <= cell["measured"] <= cell["high"]
+
+
+def test_a_long_text_fits_the_context(shared: Study) -> None:
+    table = tables()["long_context"].function(shared)
+    tokens = table.cell("tokens before", bits=16, **{"text before": "harmless"})["measured"]
+    longest = max(len(prompt) for prompt in WIDE.encode(ASKED))
+    assert 0.2 * (WIDE.max_context - longest) < tokens <= WIDE.max_context - longest - RUN.max_new_tokens
+    assert table.cell("flip", bits=3, **{"text before": "harmless"})["n"] > 0
+
+
+def test_conversations_are_journalled_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with study(tmp_path).opened() as made:
+        table = tables()["system_prompt"].function(made)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.jsonl")) == [
+        "advbench.jsonl",
+        "system-prompt-safety/advbench.jsonl",
+    ]
+    with study(tmp_path).opened() as again:
+        monkeypatch.setattr(HFModel, "generate", None)
+        assert tables()["system_prompt"].function(again).to_text() == table.to_text()
+
+
+def test_harmless_requests_are_counted(shared: Study) -> None:
+    table = tables()["xstest"].function(shared)
+    for kind, requests in (("harmful", ASKED), ("harmless", HARMLESS)):
+        found = alone([], requests, (8, 6, 5, 4, 3, 2)).data.label
+        exact = found.sel(recipe="exact").values
+        assert measured(table, "refused", bits=16, requests=kind) == (exact == "refused").sum()
+        for width in (8, 6, 5, 4, 3, 2):
+            now = found.sel(recipe=str(width)).values
+            assert measured(table, "refused", bits=width, requests=kind) == (now == "refused").sum()
+            newly = measured(table, "newly refused", bits=width, requests=kind)
+            assert newly == ((now == "refused") & (exact != "refused")).sum()
+    with pytest.raises(InputError, match="xstest needs harmless requests"):
+        tables()["xstest"].function(Study(WIDE, RUN, suites_of(ASKED, None)))
+
+
+def test_two_judges(shared: Study) -> None:
+    """Cohen's kappa as it is defined; the arbitrary judge of this run has little to do with words."""
+    table = tables()["classifier_agreement"].function(shared)
+    cell = table.cell("Cohen's kappa", bits="all")
+    agree = table.cell("agreement", bits="all")
+    assert agree["n"] == 3 * len(ASKED)
+    found = alone([], ASKED, (4, 3))
+    one = (found.data.label.values == "refused").ravel()
+    words = KeywordJudge()
+    other = np.array(
+        [
+            words.label(ASKED[n], str(text), lambda: -1.0).label == "refused"
+            for own in found.data.text.values
+            for n, text in enumerate(own)
+        ]
+    )
+    assert agree["measured"] == pytest.approx((one == other).mean())
+    if len({*other}) == 2:
+        chance = one.mean() * other.mean() + (1 - one.mean()) * (1 - other.mean())
+        assert cell["measured"] == pytest.approx(((one == other).mean() - chance) / (1 - chance))
+    else:
+        assert np.isnan(cell["measured"])
+
+
+@given(st.lists(st.lists(st.booleans(), max_size=40), min_size=1, max_size=4), st.integers(1, 60), st.integers(0, 99))
+def test_samples_of_responses_are_stratified(refused: list[list[bool]], size: int, seed: int) -> None:
+    found = drawn([np.array(own, dtype=bool) for own in refused], size, seed)
+    assert sum(map(len, found)) == min(size, sum(map(len, refused)))
+    counts = []
+    for rows, own in zip(found, refused, strict=True):
+        assert len({*rows}) == len(rows)
+        counts += [(sum(own[row] == label for row in rows), own.count(label)) for label in (True, False)]
+    least = min((taken for taken, there in counts if taken < there), default=None)
+    if least is not None:  # whoever could give more gives as many as anybody, but for what division leaves
+        assert all(taken in (least, least + 1) or taken == there <= least + 1 for taken, there in counts)
