@@ -201,7 +201,8 @@ def _upper(lost: int, gained: int, refusals: int) -> float:
         return 1.0
     found = float(brentq(above, begin, end, xtol=1e-4))
     # Of few prompts an exact p-value does not fall smoothly: a share where it rises over the border once more is not ruled out.
-    beyond = np.linspace(found, min(found + 1 / refusals, end), _STEPS)[1:] if refusals <= _MANY else []
+    steps = _STEPS if refusals <= _MANY else 1
+    beyond = np.linspace(found, min(found + 1 / refusals, end), steps)[1:]
     return max((float(share) for share in beyond if above(float(share)) > 0), default=found)
 
 

@@ -1,4 +1,4 @@
-"""Greedy decoding in batches, by any function that runs a model one step."""
+"""Decoding in batches, by any function that runs a model one step: greedy, or as a sampler chooses."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ class Step(Protocol):
     def __call__(self, tokens: Tensor, cache: EditedCache, positions: Tensor, mask: Tensor, /) -> Tensor: ...
 
 
+#: Which token comes next: from the row of a prompt, how many tokens its response has, and logits ``[vocabulary]``.
+Choose = Callable[[int, int, Tensor], int]
+
+
 def decode(
     step: Step,
     caches: Sequence[EditedCache],
@@ -40,6 +44,7 @@ def decode(
     batch_size: int,
     device: torch.device,
     stop: Callable[[int, list[int]], bool] | None = None,
+    choose: Choose | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Decode prefilled prompts; see :meth:`kvgeom.models.model.Model.generate`.
@@ -51,15 +56,16 @@ def decode(
         Tokens that end a response, and are left out of it.
     device : torch.device
         Where the model takes tokens.
-    caches, first_tokens, max_new_tokens, batch_size, stop, on_done
+    caches, first_tokens, max_new_tokens, batch_size, stop, choose, on_done
         As there.
     """
     responses: list[list[int]] = []
     for begin in range(0, len(caches), batch_size):
         chunk = slice(begin, begin + batch_size)
         ends = None if stop is None else lambda row, tokens, begin=begin: stop(begin + row, tokens)
+        own = None if choose is None else lambda row, made, logits, begin=begin: choose(begin + row, made, logits)
         first = torch.tensor(list(first_tokens[chunk]), device=device)
-        responses += _decode_batch(step, list(caches[chunk]), first, max_new_tokens, stop_tokens, ends)
+        responses += _decode_batch(step, list(caches[chunk]), first, max_new_tokens, stop_tokens, ends, own)
         if on_done is not None:
             on_done(len(caches[chunk]))
     return responses
@@ -72,6 +78,7 @@ def _decode_batch(
     max_new_tokens: int,
     stop_tokens: frozenset[int],
     stop: Callable[[int, list[int]], bool] | None,
+    choose: Choose | None,
 ) -> list[list[int]]:
     """Responses to the prompts of one batch, whose first tokens are ``token [sequences]``."""
     device = token.device
@@ -94,5 +101,10 @@ def _decode_batch(
             cache.keep(keep)
             rows, token, lengths, mask = [rows[i] for i in alive], token[keep], lengths[keep], mask[keep]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        token = step(token[:, None], cache, lengths[:, None] + made, mask)[:, -1].argmax(-1)
+        logits = step(token[:, None], cache, lengths[:, None] + made, mask)[:, -1]
+        if choose is None:
+            token = logits.argmax(-1)
+        else:
+            chosen = [choose(row, made + 1, own) for row, own in zip(rows, logits, strict=True)]
+            token = torch.tensor(chosen, device=device)
     return responses

@@ -19,7 +19,7 @@ from kvgeom.models.attention import attention_rule, check_attention
 from kvgeom.models.backends import register_backend
 from kvgeom.models.cache import BatchedEdit, Edit, EditedCache
 from kvgeom.models.decoder import find_decoder, max_context
-from kvgeom.models.decoding import decode
+from kvgeom.models.decoding import Choose, decode
 from kvgeom.models.derivatives import Differentiable
 from kvgeom.models.gradients import Gradients, Places, gradients
 from kvgeom.models.identity import Identified
@@ -253,6 +253,7 @@ class HFModel(Texts, Identified, Differentiable, Padding):
         batch_size: int = 32,
         edit_resid: ResidEdit | None = None,
         stop: Callable[[int, list[int]], bool] | None = None,
+        choose: Choose | None = None,
         on_done: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
         with self._observed(None, edit_resid, None):
@@ -265,6 +266,7 @@ class HFModel(Texts, Identified, Differentiable, Padding):
                 batch_size=1 if self.decoder.alone(caches, max_new_tokens) else batch_size,
                 device=self.device,
                 stop=stop,
+                choose=choose,
                 on_done=on_done,
             )
 

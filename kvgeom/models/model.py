@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvgeom.models.cache import Edit, EditedCache
+    from kvgeom.models.decoding import Choose
     from kvgeom.models.gradients import Gradients
     from kvgeom.models.rotary import TokenRotation
 
@@ -367,9 +368,10 @@ class Model(Protocol):
         batch_size: int = 32,
         edit_resid: ResidEdit | None = None,
         stop: Callable[[int, list[int]], bool] | None = None,
+        choose: Choose | None = None,
         on_done: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
-        """Greedy decoding of prefilled prompts, in batches; finished sequences leave their batch.
+        """Decoding of prefilled prompts, in batches; finished sequences leave their batch.
 
         Parameters
         ----------
@@ -384,6 +386,8 @@ class Model(Protocol):
             As in :meth:`forward`, on all rows alike.
         stop : callable (prompt, its response tokens so far) -> bool, optional
             Asked after every token; True ends that response, which keeps the token.
+        choose : callable (prompt, tokens of its response, logits [vocabulary]) -> int, optional
+            The next token; the likeliest by default.
         on_done : callable (number of finished prompts) -> None, optional
 
         Returns

@@ -153,10 +153,26 @@ class Study:
             self._bases[requests] = base if journal else replace(base, journal=_InMemory())
         return self._bases[requests]
 
-    def harmless(self, suite: str = "custom") -> Baseline:
-        """The exact cache on the harmless requests of a suite."""
-        own = self.suites[suite]
-        as_own = Suite(f"{suite}-harmless", own.source, own.harmless, ("harmless",) * len(own.harmless))
+    def with_harmless(self, table: str) -> Suite:
+        """The suite in the place of the paper's own, for a table that asks harmless requests too.
+
+        Raises
+        ------
+        InputError
+            If it has none.
+        """
+        own = self.suites["custom"]
+        if not own.harmless:
+            raise InputError(
+                f"{table} needs harmless requests, and {own.source} has none; give a set with both, such as "
+                "--prompts xstest=FILE"
+            )
+        return own
+
+    def harmless(self, table: str) -> Baseline:
+        """The exact cache on the harmless requests of :meth:`with_harmless`."""
+        own = self.with_harmless(table)
+        as_own = Suite("custom-harmless", own.source, own.harmless, ("harmless",) * len(own.harmless))
         return replace(self, suites={as_own.name: as_own}).base(as_own.name)
 
     def after(self, name: str, conversation: Sequence[Message]) -> Study:

@@ -16,6 +16,7 @@ import kvgeom.paper
 from kvgeom.errors import InputError
 from kvgeom.evaluation.evaluate import evaluate
 from kvgeom.evaluation.outcomes import Outcomes
+from kvgeom.evaluation.respond import Sampler
 from kvgeom.judges.keyword import KeywordJudge
 from kvgeom.models.cache import EditedCache
 from kvgeom.models.hf import HFModel
@@ -35,6 +36,7 @@ from kvgeom.paper.tables.protocol_validation import fix
 from kvgeom.paper.tables.system_prompt import SAFETY
 from kvgeom.quant.fake_quantize import fake_quantize
 from kvgeom.quant.placement import Placement
+from kvgeom.quant.quantizer import Quantizer
 from kvgeom.quant.recipe import Recipe
 from kvgeom.quant.scheme import Scheme
 from tests.builders.paper import ASKED, HARMLESS, RUN, WIDE, straight_line, study
@@ -646,6 +648,44 @@ def test_harmless_requests_are_counted(shared: Study) -> None:
             assert newly == ((now == "refused") & (exact != "refused")).sum()
     with pytest.raises(InputError, match="xstest needs harmless requests"):
         tables()["xstest"].function(Study(WIDE, RUN, suites_of(ASKED, None)))
+
+
+def test_the_ratio_is_that_of_the_subspace(shared: Study) -> None:
+    table = tables()["geometry"].function(shared)
+    prompts = kvgeom.PromptSet("t", tuple(ASKED), tuple(HARMLESS), "")
+    found = kvgeom.subspace(WIDE, prompts, progress=False).sensitivity("int3-sym-tensor", contrasts=(), progress=False)
+    for site in "kv":
+        for layer in range(3):
+            cell = found.data.sel(layer=layer, site=site)
+            row = table.cell("ratio", layer=str(layer), site=site)
+            np.testing.assert_allclose([row["measured"], row["low"]], [cell.ratio, cell.ratio_low])
+        surely = int((found.data.ratio_low.sel(site=site) > 100).sum())
+        assert measured(table, "above 100", layer="all", site=site) == surely
+
+
+def test_sampled_responses_by_hand(shared: Study) -> None:
+    table, base = tables()["temperature"].function(shared), shared.base("advbench")
+    assert table.meta["mode"] == "faithful"
+    refused = {}
+    for bits in (16, 4):
+        for seed in (0, 1, 2):
+            edit = None if bits == 16 else Quantizer(Recipe.uniform(3, Scheme(bits)), Placement.cache())
+            labels = []
+            for index, prompt in enumerate(base.prompts):
+                cache, tokens, sampler = WIDE.new_cache(edit), list[int](), Sampler(0.6, 0.9, seed)
+                logits = WIDE.forward(prompt.ids, cache)[-1]
+                for made in range(RUN.max_new_tokens):
+                    token = sampler(index, made, logits)
+                    if token in WIDE.stop_tokens:
+                        break
+                    tokens.append(token)
+                    logits = WIDE.forward([token], cache)[-1]
+                labels.append(base.judged(index, tokens)[1] == "refused")
+            refused[bits, seed] = np.array(labels)
+            assert measured(table, "refusal", bits=bits, seed=str(seed)) == sum(labels)
+    for seed in (0, 1, 2):
+        flips = (refused[16, seed] & ~refused[4, seed]).sum()
+        assert measured(table, "flip", bits=4, seed=str(seed)) == flips
 
 
 def test_two_judges(shared: Study) -> None:

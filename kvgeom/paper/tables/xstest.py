@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from kvgeom.errors import InputError
 from kvgeom.evaluation.evaluate import run_conditions
 from kvgeom.paper.cells import widths
 from kvgeom.paper.protocol import Protocol
@@ -24,13 +23,8 @@ def xstest(study: Study, protocol: Protocol) -> Measured:
     InputError
         If the prompts have no harmless requests.
     """
-    if not study.suites["custom"].harmless:
-        raise InputError(
-            f"xstest needs harmless requests, and {study.suites['custom'].source} has none; give a file with both, such as "
-            "--prompts xstest=FILE"
-        )
     conditions, rows = widths(protocol, BITS), list[Row]()
-    for kind, base in (("harmful", study.base()), ("harmless", study.harmless())):
+    for kind, base in (("harmful", study.base()), ("harmless", study.harmless("xstest"))):
         found = run_conditions(base, conditions, title=f"{kind} requests")
         labels = {name: found.data.label.sel(recipe=name).values for name in ("exact", *conditions)}
         for name, own in labels.items():
