@@ -17,6 +17,8 @@ from kvgeom.errors import InputError
 
 #: Larger files of text are not read, in bytes: AdvBench has a thousandth of it.
 LARGEST_TEXT = 64 * 2**20
+#: How a file begins that Git LFS has left in the place of a large one.
+LFS_POINTER = b"version https://git-lfs"
 #: Encodings by the mark that a file begins with. A file of UTF-32 begins like one of UTF-16, and goes on with a NUL.
 _MARKS = {codecs.BOM_UTF8: "UTF-8", codecs.BOM_UTF16_LE: "UTF-16-LE", codecs.BOM_UTF16_BE: "UTF-16-BE"}
 
@@ -80,9 +82,11 @@ def read_text(path: Path) -> str:
     Raises
     ------
     InputError
-        If it is in another encoding, with line and byte; or as :func:`read_whole`.
+        If it is in another encoding, with line and byte, or a Git LFS pointer; or as :func:`read_whole`.
     """
     raw = read_whole(path)
+    if raw.startswith(LFS_POINTER):
+        raise InputError(f"{path} is a Git LFS pointer, not the file it stands for; run: git lfs pull")
     mark = next((mark for mark in _MARKS if raw.startswith(mark)), b"")
     encoding = _MARKS.get(mark, "UTF-8")
     try:
@@ -164,7 +168,7 @@ def writable_folder(out: str | Path) -> Path:
 def write_whole(path: Path, content: str | bytes | Iterable[bytes]) -> Path:
     """Write a file, text as UTF-8, whole or not at all, also when the process is killed; returns its path.
 
-    Its mode is what the umask leaves, and no wider than that of a file which it replaces.
+    A link stays, and the file that it leads to is written. Its mode is what the umask leaves, and no wider than that of a file which it replaces.
 
     Raises
     ------
@@ -173,8 +177,13 @@ def write_whole(path: Path, content: str | bytes | Iterable[bytes]) -> Path:
     """
     if not path.name:
         raise InputError(f"no file was named: {str(path)!r} is a folder; give the path of a file")
+    given = path
     if isinstance(content, str):
         content = content.encode()
+    try:
+        path = path.resolve() if path.is_symlink() else path
+    except (OSError, RuntimeError) as error:  # a link that leads to itself
+        raise InputError(f"{given} is a link that leads nowhere; give another path") from error
     partial = path.with_name(f".{path.name[:100]}-{secrets.token_hex(8)}")
     try:
         mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666
@@ -190,5 +199,5 @@ def write_whole(path: Path, content: str | bytes | Iterable[bytes]) -> Path:
                 os.unlink(partial)
             raise
     except OSError as error:
-        raise not_written(path, error) from error
-    return path
+        raise not_written(given, error) from error
+    return given

@@ -255,6 +255,8 @@ class Composite:
             If no part and no figure has that name, or an option is unknown or missing.
         """
         parts = self.parts()
+        if kind is not None and not isinstance(kind, str):
+            raise InputError(f"a part or figure is asked for by its name, got {brief(kind)}")
         if kind is None or kind in parts:
             return self._part(kind).plot(**options)
         drawn = next((part for part in self._main_first() if kind in part.figures()), None)

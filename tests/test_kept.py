@@ -86,6 +86,18 @@ def test_files_are_no_wider_than_the_umask(mask: int, tmp_path: Path) -> None:
 # --- results ---
 
 
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path: Path) -> None:
+    table().save(tmp_path / "whole.nc")
+    (tmp_path / "link.nc").symlink_to(tmp_path / "whole.nc")
+    other = Table(table().data.assign(x=("n", np.arange(3.0) + 1)), {})
+    assert other.save(tmp_path / "link.nc") == tmp_path / "link.nc"
+    assert (tmp_path / "link.nc").is_symlink()
+    assert Table.load(tmp_path / "whole.nc").data.identical(other.data)
+    (tmp_path / "loop.nc").symlink_to(tmp_path / "loop.nc")
+    with pytest.raises(InputError, match=r"loop\.nc"):
+        other.save(tmp_path / "loop.nc")
+
+
 damages = st.tuples(
     st.sampled_from(["change", "cut", "put in", "add"]), st.floats(0, 1), st.binary(min_size=1, max_size=64)
 )

@@ -109,7 +109,7 @@ class Baseline:
     """
 
     model: Model
-    prompts: tuple[EncodedPrompt, ...]
+    prompts: tuple[EncodedPrompt, ...] = field(repr=False)
     run: RunConfig
     tokens: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
     ended: tuple[bool, ...] = field(default=(), repr=False)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO, Self
+from weakref import WeakSet
 
 from kvgeom.checks import as_path
 from kvgeom.errors import InputError, KvgeomWarning
@@ -36,6 +37,8 @@ Record = Mapping[str, Any]
 
 #: What to do where a journal cannot be used.
 _OTHER = "give another folder (--out) or file"
+#: Journals of this process, to say who holds a file.
+_OPEN: WeakSet[Journal] = WeakSet()
 #: What a header holds as a hash.
 _HASHED = ("fingerprint", "prompts")
 #: Between a record and its hash, which ends the line.
@@ -110,6 +113,7 @@ class Journal(NoJournal):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = _held(self.path)
+            _OPEN.add(self)
             try:
                 damaged = self._read()
                 if damaged:
@@ -152,6 +156,11 @@ class Journal(NoJournal):
         """
         if self._file.closed:
             self._open()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the file was let go of."""
+        return self._file.closed
 
     def close(self) -> None:
         """Let go of the file."""
@@ -250,8 +259,14 @@ def _held(path: Path) -> BinaryIO:
         try:
             _lock(file)
         except (BlockingIOError, PermissionError):
+            mine = any(
+                each.path.exists() and os.path.samestat(os.fstat(handle), each.path.stat())
+                for each in _OPEN
+                if not each.closed
+            )
             file.close()
-            raise InputError(f"journal {path} is in use by another run; wait for it, or {_OTHER}") from None
+            who = "this process: close() what holds it, such as base.journal" if mine else "another run; wait for it"
+            raise InputError(f"journal {path} is in use by {who}, or {_OTHER}") from None
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
                 file.close()

@@ -11,7 +11,7 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
-from kvgeom.checks import MOST_DRAWS, as_names, as_seed, at_coordinates, suggests, whole
+from kvgeom.checks import MOST_DRAWS, as_names, as_seed, at_coordinates, one_by_one, suggests, whole
 from kvgeom.errors import InputError, brief
 from kvgeom.geometry.activations import SITES, site_width
 from kvgeom.geometry.bases import along, oriented
@@ -106,7 +106,7 @@ class Directions(Result):
         return _square(_nan_rows(rows @ rows.T, rows), "position", names)
 
     def vectors(self, site: str, method: str = "mean", position: str | None = None) -> NDArray[np.float64]:
-        """Unit directions of all layers, ``[layers, channels]``; the first position by default."""
+        """Unit directions of all layers, ``[layers, channels]`` in the order of ``data.layer``; the first position by default."""
         at = self._at(site=site, estimator=method, position=position)
         del at["site"]
         picked = self.data.direction_resid if site == "resid" else self.data.direction_kv.sel(kv=site)
@@ -116,9 +116,9 @@ class Directions(Result):
     def cosines_of_methods(self, site: str, layer: int, position: str | None = None) -> xr.DataArray:
         """Cosine between methods at one layer and site."""
         at_coordinates(self.data, layer=layer)
-        names = list(self.data.estimator.values)
-        rows = np.stack([self.vectors(site, name, position)[layer] for name in names])
-        return _square(rows @ rows.T, "estimator", names)
+        names, at = list(self.data.estimator.values), list(self.data.layer.values).index(layer)
+        rows = np.stack([self.vectors(site, name, position)[at] for name in names])
+        return _square(_nan_rows(rows @ rows.T, rows), "estimator", names)
 
     def cosines_of_layers(self, method: str = "mean", position: str | None = None) -> xr.DataArray:
         """Cosine between the directions of the residual stream after each layer.
@@ -296,9 +296,7 @@ def as_methods(given: Any) -> list[Method]:
         return [METHODS[name] for name in from_features()]
     if isinstance(given, Method):
         return [given]
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        return [as_method(given)]
-    found = [as_method(each) for each in given]
+    found = [as_method(each) for each in one_by_one(given)]
     names = [method.name for method in found]
     if not found or len(set(names)) < len(names):
         raise InputError(

@@ -259,8 +259,10 @@ def effects(
     k, controls, seed = whole("k", k, 1), whole("controls", controls, 0, MOST_DRAWS), as_seed(seed)
     one_of("control", control, CONTROLS)
     at = list(geometry.stores) if layers is None else sorted({*whole_numbers("layers", layers, 0, geometry.layers - 1)})
+    if not at:
+        raise InputError("effects need at least one layer, got none; leave layers out for all")
     geometry.check_stores(at, model.name)
-    where: list[Any] = list(SITES) if sites is None else as_names("site", sites, SITES)
+    where: list[Any] = list(SITES) if sites is None else [*dict.fromkeys(as_names("site", sites, SITES))]
     with shown(progress):
         r = opening_tokens(model, space.harmful) if tokens is None else as_tokens(model, tokens)
         if not r:

@@ -101,7 +101,7 @@ def independence(
     model : anything that :func:`kvgeom.load` takes
     directions : mapping of str to array [d_model]
         For instance the columns of the basis of a cone, or directions of several methods
-        (``space.compare().vectors("resid", method)[layer]``).
+        (``space.compare().vectors("resid", method)[n]``, of the layer at place n of ``data.layer``).
     prompts : EncodedPrompts, requests, or the name of a set
     layers : sequence of int, optional
         After which the residual stream is looked at; all by default.

@@ -12,7 +12,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvgeom.checks import as_names, suggests, whole
+from kvgeom.checks import as_names, number, suggests, whole
 from kvgeom.errors import InputError, brief
 from kvgeom.evaluation.config import LOAD_OPTIONS
 from kvgeom.evaluation.inputs import as_encoded, as_tokens, made_with, opened
@@ -151,6 +151,8 @@ def select(
     model, harmful = opened(model, harmful, load_options, progress)
     harmless = as_encoded(model, harmless)
     tokens = as_tokens(model, refusal_tokens)
+    max_kl, last_layers = number("max_kl", max_kl, 0), number("last_layers", last_layers, 0, 1)
+    min_induce = None if min_induce is None else number("min_induce", min_induce)
     batch_size, layers, width = whole("batch_size", batch_size, 1), model.geometry.layers, model.geometry.d_model
     if not tokens or not harmful or not harmless:
         raise InputError(

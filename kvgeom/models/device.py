@@ -68,7 +68,8 @@ def _usable(device: str) -> bool:
     import torch
 
     try:
-        return torch.empty(0, device=device).device.type != "meta"
+        found = torch.empty(0, device=device).device
+        return found.type != "meta" and torch.device(device).index in (None, found.index)  # "cpu:3" is taken for "cpu"
     except Exception:  # of many kinds: each device that is not there has its own
         return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -12,11 +13,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from kvgeom.errors import InputError, brief, reason
-from kvgeom.paths import read_text
+from kvgeom.paths import LFS_POINTER, read_text
 from kvgeom.words import counted
 
-#: How a file begins that Git LFS has left in the place of a large one.
-LFS_POINTER = b"version https://git-lfs"
 #: Sizes in a configuration that a model is built with, by all names that they have.
 _SIZES = (
     *("hidden_size", "n_embd", "d_model", "vocab_size"),
@@ -38,6 +37,8 @@ _NO_LANGUAGE = (
 #: Small files of a checkpoint, which may be missing.
 _BESIDE = frozenset({"generation_config.json", "tokenizer_config.json", "special_tokens_map.json"})
 _AGAIN = "fetch it again"
+#: The number of an expert in the name of one of its weights.
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 #: Files that are read as text, by their endings, and the most bytes that one may have; tokenizers have some 35 MB.
 _TEXTS, _LARGEST_TEXT = (".json", ".jinja", ".txt", ".model"), 1 << 28
 
@@ -84,13 +85,39 @@ def check_folder(path: Path, variant: str | None = None) -> None:
         raise InputError(
             f"{path} holds no .safetensors weights; convert them (pickled weights can run code and are not read)"
         )
-    tensors = len(stored_tensors(path, config, variant))
+    names = stored_tensors(path, config, variant)
+    _check_names(path, names)
+    tensors = len(names)
     for part in _parts(config):
         layers = max((part[name] for name in _LAYERS if isinstance(part.get(name), int)), default=0)
         if layers > tensors:
             raise InputError(
                 f"{path / 'config.json'} describes {layers:,} layers, and the weights are {counted(tensors, 'tensor')}; get the "
                 "config.json that belongs to them"
+            )
+
+
+def _check_names(path: Path, names: Mapping[str, object]) -> None:
+    """Whether each tensor has one name, and the experts of a layer are numbered from 0 without a gap.
+
+    transformers takes either of two names, and stacks experts in the order of their numbers whatever these are.
+    """
+    for name in names:
+        inner = name.partition(".")[2]
+        if inner in names:
+            raise InputError(
+                f"{path} holds {name} and {inner}, which are two names of one tensor, and only one can be the model's; fetch it again"
+            )
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        if found := _EXPERT.search(name):
+            numbers.setdefault(name[: found.start()], set()).add(int(found[1]))
+    for layer, there in numbers.items():
+        lost = next((number for number in range(max(there) + 1) if number not in there), None)
+        if lost is not None:
+            raise InputError(
+                f"{path} lacks expert {lost} of {layer} and holds expert {max(there)}; the experts would take each other's places: fetch "
+                "the weights again"
             )
 
 
@@ -204,6 +231,24 @@ def held_twice(path: Path, variant: str | None = None) -> tuple[str, str] | None
     """The file of all weights and the index of several where a folder has both; transformers reads the first."""
     single, index = names_of_weights(variant)
     return (single, index) if (path / single).is_file() and (path / index).is_file() else None
+
+
+def left_unread(path: Path) -> list[str]:
+    """What a folder has beside what is read of it, and may say something else."""
+    pickled = sorted(file.name for pattern in ("pytorch_model*.bin", "*.pth", "*.ckpt") for file in path.glob(pattern))
+    found = (
+        [f"{path} holds {pickled[0]} too, which is not read: the weights are those of the .safetensors files"]
+        if pickled
+        else []
+    )
+    beside, config = path / "chat_template.jinja", path / "tokenizer_config.json"
+    if beside.is_file() and config.is_file():
+        other = read_json(config).get("chat_template")
+        if isinstance(other, str) and other.strip() != read_text(beside).strip():
+            found.append(
+                f"chat_template.jinja in {path} is used, and the other template in tokenizer_config.json is not"
+            )
+    return found
 
 
 def tensors_of(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -156,22 +156,28 @@ def _weights(model: nn.Module) -> tuple[str, str]:
 
 
 def checksum(model: nn.Module) -> str:
-    """A sum over every weight, and the configuration: another one where a model was changed in place.
+    """Sums over the rows and the columns of every weight, and the configuration: others where a model was changed in place.
 
-    Reads the memory once, a tenth of what :func:`identify` takes. Attributes of modules are not seen.
+    Where a weight only moves (heads that are exchanged, rows that are shuffled) a row or a column changes too. Reads the memory
+    twice, a fifth of what :func:`identify` takes. Attributes of modules are not seen.
     """
     config: Any = getattr(model, "config", None)
-    sums = [(name, _sum(x)) for found in (_tensors, _computed) for name, x in found(model)]
+    sums = [(name, _sums(x)) for found in (_tensors, _computed) for name, x in found(model)]
     return _hash({} if config is None else _lasting(config.to_dict()), sums)
 
 
-def _sum(x: Tensor) -> int:
-    """Sum of the bits of a tensor, as the widest integers that it is a whole number of."""
+def _sums(x: Tensor) -> str:
+    """Hash of the sums of the bits of a tensor's rows and columns, as the widest integers that a row is a whole number of."""
     if x.is_meta or not x.numel():
-        return 0
-    flat = x.contiguous().reshape(-1).view(torch.uint8)
-    wide = next(kind for kind in (torch.int64, torch.int32, torch.int16, torch.uint8) if len(flat) % kind.itemsize == 0)
-    return int(flat.view(wide).sum(dtype=torch.int64))
+        return ""
+    rows = x.contiguous().reshape(-1, x.shape[-1] if x.dim() > 1 else 1).view(torch.uint8)
+    wide = next(
+        kind for kind in (torch.int64, torch.int32, torch.int16, torch.uint8) if rows.shape[1] % kind.itemsize == 0
+    )
+    digest = hashlib.sha256()
+    for dim in (1, 0):
+        digest.update(rows.view(wide).sum(dim, dtype=torch.int64).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

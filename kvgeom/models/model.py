@@ -395,7 +395,6 @@ class Model(Protocol):
         list of list of int
             Response tokens, without the token that ended them.
         """
-        ...
 
 
 def missing_members(candidate: object) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvgeom.errors import InputError, brief, reason
-from kvgeom.models.files import check_language_model, has_adapter, held_twice, read_json, stored_tensors
+from kvgeom.models.files import check_language_model, has_adapter, held_twice, left_unread, read_json, stored_tensors
 from kvgeom.models.gguf_settings import kept_notes
 from kvgeom.models.notes import remember_notes
 from kvgeom.models.quiet import quiet_transformers
@@ -319,7 +319,8 @@ def _left_out(unexpected: Iterable[str]) -> list[str]:
 
 def _twice(folder: Path, variant: str | None) -> list[str]:
     both = held_twice(folder, variant) if folder.is_dir() else None
-    return [f"{folder} holds weights twice: {both[0]} was read, and what {both[1]} names was not"] if both else []
+    twice = [f"{folder} holds weights twice: {both[0]} was read, and what {both[1]} names was not"] if both else []
+    return twice + (left_unread(folder) if folder.is_dir() else [])
 
 
 def _adapter(folder: Path, model: Any) -> list[str]:

@@ -83,8 +83,12 @@ class Prefix:
 def read_prefix(model: Model, prompts: Sequence[EncodedPrompt], where: Where = "cache") -> Prefix | None:
     """Run what all prompts begin with before their instructions, mostly a system prompt, once.
 
-    None where they begin with nothing worth it (fewer than 4 tokens), or where the model goes on from a cache token by token.
+    None where they begin with nothing worth it (fewer than 4 tokens), where the model goes on from a cache token by token, and
+    where what it computes of the beginning hangs on how long the whole is.
     """
+    decoder = getattr(model, "decoder", None)  # of a backend that runs a transformers model
+    if decoder is not None and max(map(len, prompts)) > decoder.batches_up_to:
+        return None
     ids = list(prompts[0].ids[: min(prompt.instruction.start for prompt in prompts)])
     for prompt in prompts:
         same = next((n for n, (a, b) in enumerate(zip(ids, prompt.ids, strict=False)) if a != b), len(ids))

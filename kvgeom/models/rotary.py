@@ -306,16 +306,25 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _proven(keys: Tensor, embedding: Any, layer: int, name: str) -> Rotary:
-    """The layout under which keys ``[kv_heads, tokens, head_dim]`` of one vector do not depend on their position."""
+    """The layout under which keys ``[kv_heads, tokens, head_dim]`` of one vector depend least on their position, if they hardly do.
+
+    What is left is measured against the channels that a layout turns: large ones beside them, as a bias makes them, would hide it.
+    """
     tokens, head_dim = keys.shape[1:]
+    moving = (keys != keys[:, :1]).any(1, keepdim=True)
+    if not moving.any():
+        return _NOTHING
     allowed = max(_MOVES, _ROUNDINGS * torch.finfo(keys.dtype).eps)
     columns = _angles(embedding)[0].shape[-1] if embedding is not None else 0
-    least = float("inf")
-    for rotary in (*_layouts(columns, head_dim), _NOTHING):
-        moves = _moves(rotary.at(embedding, tokens, keys).row(0).unrotate(keys))
-        if moves <= allowed:
-            return rotary
-        least = min(least, moves)
+    first = keys[:, :1].float()
+    moves = {
+        rotary: _moves(rotary.at(embedding, tokens, keys).row(0).unrotate(keys), first[..., rotary.planes.flatten()])
+        for rotary in _layouts(columns, head_dim)
+    }
+    moves[_NOTHING] = _moves(keys, first * moving)
+    best = min(moves, key=lambda rotary: moves[rotary])
+    if (least := moves[best]) <= allowed:
+        return best
     return Rotary(
         _NOTHING.planes,
         slice(0),
@@ -325,7 +334,7 @@ def _proven(keys: Tensor, embedding: Any, layer: int, name: str) -> Rotary:
     )
 
 
-def _moves(keys: Tensor) -> float:
-    """How far keys ``[kv_heads, tokens, head_dim]`` lie from those of the first token, of their norm."""
-    first = keys[:, :1]
-    return float(((keys - first).norm(dim=-1) / first.norm(dim=-1).clamp_min(1e-30)).amax())
+def _moves(keys: Tensor, turned: Tensor) -> float:
+    """How far keys ``[kv_heads, tokens, head_dim]`` lie from those of the first token, of what of it is turned ``[kv_heads, 1, channels]``."""
+    away = (keys.float() - keys[:, :1].float()).norm(dim=-1)
+    return float((away / turned.norm(dim=-1).clamp_min(1e-30)).amax())

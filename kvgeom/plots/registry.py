@@ -11,7 +11,7 @@ from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from kvgeom.checks import at_coordinates
-from kvgeom.errors import InputError, unknown, unknown_option
+from kvgeom.errors import InputError, brief, unknown, unknown_option
 from kvgeom.registry import import_modules
 
 if TYPE_CHECKING:
@@ -116,6 +116,8 @@ def draw(result: Any, name: str | None = None, **options: Any) -> go.Figure:
     known = figures(result.kind)
     if not known:
         raise InputError(f"there is no figure of kind {result.kind!r}; register one with kvgeom.plots.registry.figure")
+    if name is not None and not isinstance(name, str):
+        raise InputError(f"a figure is asked for by its name, got {brief(name)}; choose from {', '.join(known)}")
     if name is not None and name not in known:
         raise unknown(f"figure of {result.kind}", name, known)
     name = known[0] if name is None else name

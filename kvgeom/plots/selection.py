@@ -132,7 +132,10 @@ def selection_maps(selection: Plottable) -> go.Figure:
                 col=1,
             )
     figure.update_xaxes(
-        **layer_ticks(len(layers), 32) | {"title": None}, range=[-0.5, len(layers) - 0.5], showline=False, ticks=""
+        **layer_ticks(int(layers.max()) + 1, 32) | {"title": None},
+        range=[-0.5, layers.max() + 0.5],
+        showline=False,
+        ticks="",
     )
     figure.update_xaxes(title_text="after layer", row=3, col=1)
     figure.update_yaxes(

@@ -114,7 +114,7 @@ def ratio_map(sensitivity: Plottable) -> go.Figure:
     if len(at):
         _legend(figure, "lower bound (no signal beyond chance)", {"symbol": "circle-open", "size": 8, "color": INK})
     figure.update_xaxes(**layer_axis(layers))
-    figure.update_xaxes(range=[-0.5, len(layers) - 0.5], showline=False, ticks="")
+    figure.update_xaxes(range=[-0.5, layers.max() + 0.5], showline=False, ticks="")
     figure.update_yaxes(
         tickvals=rows,
         ticktext=[SITE_NAMES.get(site, site) for site in sites],

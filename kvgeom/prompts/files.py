@@ -47,9 +47,23 @@ def _lines(path: Path) -> Iterator[Row]:
     text = read_text(path)
     if "\n" not in text and "\r" in text.rstrip():
         raise InputError(f"line 1 of {path} has carriage returns and no line feeds; save the file with Unix line ends")
-    for number, line in enumerate(io.StringIO(text, newline="\n"), 1):
+    for number, marked in enumerate(io.StringIO(text, newline="\n"), 1):
+        line = marked.lstrip("\ufeff")  # files that were put together have a byte order mark in the middle
+        if _is_json_object(line):
+            raise InputError(
+                f"line {number} of {path} is a JSON object; name the file .jsonl, or write requests as plain text"
+            )
         if line.strip() and not line.lstrip().startswith("#"):
             yield Row(f"line {number} of {path}", line)
+
+
+def _is_json_object(line: str) -> bool:
+    if not line.lstrip().startswith("{"):
+        return False
+    try:
+        return isinstance(_DECODER.decode(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 # --- tables ---

@@ -17,6 +17,8 @@ from kvgeom.prompts.files import SUFFIXES, read_rows, read_table
 from kvgeom.prompts.rows import CLASSES, Row, as_request, items, labelled, of_class
 from kvgeom.prompts.sets import SHIPPED, PromptSet
 
+#: Members of tables of pandas, polars and Hugging Face.
+_OF_TABLES = ("columns", "column_names")
 #: What a set that was given as strings is called.
 _OWN = "own prompts"
 
@@ -109,12 +111,28 @@ def _given(prompts: Any) -> list[Row]:
             if key not in CLASSES:
                 split = f", or a split such as dataset[{key!r}]" if hasattr(prompts[key], "column_names") else ""
                 raise InputError(f"{unknown('class of prompts', key, CLASSES)}{split}")
+            if isinstance(prompts[key], Mapping) or any(hasattr(prompts[key], name) for name in _OF_TABLES):
+                raise InputError(
+                    f"{key!r} of the mapping is a table; give its column of requests, such as table['prompt'], or one table with a "
+                    "column 'label'"
+                )
         return [of_class(Row(f"{k} request {n}", each), k) for k in prompts for n, each in enumerate(items(prompts[k]))]
     if hasattr(prompts, "iloc") and hasattr(prompts, "columns"):
         return _frame_rows(prompts)
     if hasattr(prompts, "with_format") and hasattr(prompts, "features"):
         return _dataset_rows(prompts)
-    return [Row(f"request {number}", each) for number, each in enumerate(items(prompts))]
+    found = items(prompts)
+    named = next((each for each in found if isinstance(each, str | Path) and _is_prompt_file(each)), None)
+    if named is not None:
+        raise InputError(
+            f"{named} in the list is the name of a file, and would be asked as a request; give one file, or load_prompts(...) of each"
+        )
+    return [Row(f"request {number}", each) for number, each in enumerate(found)]
+
+
+def _is_prompt_file(given: str | Path) -> bool:
+    text = str(given)
+    return text.lower().endswith(SUFFIXES) and "\n" not in text and os.path.isfile(text)
 
 
 def _frame_rows(frame: Any) -> list[Row]:
@@ -130,6 +148,10 @@ def _dataset_rows(dataset: Any) -> list[Row]:
     classes = {
         column: names for column, kind in (dataset.features or {}).items() if (names := getattr(kind, "names", None))
     }
+    if (getattr(dataset, "format", None) or {}).get("type") == "custom":
+        raise InputError(
+            "the dataset of prompts has a transform, which is not applied here; apply it with dataset.map(...)"
+        )
     rows = []
     for number, record in enumerate(dataset.with_format(None)):
         for column, names in classes.items():

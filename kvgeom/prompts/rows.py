@@ -6,6 +6,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -56,6 +57,8 @@ _SAYS_HARMLESS = frozenset(
 _JOINTS = re.compile("[_ -]")
 #: What a label may be; the text of anything else may have no end.
 _PLAIN = (str, Real, np.bool_)
+#: What a chat message may have: who speaks, what is said, and what no model reads.
+_OF_MESSAGES = frozenset({"role", "content", "name", "id", "weight", "created", "timestamp"})
 #: Chat messages, or the start of them, that a table has as text: JSON, or what Python writes for a list.
 _WRITTEN_MESSAGES = re.compile(r"\s*(\[\s*)?\{\s*(['\"])(role|content)\2\s*:")
 
@@ -103,6 +106,8 @@ def as_request(where: str, found: object) -> str:
     kvgeom.errors.InputError: request 0 must be text, got 3 (int)
     """
     text = as_text(where, found)
+    if not _plain(text):
+        raise InputError(f"{where} has nothing that can be read, only signs that nobody sees: {found!a}; remove it")
     if "\0" in text:
         raise InputError(f"{where} has a NUL character, where other programs end a text; remove it: {brief(text)}")
     return text.strip()
@@ -118,6 +123,10 @@ def items(given: Any) -> list[Any]:
     """
     if isinstance(given, str | bytes):  # its letters would do as strings, too
         raise InputError(f"requests must be several strings, got one: {brief(given)}; put it into a list")
+    if isinstance(given, AbstractSet):  # its order is another in each run
+        raise InputError(
+            "a set of requests has no order, and results name requests by their place; give a list, such as sorted(...)"
+        )
     try:
         return list(given)
     except TypeError as error:  # an array without dimensions is iterable by its type
@@ -263,6 +272,12 @@ def _request(where: str, found: Any, *, replies: bool) -> str:
 
 def _user_turn(where: str, messages: Sequence[Mapping[str, Any]], replies: bool) -> str:
     """The request of a chat that has one, and nothing before it that would be lost."""
+    for message in messages:
+        more = next((key for key, value in message.items() if key not in _OF_MESSAGES and not _is_blank(value)), None)
+        if more is not None:
+            raise InputError(
+                f"{where} has {brief(more)} in a chat message, which would be lost; give the user's request alone"
+            )
     turns = [(message.get("role"), message.get("content")) for message in messages]
     for role, _ in turns:
         if not isinstance(role, str) or role not in ("system", "developer", "user", "assistant"):

@@ -164,6 +164,13 @@ def test_one_holds_a_journal_at_a_time(tmp_path: Path) -> None:
         assert journal.known == 240
 
 
+def test_who_holds_a_journal_is_said(tmp_path: Path) -> None:
+    """A cell of a notebook that is run again finds the journal of its first run."""
+    with Journal(tmp_path / "j", ABOUT), pytest.raises(InputError, match=r"in use by this process: close\(\)"):
+        Journal(tmp_path / "j", ABOUT)
+    Journal(tmp_path / "j", ABOUT).close()
+
+
 def test_where_files_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on some network file systems: that is said, and the work goes on."""
 

@@ -15,13 +15,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import kvgeom
-from kvgeom.errors import InputError, KvgeomError
+from benchmarks import architectures
+from kvgeom.errors import InputError, KvgeomError, KvgeomWarning
 from kvgeom.models.files import check_folder
 from tests.builders.damage import anything, places
-from tests.builders.tiny import tiny_config, tiny_hf_model, tiny_tokenizer
+from tests.builders.tiny import TEMPLATE, tiny_config, tiny_hf_model, tiny_tokenizer
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 
@@ -270,3 +272,54 @@ def test_other_encodings_are_not_dropped(name: str, encoding: str, copied: Path)
     (copied / name).write_text(text, encoding=encoding)
     with pytest.raises(InputError, match=rf"{name} is not in plain UTF-8"):
         kvgeom.load(copied, progress=False)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experts")
+    architectures.tiny("qwen3_moe").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def renamed(folder: Path, to: Path, change: Callable[[str], str | None]) -> Path:
+    """The same checkpoint with tensors under other names, or without them."""
+    made = Path(shutil.copytree(folder, to))
+    weights = {change(name): x for name, x in load_file(made / "model.safetensors").items()}
+    save_file({name: x for name, x in weights.items() if name}, made / "model.safetensors", {"format": "pt"})
+    return made
+
+
+@pytest.mark.parametrize(("lost", "instead"), [(1, "9"), (0, "4"), (2, None)])
+def test_experts_have_their_places(lost: int, instead: str | None, experts: Path, tmp_path: Path) -> None:
+    """Stacked by number, an expert of another number would push all others along."""
+
+    def change(name: str) -> str | None:
+        here = "layers.1." in name and f".experts.{lost}." in name
+        if here and instead is None:
+            return None
+        return name.replace(f".experts.{lost}.", f".experts.{instead}.") if here else name
+
+    kvgeom.load(experts, progress=False)
+    with pytest.raises(InputError, match=rf"lacks expert {lost} of model\.layers\.1\.mlp"):
+        kvgeom.load(renamed(experts, tmp_path / "m", change), progress=False)
+
+
+@pytest.mark.parametrize("extra", ["layers.0.self_attn.k_proj.weight", "model.model.norm.weight"])
+def test_one_tensor_has_one_name(extra: str, copied: Path) -> None:
+    weights = load_file(copied / "model.safetensors")
+    own = next(name for name in weights if name.endswith(extra.removeprefix("model.model.")))
+    save_file({**weights, extra: weights[own] + 1}, copied / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="two names of one tensor"):
+        kvgeom.load(copied, progress=False)
+
+
+def test_what_lies_beside_and_says_something_else_is_noted(copied: Path) -> None:
+    config = json.loads((copied / "tokenizer_config.json").read_text())
+    (copied / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE + "x"}))
+    (copied / "chat_template.jinja").write_text(TEMPLATE)
+    (copied / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.warns(KvgeomWarning):
+        notes = kvgeom.load(copied, progress=False).notes
+    assert any("chat_template.jinja" in note and "is used" in note for note in notes)
+    assert any("pytorch_model.bin too, which is not read" in note for note in notes)

@@ -284,6 +284,22 @@ def test_geometry_of_layers_that_store() -> None:
         assert activations.resid is not None
 
 
+def test_figures_and_methods_go_by_the_number_of_a_layer() -> None:
+    model = hybrid("bamba")
+    space = kvgeom.subspace(model, PAIRS, progress=False)
+    figure = space.sensitivity("int4-asym-token", progress=False, contrasts=()).plot()
+    low, high = figure.layout.xaxis.range
+    shown = {int(x) for trace in figure.data if trace.x is not None for x in trace.x if x is not None}
+    assert {1, 3} <= shown
+    assert all(low < x < high for x in shown)
+    compared = space.compare(["mean", "whitened"], progress=False, samples=2)
+    for row, layer in enumerate((1, 3)):
+        one, other = (compared.vectors("k", name)[row] for name in ("mean", "whitened"))
+        expected = float(one @ other) if one.any() and other.any() else float("nan")  # undefined where classes coincide
+        found = float(compared.cosines_of_methods("k", layer)[0, 1])
+        assert found == pytest.approx(expected, nan_ok=True)
+
+
 def test_where_geometry_is_not_measured() -> None:
     for kind, why in (("mimo_v2_flash", "shapes that differ"), ("deepseek_v3", "a latent of keys and values")):
         with pytest.raises(ModelError, match=f"{why}.*responses, perplexity, scans, diagnosis and fixes work"):

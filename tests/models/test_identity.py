@@ -266,6 +266,42 @@ def test_what_is_changed_in_place_is_noticed(data: st.DataObject) -> None:
     assert model.fingerprint == HFModel(hf, tiny_tokenizer(), name="m").fingerprint != first
 
 
+MOVES: dict[str, Any] = {
+    "rows rolled": lambda x: x.roll(1, 0),
+    "columns reversed": lambda x: x.flip(-1),
+    "halves exchanged": lambda x: torch.cat([x[len(x) // 2 :], x[: len(x) // 2]]),
+    "all shuffled": lambda x: x.reshape(-1)[
+        torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))
+    ].reshape(x.shape),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_weights_that_only_move_are_noticed(move: str) -> None:
+    """The same numbers in other places are another model."""
+    hf = tiny_hf_model("qwen2")
+    model = kvgeom.load(hf, tokenizer=tiny_tokenizer(), name="m")
+    first, weight = model.fingerprint, hf.model.layers[1].self_attn.v_proj.weight.data
+    weight.copy_(MOVES[move](weight.clone()))
+    with pytest.warns(KvgeomWarning, match="m was changed since it was loaded"):
+        kvgeom.load(model)
+    assert model.fingerprint != first
+
+
+@given(
+    st.sampled_from([(6,), (4, 8), (5, 3), (3, 4, 8), (2, 3, 5)]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.uint8, torch.int64]),
+    st.integers(0, 10_000),
+)
+def test_two_entries_that_are_exchanged_are_noticed(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 100, shape, generator=rng).to(dtype)
+    one, other = torch.randperm(x.numel(), generator=rng)[:2].tolist()
+    moved = x.clone().reshape(-1)
+    moved[[one, other]] = moved[[other, one]]
+    assert (identity._sums(moved.reshape(shape)) == identity._sums(x)) == torch.equal(moved.reshape(shape), x)
+
+
 @pytest.mark.parametrize("backend", ["hf", "lens", "nnsight"])
 def test_a_held_model_that_was_changed_is_another(backend: str, tmp_path: Path) -> None:
     hf = tiny_hf_model("qwen2")

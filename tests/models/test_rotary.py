@@ -135,3 +135,44 @@ def test_rounding_of_the_number_format_is_no_signal(dtype: torch.dtype, longer: 
         status = space.sensitivity(contrasts=(), progress=False).data.status
         assert [str(status.sel(layer=0, site=site).values) for site in ("k", "v")] == ["undefined", "undefined"]
         assert space.data.defined.sel(layer=[1, 2, 3]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["glm4", "ernie4_5", "llama"])
+def test_large_keys_do_not_hide_how_others_turn(kind: str, dtype: torch.dtype) -> None:
+    """A bias makes channels large, turned or not; in few digits another layout must not pass beside them."""
+    options = {**MODELS[kind][0], "attention_bias": True, "use_bias": True}
+    plain = tiny(kind, **options)
+    with torch.no_grad():
+        biases = [weight for name, weight in plain.hf_model.named_parameters() if name.endswith("k_proj.bias")]
+        assert biases
+        for bias in biases:
+            bias.zero_().view(-1, plain.geometry.head_dim)[:, -1] = 300.0
+    exact = {
+        layer: found.planes.tolist()
+        for layer, found in HFModel(plain.hf_model, tiny_tokenizer(), name="a")._rotary.layers.items()
+    }
+    few = HFModel(plain.hf_model.to(dtype), tiny_tokenizer(), name="b")
+    assert {layer: found.planes.tolist() for layer, found in few._rotary.layers.items()} == exact
+    assert all(exact.values())
+
+
+def test_no_beginning_is_shared_where_the_frequencies_follow_the_length() -> None:
+    """LongRoPE turns the first token of a long prompt otherwise than that of a short one."""
+    size = 4
+    rope = {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": 40,
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * size,
+        "long_factor": [1.0 + n for n in range(size)],
+    }
+    model = tiny("phi3", rope_parameters=rope, head_dim=2 * size, max_position_embeddings=512, pad_token_id=0)
+    space = kvgeom.subspace(model, PAIRS, progress=False)
+    prompt = max(space.activations.prompts, key=len)
+    assert len(prompt) > 40
+    cache = model.new_cache()
+    model.forward(prompt.ids, cache)
+    index = space.activations.prompts.index(prompt)
+    for found in space.activations.layers(index):
+        torch.testing.assert_close(found.k, cache.layers[found.layer].keys, rtol=1e-4, atol=1e-4)

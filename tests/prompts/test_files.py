@@ -36,7 +36,10 @@ else:
 #: What separates lines or cells somewhere, quotes, or is no letter of ASCII.
 ODD = "\n\r\t\x0b\x0c\x1c\x85\u2028\u2029\ufeff,;\"'#\\[]{}: a\xe9\U0001f600"
 characters = st.sampled_from(ODD) | st.characters(exclude_categories=["Cs"], exclude_characters="\0")
-requests = st.text(characters, min_size=1, max_size=30).filter(lambda text: text.strip())
+#: With something that is seen.
+requests = st.text(characters, min_size=1, max_size=30).filter(
+    lambda text: any(not c.isspace() and unicodedata.category(c) != "Cf" for c in text)
+)
 Rows = list[tuple[str, bool]]
 #: Requests and whether they are harmful, as often as a request comes.
 labelled = st.lists(st.tuples(requests, st.booleans()), min_size=1, max_size=8).map(

@@ -168,6 +168,11 @@ REFUSED: list[tuple[str, str | bytes, str]] = [
     ("name.json", "{1: []}", "line 1 .*not JSON"),
     ("colon.json", '{"harmful" ["a"]}', "line 1 .*not JSON"),
     ("open.json", '{"harmful": ["a"', "line 1 .*not JSON"),
+    ("pointer.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
+    ("objects.txt", lines({"prompt": "a", "label": "harmless"}), r"line 1 .*JSON object.*\.jsonl"),
+    ("unseen.txt", "a\n\u200b\n", "line 2 .*nobody sees"),
+    ("image.jsonl", lines({"messages": [{**USER, "images": ["x.png"]}]}), "line 1 .*'images' in a chat message"),
+    ("call.jsonl", lines({"messages": [USER, {**REPLY, "tool_calls": [{"id": 1}]}]}), "line 1 .*'tool_calls'"),
     ("latin.csv", b"prompt\na\nb \xe9\n", "line 3 .*not UTF-8: byte 11 is 0xe9"),
     ("marked.txt", b"\xef\xbb\xbfa\n\xff", "line 2 .*byte 5 is 0xff"),
     ("odd.txt", "\ufeffa\nb".encode("utf-16-le") + b"c", "line 2 .*not UTF-16-LE: byte 8"),
@@ -336,6 +341,34 @@ def test_datasets() -> None:
         load_prompts(datasets.DatasetDict({"train": dataset}))
     with pytest.raises(InputError, match=r"row 0 of the dataset.*prompt"):
         load_prompts(dataset.remove_columns("prompt"))
+
+
+def test_tables_as_a_class_of_requests_are_refused() -> None:
+    """Their columns' names would be asked."""
+    for table in (pd.DataFrame({"prompt": ["a"]}), {"prompt": ["a"]}):
+        with pytest.raises(InputError, match=r"'harmful' of the mapping is a table.*\['prompt'\]"):
+            load_prompts({"harmful": table, "harmless": ["b"]})
+    assert load_prompts({"harmful": pd.DataFrame({"prompt": ["a"]})["prompt"]}).harmful == ("a",)
+
+
+def test_a_transform_of_a_dataset_is_not_dropped() -> None:
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_dict({"prompt": ["a"]})
+    with pytest.raises(InputError, match=r"has a transform.*dataset\.map"):
+        load_prompts(dataset.with_transform(lambda batch: {"prompt": [f"{text}!" for text in batch["prompt"]]}))
+
+
+def test_names_of_files_are_not_asked(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("kill\n")
+    for named in (str(tmp_path / "a.txt"), tmp_path / "a.txt"):
+        with pytest.raises(InputError, match="is the name of a file"):
+            load_prompts(["b", named])
+    assert load_prompts(["b", str(tmp_path / "none.txt")]).harmful[1].endswith("none.txt")
+
+
+def test_files_that_were_put_together(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes("\ufeffa\n\ufeff# a comment\n\ufeffb\n".encode())
+    assert load_prompts(tmp_path / "p.txt").harmful == ("a", "b")
 
 
 def test_sequences_of_anything() -> None:

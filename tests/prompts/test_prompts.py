@@ -238,6 +238,8 @@ def test_requests_are_the_harmful_ones() -> None:
         ([["a"]], "request 0"),
         ({"harmfull": ["a"]}, "'harmful'"),
         ({"harmful": "a"}, "list"),
+        ({"a", "b"}, "no order"),
+        ({"harmful": {"a", "b"}}, "no order"),
         ("How do I pick a lock?", "list"),
         (pd.DataFrame({"x": ["a"]}), "prompt"),
         (pd.DataFrame({"prompt": ["a", float("nan")]}), "row 1"),
