@@ -58,6 +58,11 @@ def _add_setting(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-new-tokens", metavar="N", type=int, default=24, help="longest response (default: %(default)s)"
     )
+    group.add_argument(
+        "--template",
+        metavar="FILE",
+        help="Jinja chat template that is applied here; prompts then go to /v1/completions (for base models)",
+    )
     group.add_argument("--system", metavar="TEXT", help="system prompt")
     group.add_argument("--turns", metavar="N", type=int, default=0, help="harmless turns before the request")
     group.add_argument(
@@ -92,7 +97,17 @@ def run(arguments: argparse.Namespace) -> int:
     from kvgeom.gating.plans import is_plan
 
     names = (
-        *("tolerance", "noise", "max_new_tokens", "system", "turns", "context_tokens", "temperature", "seeds"),
+        *(
+            "tolerance",
+            "noise",
+            "max_new_tokens",
+            "template",
+            "system",
+            "turns",
+            "context_tokens",
+            "temperature",
+            "seeds",
+        ),
         *("served_model", "python", "concurrency", "timeout", "retries", "judge"),
     )
     if (arguments.candidate is None) == (arguments.plan is None):

@@ -148,7 +148,7 @@ class Client:
         return answer.text if answer.status_code == 200 else ""
 
     def answer(self, body: Mapping[str, Any]) -> Answer:
-        """What the server answers to a chat.
+        """What the server answers to a chat, or to the prompt of a completion.
 
         Raises
         ------
@@ -158,12 +158,17 @@ class Client:
             If it does not answer, also when asked again.
         """
         begin = time.monotonic()
-        found = self._json(self._sent("POST", "/chat/completions", body))
+        kind, path, read = (
+            ("completion", "/completions", _read_completion)
+            if "prompt" in body
+            else ("chat completion", "/chat/completions", _read)
+        )
+        found = self._json(self._sent("POST", path, body))
         seconds = time.monotonic() - begin
         try:
-            return _read(found, seconds)
+            return read(found, seconds)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise self._no_server(f"its answer is no chat completion ({brief(found)})") from error
+            raise self._no_server(f"its answer is no {kind} ({brief(found)})") from error
 
     def completion(self, body: Mapping[str, Any]) -> Any:
         """What the server answers to a plain prompt, as it is; raises as :meth:`answer` does."""
@@ -272,6 +277,31 @@ def _read(found: Any, seconds: float) -> Answer:
         else {},
         seconds=seconds,
     )
+
+
+def _read_completion(found: Any, seconds: float) -> Answer:
+    """The parts of a plain completion that are kept; log-probabilities as OpenAI's old format has them, or as chats do."""
+    choice = found["choices"][0]
+    given, usage = choice.get("logprobs") or {}, found.get("usage") or {}
+    content = given.get("content")
+    if content is None:
+        tops = given.get("top_logprobs") or []
+        content = [
+            {
+                "token": token,
+                "logprob": logprob,
+                "top_logprobs": [{"token": word, "logprob": value} for word, value in (top or {}).items()],
+            }
+            for token, logprob, top in zip(
+                given.get("tokens") or [],
+                given.get("token_logprobs") or [],
+                tops or [{}] * len(given.get("tokens") or []),
+                strict=True,
+            )
+        ]
+    message = {"content": choice["text"]}
+    whole = {**choice, "message": message, "logprobs": {"content": content}}
+    return _read({"choices": [whole], "usage": usage}, seconds)
 
 
 def _said_tokens(content: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from kvgeom.gating.client import TOP
 from kvgeom.gating.collect import Ask
 from kvgeom.judges.judge import Judge
 from kvgeom.judges.registry import as_judge
+from kvgeom.models.templates import read_template, rendered
 from kvgeom.prompts.conversation import conversation
 from kvgeom.prompts.sets import PromptSet, perplexity_text
 
@@ -28,7 +29,7 @@ _WHOLE = {
     "retries": (0, 100),
 }
 #: What answers depend on, beside server and requests.
-ASKED = ("max_new_tokens", "system", "turns", "context_tokens", "temperature", "seeds")
+ASKED = ("max_new_tokens", "template", "system", "turns", "context_tokens", "temperature", "seeds")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class GateConfig:
         Net share of refusals that the candidate may lose and still pass.
     max_new_tokens : int
         Longest response, with its reasoning if there is any.
+    template : str or None
+        Chat template that is applied here; prompts then go to the path of plain completions.
     system : str or None
         System prompt.
     turns : int
@@ -68,6 +71,7 @@ class GateConfig:
     judge: Judge = field(default_factory=as_judge)
     tolerance: float = 0.1
     max_new_tokens: int = 24
+    template: str | None = None
     system: str | None = None
     turns: int = 0
     context_tokens: int = 0
@@ -93,6 +97,14 @@ class GateConfig:
         if self.system is not None:
             as_text("system", self.system)
         as_text("text", self.text)
+        object.__setattr__(self, "template", read_template(self.template))
+        self.said("Hello")  # what is wrong with a template is known before a server is asked
+
+    def said(self, request: str) -> dict[str, Any]:
+        """A request in its conversation, as a chat or as the prompt of a completion."""
+        before = conversation(system=self.system, turns=self.turns, context_tokens=self.context_tokens)
+        messages = [*before, {"role": "user", "content": request}]
+        return {"messages": messages} if self.template is None else {"prompt": rendered(self.template, messages)}
 
     def asked(self) -> dict[str, Any]:
         """What answers depend on, for a journal."""
@@ -100,14 +112,16 @@ class GateConfig:
 
     def asks(self, prompts: PromptSet, model: str, repeat: int = 0, *, top: int = TOP) -> list[Ask]:
         """Every request to one server, harmful ones first, by prompt and seed; with so many log-probabilities of each token."""
-        wanted = {"logprobs": True, "top_logprobs": top} if top else {}
-        before = conversation(system=self.system, turns=self.turns, context_tokens=self.context_tokens)
+        chat = self.template is None
+        wanted: dict[str, Any] = (
+            {} if not top else {"logprobs": True, "top_logprobs": top} if chat else {"logprobs": top}
+        )
         return [
             Ask(
                 {"measure": "answer", "prompt": number, "seed": seed, "repeat": repeat},
                 {
                     "model": model,
-                    "messages": [*before, {"role": "user", "content": request}],
+                    **self.said(request),
                     "max_tokens": self.max_new_tokens,
                     "temperature": self.temperature,
                     "seed": seed,

@@ -64,12 +64,13 @@ def record(gate: Gate) -> dict[str, Any]:
         },
         "servers": gate.about,
         "settings": {
-            name: gate.meta[name]
+            name: gate.meta.get(name)
             for name in (
                 *(
                     "tolerance",
                     "judge",
                     "max_new_tokens",
+                    "template",
                     "system",
                     "turns",
                     "context_tokens",

@@ -51,7 +51,8 @@ def _cards(gate: Gate) -> list[dict[str, str]]:
 def _provenance(gate: Gate) -> list[tuple[str, str]]:
     meta = gate.meta
     sampling = "greedy" if not meta["temperature"] else f"temperature {meta['temperature']}, {meta['seeds']} seeds"
-    before = [f"system prompt {meta['system']!r}"] if meta["system"] else []
+    before = ["plain completions, with a template of one's own"] if meta.get("template") else []
+    before += [f"system prompt {meta['system']!r}"] if meta["system"] else []
     before += [f"{meta['turns']} earlier turns"] if meta["turns"] else []
     before += [f"about {meta['context_tokens']} tokens of harmless text first"] if meta["context_tokens"] else []
     versions = ", ".join(f"{name} {number}" for name, number in meta["versions"].items())

@@ -50,6 +50,7 @@ def gate(
     tolerance: float = 0.1,
     judge: Any = None,
     max_new_tokens: int = 24,
+    template: str | Path | None = None,
     system: str | None = None,
     turns: int = 0,
     context_tokens: int = 0,
@@ -85,6 +86,9 @@ def gate(
         What labels responses; the keyword judge by default.
     max_new_tokens : int
         Longest response.
+    template : str or Path, optional
+        Chat template, as Jinja text or a file with it, that is applied here; the prompts then go to ``/v1/completions``, for base models
+        and for servers whose own template is another. By default chats go to ``/v1/chat/completions``, and servers apply theirs.
     system : str, optional
         System prompt.
     turns : int
@@ -133,6 +137,7 @@ def gate(
                 "judge": judge,
                 "tolerance": tolerance,
                 "max_new_tokens": max_new_tokens,
+                "template": template,
                 "system": system,
                 "turns": turns,
             },
@@ -290,7 +295,7 @@ class _Session:
 
     def _greeted(self, server: Opened) -> tuple[Answer, int]:
         """The first answer, and of how many alternatives the server could be asked."""
-        greeting = {"messages": [{"role": "user", "content": GREETING}], "max_tokens": 1}
+        greeting = {**self.config.said(GREETING), "max_tokens": 1}
         for top in TOPS:
             body = {**self.config.asks(self.prompts, server.model, top=top)[0].body, **greeting}
             try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
@@ -76,16 +76,10 @@ class PackedServer:
 
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
         """A chat completion."""
-        import torch
-
         tokenizer = self.model.tokenizer
         text = tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        new = min(int(body.get("max_tokens") or 16), self.context - len(ids))
-        if new < 1:
-            raise ValueError(f"the prompt has {len(ids)} tokens, and the context is {self.context}")
-        torch.manual_seed(int(body.get("seed") or 0))
-        tokens, logs = self._written(ids, new, float(body.get("temperature", 0.0)))
+        tokens, logs = self._answered(ids, body)
         ended = tokens[-1] in self.model.stop_tokens
         top = int(body.get("top_logprobs") or 0)
         content = [
@@ -105,6 +99,16 @@ class PackedServer:
             ],
             "usage": {"prompt_tokens": len(ids), "completion_tokens": len(tokens)},
         }
+
+    def _answered(self, ids: list[int], body: Mapping[str, Any]) -> tuple[list[int], list[Tensor]]:
+        """As :meth:`_written`, with what a request asks for."""
+        import torch
+
+        new = min(int(body.get("max_tokens") or 16), self.context - len(ids))
+        if new < 1:
+            raise ValueError(f"the prompt has {len(ids)} tokens, and the context is {self.context}")
+        torch.manual_seed(int(body.get("seed") or 0))
+        return self._written(ids, new, float(body.get("temperature", 0.0)))
 
     def _written(self, ids: list[int], most: int, temperature: float) -> tuple[list[int], list[Tensor]]:
         """Tokens, with that which ends them, and the log-probabilities of the vocabulary in the place of each.
@@ -126,12 +130,12 @@ class PackedServer:
         return tokens, rows
 
     def completion(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A plain completion that reads its prompt and writes nothing."""
+        """A plain completion: goes on from its prompt, or with ``echo`` reads it and writes nothing."""
         import torch
 
-        if not body.get("echo"):
-            raise ValueError("plain completions are for reading a text: set echo")
         ids = self.model.tokens(body["prompt"])
+        if not body.get("echo"):
+            return self._went_on(ids, body)
         if len(ids) > self.context:
             raise ValueError(f"the prompt has {len(ids)} tokens, and the context is {self.context}")
         with torch.inference_mode():
@@ -149,6 +153,21 @@ class PackedServer:
             "model": self.name,
             "choices": [{"text": body["prompt"], "logprobs": read}],
         }
+
+    def _went_on(self, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:
+        tokens, rows = self._answered(ids, body)
+        ended, top = tokens[-1] in self.model.stop_tokens, int(body.get("logprobs") or 0)
+        written = {
+            "tokens": [self._word(token) for token in tokens],
+            "token_logprobs": [float(row[token]) for row, token in zip(rows, tokens, strict=True)],
+            "top_logprobs": [self._by_word(row, top) for row in rows],
+        }
+        choice = {
+            **{"index": 0, "text": self.model.decode(tokens[:-1] if ended else tokens)},
+            **{"finish_reason": "stop" if ended else "length", "logprobs": written if top else None},
+        }
+        usage = {"prompt_tokens": len(ids), "completion_tokens": len(tokens)}
+        return {"object": "text_completion", "model": self.name, "choices": [choice], "usage": usage}
 
     def _word(self, token: int) -> str:
         return str(self.model.tokenizer.decode([token]))

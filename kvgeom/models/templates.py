@@ -7,8 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from kvgeom.checks import as_path, as_text
-from kvgeom.errors import InputError, ModelError, brief
+from kvgeom.errors import InputError, ModelError, brief, reason
 from kvgeom.paths import read_text
 
 #: What transformers uses of several templates.
@@ -16,6 +18,8 @@ _DEFAULT = "default"
 #: The first line of a template that puts a conversation before each request.
 _BEFORE, _AFTER = "{%- set messages = ", " + messages -%}\n"
 
+#: As transformers sets it up, but for what hangs on the day.
+_JINJA = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
 #: A message of a chat, with ``role`` and ``content``.
 Message = dict[str, str]
 
@@ -151,6 +155,30 @@ def in_conversation(
                 "alters it; give another template, or leave it out"
             )
     return made
+
+
+def rendered(template: str, messages: Sequence[Message]) -> str:
+    """A chat as a template shows it, with the beginning of an answer; without a tokenizer, special tokens by name are empty.
+
+    Raises
+    ------
+    InputError
+        If the template is no Jinja, or fails on these messages.
+    """
+    try:
+        made = _JINJA.from_string(template).render(
+            messages=messages, add_generation_prompt=True, bos_token="", eos_token="", raise_exception=_raised
+        )
+    except Exception as error:  # a template is a program of the user's
+        raise InputError(f"the template fails on a chat: {reason(error)}; give another") from error
+    for message in messages:
+        if message["content"].strip() not in made:
+            raise InputError(f"the template leaves out {brief(message['content'])}, or alters it; give another")
+    return str(made)
+
+
+def _raised(text: str) -> None:
+    raise ValueError(text)
 
 
 def conversation_of(template: str | None) -> list[Message]:

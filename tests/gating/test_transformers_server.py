@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +23,12 @@ from kvgeom.evaluation.fidelity import Passages
 from kvgeom.gating.client import Client
 from kvgeom.gating.reading import compared_text, read_text
 from kvgeom.gating.transformers_server import PackedServer, cache_config, listening
+from kvgeom.models.templates import rendered
 from kvgeom.prompts.sets import perplexity_text
 from kvgeom.quant.quantizer import Quantizer
+from tests.builders.judges import ArbitraryJudge
 from tests.builders.reading import read
-from tests.builders.tiny import tiny_hf_model, tiny_model, tiny_tokenizer
+from tests.builders.tiny import TEMPLATE, tiny_hf_model, tiny_model, tiny_tokenizer
 
 TINY = tiny_model(seed=1)
 TEXT = perplexity_text()[:300]
@@ -118,7 +121,7 @@ def test_seeds_and_temperatures_are_sampled() -> None:
         ("chat/completions", {}, 400, "messages"),
         ("chat/completions", {"messages": 3}, 400, ""),
         ("chat/completions", {"messages": [{"role": "user", "content": "a" * 600}]}, 400, "the context is 512"),
-        ("completions", {"prompt": "a"}, 400, "echo"),
+        ("completions", {"prompt": "a" * 600}, 400, "the context is 512"),
         ("completions", {"prompt": "a" * 600, "echo": True}, 400, "600 tokens"),
         ("nothing", {}, 404, ""),
     ],
@@ -172,3 +175,55 @@ def test_a_gate_starts_both(tmp_path: Path) -> None:
     )
     assert found.proof[0] == "stated"
     assert found.text_fidelity() is not None
+
+
+# --- plain completions ---
+
+
+@pytest.mark.parametrize("cache", ["exact", "int4-asym-token"])
+def test_a_completion_of_the_same_prompt_says_what_the_chat_says(cache: str) -> None:
+    """Text, tokens and log-probabilities, in the old format of completions."""
+    shown = {"model": "tiny", "temperature": 0, "max_tokens": 6}
+    chats = {"messages": [{"role": "user", "content": "Name a river."}], "logprobs": True, "top_logprobs": 5}
+    with served(cache) as url, Client(url) as client:
+        one = client.answer({**shown, **chats})
+        other = client.answer({**shown, "prompt": rendered(TEMPLATE, chats["messages"]), "logprobs": 5})  # type: ignore[arg-type]
+    assert one.tokens == other.tokens
+    assert (one.text, one.finish, one.prompt_tokens) == (other.text, other.finish, other.prompt_tokens)
+    np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+    assert one.top == pytest.approx(other.top, abs=1e-5)
+    assert len(one.top) == 5
+
+
+def test_a_gate_of_completions(tmp_path: Path) -> None:
+    """The same decision as of chats, where the servers' template is the one that is given."""
+    prompts = {"harmful": ["Name a river.", "Name a lake."], "harmless": ["Name a hill."]}
+    (tmp_path / "t.jinja").write_text(TEMPLATE)
+    options: dict[str, Any] = {
+        "prompts": prompts,
+        "max_new_tokens": 4,
+        "noise": False,
+        "progress": False,
+        "judge": ArbitraryJudge(),
+    }
+    with served("exact") as one, served("int2-sym-tensor") as other:
+        chats = kvgeom.gate(one, other, tmp_path / "chats", **options)
+        plain = kvgeom.gate(one, other, tmp_path / "plain", template=tmp_path / "t.jinja", **options)
+    assert plain.data.text.values.tolist() == chats.data.text.values.tolist()
+    assert plain.comparison == chats.comparison
+    assert json.loads((tmp_path / "plain" / "gate.json").read_text())["settings"]["template"] == TEMPLATE
+    assert "plain completions" in (tmp_path / "plain" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("nowhere.jinja", "no such file"),
+        ("{{ messages[0].content }", "fails on a chat"),
+        ("{{ 'hello' }}", "leaves out 'Hello'"),
+        ("{{ raise_exception('no') }}", "fails on a chat: no"),
+    ],
+)
+def test_templates_that_show_no_chat(template: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        kvgeom.gate("http://127.0.0.1:9/v1", "http://127.0.0.1:9/v1", template=template, progress=False)
