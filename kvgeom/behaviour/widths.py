@@ -9,7 +9,6 @@ from typing import Any
 from kvgeom.checks import suggests, whole_numbers
 from kvgeom.engines.engine import CacheConfig
 from kvgeom.engines.registry import resolve, widths
-from kvgeom.errors import InputError
 from kvgeom.evaluation.baseline import Baseline
 from kvgeom.evaluation.condition import Condition, with_model_constants
 from kvgeom.models.model import Model
@@ -105,10 +104,6 @@ def at_widths(
         offered = widths(spec)
         bits = [b for b in WIDTHS if b in offered] or list(offered)
     chosen = sorted({check_bits(b) for b in whole_numbers("bits", bits, 2, 16)} - {16}, reverse=True)
-    if not chosen:
-        raise InputError(
-            "bits names no width below 16, which is the exact cache, so that nothing would be rounded; give some, such as 8 4"
-        )
     configs = {b: resolve(spec, bits=b, placement=placement) for b in chosen}
     first = next(iter(configs.values()), None) or resolve(spec, bits=widths(spec)[0], placement=placement)
     name = spec.name if isinstance(spec, CacheConfig) else str(spec)

@@ -49,6 +49,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="in the place of AdvBench, e.g. advbench=FILE (default: the same as --prompts)",
     )
     running.add_argument(
+        "--figures",
+        metavar="KIND",
+        choices=("pdf", "svg", "png"),
+        help="write figures as files too: pdf, svg or png (needs kaleido and a Chrome; the page has them anyway)",
+    )
+    running.add_argument(
         "--text", metavar="FILE", help="plain text for perplexity and KL divergence (default: a short one)"
     )
     running.add_argument(
@@ -129,6 +135,7 @@ def _run(arguments: argparse.Namespace) -> int:
         mode=arguments.mode,
         prompts=arguments.prompts,
         advbench=arguments.advbench,
+        figures=arguments.figures,
         on_table=show,
         on_failure=note,
         **run,

@@ -272,11 +272,14 @@ def _read(found: Any, seconds: float) -> Answer:
         prompt_tokens=int(usage.get("prompt_tokens", -1)),
         tokens=[str(each["token"]) for each in content],
         logprobs=[float(each["logprob"]) for each in content],
-        top={str(each["token"]): float(each["logprob"]) for each in content[0].get("top_logprobs") or []}
-        if content
-        else {},
+        top=_likeliest(content[0].get("top_logprobs") or []) if content else {},
         seconds=seconds,
     )
+
+
+def _likeliest(top: list[dict[str, Any]]) -> dict[str, float]:
+    """Log-probabilities by token; of tokens that read alike, as parts of characters do, the likeliest."""
+    return {str(each["token"]): float(each["logprob"]) for each in sorted(top, key=lambda each: float(each["logprob"]))}
 
 
 def _read_completion(found: Any, seconds: float) -> Answer:

@@ -15,14 +15,14 @@ from kvgeom.gating.collect import Ask
 from kvgeom.judges.judge import Judge
 from kvgeom.judges.registry import as_judge
 from kvgeom.models.templates import read_template, rendered
-from kvgeom.prompts.conversation import conversation
+from kvgeom.prompts.conversation import CONTEXT_TOKENS, TURNS, conversation
 from kvgeom.prompts.sets import PromptSet, perplexity_text
 
 #: Whole numbers, with the least and the most that each may be.
 _WHOLE = {
     "max_new_tokens": (1, 1_000_000),
-    "turns": (0, 10_000),
-    "context_tokens": (0, 10_000_000),
+    "turns": TURNS,
+    "context_tokens": CONTEXT_TOKENS,
     "seeds": (1, 10_000),
     "concurrency": (1, 1024),
     "timeout": (1, 86_400),

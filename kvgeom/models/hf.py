@@ -96,6 +96,7 @@ class HFModel(Texts, Identified, Differentiable, Padding):
         named = named_stops(model, tokenizer, name)
         self.stop_tokens, cannot_stop = stop_tokens(named, self.vocabulary)
         self._own_notes = (*cannot_stop, *notes_of(model, tokenizer, prompt))
+        self.notes = (*self._chat.notes, *self._own_notes)
         self.decoder = find_decoder(model, name)
         self._layers = self.decoder.layers
         self.geometry = read_geometry(model, self.decoder)

@@ -21,6 +21,8 @@ class Texts:
         Jinja text of the chat template.
     template_options : dict
         What it is told.
+    notes : tuple of str
+        What of template, model and tokenizer changes answers.
     """
 
     name: str
@@ -38,11 +40,7 @@ class Texts:
         """Show requests in a chat template; None is the tokenizer's own."""
         self._chat = ChatTemplate(self.tokenizer, template, self.name, self.max_context, options)
         self.template, self.template_options = self._chat.text, self._chat.options
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What of template, model and tokenizer changes answers."""
-        return (*self._chat.notes, *self._own_notes)
+        self.notes = (*self._chat.notes, *self._own_notes)
 
     def encode(self, requests: Sequence[str]) -> list[EncodedPrompt]:
         prompts = self._chat.encode(requests)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvgeom.paper.layout import Grid, asked, grid
 from kvgeom.paper.published import published
 from kvgeom.paper.table import PaperTable
 from kvgeom.paths import write_whole
-from kvgeom.report.html import page
+from kvgeom.report.html import drawn, page
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 PAGE = "report.html"
 
@@ -27,7 +30,6 @@ def render(found: Sequence[PaperTable]) -> str:
     names = list(dict.fromkeys(str(each.meta["table"]) for each in found))
     return page(
         "paper.html",
-        figures=False,
         kicker="Tables of arXiv:2606.09864",
         model=", ".join(models),
         scheme=f"{len(names)} tables",
@@ -51,6 +53,7 @@ def _table(name: str, found: list[PaperTable]) -> dict[str, Any]:
     facts = published().measured_by(name)
     parts = [
         _part(str(each.meta["model"]), each.meta["mode"], grid(each), [asked(each), *each.meta["remarks"]])
+        | {"figures": _figures(each)}
         for each in found
     ]
     for mode in dict.fromkeys(each.meta["mode"] for each in found):
@@ -65,6 +68,12 @@ def _table(name: str, found: list[PaperTable]) -> dict[str, Any]:
         "parts": parts,
         "released_code": list(dict.fromkeys(line for each in facts.values() for line in each.released_code)),
     }
+
+
+def _figures(table: PaperTable) -> list[Markup]:
+    meta = table.meta
+    where = f"{meta['model']} {meta['fingerprint']} {meta['mode']}"
+    return [drawn(table.plot(name), f"{meta['table']} {name} {where}") for name in table.figures()]
 
 
 def _part(model: str, mode: str, readable: Grid, remarks: Sequence[str]) -> dict[str, Any]:

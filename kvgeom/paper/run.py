@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvgeom.checks import as_path, suggests
-from kvgeom.errors import InputError, KvgeomError
+import plotly.graph_objects as go
+
+from kvgeom.checks import as_path, one_of, suggests
+from kvgeom.errors import InputError, KvgeomError, reason
 from kvgeom.evaluation.config import RUN_OPTIONS, open_run
 from kvgeom.folders import SETTINGS, check_replaceable, is_ours, report_folder
 from kvgeom.paper.layout import asked, grid
@@ -23,6 +25,8 @@ from kvgeom.progress import track
 
 #: Stands for all tables.
 ALL = "all"
+#: What figures can be written as.
+FIGURES = ("pdf", "svg", "png")
 #: Of the files of a table.
 _ENDINGS = (".nc", ".csv", ".md", ".tex")
 
@@ -36,6 +40,7 @@ def run_tables(
     mode: str = "faithful",
     prompts: Any = "calibration",
     advbench: Any = None,
+    figures: str | None = None,
     on_table: Callable[[PaperTable], None] = lambda table: None,
     on_failure: Callable[[str, KvgeomError], None] | None = None,
     **options: Any,
@@ -52,6 +57,8 @@ def run_tables(
     mode : {"faithful", "released", "both"}
     prompts, advbench
         As of each table.
+    figures : {"pdf", "svg", "png"}, optional
+        What to write figures as, beside the page, which has them all; needs kaleido and a Chrome.
     on_table : callable (PaperTable) -> None
         Called with every table as it is written.
     on_failure : callable (name, error) -> None, optional
@@ -62,11 +69,14 @@ def run_tables(
     Raises
     ------
     InputError
-        For an unknown table, mode or option, or a folder that holds something else.
+        For an unknown table, mode, kind of figure or option, a folder that holds something else, or if figures cannot be written.
     """
     specs = [*tables().values()] if label == ALL else [get_table(label)]
     if mode not in (*MODES, "both"):
         raise InputError(f"mode must be {', '.join(MODES)} or both, got {mode!r}")
+    if figures is not None:
+        one_of("kind of figure", figures, FIGURES)
+        _check_writer()
     if options.get("journal") is not None:
         raise InputError("tables keep journals of their own in the folder; leave journal out")
     suites, folder = suites_of(prompts, advbench), report_folder(out, "paper")
@@ -86,6 +96,8 @@ def run_tables(
                 on_failure(f"{spec.name} ({each})", error)
                 continue
             write_table(table, own / each)
+            if figures is not None:
+                write_figures(table, own / each, figures)
             on_table(table)
             made.append(table)
     found = read_folder(folder)
@@ -125,6 +137,24 @@ def write_table(table: PaperTable, folder: Path) -> None:
     write_whole(
         folder / f"{name}.tex", f"% {below}\n".replace("\n\n", "\n% ") + readable.to_latex(caption, name) + "\n"
     )
+
+
+def _check_writer() -> None:
+    """Whether plotly can write a figure to a file, before anything is measured."""
+    try:
+        go.Figure().to_image("svg")
+    except Exception as error:  # kaleido is not there, or finds no Chrome, or that fails
+        raise InputError(
+            f"figures cannot be written to files ({reason(error)}); pip install 'kvgeom[figures]' and a Chrome or Chromium, or leave "
+            "figures out: the page has them"
+        ) from error
+
+
+def write_figures(table: PaperTable, folder: Path, kind: str) -> None:
+    """The figures of a table, named after it: ``cumulative-cells.pdf``."""
+    for name in table.figures():
+        path = folder / f"{table.meta['table']}-{name.replace('_', '-')}.{kind}"
+        write_whole(path, table.plot(name).to_image(kind, width=800))
 
 
 def write_cross(folder: Path, found: Sequence[PaperTable]) -> None:

@@ -148,6 +148,13 @@ class PaperTable(Result):
             raise KeyError(f"{len(rows)} cells of {self.meta['table']} are {quantity!r} at {at}")
         return rows[0]
 
+    def figures(self) -> list[str]:
+        """Names of the figures that the table has, the default first: none of a table of words."""
+        quantities = {*map(str, self.data.quantity.values)}
+        numbers = bool((self.data.measured_words == "").any())
+        of_memory = {"recovery", "more bytes"} <= quantities
+        return [name for name in super().figures() if numbers and (name != "recovery_by_memory" or of_memory)]
+
     def summary(self) -> str:
         return f"{self.meta['table']} ({self.meta['mode']}) of {self.meta['model']}: {self.data.sizes['row']} cells"
 

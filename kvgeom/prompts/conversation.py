@@ -10,6 +10,8 @@ from kvgeom.prompts.sets import perplexity_text
 
 Message = dict[str, str]
 
+#: Least and most turns and tokens before a request.
+TURNS, CONTEXT_TOKENS = (0, 10_000), (0, 10_000_000)
 #: Earlier turns, written for kvgeom, of which a dialogue has the first ones again and again.
 _TURNS = (
     ("What is the tallest mountain in the world?", "Mount Everest, at 8,849 metres above the sea."),
@@ -55,9 +57,9 @@ def conversation(*, system: str | None = None, turns: int = 0, context_tokens: i
     [{'role': 'system', 'content': 'You help.'}, {'role': 'user', 'content': 'What is the tallest mountain in the world?'}]
     """
     said = [] if system is None else [("system", as_text("system", system))]
-    if whole("context_tokens", context_tokens, 0):
+    if whole("context_tokens", context_tokens, *CONTEXT_TOKENS):
         said += [("user", f"{_READ_THIS}\n\n{_harmless(context_tokens)}"), ("assistant", _HAVE_READ)]
-    for question, answer in islice(cycle(_TURNS), whole("turns", turns, 0)):
+    for question, answer in islice(cycle(_TURNS), whole("turns", turns, *TURNS)):
         said += [("user", question), ("assistant", answer)]
     return [{"role": role, "content": content} for role, content in said]
 

@@ -192,7 +192,7 @@ def test_a_completion_of_the_same_prompt_says_what_the_chat_says(cache: str) -> 
     assert (one.text, one.finish, one.prompt_tokens) == (other.text, other.finish, other.prompt_tokens)
     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
     assert one.top == pytest.approx(other.top, abs=1e-5)
-    assert len(one.top) == 5
+    assert 0 < len(one.top) <= 5  # parts of characters read alike
 
 
 def test_a_gate_of_completions(tmp_path: Path) -> None:

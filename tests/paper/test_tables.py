@@ -496,7 +496,7 @@ def test_tables_are_found_by_the_papers_labels() -> None:
     assert get_table("cumulative_yi").name == "cumulative"
     assert get_table("qwen_protection_sweep").name == "protection_sweep"
     with pytest.raises(InputError, match="does not measure"):
-        get_table("temperature")
+        get_table("ifeval")
     with pytest.raises(InputError, match="did you mean"):
         get_table("cumulativ")
 

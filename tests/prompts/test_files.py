@@ -164,7 +164,8 @@ def written(path: Path) -> list[str]:
     encoding = "utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
     text = raw.decode(encoding)
     if path.suffix == ".txt":
-        return [line for line in text.split("\n") if not line.lstrip().startswith("#")]
+        lines = [line.lstrip("\ufeff") for line in text.split("\n")]
+        return [line for line in lines if not line.lstrip().startswith("#")]
     if path.suffix in (".csv", ".tsv"):
         reader = csv.reader(io.StringIO(text, newline=""), "excel-tab" if path.suffix == ".tsv" else "excel")
         cells = [row for row in reader if any(cell.strip() for cell in row)]
