@@ -140,6 +140,23 @@ class Study:
     _bases: dict[tuple[str, ...], Baseline] = field(default_factory=dict, repr=False)
     _after: dict[str, Study] = field(default_factory=dict, repr=False)
 
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        *,
+        prompts: Any = "calibration",
+        advbench: Any = None,
+        folder: str | Path | None = None,
+        **options: Any,
+    ) -> Study:
+        """A study for the cells of a notebook; elsewhere :func:`open_study`, which has these parameters, lets go of its journals too."""
+        if options.get("journal") is not None:
+            raise InputError("a study keeps journals of its own; give a folder for them, and leave journal out")
+        suites = suites_of(prompts, advbench)
+        loaded, run = open_run(model, options)
+        return cls(loaded, run, suites, None if folder is None else as_path("folder", folder))
+
     def protocol(self, mode: Mode) -> Protocol:
         """A protocol for this model."""
         return Protocol(mode, self.model.geometry)
@@ -313,14 +330,8 @@ def open_study(
     InputError
         For an unknown option, or prompts that cannot be used.
     """
-    if options.get("journal") is not None:
-        raise InputError("a study keeps journals of its own; give a folder for them, and leave journal out")
-    suites = suites_of(prompts, advbench)
-    loaded, run = open_run(model, options)
-    with (
-        Study(loaded, run, suites, None if folder is None else as_path("folder", folder)).opened() as study,
-        run.bars(),
-    ):
+    study = Study.of(model, prompts=prompts, advbench=advbench, folder=folder, **options)
+    with study.opened(), study.run.bars():
         yield study
 
 
