@@ -35,13 +35,13 @@ KVGEOM = f"{shlex.quote(sys.executable)} -m kvgeom"
     [
         (f"{KVGEOM} schemes >&-", 0),
         (f"{KVGEOM} --help >&-", 0),
-        (f"{KVGEOM} schemes 2>&-", 0),
+        pytest.param(f"{KVGEOM} schemes 2>&-", 0, marks=pytest.mark.slow),
         (f"{KVGEOM} schemes >&- 2>&-", 0),
         (f"{KVGEOM} schemes --tokens 0 >&-", 2),
-        (f"{KVGEOM} schemes --tokens 0 2>&-", 2),
+        pytest.param(f"{KVGEOM} schemes --tokens 0 2>&-", 2, marks=pytest.mark.slow),
         (f"{KVGEOM} schemes --tokens 0 >&- 2>&-", 2),
         (f"{KVGEOM} schemes --tokens x >&- 2>&-", 2),
-        (f"{KVGEOM} schemes 1</dev/null", 2),
+        pytest.param(f"{KVGEOM} schemes 1</dev/null", 2, marks=pytest.mark.slow),
     ],
 )
 def test_output_that_is_closed(command: str, status: int) -> None:

@@ -29,7 +29,9 @@ def same(one: Result, other: Result) -> None:
     assert type(one) is type(other)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["geometry", "behaviour alone"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(True, marks=pytest.mark.slow), False], ids=["geometry", "behaviour alone"]
+)
 def found(request: pytest.FixtureRequest) -> Diagnosis:
     return kvgeom.diagnose(
         TINY,

@@ -131,7 +131,7 @@ def test_layers_that_are_surely_the_worst_do() -> None:
 # --- many layers ---
 
 
-@pytest.mark.parametrize("prompts", [32, 128])
+@pytest.mark.parametrize("prompts", [32, pytest.param(128, marks=pytest.mark.slow)])
 def test_of_many_layers_at_the_border_none_is_surely_critical(prompts: int) -> None:
     """28 layers that truly lose 10 %: some was "surely critical" in 55 to 87 % of studies."""
     wrong = 0

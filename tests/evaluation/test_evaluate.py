@@ -49,7 +49,7 @@ def run(requests: Sequence[str], placement: Placement | None = None, **options: 
     return evaluate(TINY, RECIPES, base, placement=placement, progress=False)
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     st.permutations(range(len(REQUESTS))),
     st.integers(1, len(REQUESTS)),

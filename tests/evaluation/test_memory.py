@@ -18,7 +18,7 @@ REQUESTS = ALL_REQUESTS[:6]
 TINY = {kind: tiny_model(kind, seed=1) for kind in ("qwen2", "llama")}
 
 
-@pytest.mark.parametrize("budget", [0, 1])
+@pytest.mark.parametrize("budget", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_caches_of_many_prompts_are_bounded(monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
     """However many prompts there are; with room for none, or for one, results are those of a large budget."""
     requests = [f"{request} {n}" for n in range(4) for request in REQUESTS]

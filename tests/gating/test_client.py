@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvgeom.errors import InputError, KvgeomError, ServerError
@@ -83,6 +83,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(max_examples=60)
 @given(st.binary(max_size=80) | VALUES)
 def test_no_answer_breaks_the_client(found: Any) -> None:
     body = found if isinstance(found, bytes) else json.dumps(found).encode()

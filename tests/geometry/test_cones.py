@@ -98,7 +98,8 @@ def test_backends_have_the_same_derivatives(backend: str) -> None:
             model.derivatives([1, 2], lambda logits: logits.sum(), [basis])
 
 
-@pytest.mark.parametrize("start", ["mean", pytest.param("random", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["mean", "random"])
 def test_a_cone_reaches_its_losses(trained_space: Any, refusals: frozenset[int], start: Any) -> None:
     """On requests that it has not seen: margin lost, margin induced, and nothing else changed; random directions do not."""
     model = trained_space.model

@@ -215,7 +215,9 @@ def test_an_interrupted_relabelling_goes_on(
     assert capsys.readouterr().out.replace(str(tmp_path / "fresh"), str(tmp_path)) == resumed
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=pytest.mark.slow if name in ("audit", "fix") else ()) for name in COMMANDS]
+)
 def test_a_judge_that_is_registered(
     command: str, model: Path, sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

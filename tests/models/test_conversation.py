@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvgeom
@@ -50,6 +50,7 @@ def test_the_model_reads_the_conversation_and_then_the_request(said: list[dict[s
     assert conversation_of(model.template) == said
 
 
+@settings(max_examples=25)
 @given(st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip))
 def test_any_text_comes_back(text: str) -> None:
     """As the template itself would show it, whatever Jinja makes of its signs."""

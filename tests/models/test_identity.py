@@ -246,7 +246,7 @@ def test_frequencies_that_were_once_in_another_type() -> None:
     assert one.identity == other.identity
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_what_is_changed_in_place_is_noticed(data: st.DataObject) -> None:
     """By any bit, also through ``.data``, which torch does not count."""

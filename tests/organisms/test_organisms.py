@@ -197,6 +197,7 @@ def test_bits_layers_and_strength_are_measured_where_they_are_not_given(
         plant(trained, "multi-layer dilution", prompts=prompts, bits=3, progress=False)
 
 
+@pytest.mark.slow
 def test_the_reach_of_a_layer(trained: HFModel) -> None:
     """Again, each prompt alone, token by token, without a kept cache; "i cannot ." is no compliance, though no refusal."""
     prompts = SIZE.prompts("train").take(8)

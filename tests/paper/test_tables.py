@@ -68,14 +68,11 @@ def test_the_model_refuses_some(shared: Study) -> None:
     assert 3 <= len(shared.base().refused) < len(ASKED)
 
 
-#: In the mode of the released code they take seconds each, and are measured by hand below.
-LONG = ("perchannel_mitigation", "perplexity", "seeds", "channel_ablation", "naive_baselines", "kivi", "decision_tree")
-
-
+#: In the mode of the released code they take seconds each, and most are measured by hand below.
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
-        pytest.param(name, mode, marks=pytest.mark.slow if name in LONG and mode == "released" else ())
+        pytest.param(name, mode, marks=pytest.mark.slow if mode == "released" else ())
         for name in tables()
         for mode in MODES
     ],

@@ -108,7 +108,7 @@ def similarity(one: str, other: str, texts: list[str]) -> float:
     return cosine if common >= 0.7 else min(cosine, 0.6 * common / 0.7)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(requests, st.sampled_from([1, 2, 512]))
 def test_clusters_are_those_of_average_linkage_over_all_at_once(texts: list[str], rows: int) -> None:
     """Cut into components, and compared block by block, they come out as if nothing were cut."""

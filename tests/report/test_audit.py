@@ -245,6 +245,7 @@ def test_notes_of_the_model_are_kept_and_shown(tmp_path: Path) -> None:
     assert Audit.load(tmp_path).about["model"]["notes"] == list(noted.notes)
 
 
+@pytest.mark.slow
 def test_an_engine_is_named_and_what_it_never_rounds_is_not_called_safe(tmp_path: Path) -> None:
     """With 128 tokens that wait, none of these requests meets KIVI; layers and parts are rounded in their own way."""
     more = PromptSet("more", PROMPTS.harmful + PROMPTS.harmless, tuple(f"{t} again" for t in PROMPTS.harmless), "")
