@@ -131,13 +131,16 @@ def checked_conversation(conversation: Any) -> list[Message] | None:
 def in_conversation(
     text: str, conversation: Sequence[Message], tokenizer: Any, name: str, options: Mapping[str, Any] | None = None
 ) -> str:
-    """A chat template that shows messages before the ones that it is given.
+    """A chat template that shows messages before the ones that it is given, and after those that it shows already.
 
     Raises
     ------
     ModelError
         If the template refuses them, as some do a system prompt, or leaves one out.
     """
+    earlier = conversation_of(text)
+    if earlier:
+        text, conversation = text.partition(_AFTER)[2], [*earlier, *conversation]
     made = f"{_BEFORE}{json.dumps(conversation, ensure_ascii=False)}{_AFTER}{text}"
     asked: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **(options or {})}
     try:

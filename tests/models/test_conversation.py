@@ -85,6 +85,14 @@ def test_the_same_model_in_another_conversation(backend: str) -> None:
     )
 
 
+def test_a_conversation_goes_on() -> None:
+    """One that is put behind another is one conversation, and results name all of it."""
+    told = loaded(SAID[:1])
+    both = told.with_template(in_conversation(told.template, SAID[1:], told.tokenizer, told.name))
+    assert conversation_of(both.template) == SAID
+    assert both.fingerprint == loaded(SAID).fingerprint
+
+
 def test_results_say_it(tmp_path: Path) -> None:
     found = kvgeom.evaluate(loaded(SAID), ["int4-sym-token"], [REQUEST], **OPTIONS)
     assert found.provenance()["conversation"] == SAID
