@@ -18,12 +18,13 @@ demo: $(VENV)/.runtime
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadscope
 
-# The demo model and the notebooks, one after the other.
+# Whole pipelines on tiny models; then the demo model and the notebooks, one after the other.
 test-real: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "long and not slow and not real" --numprocesses auto --maxprocesses 8 --dist loadscope
 	$(BIN)/python -m pytest -m "real and not slow"
 
 test-all: test $(VENV)/.dev
-	$(BIN)/python -m pytest -m "real or slow"
+	$(BIN)/python -m pytest -m "real or slow or long"
 
 # Engines as they are, in environments that are kept; tests of one that cannot be installed here are skipped and say so.
 test-engines: $(VENV)/.dev

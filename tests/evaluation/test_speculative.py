@@ -32,6 +32,8 @@ from tests.builders.recipes import recipes
 from tests.builders.requests import REQUESTS as ALL_REQUESTS
 from tests.builders.tiny import KINDS, tiny_model
 
+pytestmark = pytest.mark.long
+
 #: Fewer requests, which are evaluated many times.
 REQUESTS = ALL_REQUESTS[:6]
 PLACEMENTS = [Placement.cache(), Placement.paper(), Placement(prefill_reads="exact"), Placement(scales="call")]

@@ -24,6 +24,8 @@ from kvgeom.organisms.reach import Lost
 from kvgeom.organisms.tiny import TURNED
 from tests.builders.tiny import tiny_model as random_model
 
+pytestmark = pytest.mark.long
+
 SIZE = Size(3, 2, 64, kind="phi3", attends=True)
 LAST = SIZE.layers - 1
 

@@ -22,6 +22,8 @@ from kvgeom.quant.scheme import Scheme
 from tests.builders.organisms import size_of, trained_for
 from tests.builders.tiny import tiny_model as random_model
 
+pytestmark = pytest.mark.long
+
 SIZE = Size(3)  # of the fixtures
 
 

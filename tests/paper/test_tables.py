@@ -42,6 +42,8 @@ from kvgeom.quant.scheme import Scheme
 from tests.builders.paper import ASKED, HARMLESS, RUN, WIDE, straight_line, study
 from tests.builders.released import rounded
 
+pytestmark = pytest.mark.long
+
 EVERY = [(layer, site) for layer in range(3) for site in "kv"]
 
 

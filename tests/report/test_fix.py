@@ -30,6 +30,8 @@ from tests.builders.pages import Page
 from tests.builders.requests import NASTY
 from tests.builders.tiny import tiny_model as random_model
 
+pytestmark = pytest.mark.long
+
 TINY = random_model("qwen2", seed=2)
 
 SIZE = Size(3)

@@ -12,6 +12,8 @@ from kvgeom.cli import main
 from kvgeom.errors import InputError
 from kvgeom.report.tour import AS_IT_IS, STOPS, Tour
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module", params=[2, pytest.param(len(STOPS), marks=pytest.mark.slow)])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tour, Path]:
