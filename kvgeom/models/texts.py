@@ -40,6 +40,7 @@ class Texts:
         """Show requests in a chat template; None is the tokenizer's own."""
         self._chat = ChatTemplate(self.tokenizer, template, self.name, self.max_context, options)
         self.template, self.template_options = self._chat.text, self._chat.options
+        self._suffix = self._chat.suffix
         self.notes = (*self._chat.notes, *self._own_notes)
 
     def encode(self, requests: Sequence[str]) -> list[EncodedPrompt]:
@@ -61,7 +62,7 @@ class Texts:
 
     @property
     def prompt_end(self) -> str:
-        return self._chat.suffix
+        return self._suffix
 
     @property
     def reasoning_switch(self) -> str | None:
