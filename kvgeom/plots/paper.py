@@ -23,6 +23,7 @@ _FALLING = ("bits",)
 _NO_PLACE = ("all", "all flips")
 #: Longest name below a bar, in characters of a line.
 _NAME = 22
+_DASHES = ("solid", "dash", "dot", "dashdot")
 #: What a quantity's name ends with where it is a part of another.
 _PART = ": "
 
@@ -65,7 +66,7 @@ def cells(table: Plottable, quantity: str | None = None) -> go.Figure:
         )
         own = own.set_index(along).reindex(places).reset_index()
         name = ", ".join(f"{key} {value}" for key, value in zip(others, setting, strict=True)) or chosen
-        _trace(drawn, own, along, scale, name, HEAD_COLORS[number % len(HEAD_COLORS)], as_line)
+        _trace(drawn, own, along, scale, name, number, as_line)
         published += [
             (row.place, scale * float(row.published), str(row.source))
             for row in own.rename(columns={along: "place"}).itertuples()
@@ -123,13 +124,20 @@ def recovery_by_memory(table: Plottable) -> go.Figure:
     one, other = (frame[frame.quantity == name].set_index(keys) for name in needed)
     found = one.join(other[["measured"]].rename(columns={"measured": "bytes"}), how="inner").reset_index()
     found = found[np.isfinite(found.measured)]
+    found["name"] = [", ".join(str(row[key]) for key in keys) for _, row in found.iterrows()]
+    # Choices that cost and recover the same are one point with both names.
+    found = (
+        found.groupby(["bytes", "measured"], sort=False)
+        .agg({"name": " / ".join, "low": "first", "high": "first"})
+        .reset_index()
+    )
     drawn = go.Figure()
     drawn.add_scatter(
         x=100 * found.bytes,
         y=100 * found.measured,
         error_y=interval(100 * found.measured, 100 * found.low, 100 * found.high, color=INK, thickness=1, width=3),
         mode="markers+text" if len(found) <= 8 else "markers",
-        text=[plain(", ".join(str(row[key]) for key in keys)) for _, row in found.iterrows()],
+        text=[plain(name) for name in found.name],
         textposition="top right",
         marker={"size": 9, "color": HEAD_COLORS[0]},
         hovertemplate="<b>%{text}</b><br>%{x:.3g} % more bytes<br>%{y:.3g} % recovered<extra></extra>",
@@ -185,11 +193,13 @@ def _shown(place: Any) -> str:
 
 
 def _trace(
-    drawn: go.Figure, own: pd.DataFrame, along: str, scale: float, name: str, colour: str, as_line: bool
+    drawn: go.Figure, own: pd.DataFrame, along: str, scale: float, name: str, number: int, as_line: bool
 ) -> None:
     values, low, high = (scale * own[column].astype(float) for column in ("measured", "low", "high"))
-    kind = go.Scatter if as_line else go.Bar
-    more: dict[str, Any] = {"mode": "lines+markers", "line": {"color": colour}} if as_line else {}
+    kind, colour = go.Scatter if as_line else go.Bar, HEAD_COLORS[number % len(HEAD_COLORS)]
+    # Lines that lie on each other are seen by their dashes.
+    line = {"color": colour, "dash": _DASHES[number % len(_DASHES)]}
+    more: dict[str, Any] = {"mode": "lines+markers", "line": line} if as_line else {}
     drawn.add_trace(
         kind(
             x=[_shown(place) for place in own[along]],

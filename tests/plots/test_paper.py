@@ -65,7 +65,11 @@ def test_settings_have_a_trace_each(shared: Study) -> None:
 def test_recovery_against_memory(shared: Study) -> None:
     table = tables()["protection_sweep"].function(shared)
     (points,) = table.plot("recovery_by_memory").data
-    for x, y, name in zip(points.x, points.y, points.text, strict=True):
+    named = [
+        (x, y, name) for x, y, names in zip(points.x, points.y, points.text, strict=True) for name in names.split(" / ")
+    ]
+    assert len(named) == sum(np.isfinite(table.to_frame().query("quantity == 'recovery'").measured.astype(float)))
+    for x, y, name in named:
         assert y == pytest.approx(100 * table.cell("recovery", protected=name)["measured"])
         assert x == pytest.approx(100 * table.cell("more bytes", protected=name)["measured"])
     with pytest.raises(InputError, match="of tables of mitigations"):
