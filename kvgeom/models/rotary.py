@@ -312,7 +312,7 @@ def _proven(keys: Tensor, embedding: Any, layer: int, name: str) -> Rotary:
     """
     tokens, head_dim = keys.shape[1:]
     moving = (keys != keys[:, :1]).any(1, keepdim=True)
-    if not moving.any():
+    if keys.any() and not moving.any():  # of keys that are all 0, as some untrained models have them, nothing is known
         return _NOTHING
     allowed = max(_MOVES, _ROUNDINGS * torch.finfo(keys.dtype).eps)
     columns = _angles(embedding)[0].shape[-1] if embedding is not None else 0
