@@ -63,11 +63,7 @@ def _add_setting(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="Jinja chat template that is applied here; prompts then go to /v1/completions (for base models)",
     )
-    group.add_argument("--system", metavar="TEXT", help="system prompt")
-    group.add_argument("--turns", metavar="N", type=int, default=0, help="harmless turns before the request")
-    group.add_argument(
-        "--context-tokens", metavar="N", type=int, default=0, help="about N tokens of harmless text before it"
-    )
+    options.add_conversation(group)
     group.add_argument("--temperature", metavar="T", type=float, default=0.0, help="of sampling (default: greedy)")
     group.add_argument(
         "--seeds", metavar="N", type=int, default=1, help="with a temperature: how often each request is asked"
@@ -94,22 +90,10 @@ def _add_servers(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Gate, print the verdict and its tables, and return the status that says which it is."""
+    from kvgeom.gating.config import ASKED
     from kvgeom.gating.plans import is_plan
 
-    names = (
-        *(
-            "tolerance",
-            "noise",
-            "max_new_tokens",
-            "template",
-            "system",
-            "turns",
-            "context_tokens",
-            "temperature",
-            "seeds",
-        ),
-        *("served_model", "python", "concurrency", "timeout", "retries", "judge"),
-    )
+    names = ("tolerance", "noise", *ASKED, "served_model", "python", "concurrency", "timeout", "retries", "judge")
     if (arguments.candidate is None) == (arguments.plan is None):
         raise InputError("give a CANDIDATE, or --from a plan, and not both")
     if arguments.plan is not None and not is_plan(arguments.plan):

@@ -53,15 +53,20 @@ def add_model(command: argparse.ArgumentParser, written: str, *, out: str | None
         action="store_true",
         help="""no reasoning before the answer: the same as --template-options '{"enable_thinking": false}'""",
     )
-    loading.add_argument("--system", metavar="TEXT", help="system prompt before each request")
-    loading.add_argument("--turns", metavar="N", type=int, default=0, help="harmless turns before each request")
-    loading.add_argument(
-        "--context-tokens", metavar="N", type=int, default=0, help="about N tokens of harmless text before each request"
-    )
+    add_conversation(loading)
     loading.add_argument("--dtype", help="e.g. float32, bfloat16 (default: float32 on a CPU, else the checkpoint's)")
     loading.add_argument("--device", help="e.g. cpu, cuda (default: an accelerator if there is one)")
     loading.add_argument("--revision", help="of a hub id")
     loading.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+
+
+def add_conversation(command: argparse._ActionsContainer) -> None:
+    """What each request stands in."""
+    command.add_argument("--system", metavar="TEXT", help="system prompt before each request")
+    command.add_argument("--turns", metavar="N", type=int, default=0, help="harmless turns before each request")
+    command.add_argument(
+        "--context-tokens", metavar="N", type=int, default=0, help="about N tokens of harmless text before each request"
+    )
 
 
 def add_prompts(command: argparse.ArgumentParser) -> None:

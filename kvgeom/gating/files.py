@@ -12,6 +12,7 @@ from kvgeom.evaluation.fidelity import FIDELITY, TextFidelity
 from kvgeom.folders import report_folder
 from kvgeom.gating import text
 from kvgeom.gating.compare import BASELINE, CANDIDATE, REPEAT
+from kvgeom.gating.config import ASKED
 from kvgeom.paths import write_whole
 from kvgeom.results import plain
 
@@ -66,17 +67,7 @@ def record(gate: Gate) -> dict[str, Any]:
         "settings": {
             name: gate.meta.get(name)
             for name in (
-                *(
-                    "tolerance",
-                    "judge",
-                    "max_new_tokens",
-                    "template",
-                    "system",
-                    "turns",
-                    "context_tokens",
-                    "temperature",
-                    "seeds",
-                ),
+                *("tolerance", "judge", *ASKED),
                 *("concurrency", "seconds", "created", "versions"),
             )
         },

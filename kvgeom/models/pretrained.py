@@ -105,6 +105,7 @@ def read_pretrained(
     notes = [
         *_left_out(found["unexpected_keys"]),
         *_twice(folder, options.get("variant")),
+        *(left_unread(folder) if folder.is_dir() else []),
         *_adapter(folder, loaded),
         *(kept_notes(folder) if converted else other_rules(tokenizer, folder)),
     ]
@@ -319,8 +320,7 @@ def _left_out(unexpected: Iterable[str]) -> list[str]:
 
 def _twice(folder: Path, variant: str | None) -> list[str]:
     both = held_twice(folder, variant) if folder.is_dir() else None
-    twice = [f"{folder} holds weights twice: {both[0]} was read, and what {both[1]} names was not"] if both else []
-    return twice + (left_unread(folder) if folder.is_dir() else [])
+    return [f"{folder} holds weights twice: {both[0]} was read, and what {both[1]} names was not"] if both else []
 
 
 def _adapter(folder: Path, model: Any) -> list[str]:

@@ -151,13 +151,17 @@ def in_conversation(
             f"the chat template of {name} refuses the conversation before a request (roles {roles}): {error}; give another, or "
             "leave it out"
         ) from error
-    for message in conversation:
-        if message["content"].strip() not in whole:
-            raise ModelError(
-                f"the chat template of {name} leaves out {brief(message['content'])} of the conversation (role {message['role']}), or "
-                "alters it; give another template, or leave it out"
-            )
+    if (hidden := _hidden(conversation, whole)) is not None:
+        raise ModelError(
+            f"the chat template of {name} leaves out {brief(hidden['content'])} of the conversation (role {hidden['role']}), or "
+            "alters it; give another template, or leave it out"
+        )
     return made
+
+
+def _hidden(messages: Sequence[Message], shown: str) -> Message | None:
+    """The first of some messages that a rendered chat does not show."""
+    return next((message for message in messages if message["content"].strip() not in shown), None)
 
 
 def rendered(template: str, messages: Sequence[Message]) -> str:
@@ -174,9 +178,8 @@ def rendered(template: str, messages: Sequence[Message]) -> str:
         )
     except Exception as error:  # a template is a program of the user's
         raise InputError(f"the template fails on a chat: {reason(error)}; give another") from error
-    for message in messages:
-        if message["content"].strip() not in made:
-            raise InputError(f"the template leaves out {brief(message['content'])}, or alters it; give another")
+    if (hidden := _hidden(messages, made)) is not None:
+        raise InputError(f"the template leaves out {brief(hidden['content'])}, or alters it; give another")
     return str(made)
 
 
